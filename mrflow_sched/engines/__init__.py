@@ -1,0 +1,33 @@
+"""Engines: what encodes text, predicts, encodes and decodes images for one model in one library.
+
+`Engine` is the role (a protocol); `analytic` holds engines with closed-form answers for tests and documents. Importing this
+package imports neither torch nor any model library: names arrive when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mrflow_sched.engines.analytic import GaussianFieldEngine, MixtureEngine
+    from mrflow_sched.engines.base import Engine
+
+__all__ = ["Engine", "GaussianFieldEngine", "MixtureEngine"]
+
+_HOMES = {
+    "Engine": "mrflow_sched.engines.base",
+    "GaussianFieldEngine": "mrflow_sched.engines.analytic",
+    "MixtureEngine": "mrflow_sched.engines.analytic",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the module that defines `name` on first use (PEP 562), so that the package itself stays free to import."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
