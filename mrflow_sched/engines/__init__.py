@@ -1,7 +1,7 @@
 """Engines: what encodes text, predicts, encodes and decodes images for one model in one library.
 
-`Engine` is the role (a protocol); `analytic` holds engines with closed-form answers for tests and documents. Importing this
-package imports neither torch nor any model library: names arrive when they are first asked for.
+`Engine` is the role (a protocol); `analytic` holds engines with closed-form answers for tests and documents.
+Importing this package imports neither torch nor any model library: names arrive when they are first asked for.
 """
 
 from __future__ import annotations

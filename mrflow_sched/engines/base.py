@@ -1,7 +1,8 @@
 """The `Engine` role: everything the sampler asks of a model, in five questions.
 
-The sampler knows no architecture, no packing, no latent scaling and no prediction type. An engine hides all of that behind
-float32 tensors: latents are normalised (the scale at which noise has standard deviation 1), images are RGB in [0, 1].
+The sampler knows no architecture, no packing, no latent scaling and no prediction type. An engine hides all of that
+behind float32 tensors: latents are normalised (the scale at which noise has standard deviation 1), images are RGB in
+[0, 1].
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ class Engine(Protocol):
     def denoise(self, x: Tensor, sigma: Tensor, text: Any, *, guidance: float) -> Tensor:
         """Clean estimate of the noisy latents `x` (B, *latent_shape, float32) at noise level `sigma` (B,).
 
-        `sigma` is the flow sigma in (0, 1] where `family.prediction` is "flow", sigma_ve otherwise. `guidance` is the scale
-        in force (CFG scale or embedded guidance, as the family defines). Returns float32 in the shape of `x`; the
-        network inside may run in its own dtype.
+        `sigma` is the flow sigma in (0, 1] where `family.prediction` is "flow", sigma_ve otherwise. `guidance` is the
+        scale in force (CFG scale or embedded guidance, as the family defines). Returns float32 in the shape of `x`;
+        the network inside may run in its own dtype.
         """
         ...
 

@@ -1,0 +1,250 @@
+"""Engines with closed-form answers: the whole chain can be checked against them to float precision, with no network.
+
+* `GaussianFieldEngine`: pictures are draws of a stationary Gaussian field with any power spectrum, at any size.
+* `MixtureEngine`: a Gaussian mixture with labelled components, so that guidance has something to guide.
+
+Both rest on one fact. With x = a·x0 + s·noise (a = 1 - sigma and s = sigma for flow models, a = 1 and s = sigma_ve for
+variance-exploding ones) and x0 normal with mean m and variance v in some direction, the denoised estimate there is
+m + a·v / (a²·v + s²) · (x - a·m). Inside they compute in float64; what they return is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mrflow_sched.families import Family, Prediction, get_family
+from mrflow_sched.noise import draw_noise
+
+__all__ = ["GaussianFieldEngine", "MixtureEngine", "Power", "power_law", "refined_variance"]
+
+Power = Callable[[Tensor, Tensor], Tensor]
+"""Variance that the wave with (ky, kx) periods per picture height and width adds to a pixel, elementwise."""
+
+
+def power_law(exponent: float = 3.0, variance: float = 0.1, corner: float = 1.0) -> Power:
+    """Power falling as (corner² + k²)^(-exponent/2) with the wave number k (natural pictures: about 2 to 3 in 2-D).
+
+    `variance` is what the constant wave (k = 0) carries. Sizes share their waves: a larger picture has finer ones
+    besides.
+    """
+
+    def power(ky: Tensor, kx: Tensor) -> Tensor:
+        return variance * (1.0 + (ky**2 + kx**2) / corner**2) ** (-exponent / 2)
+
+    return power
+
+
+def refined_variance(variance: float, sigma: float) -> float:
+    """Variance of one mode after noise at flow `sigma` is added and one refine step removes it.
+
+    s²·(1 - sigma² / ((1 - sigma)²·s² + sigma²)) for a mode of variance s²: the mean of a Gaussian posterior spreads
+    less than the prior. Modes above the noise keep their variance, modes below it lose it.
+    """
+    return variance * (1.0 - sigma**2 / ((1.0 - sigma) ** 2 * variance + sigma**2))
+
+
+def _mixing(sigma: Tensor, prediction: Prediction, ndim: int) -> tuple[Tensor, Tensor]:
+    """(a, s) of x = a·x0 + s·noise for levels (B,), in float64, shaped to multiply a batch of `ndim` dimensions."""
+    s = sigma.double().reshape(-1, *([1] * (ndim - 1)))
+    return (1.0 - s if prediction == "flow" else torch.ones_like(s)), s
+
+
+_CPU = torch.device("cpu")
+_POWER = power_law()
+# Both speak for themselves: 8-pixel grid, no text tokens to pay for, guidance of 1 unless a plan says otherwise.
+_FAMILY = replace(get_family("demo"), name="analytic", text_tokens=0, guidance=1.0)
+_FIELD_FAMILY = replace(_FAMILY, title="Gaussian field", latent_channels=48, guidance_kind="none")
+_MIXTURE_FAMILY = replace(_FAMILY, title="Gaussian mixture", latent_channels=64, guidance_kind="cfg")
+
+
+# --------------------------------------------------------------------------------------------------- Gaussian fields
+
+
+@dataclass(frozen=True)
+class GaussianFieldEngine:
+    """A stationary Gaussian field: every wave of the picture is an independent normal variable of known power.
+
+    `power` gives each wave's share of the pixel variance in latent units (`power_law()` by default). `means` maps a
+    prompt to the mean colour of its pictures, three latent values; other prompts have mean 0. Guidance extrapolates
+    between the means of prompt and negative prompt. `family` sets the prediction type, the grid and the VAE factor.
+    The "VAE" is exact both ways: latents are (image - 0.5) / `contrast`, and pixels are folded into channels by the
+    VAE factor (an orthonormal transform, so noise stays white). Images are clamped to [0, 1]: keep the field's
+    standard deviation below 0.1 / `contrast`.
+    """
+
+    power: Power = _POWER
+    means: Mapping[str, Sequence[float]] | None = None
+    family: Family = _FIELD_FAMILY
+    contrast: float = 0.1
+    device: torch.device = _CPU
+
+    def encode_text(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean colours (B, 3, 1, 1) of the prompts and of the negative prompts."""
+        return self._colours(prompts), self._colours(negative_prompts or [""] * len(prompts))
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """(3 · factor², height / factor, width / factor)."""
+        factor = self.family.vae_factor
+        return 3 * factor**2, height // factor, width // factor
+
+    def denoise(self, x: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], *, guidance: float) -> Tensor:
+        """The exact posterior mean of the clean latents; see `Engine.denoise`."""
+        positive, negative = text
+        mean = positive if guidance == 1.0 else negative + guidance * (positive - negative)
+        a, s = _mixing(sigma, self.family.prediction, x.ndim)
+        pixels = self._unfold(x.double())
+        variance = self.spectrum(pixels.shape[-1], pixels.shape[-2])
+        gain = a * variance / (a**2 * variance + s**2)
+        return self._fold(mean + _filtered(pixels - a * mean, gain)).to(x.dtype)
+
+    def encode(self, images: Tensor, *, posterior: str = "mode", seeds: Sequence[int] | None = None) -> Tensor:
+        """Latents of images, exactly. "sample" adds what a VAE's posterior would: a thousandth of white noise."""
+        latents = self._fold((images.double() - 0.5) / self.contrast).float()
+        if posterior == "mode":
+            return latents
+        if seeds is None:
+            raise ValueError("seeds must be given when posterior is 'sample', got None; pass one per image.")
+        return latents + 1e-3 * draw_noise(latents.shape[1:], seeds, device=self.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents, clamped to [0, 1]."""
+        return (0.5 + self.contrast * self._unfold(latents.double())).clamp(0.0, 1.0).float()
+
+    def spectrum(self, width: int, height: int) -> Tensor:
+        """Variance of each coefficient of a picture's orthonormal Fourier transform, (height, width) in FFT order."""
+        ky = torch.fft.fftfreq(height, 1.0 / height, dtype=torch.float64, device=self.device)
+        kx = torch.fft.fftfreq(width, 1.0 / width, dtype=torch.float64, device=self.device)
+        return width * height * self.power(ky[:, None], kx[None, :])
+
+    def sample(self, width: int, height: int, seeds: Sequence[int], mean: Sequence[float] = (0.0, 0.0, 0.0)) -> Tensor:
+        """Exact draws from the prior: latents (B, *latent_shape), one per seed."""
+        white = draw_noise((3, height, width), seeds, device=self.device).double()
+        field = _filtered(white, self.spectrum(width, height).sqrt())
+        return self._fold(field + _column(mean).to(self.device)).float()
+
+    def _colours(self, prompts: Sequence[str]) -> Tensor:
+        means = self.means or {}
+        return torch.stack([_column(means.get(prompt, (0.0, 0.0, 0.0))) for prompt in prompts]).to(self.device)
+
+    def _fold(self, pixels: Tensor) -> Tensor:
+        return F.pixel_unshuffle(pixels, self.family.vae_factor)
+
+    def _unfold(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(latents, self.family.vae_factor)
+
+
+def _filtered(pixels: Tensor, gain: Tensor) -> Tensor:
+    """`pixels` (B, 3, H, W) with each wave multiplied by its real `gain` (broadcast over batch and colours)."""
+    return torch.fft.ifft2(torch.fft.fft2(pixels) * gain).real
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64).reshape(-1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- mixtures
+
+
+@dataclass(frozen=True)
+class MixtureEngine:
+    """A mixture of axis-parallel Gaussians in `shape` latents, each component with a label that a prompt can ask for.
+
+    `means` (K, D) and `stds` (K, 1) or (K, D) in float64 with D the size of `shape`; `labels` (K,) integers. Prompts
+    are "label 3" (the mixture of that label's components alone) or "" (all components); all components weigh the
+    same. Guidance is classifier-free: D_n + g·(D_p - D_n) over prompt p and negative prompt n, which are the same at
+    g = 1. There is one size: `latent_shape` is `shape` whatever the picture. `decode` shows the values as a grey
+    picture.
+    """
+
+    means: Tensor
+    stds: Tensor
+    labels: Tensor
+    shape: tuple[int, ...] = (64, 1, 1)
+    family: Family = _MIXTURE_FAMILY
+    contrast: float = 0.1
+    device: torch.device = _CPU
+
+    @classmethod
+    def random(
+        cls,
+        seed: int,
+        *,
+        dimensions: int = 64,
+        components: int = 16,
+        labels: int = 4,
+        spread: float = 1.0,
+        std: float = 0.3,
+        decay: float = 0.0,
+        prediction: Prediction = "flow",
+    ) -> MixtureEngine:
+        """A random mixture with overall variance about spread² + std².
+
+        Scales fall over the dimensions as (1 + i)^(-decay), as the spectrum of pictures does; `spread` is how far the
+        component means lie apart and `std` how wide a component is, both relative to that scale.
+        """
+        scale = (1.0 + torch.arange(dimensions, dtype=torch.float64)) ** -decay
+        scale = scale / scale.square().mean().sqrt()
+        generator = torch.Generator().manual_seed(seed)
+        means = torch.randn(components, dimensions, generator=generator, dtype=torch.float64) * scale * spread
+        family = replace(_MIXTURE_FAMILY, latent_channels=dimensions, prediction=prediction)
+        stds = (std * scale).expand(components, dimensions)
+        return cls(means, stds, torch.arange(components) % labels, (dimensions, 1, 1), family)
+
+    def encode_text(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Which components (B, K) each prompt, and each negative prompt, allows."""
+        return self._allowed(prompts), self._allowed(negative_prompts or [""] * len(prompts))
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """`shape`, whatever the size."""
+        return self.shape
+
+    def denoise(self, x: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], *, guidance: float) -> Tensor:
+        """The exact posterior mean of the clean latents, with guidance; see `Engine.denoise`."""
+        positive, negative = text
+        asked = self._posterior_mean(x, sigma, positive)
+        if guidance != 1.0:
+            plain = self._posterior_mean(x, sigma, negative)
+            asked = plain + guidance * (asked - plain)
+        return asked.reshape(x.shape).to(x.dtype)
+
+    def encode(self, images: Tensor, *, posterior: str = "mode", seeds: Sequence[int] | None = None) -> Tensor:
+        """The inverse of `decode`; `posterior` and `seeds` change nothing."""
+        return ((images.double().mean(1) - 0.5) / self.contrast).reshape(-1, *self.shape).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Grey pictures (B, 3, H, W) of the values, as square as their count allows; 0 is mid grey."""
+        values = latents.double().flatten(1)
+        height = math.gcd(values.shape[1], 2 ** round(math.log2(values.shape[1]) / 2))
+        grey = (0.5 + self.contrast * values).reshape(len(values), 1, height, -1)
+        return grey.clamp(0.0, 1.0).expand(-1, 3, -1, -1).float()
+
+    def _posterior_mean(self, x: Tensor, sigma: Tensor, allowed: Tensor) -> Tensor:
+        """E[x0 | x] (B, D): the components' own estimates, weighted by how likely each is to have made `x`."""
+        a, s = _mixing(sigma, self.family.prediction, 3)
+        variance = a**2 * self.stds**2 + s**2
+        offset = x.double().flatten(1)[:, None] - a * self.means
+        score = -0.5 * (offset**2 / variance + variance.log()).sum(-1)
+        weights = score.masked_fill(~allowed, -math.inf).softmax(1)
+        estimates = self.means + a * self.stds**2 / variance * offset
+        return (weights[..., None] * estimates).sum(1)
+
+    def _allowed(self, prompts: Sequence[str]) -> Tensor:
+        rows = [self.labels == self._label(prompt) if prompt.strip() else self.labels >= 0 for prompt in prompts]
+        return torch.stack(rows).to(self.device)
+
+    def _label(self, prompt: str) -> int:
+        known = sorted({int(label) for label in self.labels})
+        word = prompt.split()[-1]
+        if not word.isdigit() or int(word) not in known:
+            raise ValueError(f"prompt {prompt!r} names no label of this mixture; write 'label N', N one of {known}.")
+        return int(word)
