@@ -1,0 +1,63 @@
+"""Staged sampling for flow models: few low-resolution steps, pixel super-resolution, noise, one full-resolution step.
+
+    import mrflow_sched as mf
+    plan = mf.make_plan("flux1-dev", 1024, 1024, "12+1")
+    print(plan.to_string(), plan.cost_ratio)
+
+Names are looked up in their room when first used, so that importing the package costs nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mrflow_sched.families import FAMILIES, Family, Preset, ShiftRule, get_family
+    from mrflow_sched.plan import Stage, StagedPlan, make_native_plan, make_plan
+
+# Public name -> the module it lives in.
+_ROOMS = {
+    "FAMILIES": "families",
+    "Family": "families",
+    "Preset": "families",
+    "ShiftRule": "families",
+    "get_family": "families",
+    "Stage": "plan",
+    "StagedPlan": "plan",
+    "make_native_plan": "plan",
+    "make_plan": "plan",
+    "native_sigmas": "schedule",
+    "refine_sigmas": "schedule",
+    "Engine": "engines",
+    "load_upscaler": "upscale",
+    "sample_staged": "sampler",
+    "StagedResult": "sampler",
+}
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Preset",
+    "ShiftRule",
+    "Stage",
+    "StagedPlan",
+    "get_family",
+    "make_native_plan",
+    "make_plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    room = _ROOMS.get(name)
+    if room is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{room}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})
