@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def _mixing(sigma: Tensor, prediction: Prediction, ndim: int) -> tuple[Tensor, T
 _CPU = torch.device("cpu")
 _POWER = power_law()
 # Both speak for themselves: 8-pixel grid, no text tokens to pay for, guidance of 1 unless a plan says otherwise.
-_FAMILY = replace(get_family("demo"), name="analytic", text_tokens=0, guidance=1.0)
+_FAMILY = replace(get_family("demo"), name="analytic", text_tokens=0, guidance=1.0, min_low_side=8)
 _FIELD_FAMILY = replace(_FAMILY, title="Gaussian field", latent_channels=48, guidance_kind="none")
 _MIXTURE_FAMILY = replace(_FAMILY, title="Gaussian mixture", latent_channels=64, guidance_kind="cfg")
 
@@ -120,8 +121,7 @@ class GaussianFieldEngine:
 
     def spectrum(self, width: int, height: int) -> Tensor:
         """Variance of each coefficient of a picture's orthonormal Fourier transform, (height, width) in FFT order."""
-        ky = torch.fft.fftfreq(height, 1.0 / height, dtype=torch.float64, device=self.device)
-        kx = torch.fft.fftfreq(width, 1.0 / width, dtype=torch.float64, device=self.device)
+        ky, kx = _waves(height).to(self.device), _waves(width).to(self.device)
         return width * height * self.power(ky[:, None], kx[None, :])
 
     def sample(self, width: int, height: int, seeds: Sequence[int], mean: Sequence[float] = (0.0, 0.0, 0.0)) -> Tensor:
@@ -143,7 +143,14 @@ class GaussianFieldEngine:
 
 def _filtered(pixels: Tensor, gain: Tensor) -> Tensor:
     """`pixels` (B, 3, H, W) with each wave multiplied by its real `gain` (broadcast over batch and colours)."""
-    return torch.fft.ifft2(torch.fft.fft2(pixels) * gain).real
+    waves = torch.fft.fft2(pixels)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return cast(Tensor, torch.fft.ifft2(waves * gain).real)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _waves(count: int) -> Tensor:
+    """Signed wave numbers of a transform of `count` values, in FFT order: 0, 1, ..., -2, -1."""
+    number = torch.arange(count, dtype=torch.float64)
+    return torch.where(number < count / 2, number, number - count)
 
 
 def _column(values: Sequence[float]) -> Tensor:
