@@ -1,0 +1,46 @@
+# make demo   sets up .venv and makes a picture: native and staged sampling side by side, on the embedded model
+# make test   sets up .venv and runs everything that must hold: lint, types, tests, coverage
+#
+# Both need Python 3.10 or newer and make; PYTHON=python3.12 chooses one, PIP_ARGS="--index-url ..." goes to pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out
+PIP_ARGS ?=
+PROMPT ?= a red striped circle and a blue star over green hills, the word FLOW
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
+CORE_COVERAGE := 95
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.demo
+	$(BIN)/mrflow compare "$(PROMPT)" --out $(OUT)
+	@echo "The picture is $(OUT)/compare.png"
+
+test: lint types
+	$(BIN)/python -m pytest --cov=mrflow_sched --cov-report=term --cov-fail-under=$(CORE_COVERAGE) $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, for example: make demo PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist .pytest_cache .ruff_cache .coverage
