@@ -1,0 +1,147 @@
+"""Shared fixtures: a random FLUX.1-layout model folder, tiny, of the very classes that a real folder holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Nothing in the tests may reach for a network; the libraries ask before they try.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WORDS = ("a", "red", "blue", "circle", "star", "striped", "over", "hills", "the", "word", "flow")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def write_clip_tokenizer(folder: Path) -> None:
+    """A byte-pair tokenizer without merges: every letter is a token."""
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    _write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>", **special}
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def write_t5_tokenizer(folder: Path) -> None:
+    """A unigram tokenizer over a handful of words and all letters, padded to 40 like the embedded model's."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = [(f"▁{word}", -2.0) for word in WORDS] + [("▁", -3.0)] + [(letter, -6.0) for letter in letters]
+    tokenizer = Tokenizer(Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *pieces], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 0}
+    _write_json(
+        folder / "tokenizer_config.json", {"tokenizer_class": "T5TokenizerFast", "model_max_length": 40, **special}
+    )
+
+
+def build_tiny_folder(folder: Path, *, guidance_embeds: bool = True, family: str | None = "demo") -> Path:
+    """Write a FluxPipeline folder of random weights: VAE factor 4, 16 latent channels, patches of 2x2."""
+    from mrflow_sched.engines import flux
+
+    flux.prepare_imports()
+    import torch
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    write_clip_tokenizer(folder / "tokenizer")
+    write_t5_tokenizer(folder / "tokenizer_2")
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        parts: dict[str, Any] = {
+            "transformer": FluxTransformer2DModel(
+                in_channels=64,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=8,
+                num_attention_heads=2,
+                joint_attention_dim=16,
+                pooled_projection_dim=16,
+                guidance_embeds=guidance_embeds,
+                axes_dims_rope=(2, 2, 4),
+            ),
+            "vae": AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                block_out_channels=(8, 8, 8),
+                layers_per_block=1,
+                norm_num_groups=4,
+                latent_channels=16,
+                scaling_factor=0.9,
+                shift_factor=0.1,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+                mid_block_add_attention=False,
+            ),
+            "text_encoder": CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=190,
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    max_position_embeddings=77,
+                    bos_token_id=188,
+                    eos_token_id=189,
+                    pad_token_id=189,
+                )
+            ),
+            "text_encoder_2": T5EncoderModel(
+                T5Config(vocab_size=120, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+            ),
+        }
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    index: dict[str, Any] = {
+        "_class_name": "FluxPipeline",
+        "_diffusers_version": "0.31.0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    _write_json(folder / "model_index.json", index | ({"_mrflow_family": family} if family else {}))
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0, "use_dynamic_shifting": False},
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that stays as it is; copy it (`tiny_copy`) to damage it."""
+    return build_tiny_folder(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A private copy of the tiny folder."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_folder: Path) -> Any:
+    """The tiny folder as a float32 CPU engine."""
+    from mrflow_sched.engines.flux import FluxEngine
+
+    return FluxEngine.from_folder(tiny_folder, device="cpu", dtype="float32")
