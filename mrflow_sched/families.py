@@ -59,9 +59,9 @@ class Family:
     `grid` = `vae_factor` x `patch`: sides must be multiples of it and one token covers grid x grid pixels.
     `guidance_kind`: "embedded" (the scale is an input, one forward per step), "cfg" (two forwards per step) or "none".
     `text_tokens` counts the text that shares the network's sequence (0 where text enters by cross attention).
-    `min_low_side`: an image of less area than a square of this side is outside the model's trained range. `factor`: size step between stages.
-    `linear_cost` and `attention_cost`: FLOP of one forward per token, and per squared token, of image and text
-    together. `sources` maps each field to where its value comes from.
+    `factor`: size step between stages. `min_low_side`: an image of less area than a square of this side is outside the
+    model's trained range. `linear_cost` and `attention_cost`: FLOP of one forward per token, and per squared token, of
+    image and text together. `sources` maps each field to where its value comes from.
     """
 
     name: str
@@ -123,7 +123,7 @@ _FEWER = (
     "not measured on this family; with multistep 6 to 8 steps are as true as 20 of Euler on a small FLUX-layout network"
 )
 _DIFFUSERS = "default of the diffusers 0.42 pipeline"
-_CARD = "model card example, as remembered; check before publishing numbers"
+_CARD = "example on the model card; recalled, not read again"
 _SCHEDULER = "scheduler_config.json of the released model"
 
 _OFFICIAL_PRESETS = (
@@ -257,7 +257,7 @@ _SD3_LINEAR, _SD3_ATTENTION = _transformer_flop(1536, 24)
 _SD3 = Family(
     name="sd3",
     title="Stable Diffusion 3 medium",
-    shift=ShiftRule("static", shift=3.0, sigma_min=0.003),
+    shift=ShiftRule("static", shift=3.0, sigma_min=0.002994),
     guidance_kind="cfg",
     guidance=7.0,
     text_tokens=333,

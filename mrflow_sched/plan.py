@@ -35,7 +35,7 @@ SeedRule = Literal["offset", "hash"]
 Posterior = Literal["mode", "sample"]
 Number = TypeVar("Number", int, float)
 
-SOLVER_NAMES = ("euler", "heun", "multistep", "careful")
+SOLVER_NAMES = ("euler", "heun", "multistep", "careful", "dpmpp_2m")
 MIN_FACTOR, MAX_FACTOR = 1.25, 4.0
 MAX_SIDE = 32768
 MAX_STEPS = 1000
@@ -598,7 +598,7 @@ def expected_speedup(
     else:
         if len(forward_seconds) != len(plan.stages) or not all(value > 0 for value in forward_seconds):
             raise ValueError(
-                f"forward_seconds must hold a positive number for each of {len(plan.stages)} stages, got {forward_seconds!r}."
+                f"forward_seconds must hold {len(plan.stages)} positive numbers (one a stage), got {forward_seconds!r}."
             )
         network = sum(stage.forwards * each for stage, each in zip(plan.stages, forward_seconds, strict=True))
     return native_seconds / (network + overhead_seconds)
@@ -616,7 +616,8 @@ def _notes(plan: StagedPlan, family: Family | None = None) -> tuple[str, ...]:
         if math.sqrt(first.width * first.height) < SIDE_SLACK * known.min_low_side:
             notes.append(
                 f"Stage 1 at {first.width}x{first.height} is smaller than the {known.min_low_side} px square "
-                f"below which {known.title} is out of its range; expect weaker composition, or choose a larger size or a smaller factor."
+                f"below which {known.title} is out of its range; expect weaker composition, "
+                "or choose a larger size or a smaller factor."
             )
         if known.prediction != "flow":
             notes.append(
@@ -645,8 +646,8 @@ def _size_notes(plan: StagedPlan) -> list[str]:
         if (width, height) != (large.width, large.height):
             share = 1.0 - large.width * large.height / (width * height)
             notes.append(
-                f"Stage {number - 1} at {small.width}x{small.height} differs in shape from {large.width}x{large.height}:"
-                f" it is enlarged to {width}x{height} and cropped at the centre, losing {share:.1%} of the picture."
+                f"Stage {number - 1} at {small.width}x{small.height} is not shaped like {large.width}x{large.height}"
+                f": it is enlarged to {width}x{height} and cropped at the centre, losing {share:.1%} of the picture."
             )
     return notes
 

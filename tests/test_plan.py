@@ -1,0 +1,463 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mrflow_sched.families import FAMILIES, get_family
+from mrflow_sched.plan import (
+    SOLVER_NAMES,
+    Stage,
+    StagedPlan,
+    expected_speedup,
+    fit_box,
+    make_native_plan,
+    make_plan,
+    solver_evaluations,
+)
+from mrflow_sched.schedule import mu_for_tokens, native_sigmas, refine_sigmas, scaled_linear_sigmas
+
+quick = settings(deadline=None, max_examples=40)
+NAMES = st.sampled_from(list(FAMILIES))
+SIDES = st.integers(1, 4096)
+FACTORS = st.floats(1.25, 4)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> StagedPlan:
+    family = get_family(draw(NAMES))
+    later = draw(st.integers(1, 3))
+    return make_plan(
+        family,
+        draw(SIDES),
+        draw(SIDES),
+        draw(st.sampled_from([preset.name for preset in family.presets])),
+        factors=draw(st.lists(FACTORS, min_size=later, max_size=later)),
+        low_steps=draw(st.none() | st.integers(1, 30)),
+        refine_steps=draw(st.none() | st.lists(st.integers(0, 4), min_size=later, max_size=later)),
+        sigma=draw(st.none() | st.floats(0.001, 0.999)),
+        solver=draw(st.none() | st.sampled_from(SOLVER_NAMES)),
+        refine_curve=draw(st.sampled_from(["linear", "shifted"])),
+        guidance=None if family.guidance_kind == "none" else draw(st.none() | st.floats(1, 20)),
+        mu=None if family.shift.kind == "scaled-linear" else draw(st.none() | st.floats(-3, 3)),
+        seed=draw(st.integers(0, 2**63 - 1)),
+        seed_rule=draw(st.sampled_from(["offset", "hash"])),
+        posterior=draw(st.sampled_from(["mode", "sample"])),
+    )
+
+
+def notes(plan: StagedPlan) -> str:
+    return " ".join(plan.notes)
+
+
+# ------------------------------------------------------------------------------------------------------ what is planned
+
+
+def test_the_papers_flux_run() -> None:
+    plan = make_plan("flux1-dev", 1024, 1024)
+    low, high = plan.stages
+    assert (plan.family, plan.preset, plan.width, plan.height) == ("flux1-dev", "12+1", 1024, 1024)
+    assert (low.width, low.height, low.tokens, low.steps, low.forwards) == (512, 512, 1024, 12, 12)
+    assert low.mu == pytest.approx(0.63, abs=1e-3)
+    assert low.sigmas == native_sigmas(12, mu=mu_for_tokens(1024))
+    assert (high.width, high.height, high.tokens, high.forwards) == (1024, 1024, 4096, 1)
+    assert (high.mu, high.sigmas, high.start_sigma) == (None, (0.12, 0.0), 0.12)
+    assert (low.guidance, high.guidance) == (3.5, 3.5)
+    assert (plan.forwards, plan.native_steps, plan.native_forwards) == (13, 50, 50)
+    assert plan.notes == ()
+
+
+def test_its_cost_is_the_flop_ratio_with_text_counted() -> None:
+    family, plan = get_family("flux1-dev"), make_plan("flux1-dev", 1024, 1024)
+    native = 50 * family.forward_cost(4096)
+    staged = 12 * family.forward_cost(1024) + family.forward_cost(4096)
+    assert native / 1e12 == pytest.approx(3720, rel=0.002)
+    assert staged / 1e12 == pytest.approx(332, rel=0.002)
+    assert plan.cost_ratio == pytest.approx(11.2, abs=0.05)
+    assert plan.cost_ratio == pytest.approx(native / staged, rel=1e-5)
+    assert plan.stage_costs()[1] == 1.0
+
+
+@pytest.mark.parametrize(("low_steps", "speedup"), [(10, 11.9), (12, 10.5), (16, 8.6), (20, 7.2)])
+def test_speedups_of_the_specification_on_qwen(low_steps: int, speedup: float) -> None:
+    plan = make_plan("qwen-image", 1024, 1024, low_steps=low_steps)
+    assert [stage.forwards for stage in plan.stages] == [2 * low_steps, 2]
+    assert plan.native_forwards == 100
+    expected = expected_speedup(plan, native_seconds=49.32, forward_seconds=(0.133, 0.49), overhead_seconds=0.51)
+    assert expected == pytest.approx(speedup, abs=0.06)
+    # by FLOP alone: a small stage does not fill a GPU, so this is optimistic, but not wild
+    assert speedup < expected_speedup(plan, native_seconds=49.32, overhead_seconds=0.51) < 1.2 * speedup
+
+
+def test_speedup_without_overhead_is_the_cost_ratio() -> None:
+    plan = make_plan("flux1-dev", 1024, 1024)
+    assert expected_speedup(plan, native_seconds=3.0) == pytest.approx(plan.cost_ratio)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"native_seconds": 0.0},
+        {"native_seconds": 1.0, "overhead_seconds": -1.0},
+        {"native_seconds": 1.0, "forward_seconds": (1.0,)},
+        {"native_seconds": 1.0, "forward_seconds": (1.0, 0.0)},
+    ],
+)
+def test_speedup_refuses(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="seconds must"):
+        expected_speedup(make_plan("demo", 256, 256), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("family", "mu"),
+    [("flux2-klein-base", 1.974), ("flux2-klein", 2.031), ("qwen-image", 0.539), ("z-image-turbo", math.log(3))],
+)
+def test_mu_of_stage_1_per_family(family: str, mu: float) -> None:
+    assert make_plan(family, 1024, 1024).stages[0].mu == pytest.approx(mu, abs=1e-3)
+
+
+def test_no_shift_ever_reaches_a_refine_list() -> None:
+    for name in FAMILIES:
+        for terminal_or_not in make_plan(name, 1024, 1024, sigma=0.12, refine_steps=2, mu=None).stages[1:]:
+            assert terminal_or_not.sigmas == refine_sigmas(0.12, 2)
+
+
+def test_qwen_is_stretched_and_stable_diffusion_keeps_its_own_list() -> None:
+    assert make_plan("qwen-image", 1024, 1024).stages[0].sigmas[-2] == 0.02
+    sdxl = make_plan("sdxl", 2048, 2048)
+    assert sdxl.stages[0].sigmas == scaled_linear_sigmas(12)
+    assert sdxl.stages[0].mu is None
+    assert "equal signal-to-noise" in notes(sdxl)
+
+
+@pytest.mark.parametrize(("shift_tokens", "tokens"), [("low", 1024), ("final", 4096), (2000, 2000)])
+def test_which_token_count_sets_the_shift(shift_tokens: Any, tokens: int) -> None:
+    low = make_plan("flux1-dev", 1024, 1024, shift_tokens=shift_tokens).stages[0]
+    assert low.mu == mu_for_tokens(tokens)
+    assert low.sigmas == native_sigmas(12, mu=mu_for_tokens(tokens))
+
+
+def test_any_number_of_stages() -> None:
+    plan = make_plan("flux1-dev", 2048, 2048, stages=3, sigma=(0.15, 0.1), refine_steps=(2, 1))
+    assert [(stage.width, stage.height) for stage in plan.stages] == [(512, 512), (1024, 1024), (2048, 2048)]
+    assert [stage.start_sigma for stage in plan.stages] == [1.0, 0.15, 0.1]
+    assert [stage.forwards for stage in plan.stages] == [12, 2, 1]
+    assert plan.preset == "12+2+1"
+    assert make_plan("flux1-dev", 2048, 1024, factors=(1.5, 2)).stages[0].width == 688
+
+
+def test_overrides_reach_the_stages() -> None:
+    plan = make_plan(
+        "qwen-image", 1024, 1024, low_steps=8, sigma=0.18, solver="euler", guidance=3.0, refine_guidance=1.0, mu=1.0
+    )
+    assert (plan.preset, plan.stages[0].mu, plan.stages[1].start_sigma) == ("8+1", 1.0, 0.18)
+    assert [stage.guidance for stage in plan.stages] == [3.0, 1.0]
+    assert [stage.forwards for stage in plan.stages] == [16, 1]
+    assert {stage.solver for stage in plan.stages} == {"euler"}
+
+
+def test_a_refine_stage_without_steps_keeps_the_upscaled_image() -> None:
+    plan = make_plan("flux1-dev", 1024, 1024, refine_steps=0)
+    assert (plan.preset, plan.stages[1].sigmas, plan.stages[1].forwards) == ("12+0", (), 0)
+    assert (plan.stages[1].steps, plan.stages[1].start_sigma, plan.stage_costs()[1]) == (0, 0.0, 0.0)
+    assert "no step" in notes(plan)
+
+
+def test_native_plans() -> None:
+    plan = make_native_plan("qwen-image", 1024, 1024)
+    assert (plan.preset, len(plan.stages), plan.forwards, plan.cost_ratio) == ("native", 1, 100, 1.0)
+    assert plan.stages[0].mu == pytest.approx(0.694, abs=1e-3)
+    assert plan.stages[0].solver == "euler"
+    assert make_plan("qwen-image", 1024, 1024, native=True) == plan
+    assert make_native_plan("flux1-dev", 1024, 1024, steps=20, solver="heun").forwards == 39
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 5), ("multistep", 5), ("careful", 5), ("heun", 9)])
+def test_evaluations_per_solver(solver: str, evaluations: int) -> None:
+    assert solver_evaluations(solver, 5) == evaluations
+    assert solver_evaluations(solver, 0) == 0
+
+
+def test_the_solvers_of_plans_are_those_there_are() -> None:
+    solvers = pytest.importorskip("mrflow_sched.solvers")
+    assert set(SOLVER_NAMES) == set(solvers.SOLVERS)
+    for name in SOLVER_NAMES:
+        assert [solver_evaluations(name, n) for n in range(4)] == [solvers.solver_forwards(name, n) for n in range(4)]
+
+
+def test_plans_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        make_plan("demo", 256, 256).seed = 3  # type: ignore[misc]
+
+
+# -------------------------------------------------------------------------------------------------------------- sizes
+
+
+@quick
+@given(NAMES, SIDES, SIDES, st.lists(FACTORS, min_size=1, max_size=3))
+def test_sizes_are_on_the_grid_and_near_what_was_asked(
+    name: str, width: int, height: int, factors: list[float]
+) -> None:
+    family = get_family(name)
+    plan = make_plan(family, width, height, factors=factors)
+    assert len(plan.stages) == len(factors) + 1
+    for made, asked in ((plan.width, width), (plan.height, height)):
+        assert abs(made - asked) <= family.grid / 2 or made == family.grid
+    for index, stage in enumerate(plan.stages):
+        over = math.prod(factors[index:])
+        for side, final in ((stage.width, plan.width), (stage.height, plan.height)):
+            assert side % family.grid == 0
+            assert abs(side - final / over) <= family.grid / 2 + 1e-9 or side == family.grid
+        assert stage.tokens == stage.width * stage.height // family.grid**2
+
+
+@quick
+@given(NAMES, SIDES, SIDES)
+def test_nothing_is_rounded_or_cropped_in_silence(name: str, width: int, height: int) -> None:
+    plan = make_plan(name, width, height)
+    low, high = plan.stages
+    assert ((width, height) == (plan.width, plan.height)) != (f"{width}x{height} is made at" in notes(plan))
+    box = fit_box(low.width, low.height, high.width, high.height)
+    assert (box[:2] == (high.width, high.height)) != ("cropped at the centre" in notes(plan))
+
+
+def test_notes_on_odd_sizes_say_what_happens() -> None:
+    plan = make_plan("qwen-image", 1361, 765)
+    assert plan.notes == (
+        "The requested 1361x765 is made at 1360x768, the nearest size on the model's grid.",
+        "Stage 1 at 688x384 is not shaped like 1360x768: it is enlarged to 1376x768 and cropped at the centre, "
+        "losing 1.2% of the picture.",
+    )
+
+
+def test_a_stage_below_the_models_range_is_noted_never_refused() -> None:
+    assert "below which FLUX.1-dev is out of its range" in notes(make_plan("flux1-dev", 512, 512))
+    assert notes(make_plan("flux1-dev", 1344, 768)) == ""
+    assert "so small a size gains nothing" in notes(make_plan("flux1-dev", 16, 16))
+
+
+def test_other_notes() -> None:
+    assert "outside the usual" in notes(make_plan("flux1-dev", 1024, 1024, sigma=0.8))
+    assert "gain little beyond one" in notes(make_plan("flux1-dev", 1024, 1024, refine_steps=2))
+    assert "times as much as 4 native steps" in notes(make_plan("flux1-schnell", 1024, 1024, refine_steps=4))
+
+
+@quick
+@given(SIDES, SIDES, SIDES, SIDES)
+def test_fitting_a_box_covers_it_and_never_stretches(src_w: int, src_h: int, dst_w: int, dst_h: int) -> None:
+    width, height, left, top = fit_box(src_w, src_h, dst_w, dst_h)
+    assert width >= dst_w
+    assert height >= dst_h
+    assert (width == dst_w) or (height == dst_h)
+    assert 0 <= left <= width - dst_w
+    assert 0 <= top <= height - dst_h
+    assert abs((width - dst_w) - 2 * left) <= 1
+    assert abs((height - dst_h) - 2 * top) <= 1
+    scale = max(dst_w / src_w, dst_h / src_h)
+    assert abs(width - src_w * scale) <= 0.5 + 1e-6
+    assert abs(height - src_h * scale) <= 0.5 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("box", "fitted"),
+    [
+        ((512, 512, 1024, 1024), (1024, 1024, 0, 0)),
+        ((688, 384, 1360, 768), (1376, 768, 8, 0)),
+        ((384, 688, 768, 1360), (768, 1376, 0, 8)),
+    ],
+)
+def test_fitting_examples(box: tuple[int, int, int, int], fitted: tuple[int, int, int, int]) -> None:
+    assert fit_box(*box) == fitted
+
+
+def test_fitting_refuses_empty_boxes() -> None:
+    with pytest.raises(ValueError, match="dst_w must be a whole number of at least 1, got 0"):
+        fit_box(1, 1, 0, 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+@quick
+@given(plans())
+def test_plans_survive_their_line_and_their_json(plan: StagedPlan) -> None:
+    line = plan.to_string()
+    assert StagedPlan.from_string(line) == plan
+    assert StagedPlan.from_string(line).notes == plan.notes
+    assert StagedPlan.from_string(line).to_string() == line
+    assert StagedPlan.from_json(plan.to_json()) == plan
+    assert StagedPlan.from_json(plan.to_json()).notes == plan.notes
+    assert not set(line) & set(',:"\n\\')
+
+
+@quick
+@given(plans(), st.lists(st.floats(1e-6, 0.9), min_size=1, max_size=9, unique=True), st.none() | st.floats(-3, 3))
+def test_hand_made_lists_survive_too(plan: StagedPlan, levels: list[float], mu: float | None) -> None:
+    sigmas = (1.0, *sorted(levels, reverse=True), 0.0)
+    changed = replace(plan, stages=(replace(plan.stages[0], sigmas=sigmas, mu=mu), *plan.stages[1:]))
+    assert changed.stages[0].recipe.startswith("list")
+    assert StagedPlan.from_string(changed.to_string()) == changed
+    assert StagedPlan.from_json(changed.to_json()) == changed
+
+
+@quick
+@given(NAMES)
+def test_lines_are_short(name: str) -> None:
+    assert len(make_plan(name, 1024, 1024, seed=2**32).to_string()) <= 240
+
+
+def test_reading_a_line_needs_no_table() -> None:
+    line = make_plan("flux1-dev", 1024, 1024).to_string().partition(";#")[0].replace("flux1-dev", "unheard-of")
+    plan = StagedPlan.from_string(line)
+    assert plan.family == "unheard-of"
+    assert plan.cost_ratio == make_plan("flux1-dev", 1024, 1024).cost_ratio
+
+
+def test_json_has_the_keys_of_the_command_line() -> None:
+    plan = make_plan("flux1-dev", 1024, 1024)
+    data = json.loads(plan.to_json())
+    assert {"family", "preset", "cost_ratio", "plan", "stages"} <= set(data)
+    assert {"width", "height", "tokens", "mu", "sigmas", "forwards"} <= set(data["stages"][0])
+    assert data["plan"] == plan.to_string()
+    assert data["cost_ratio"] == plan.cost_ratio
+    assert data["stages"][1]["sigmas"] == [0.12, 0.0]
+
+
+def test_an_edited_line_is_noticed_but_may_be_used() -> None:
+    line = make_plan("flux1-dev", 1024, 1024, seed=1).to_string()
+    edited = line.replace("seed 1 ", "seed 2 ")
+    with pytest.raises(ValueError, match="was edited"):
+        StagedPlan.from_string(edited)
+    assert StagedPlan.from_string(edited.partition(";#")[0]).seed == 2
+
+
+@quick
+@given(plans(), st.data())
+def test_a_damaged_line_never_gives_another_plan(plan: StagedPlan, data: st.DataObject) -> None:
+    line = plan.to_string()
+    place = data.draw(st.integers(0, len(line) - 1))
+    damaged = line[:place] + data.draw(st.characters(min_codepoint=33, max_codepoint=126)) + line[place + 1 :]
+    assume(damaged != line and ";#" in damaged)
+    try:
+        read = StagedPlan.from_string(damaged)
+    except ValueError:
+        return
+    # What is read all the same must be the same plan: "+" for the space in front of a number, for instance.
+    assert read == plan
+
+
+BROKEN_LINES = [
+    "",
+    "nonsense",
+    "mrflow9;a;b;1x1;seed 0 offset;mode;native 1 1;cost 0 0.0",
+    "mrflow1;a;b;1x1;seed 0 offset;mode;native 1 1;cost 0 0.0",
+    "mrflow1;a b;c;1x1;seed 0 offset;mode;native 1 1;cost 0 0.0;8x8 1t euler g1.0 f1 native 1 mu=0.0",
+    "mrflow1;a;b;1by1;seed 0 offset;mode;native 1 1;cost 0 0.0;8x8 1t euler g1.0 f1 native 1 mu=0.0",
+    "mrflow1;a;b;1x1;sed 0 offset;mode;native 1 1;cost 0 0.0;8x8 1t euler g1.0 f1 native 1 mu=0.0",
+    "mrflow1;a;b;1x1;seed 0 offset;mode;native 1 1;cost 0 -1.0;8x8 1t euler g1.0 f1 native 1 mu=0.0",
+    "mrflow1;a;b;1x1;seed 0 offset;mode;native 1 1;cost 0 nan;8x8 1t euler g1.0 f1 native 1 mu=0.0",
+    "mrflow1;a;b;1x1;seed 0 offset;mode;native 1 1;cost 0 0.0;8x8 1 euler g1.0 f1 native 1 mu=0.0",
+    "mrflow1;a;b;1x1;seed 0 offset;mode;native 1 1;cost 0 0.0;8x8 1t euler g1.0 f1",
+    "mrflow1;a;b;1x1;seed 0 offset;mode;native 1 1;cost 0 0.0;8x8 1t euler g1.0 f1 linear 1 start=0.1",
+    "mrflow1;a;b;1x1;seed 0 offset;mode;native 1 1;cost 0 0.0;8x8 1t euler g1.0 f1 native 999999999 mu=0.0",
+]
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES)
+def test_broken_lines_are_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"plan string .* cannot be read"):
+        StagedPlan.from_string(line)
+
+
+@pytest.mark.parametrize(
+    "change", [{"stages": []}, {"seed": "1"}, {"stages": [{}]}, {"family": 3}, {"requested": None}]
+)
+def test_broken_json_is_refused(change: dict[str, Any]) -> None:
+    data = {**make_plan("demo", 256, 256).to_dict(), **change}
+    with pytest.raises(ValueError, match=r"plan JSON .* cannot be read"):
+        StagedPlan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{}", "{"])
+def test_json_that_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="plan JSON"):
+        StagedPlan.from_json(text)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"family": "flux9"}, "family 'flux9' is unknown"),
+        ({"width": 0}, "width must be a whole number from 1 to 32768, got 0"),
+        ({"height": 40000}, "height must be a whole number from 1 to 32768, got 40000"),
+        ({"width": 512.0}, "width must be a whole number"),
+        ({"width": True}, "width must be a whole number"),
+        ({"preset": "13x"}, "preset '13x' is not one of family 'flux1-dev'; choose from 12"),
+        ({"factor": 1.2}, "factor must lie between 1.25 and 4, got 1.2"),
+        ({"factor": 4.5}, "factor must lie between 1.25 and 4, got 4.5"),
+        ({"factor": math.nan}, "factor must lie between 1.25 and 4"),
+        ({"factors": (2.0,), "factor": 2.0}, "leave factor and stages out"),
+        ({"factors": (2.0,), "stages": 3}, "leave factor and stages out"),
+        ({"factors": ()}, "factors must hold at least one"),
+        ({"stages": 1}, "stages must be a whole number from 2 to 8, got 1; for one stage use native=True"),
+        ({"low_steps": 0}, "low_steps must be a whole number from 1 to 1000, got 0"),
+        ({"refine_steps": -1}, "refine_steps must be a whole number from 0 to 1000, got -1"),
+        ({"refine_steps": (1, 2)}, r"refine_steps must be one number or 1 \(one per later stage\)"),
+        ({"sigma": 1.5}, "sigma must lie between 0 and 1, got 1.5"),
+        ({"sigma": 0.0}, "sigma must lie between 0 and 1"),
+        ({"solver": "ddim"}, "solver must be one of euler, heun"),
+        ({"refine_curve": "karras"}, "refine_curve must be 'linear' or 'shifted', got 'karras'"),
+        ({"shift_tokens": "high"}, "shift_tokens must be"),
+        ({"shift_tokens": 0}, "shift_tokens must be"),
+        ({"mu": math.inf}, "mu must be a number"),
+        ({"family": "sdxl", "mu": 1.0}, "mu must be left out for sdxl"),
+        ({"guidance": -1.0}, "guidance must not be negative"),
+        ({"guidance": math.nan}, "guidance must be a finite number"),
+        (
+            {"family": "qwen-image", "guidance": 0.0},
+            "guidance must be at least 1 for qwen-image, got 0.0; 1 turns CFG off",
+        ),
+        ({"family": "flux1-schnell", "guidance": 3.5}, "guidance must be left out or 1 for flux1-schnell"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": 2**63}, "seed must be a whole number"),
+        ({"seed_rule": "random"}, "seed_rule must be 'offset' or 'hash'"),
+        ({"posterior": "mean"}, "posterior must be 'mode' or 'sample'"),
+        ({"steps": 20}, "steps=20 is for native=True"),
+        ({"native": True, "preset": "12+1"}, "native=True plans one stage"),
+        ({"native": True, "steps": 0}, "steps must be a whole number"),
+    ],
+)
+def test_every_wrong_argument_gets_one_sentence(change: dict[str, Any], sentence: str) -> None:
+    arguments: dict[str, Any] = {"family": "flux1-dev", "width": 1024, "height": 1024, **change}
+    with pytest.raises(ValueError, match=sentence) as caught:
+        make_plan(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_stages_that_cannot_be_are_refused() -> None:
+    plan = make_plan("demo", 256, 256)
+    low, high = plan.stages
+    with pytest.raises(ValueError, match=r"stage 1 must start at sigma 1\.0, got 0\.12"):
+        replace(plan, stages=(high,))
+    with pytest.raises(ValueError, match=r"stage 2 must start below sigma 1\.0"):
+        replace(plan, stages=(low, low))
+    with pytest.raises(ValueError, match="tokens must"):
+        replace(low, tokens=0)
+    with pytest.raises(ValueError, match="mu must be a finite number"):
+        replace(low, mu=math.nan)
+
+
+def test_a_stage_may_be_written_by_hand() -> None:
+    stage = Stage(64, 64, 16, None, (1.0, 0.5, 0.0), "euler", 1.0, 2)
+    assert stage.recipe == "list 1.0 0.5 0.0"
+    assert replace(stage, recipe="native 2 mu=0.0").recipe == "native 2 mu=0.0"
+    plan = StagedPlan("mine", "2+0", 64, 64, (stage,), native_forwards=4)
+    assert plan.cost_ratio == 2.0
