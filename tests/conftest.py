@@ -56,16 +56,17 @@ def build_tiny_folder(folder: Path, *, guidance_embeds: bool = True, family: str
     from mrflow_sched.engines import flux
 
     flux.prepare_imports()
+    import diffusers
     import torch
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+    library: Any = diffusers  # its annotations speak of tuples of one
     write_clip_tokenizer(folder / "tokenizer")
     write_t5_tokenizer(folder / "tokenizer_2")
     with torch.random.fork_rng():
         torch.manual_seed(7)
         parts: dict[str, Any] = {
-            "transformer": FluxTransformer2DModel(
+            "transformer": library.FluxTransformer2DModel(
                 in_channels=64,
                 num_layers=1,
                 num_single_layers=1,
@@ -76,7 +77,7 @@ def build_tiny_folder(folder: Path, *, guidance_embeds: bool = True, family: str
                 guidance_embeds=guidance_embeds,
                 axes_dims_rope=(2, 2, 4),
             ),
-            "vae": AutoencoderKL(
+            "vae": library.AutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",) * 3,
                 up_block_types=("UpDecoderBlock2D",) * 3,
                 block_out_channels=(8, 8, 8),

@@ -25,7 +25,7 @@ PROMPTS = ["a red striped circle", "the word FLOW over blue hills"]
 @pytest.fixture(scope="module")
 def pipeline(tiny_folder: Path) -> Any:
     flux.prepare_imports()
-    from diffusers import FluxPipeline
+    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(tiny_folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)

@@ -1,0 +1,10 @@
+"""`python -m mrflow_sched` is the `mrflow` command."""
+
+from __future__ import annotations
+
+import sys
+
+from mrflow_sched.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,730 @@
+"""The `mrflow` command: `plan` shows the numbers of a run, `generate` makes pictures, `compare` measures both ways.
+
+Results go to standard output, everything said on the way to standard error. Exit codes: 0 done, 2 a request that cannot
+be met (one sentence says why and what to do), 130 stopped by Ctrl-C. `plan` runs without torch, so torch comes late.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+import mrflow_sched
+from mrflow_sched.families import FAMILIES
+from mrflow_sched.plan import StagedPlan, make_plan
+from mrflow_sched.record import KEY, RunRecord, library_versions
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from torch import Tensor
+
+    from mrflow_sched.engines.flux import FluxEngine
+    from mrflow_sched.sampler import Progress, StagedResult
+    from mrflow_sched.upscale import PixelUpscaler
+
+EMBEDDED = "embedded"
+"""What a record calls the model that ships with the package."""
+
+LANCZOS = "lanczos"
+STOPPED = 130
+REFUSED = 2
+_SEED_END = 2**63 - 2**20
+"""Seeds stay below what a torch generator takes, with room for the offsets of images and stages."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without the usage block: a bad argument is one sentence, like every other refusal."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.strip().rstrip('.')} (see {self.prog} --help).")
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
+    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    if min(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT in pixels, for example 1024x768")
+    return size
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        span = f"from {low} up" if high is None else f"from {low} to {high}"
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {span}")
+        return number
+
+    return parse
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return number
+
+    return parse
+
+
+def _prompt(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it holds bytes that are not UTF-8; type the prompt again") from None
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; say what the picture shows")
+    return text
+
+
+def _shift_tokens(text: str) -> str | int:
+    return text if text in ("low", "final") else _whole(1)(text)
+
+
+def _common() -> _Parser:
+    """Options of every command."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on standard output, and nothing else"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    return parser
+
+
+def _numbers() -> _Parser:
+    """Options that decide a plan; what is left out comes from the family and its preset."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("the plan (what is left out comes from the family's preset)")
+    group.add_argument("--size", type=_size, metavar="WxH", help="size of the final picture in pixels")
+    group.add_argument("--preset", help="low-resolution steps + full-resolution steps, for example 12+1")
+    group.add_argument("--low-steps", type=_whole(1, 1000), metavar="N", help="steps of the first stage")
+    group.add_argument("--refine-steps", type=_whole(0, 1000), metavar="N", help="steps of every later stage")
+    group.add_argument("--sigma", type=float, metavar="S", help="fraction of noise at which refining starts, 0 < S < 1")
+    group.add_argument("--solver", help="euler, heun, multistep or careful")
+    group.add_argument("--factor", type=float, metavar="F", help="enlargement between stages, 1.25 to 4")
+    group.add_argument("--stages", type=_whole(1, 8), metavar="N", help="number of stages")
+    group.add_argument("--refine-curve", choices=("linear", "shifted"), help="spacing of the refine sigmas")
+    group.add_argument("--shift-tokens", type=_shift_tokens, metavar="low|final|N", help="token count that sets mu")
+    group.add_argument("--mu", type=_number(-20, 20), help="shift of the first stage, as log(shift)")
+    group.add_argument("--guidance", type=_number(0, 100), metavar="G", help="guidance of the first stage")
+    group.add_argument("--refine-guidance", type=_number(0, 100), metavar="G", help="guidance of every later stage")
+    group.add_argument("--seed", type=_whole(0, _SEED_END), help="seed of the first picture's noise (default 0)")
+    group.add_argument("--seed-rule", choices=("offset", "hash"), help="how seeds of stages and batch images differ")
+    group.add_argument("--posterior", choices=("mode", "sample"), help="what to take from the VAE's encoder")
+    group.add_argument("--steps", type=_whole(1, 1000), metavar="N", help="steps of native sampling")
+    return parser
+
+
+def _machine() -> _Parser:
+    """Options that choose the model and what it runs on."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("the model and the machine")
+    group.add_argument("--model", metavar="DIR", help="local diffusers FLUX.1 folder (default: the embedded model)")
+    group.add_argument("--family", metavar="NAME", help="family of --model, where the folder does not say (flux1-krea)")
+    group.add_argument(
+        "--upscaler", metavar="FILE", help=f"ESRGAN-type file, .safetensors or .pth; or {LANCZOS}, which adds no detail"
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    group.add_argument("--offload-text", action="store_true", help="keep the text encoders off the device when idle")
+    group.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures (default out)"
+    )
+    group.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="progress bar on standard error (default: only on a terminal)",
+    )
+    return parser
+
+
+def build_parser() -> _Parser:
+    """The whole command line."""
+    parser = _Parser(prog="mrflow", description=__doc__.partition("\n")[0] if __doc__ else None, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"mrflow {mrflow_sched.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    common, numbers, machine = _common(), _numbers(), _machine()
+
+    plan = commands.add_parser("plan", parents=[numbers, common], allow_abbrev=False, help="show the numbers of a run")
+    plan.add_argument("--family", required=True, metavar="NAME", help=", ".join(FAMILIES))
+    plan.add_argument("--native", action="store_true", help="plan ordinary one-stage sampling")
+    plan.set_defaults(run=_plan)
+
+    generate = commands.add_parser(
+        "generate", parents=[numbers, machine, common], allow_abbrev=False, help="make pictures from a prompt"
+    )
+    generate.add_argument("prompt", nargs="?", type=_prompt, metavar="PROMPT")
+    generate.add_argument(
+        "--negative", metavar="TEXT", help="what the picture should not show, for models that have it"
+    )
+    generate.add_argument("--batch", type=_whole(1, 1024), default=1, metavar="N", help="number of pictures")
+    generate.add_argument("--native", action="store_true", help="sample at full size throughout, in one stage")
+    generate.add_argument("--save-stages", action="store_true", help="save the picture of every stage too")
+    generate.add_argument(
+        "--from", dest="source", type=Path, metavar="IMAGE.png", help="repeat the run of a saved picture"
+    )
+    generate.set_defaults(run=_generate)
+
+    compare = commands.add_parser(
+        "compare", parents=[numbers, machine, common], allow_abbrev=False, help="measure native and staged sampling"
+    )
+    compare.add_argument("prompt", type=_prompt, metavar="PROMPT")
+    compare.add_argument("--repeats", type=_whole(1, 100), default=1, metavar="N", help="runs of each, median counts")
+    compare.set_defaults(run=_compare)
+    return parser
+
+
+_PLAN_WORDS = (
+    *("preset", "low_steps", "refine_steps", "sigma", "solver", "factor", "stages", "refine_curve", "shift_tokens"),
+    *("mu", "guidance", "refine_guidance", "seed", "seed_rule", "posterior"),
+)
+
+
+_STAGED_WORDS = (
+    *("preset", "low_steps", "refine_steps", "sigma", "factor", "stages", "refine_curve", "shift_tokens"),
+    "refine_guidance",
+)
+
+
+def _make_plan(args: argparse.Namespace, family: str, **overrides: Any) -> StagedPlan:
+    """The plan that the given options ask for; everything not given is left to `make_plan`."""
+    given = {word: getattr(args, word) for word in _PLAN_WORDS if getattr(args, word) is not None} | overrides
+    native = bool(getattr(args, "native", False))
+    clash = [word for word in _STAGED_WORDS if word in given] if native else []
+    if clash:
+        raise ValueError(
+            f"--native samples in one stage, so --{clash[0].replace('_', '-')} has no meaning; leave one out."
+        )
+    if args.steps is not None and args.command != "compare":
+        if not native:
+            raise ValueError(f"--steps {args.steps} counts native steps; add --native, or use --low-steps.")
+        given["steps"] = args.steps
+    width, height = args.size or _native_size(family)
+    return make_plan(family, width, height, native=native, **given)
+
+
+def _native_size(family: str) -> tuple[int, int]:
+    from mrflow_sched.families import get_family
+
+    return get_family(family).native_size
+
+
+# --- mrflow plan ------------------------------------------------------------------------------
+
+
+def _plan(args: argparse.Namespace) -> int:
+    plan = _make_plan(args, args.family)
+    if args.json:
+        _print_json(plan.to_dict())
+    else:
+        print("\n".join(_plan_lines(plan)))
+    return 0
+
+
+def _plan_lines(plan: StagedPlan) -> Iterator[str]:
+    yield f"{plan.family} {plan.preset}: {plan.width}x{plan.height}, {plan.forwards} forwards, seed {plan.seed}"
+    if len(plan.stages) > 1:
+        yield f"expected network work: {plan.native_steps} native steps cost {plan.cost_ratio:.2f} times as much"
+    for number, stage in enumerate(plan.stages, 1):
+        shift = "no shift" if stage.mu is None else f"mu {stage.mu:.4g}"
+        yield (
+            f"stage {number}: {stage.width}x{stage.height}, {stage.tokens} tokens, {shift}, {stage.solver}, "
+            f"guidance {stage.guidance:g}, {stage.forwards} forwards"
+        )
+        yield "  sigmas " + (" ".join(f"{sigma:.5g}" for sigma in stage.sigmas) or "none: the upscaled picture is kept")
+    for note in plan.notes:
+        yield f"note: {note}"
+    yield f"plan: {plan.to_string()}"
+
+
+# --- mrflow generate --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a `generate` run needs, decided before anything large is loaded."""
+
+    plan: StagedPlan
+    prompt: str
+    negative: str | None
+    batch: int
+    images: tuple[int, ...]
+    source: RunRecord | None = None
+
+
+def _generate(args: argparse.Namespace) -> int:
+    job = _repeat_job(args) if args.source is not None else _new_job(args)
+    upscaler_path = _upscaler_path(args)
+    with _writable(args.out), _saying_warnings():
+        engine, upscaler = _load(args, job, upscaler_path)
+        record = _record(args, job, engine, upscaler, upscaler_path)
+        _check_repeatable(job.source, record)
+        for note in job.plan.notes:
+            _say(note)
+        with _progress(args) as show, _ctrl_c() as stopped:
+            result = _sample(engine, job, upscaler, lambda step: show("", step), stopped, args.save_stages)
+        for note in result.warnings:
+            _say(note)
+        paths = _save_images(args, job, record, result)
+    if result.cancelled:
+        _say(f"Stopped; the best picture so far is {paths[0]}.")
+    if args.json:
+        stages = [{"name": timing.name, "seconds": timing.seconds} for timing in result.timings]
+        _print_json(
+            {
+                "images": [str(path) for path in paths],
+                "stages": stages,
+                "plan": job.plan.to_string(),
+                "seed": job.plan.seed,
+            }
+        )
+    else:
+        print("\n".join(str(path) for path in paths))
+    return STOPPED if result.cancelled else 0
+
+
+def _new_job(args: argparse.Namespace) -> _Job:
+    if args.prompt is None:
+        raise ValueError(
+            'the prompt is missing; say what the picture shows, as in mrflow generate "a blue star" --out DIR.'
+        )
+    plan = _make_plan(args, _family_name(args))
+    return _Job(plan, args.prompt, args.negative, args.batch, tuple(range(args.batch)))
+
+
+def _repeat_job(args: argparse.Namespace) -> _Job:
+    """The run that a picture remembers. The whole batch runs again, because a batch's size reaches the last bits."""
+    given = [word for word in (*_PLAN_WORDS, "size", "steps", "prompt", "negative") if getattr(args, word) is not None]
+    given += [word for word in ("native",) if getattr(args, word)] + (["batch"] if args.batch != 1 else [])
+    if given:
+        name = given[0] if given[0] == "prompt" else f"--{given[0].replace('_', '-')}"
+        raise ValueError(f"--from takes every number and word from the picture, so {name} has no place; leave one out.")
+    record = _read_record(args.source)
+    if record.model != EMBEDDED and args.model is None:
+        raise ValueError(f"{args.source} was made with the model folder {record.model!r}; name it with --model DIR.")
+    if record.model == EMBEDDED and args.model is not None:
+        raise ValueError(f"{args.source} was made with the embedded model; leave out --model.")
+    if record.unfinished:
+        _say(f"{args.source} is an unfinished picture; its run is now made whole.")
+    plan = StagedPlan.from_string(record.plan)
+    return _Job(plan, record.prompt, record.negative, record.batch, (record.image,), record)
+
+
+def _read_record(path: Path) -> RunRecord:
+    from mrflow_sched.images import read_png_text
+
+    try:
+        text = read_png_text(path).get(KEY)
+    except OSError as error:
+        raise ValueError(
+            f"--from is {str(path)!r}, which cannot be read ({_reason(error)}); give a PNG of mrflow's."
+        ) from error
+    if text is None:
+        raise ValueError(f"--from is {str(path)!r}, which holds no mrflow record; give a PNG that mrflow made.")
+    return RunRecord.from_json(text)
+
+
+def _family_name(args: argparse.Namespace) -> str:
+    if args.model is None:
+        if args.family not in (None, "demo"):
+            raise ValueError(
+                f"--family is {args.family!r}, but the embedded model is of family demo; give --model DIR."
+            )
+        return "demo"
+    from mrflow_sched.engines.flux import read_family
+
+    found = read_family(args.model)
+    return args.family or found
+
+
+def _upscaler_path(args: argparse.Namespace) -> Path | None:
+    """The file to load; None means Lanczos. The embedded model brings its own."""
+    if args.upscaler is None:
+        if args.model is not None:
+            return None
+        from mrflow_sched import demo
+
+        return Path(demo.upscaler_path())
+    if args.upscaler.lower() == LANCZOS:
+        return None
+    path = Path(args.upscaler)
+    if not path.is_file():
+        raise ValueError(
+            f"--upscaler is {args.upscaler!r}, which is not a file; give an ESRGAN-type file, or {LANCZOS}."
+        )
+    return path
+
+
+def _load(args: argparse.Namespace, job: _Job, upscaler_path: Path | None) -> tuple[FluxEngine, PixelUpscaler | None]:
+    from mrflow_sched.upscale import load_upscaler
+
+    device, dtype = args.device, args.dtype
+    if job.source is not None:
+        _use_threads(job.source)
+        device = job.source.device if device == "auto" else device
+        dtype = job.source.dtype if dtype == "auto" else dtype
+    engine = _load_engine(args, device, dtype)
+    if len(job.plan.stages) == 1:
+        return engine, None
+    return engine, load_upscaler(upscaler_path, device=engine.device)
+
+
+def _use_threads(record: RunRecord) -> None:
+    """Sums are split by thread count, so the same bits need the same count."""
+    import torch
+
+    if record.device == "cpu" and 1 <= record.threads <= 4096:
+        torch.set_num_threads(record.threads)
+
+
+def _load_engine(args: argparse.Namespace, device: str, dtype: str) -> FluxEngine:
+    if args.model is None:
+        from mrflow_sched import demo
+
+        return demo.load_engine(device=device, dtype=dtype)
+    from mrflow_sched.engines.flux import FluxEngine
+
+    return FluxEngine.from_folder(
+        args.model, device=device, dtype=dtype, family=args.family, offload_text=args.offload_text
+    )
+
+
+def _sample(
+    engine: FluxEngine,
+    job: _Job,
+    upscaler: PixelUpscaler | None,
+    callback: Callable[[Progress], None],
+    cancel: Callable[[], bool],
+    keep_stages: bool,
+) -> StagedResult:
+    from mrflow_sched.sampler import sample_staged
+
+    return sample_staged(
+        engine,
+        job.plan,
+        job.prompt,
+        negative_prompt=job.negative,
+        batch=job.batch,
+        upscaler=upscaler,
+        callback=callback,
+        cancel=cancel,
+        keep_stages=keep_stages,
+    )
+
+
+def _record(
+    args: argparse.Namespace, job: _Job, engine: FluxEngine, upscaler: PixelUpscaler | None, upscaler_path: Path | None
+) -> RunRecord:
+    import torch
+
+    used = upscaler is not None and upscaler_path is not None
+    return RunRecord(
+        plan=job.plan.to_string(),
+        prompt=job.prompt,
+        negative=job.negative,
+        seed=job.plan.seed,
+        batch=job.batch,
+        image=0,
+        model=EMBEDDED if args.model is None else engine.name,
+        model_fingerprint=engine.fingerprint,
+        upscaler="none" if upscaler is None else upscaler.name,
+        upscaler_sha256=_sha256(upscaler_path) if used and upscaler_path else None,
+        device=engine.device.type,
+        dtype=str(engine.dtype).removeprefix("torch."),
+        vae_dtype=str(engine.vae_dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        versions=library_versions(),
+    )
+
+
+def _check_repeatable(old: RunRecord | None, new: RunRecord) -> None:
+    """Refuse a repeat with another model or upscaler; say aloud what else may move the last bits."""
+    if old is None:
+        return
+    if old.model_fingerprint != new.model_fingerprint:
+        raise ValueError(
+            f"the picture was made with other weights of {old.model!r} than those found; "
+            "give --model the folder that it was made with."
+        )
+    if old.upscaler_sha256 != new.upscaler_sha256:
+        raise ValueError(
+            f"the picture was made with the upscaler {old.upscaler!r}, not {new.upscaler!r}; "
+            "give that file with --upscaler."
+        )
+    moved = [
+        f"{name} {before!r} is now {after!r}"
+        for name, before, after in (
+            *((word, getattr(old, word), getattr(new, word)) for word in ("device", "dtype", "vae_dtype", "threads")),
+            *((key, old.versions.get(key), value) for key, value in new.versions.items()),
+        )
+        if before != after
+    ]
+    if moved:
+        _say(f"The picture may differ in its last bits from the original: {', '.join(moved)}.")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _save_images(args: argparse.Namespace, job: _Job, record: RunRecord, result: StagedResult) -> list[Path]:
+    """Write the wanted images of a result, and its stages where kept, each with its record; never over an old file."""
+    from mrflow_sched.images import save_png
+
+    ending = "-unfinished" if result.cancelled else ""
+    record = replace(record, unfinished=result.cancelled)
+    paths: list[Path] = []
+    for number in job.images:
+        text = {KEY: replace(record, image=number).to_json()}
+        stem = _free_stem(args.out, f"mrflow-{job.plan.seed + number}{ending}")
+        for step, stage in enumerate(result.stages if args.save_stages else (), 1):
+            name = re.sub(r"[^a-z0-9]+", "-", stage.name.lower()).strip("-")
+            save_png(args.out / f"{stem}-part{step}-{name}.png", _one(stage.image, number), text)
+        paths.append(args.out / f"{stem}.png")
+        save_png(paths[-1], _one(result.images, number), text)
+    return paths
+
+
+def _one(images: Tensor, number: int) -> Tensor:
+    return images if images.ndim == 3 else images[number]
+
+
+def _free_stem(folder: Path, stem: str) -> str:
+    """`stem`, or `stem-2`, `stem-3` ... where a picture of that name is already there."""
+    names = (stem if count == 1 else f"{stem}-{count}" for count in range(1, 1_000_000))
+    return next(name for name in names if not (folder / f"{name}.png").exists())
+
+
+# --- mrflow compare ---------------------------------------------------------------------------
+
+
+def _compare(args: argparse.Namespace) -> int:
+    solver = {} if args.solver else {"solver": "euler"}
+    plan = _make_plan(args, _family_name(args), **solver)
+    if len(plan.stages) < 2:
+        raise ValueError("--stages is 1, which leaves nothing to compare; use 2 or more.")
+    from mrflow_sched.compare import compare, native_plan_of
+
+    upscaler_path = _upscaler_path(args)
+    job = _Job(plan, args.prompt, None, 1, (0,))
+    with _writable(args.out), _saying_warnings():
+        engine, upscaler = _load(args, job, upscaler_path)
+        for note in plan.notes:
+            _say(note)
+        record = _record(args, job, engine, upscaler, upscaler_path)
+
+        def save(result: StagedResult, path: Path) -> None:
+            from mrflow_sched.images import save_png
+
+            one = replace(record, plan=result.plan.to_string())
+            save_png(path, result.images[0], {KEY: one.to_json()})
+
+        with _progress(args) as show:
+            found = compare(
+                engine,
+                args.prompt,
+                plan,
+                args.out,
+                native_plan=native_plan_of(plan, args.steps),
+                upscaler=upscaler,
+                save=save,
+                repeats=args.repeats,
+                callback=show,
+            )
+    for note in found.notes:
+        _say(note)
+    if args.json:
+        _print_json(found.to_dict())
+    else:
+        print("\n".join(_compare_lines(found.to_dict())))
+    return 0
+
+
+def _compare_lines(found: dict[str, Any]) -> Iterator[str]:
+    native, staged = found["native_seconds"], found["staged_seconds"]
+    yield f"native {native:.2f} s, staged {staged:.2f} s: {found['speedup']:.2f} times as fast"
+    for name in ("native", "staged"):
+        parts = found["stages" if name == "staged" else "native_stages"]
+        yield f"{name}: " + ", ".join(f"{part['name']} {part['seconds']:.2f} s" for part in parts)
+    yield f"outside the network: {found['overhead_share']:.1%} of the staged time"
+    yield f"peak memory: {found['peak_memory_ratio']:.2f} times native"
+    yield f"picture: {found['sheet']}"
+
+
+# --- around every command ---------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(f"mrflow: {text}", file=sys.stderr)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Generator[None, None, None]:
+    """Make the folder and prove that it takes files before minutes are spent; remove it if a failure left it empty."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"mrflow")
+    except OSError as error:
+        raise ValueError(f"--out is {str(folder)!r}, which takes no files ({_reason(error)}); give another.") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # rmdir takes only empty folders
+            for place in missing:
+                place.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _saying_warnings() -> Generator[None, None, None]:
+    """Warnings of this package become notes on standard error; those of others keep their own way."""
+    home = str(Path(mrflow_sched.__file__).parent)
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if filename.startswith(home):
+                _say(str(message))
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+@contextlib.contextmanager
+def _progress(args: argparse.Namespace) -> Generator[Callable[[str, Progress], None], None, None]:
+    """A function (run name, progress) that moves a bar on standard error, or does nothing where no bar is wanted."""
+    if not (sys.stderr.isatty() if args.progress is None else args.progress):
+        yield lambda _name, _step: None
+        return
+    from tqdm import tqdm
+
+    # A percentage, not a step count: the fraction is weighted by cost, so the bar moves evenly in time.
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    make_bar: Any = tqdm
+    with make_bar(total=1.0, bar_format=layout, file=sys.stderr, leave=False) as bar:
+        last = [""]
+
+        def show(name: str, step: Progress) -> None:
+            if name != last[0]:
+                last[0] = name
+                bar.reset(total=1.0)
+            bar.set_description_str(f"{name}: {step.name}" if name else step.name, refresh=False)
+            bar.update(step.fraction - bar.n)
+            bar.refresh()
+
+        yield show
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Generator[Callable[[], bool], None, None]:
+    """A function that says whether Ctrl-C was pressed; the first press stops gently, the second at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop.is_set
+        return
+
+    def press(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        _say("Stopping and keeping the best picture so far (Ctrl-C again stops at once).")
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield stop.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return "the disk is full"
+    return (error.strerror or str(error)).lower()
+
+
+def _sentence(error: BaseException) -> str:
+    """One line for any refusal."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f" at {error.filename}" if error.filename else ""
+        return f"{_reason(error)}{where}; free some space or give another folder or file."
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return its exit code.
+
+    ValueError and OSError are refusals: one sentence, code 2. Anything else is a fault of ours and shows its traceback.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    try:
+        args = parser.parse_args(words)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return REFUSED
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        _say("Stopped.")
+        return STOPPED
+    except BrokenPipeError:
+        # The reader went away (a pager, head): point stdout at nothing so that Python's own flush at exit stays silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        known = isinstance(error, (ValueError, OSError)) or _out_of_memory(error)
+        if not known or "--debug" in words:
+            raise
+        if _out_of_memory(error):
+            _say("there is not enough memory for this size or batch; make the picture or the batch smaller.")
+        else:
+            _say(_sentence(error))
+        return REFUSED

@@ -1,0 +1,252 @@
+"""Native and staged sampling of one prompt, measured the same way in one process.
+
+What is measured: the wall clock from the prompt to the saved PNG (text encoding, sampling, decoding, super-resolution,
+encoding, noise, saving), for both. Loading is not in it. Both ways run once before, at the same sizes with as few steps
+as they can, so that neither pays for first calls. Both use one solver and one seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median_low
+from typing import TYPE_CHECKING, Any
+
+from mrflow_sched.plan import StagedPlan, make_native_plan
+
+if TYPE_CHECKING:
+    from mrflow_sched.engines import Engine
+    from mrflow_sched.sampler import Progress, StagedResult
+    from mrflow_sched.upscale import PixelUpscaler
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named part of a run and its wall-clock seconds."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run. `seconds` is the whole, `parts` its pieces in order, `peak_bytes` the highest memory use.
+
+    `notes` are the sampler's sentences for the user.
+    """
+
+    name: str
+    title: str
+    detail: str
+    seconds: float
+    parts: tuple[Part, ...]
+    peak_bytes: int
+    path: Path
+    notes: tuple[str, ...] = ()
+
+    @property
+    def network_seconds(self) -> float:
+        """Seconds spent sampling, that is in the network and its solver."""
+        return sum(part.seconds for part in self.parts if part.name.endswith("sample"))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A native and a staged run of the same prompt, and the picture that shows both."""
+
+    native: Run
+    staged: Run
+    sheet: Path
+    repeats: int
+
+    @property
+    def speedup(self) -> float:
+        """Native seconds divided by staged seconds."""
+        return self.native.seconds / self.staged.seconds
+
+    @property
+    def overhead_share(self) -> float:
+        """Share of the staged run spent outside the network: text, decode, super-resolution, encode, noise, saving."""
+        return 1 - self.staged.network_seconds / self.staged.seconds
+
+    @property
+    def peak_memory_ratio(self) -> float:
+        """Peak memory of the staged run divided by that of the native run (see `_memory.PeakMemory`)."""
+        return self.staged.peak_bytes / self.native.peak_bytes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the sampler had to say of either run."""
+        return (*self.native.notes, *self.staged.notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measurements under keys that stay as they are from version to version."""
+        return {
+            "native_seconds": self.native.seconds,
+            "staged_seconds": self.staged.seconds,
+            "speedup": self.speedup,
+            "overhead_share": self.overhead_share,
+            "peak_memory_ratio": self.peak_memory_ratio,
+            "stages": [{"name": part.name, "seconds": part.seconds} for part in self.staged.parts],
+            "native": str(self.native.path),
+            "staged": str(self.staged.path),
+            "sheet": str(self.sheet),
+            "native_stages": [{"name": part.name, "seconds": part.seconds} for part in self.native.parts],
+            "native_peak_bytes": self.native.peak_bytes,
+            "staged_peak_bytes": self.staged.peak_bytes,
+            "warmup": True,
+            "repeats": self.repeats,
+        }
+
+
+SavePicture = Callable[["StagedResult", Path], None]
+
+
+def compare(
+    engine: Engine,
+    prompt: str,
+    staged_plan: StagedPlan,
+    out: Path,
+    *,
+    native_plan: StagedPlan | None = None,
+    upscaler: PixelUpscaler | None = None,
+    save: SavePicture | None = None,
+    repeats: int = 1,
+    callback: Callable[[str, Progress], None] | None = None,
+) -> Comparison:
+    """Sample `prompt` natively and by `staged_plan`, and write native.png, staged.png and compare.png into `out`.
+
+    `native_plan` defaults to the family's own step count with the staged plan's first solver and seed. With `repeats`
+    above 1 the two ways alternate and the run of median length stands for each. `callback(name, progress)` hears all.
+    `save(result, path)` writes a picture; the default writes the first image without a record.
+    Raises ValueError for `repeats` below 1, OSError where a file cannot be written.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; ask for 1 or more.")
+    native_plan = native_plan or native_plan_of(staged_plan)
+    plans = {"native": native_plan, "staged": staged_plan}
+    keep = save or _save_first
+    hear = callback or _hear_nothing
+    for name, plan in plans.items():
+        _measure(
+            engine, prompt, shortest(plan), upscaler, lambda p, name=name: hear(f"warm-up, {name}", p), name, None, keep
+        )
+    runs: dict[str, list[Run]] = {name: [] for name in plans}
+    for _ in range(repeats):
+        for name, plan in plans.items():
+            path = out / f"{name}.png"
+            runs[name].append(
+                _measure(engine, prompt, plan, upscaler, lambda p, name=name: hear(name, p), name, path, keep)
+            )
+    native, staged = (_median_run(runs[name]) for name in ("native", "staged"))
+    return Comparison(native, staged, _write_sheet(prompt, native, staged, out / "compare.png"), repeats)
+
+
+def native_plan_of(plan: StagedPlan, steps: int | None = None) -> StagedPlan:
+    """The ordinary run that a staged plan is measured against: same size, solver, guidance and seed, all the steps."""
+    first = plan.stages[0]
+    return make_native_plan(
+        plan.family,
+        plan.width,
+        plan.height,
+        steps=steps or plan.native_steps,
+        solver=first.solver,
+        guidance=first.guidance,
+        seed=plan.seed,
+    )
+
+
+def shortest(plan: StagedPlan) -> StagedPlan:
+    """The same plan with one step per stage: every code path and every size once, for little time."""
+    stages = tuple(
+        replace(stage, sigmas=(stage.sigmas[0], 0.0), forwards=max(1, stage.forwards // stage.steps))
+        if stage.sigmas
+        else stage
+        for stage in plan.stages
+    )
+    return replace(plan, stages=stages)
+
+
+def _measure(
+    engine: Engine,
+    prompt: str,
+    plan: StagedPlan,
+    upscaler: PixelUpscaler | None,
+    callback: Callable[[Progress], None],
+    name: str,
+    path: Path | None,
+    save: SavePicture,
+) -> Run:
+    """Run a plan once and save its picture; with `path=None` (the warm-up) nothing is written."""
+    from mrflow_sched._memory import PeakMemory
+    from mrflow_sched.sampler import sample_staged
+
+    with PeakMemory(engine.device) as peak:
+        begin = time.perf_counter()
+        result = sample_staged(engine, plan, prompt, upscaler=upscaler, callback=callback)
+        sampled = time.perf_counter()
+        if path is not None:
+            save(result, path)
+        end = time.perf_counter()
+    parts = [Part(timing.name, timing.seconds) for timing in result.timings]
+    title, detail = _describe(name, plan)
+    return Run(
+        name,
+        title,
+        detail,
+        end - begin,
+        (*parts, Part("save", end - sampled)),
+        peak.bytes,
+        path or Path(),
+        result.warnings,
+    )
+
+
+def _describe(name: str, plan: StagedPlan) -> tuple[str, str]:
+    size = f"{plan.width}x{plan.height}"
+    steps = [stage.steps for stage in plan.stages]
+    forwards = f"{plan.forwards} forwards"
+    if len(steps) == 1:
+        return f"{name}, {steps[0]} steps", f"{size}, {plan.stages[0].solver}, {forwards}"
+    sizes = " then ".join(f"{stage.width}x{stage.height}" for stage in plan.stages)
+    start = ", ".join(f"sigma {stage.start_sigma:g}" for stage in plan.stages[1:] if stage.sigmas)
+    return (
+        f"{name}, {'+'.join(map(str, steps))} steps",
+        f"{sizes}, {plan.stages[0].solver}, {start or 'no refine'}, {forwards}",
+    )
+
+
+def _hear_nothing(_name: str, _progress: Progress) -> None:
+    """The callback of who wants none."""
+
+
+def _median_run(runs: Sequence[Run]) -> Run:
+    middle = median_low(run.seconds for run in runs)
+    return next(run for run in runs if run.seconds == middle)
+
+
+def _save_first(result: StagedResult, path: Path) -> None:
+    from mrflow_sched.images import save_png
+
+    save_png(path, result.images[0], {})
+
+
+def _write_sheet(prompt: str, native: Run, staged: Run, path: Path) -> Path:
+    """Draw the sheet from the saved pictures and write it whole or not at all."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from mrflow_sched._sheet import draw_sheet
+    from mrflow_sched.images import save_png
+
+    pictures: list[Image.Image] = []
+    for run in (native, staged):
+        picture: Image.Image = Image.open(run.path)
+        with picture:
+            pictures.append(picture.convert("RGB"))
+    sheet = torch.tensor(np.array(draw_sheet(prompt, native, staged, pictures)))
+    save_png(path, sheet.permute(2, 0, 1).float() / 255, {})
+    return path
