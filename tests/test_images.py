@@ -1,0 +1,212 @@
+"""Pictures on disk: rounding, text, whole files or none, clear sentences."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mrflow_sched.images import load_image, read_png_text, save_png
+
+
+def picture(height: int = 4, width: int = 6) -> torch.Tensor:
+    return torch.rand((3, height, width), generator=torch.Generator().manual_seed(0))
+
+
+def test_round_trip_is_within_half_a_level(tmp_path: Path) -> None:
+    image = picture()
+    save_png(tmp_path / "a.png", image)
+    back = load_image(tmp_path / "a.png")
+    assert back.dtype == torch.float32
+    assert back.shape == image.shape
+    assert (back - image).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_rounds_instead_of_truncating(tmp_path: Path) -> None:
+    levels = torch.tensor([0.0, 0.4, 0.6, 1.0, 1.4, 254.6, 255.0]) / 255
+    save_png(tmp_path / "a.png", levels.expand(3, 1, -1))
+    assert list(Image.open(tmp_path / "a.png").getchannel(0).tobytes()) == [0, 0, 1, 1, 1, 255, 255]
+
+
+def test_values_outside_the_range_are_clamped(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", torch.tensor([-0.5, 1.5]).expand(3, 1, 2))
+    assert list(Image.open(tmp_path / "a.png").getchannel(0).tobytes()) == [0, 255]
+
+
+def test_half_precision_and_gradients_are_accepted(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", picture().bfloat16().requires_grad_())
+    assert load_image(tmp_path / "a.png").shape == (3, 4, 6)
+
+
+def test_text_round_trip_with_any_letters_and_lines(tmp_path: Path) -> None:
+    text = {
+        "mrflow": "mrflow1;flux1-dev;12+1",
+        "prompt": "ein Bär, 漢字 🎨\nsecond line",
+        "long": "x" * 100_000,
+        "none": "",
+    }
+    save_png(tmp_path / "a.png", picture(), text)
+    assert read_png_text(tmp_path / "a.png") == text
+
+
+def test_no_text_reads_as_empty(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", picture())
+    assert read_png_text(tmp_path / "a.png") == {}
+
+
+@pytest.mark.parametrize("keyword", ["", "k" * 80, "漢字", "line\nbreak"])
+def test_keywords_that_png_does_not_allow(tmp_path: Path, keyword: str) -> None:
+    with pytest.raises(ValueError, match="keyword"):
+        save_png(tmp_path / "a.png", picture(), {keyword: "value"})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.zeros(4, 4),
+        torch.zeros(1, 3, 4, 4),
+        torch.zeros(4, 4, 3),
+        torch.zeros(3, 0, 4),
+        torch.zeros(3, 4, 4, dtype=torch.uint8),
+    ],
+)
+def test_what_is_no_image_is_refused(tmp_path: Path, image: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="image must be a float tensor"):
+        save_png(tmp_path / "a.png", image)
+
+
+def test_values_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        save_png(tmp_path / "a.png", torch.full((3, 2, 2), float("nan")))
+    assert list(tmp_path.iterdir()) == []
+
+
+class FullDisk:
+    """A file that takes some bytes and then finds the disk full."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __enter__(self) -> FullDisk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, data: bytes) -> int:
+        self.file.write(data[:10])
+        self.file.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "a.png"
+    save_png(target, picture())
+    before = target.read_bytes()
+    monkeypatch.setattr("builtins.open", lambda *args, _open=open, **kwargs: FullDisk(_open(*args, **kwargs)))
+    with pytest.raises(OSError, match=r"a\.png.*cannot be written: No space left on device") as caught:
+        save_png(target, 1 - picture())
+    monkeypatch.undo()
+    assert "\n" not in str(caught.value)
+    assert target.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_rename_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(OSError, match=r"a\.png.*cannot be written"):
+        save_png(tmp_path / "a.png", picture())
+    assert [each.name for each in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="the folder does not exist"):
+        save_png(tmp_path / "none" / "a.png", picture())
+
+
+def test_an_error_without_a_reason_is_named_by_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError, match="cannot be written: PermissionError"):
+        save_png(tmp_path / "a.png", picture())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_a_saved_file_has_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_png(tmp_path / "a.png", picture())
+    assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_modes_become_rgb(tmp_path: Path) -> None:
+    Image.new("L", (2, 2), 51).save(tmp_path / "grey.png")
+    Image.new("RGBA", (2, 2), (255, 0, 51, 7)).save(tmp_path / "alpha.png")
+    Image.new("P", (2, 2), 0).save(tmp_path / "palette.png")
+    assert torch.allclose(load_image(tmp_path / "grey.png"), torch.full((3, 2, 2), 0.2))
+    assert torch.allclose(load_image(tmp_path / "alpha.png")[:, 0, 0], torch.tensor([1.0, 0.0, 0.2]))
+    assert load_image(tmp_path / "palette.png").shape == (3, 2, 2)
+
+
+def test_sixteen_bits_are_kept(tmp_path: Path) -> None:
+    values = torch.tensor([[0, 1000, 65535]], dtype=torch.int32)
+    image = Image.frombytes("I;16", (3, 1), values.to(torch.uint16).numpy().tobytes())
+    image.save(tmp_path / "deep.png")
+    back = load_image(tmp_path / "deep.png")
+    assert back.shape == (3, 1, 3)
+    assert torch.allclose(back[0], values / 65535, atol=1e-7)
+
+
+def test_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").shape == (3, 4, 2)
+
+
+@pytest.mark.parametrize("read", [load_image, read_png_text])
+def test_missing_files(tmp_path: Path, read: Any) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no image file .*none\.png"):
+        read(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("read", [load_image, read_png_text])
+def test_files_that_are_no_images(tmp_path: Path, read: Any) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").touch()
+    for path in (tmp_path, tmp_path / "text.png", tmp_path / "empty.png"):
+        with pytest.raises(ValueError, match="not an image file"):
+            read(path)
+
+
+@pytest.mark.parametrize("read", [load_image, read_png_text])
+def test_truncated_images(tmp_path: Path, read: Any) -> None:
+    save_png(tmp_path / "a.png", picture(64, 64))
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"a\.png.*cannot be read") as caught:
+        read(tmp_path / "a.png")
+    assert "\n" not in str(caught.value)
+
+
+def test_enormous_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_png(tmp_path / "a.png", picture(8, 8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(ValueError, match="too large"):
+        load_image(tmp_path / "a.png")
+
+
+def test_text_is_read_from_png_only(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="JPEG image, not a PNG"):
+        read_png_text(tmp_path / "a.jpg")
