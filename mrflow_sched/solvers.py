@@ -202,27 +202,21 @@ def sample_careful(
     return steps.x
 
 
-# How much of the first trapezoid to take, when no prediction has been tested yet.
-_FIRST_CORRECTION = 0.75
-
-
 def _careful_weights(slope: Tensor, before: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weights in [0, 1] of the extrapolation ahead and of the correction behind, per sample (B, 1, ...).
 
     miss: distance from the predicted slope to the one found, as a share of the longest way round (0 right, 1 useless).
-    trust = 1 - miss³. The correction moves the state away from where the slope was evaluated, so it also yields to
-    `bend`, the change of the slope in one step as a multiple of the slope itself, by 1 / (1 + bend²).
+    trust = 1 - miss⁴, and 1 while nothing has been predicted. The correction moves the state away from where the slope
+    was evaluated, so it also yields to `bend`, the change of the slope in one step as a multiple of the slope itself,
+    by 1 / (1 + bend²).
     """
     change = slope - before
     bend = _size(change) / _size(slope).clamp_min(_TINY)
-    if predicted is None:
-        trust = torch.ones_like(bend)
-        behind = _FIRST_CORRECTION * trust
-    else:
+    trust = torch.ones_like(bend)
+    if predicted is not None:
         miss = _size(slope - predicted) / (_size(change) + _size(predicted - before)).clamp_min(_TINY)
-        trust = 1.0 - miss.clamp(max=1.0) ** 3
-        behind = trust
-    return trust, behind / (1.0 + bend**2)
+        trust = 1.0 - miss.clamp(max=1.0) ** 4
+    return trust, trust / (1.0 + bend**2)
 
 
 _TINY = 1e-20
@@ -336,8 +330,10 @@ def _checked(sigmas: Tensor | Sequence[float]) -> list[float]:
     values = [float(sigma) for sigma in sigmas]
     if len(values) < 2:
         raise ValueError(f"sigmas must hold at least two values, got {values!r}; the last is usually 0.")
-    if not all(math.isfinite(value) and value >= 0.0 for value in values):
-        raise ValueError(f"sigmas must hold finite values of 0 or more, got {values!r}.")
-    if any(after >= sigma for sigma, after in pairwise(values)):
-        raise ValueError(f"sigmas must fall from each value to the next, got {values!r}.")
+    for value in values:
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"sigmas must hold finite values of 0 or more, got {value!r} among them.")
+    for sigma, after in pairwise(values):
+        if after >= sigma:
+            raise ValueError(f"sigmas must fall from each value to the next, got {sigma!r} followed by {after!r}.")
     return values
