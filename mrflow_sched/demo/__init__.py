@@ -1,0 +1,48 @@
+"""The embedded model: a FLUX.1 pipeline of nine million weights that draws the scenes of
+:mod:`mrflow_sched.demo.scenes`.
+
+It exists so that the method can be seen, tested and measured anywhere. What it knows is the caption grammar of the
+scenes and nothing else: `example_prompts` shows it, docs/demo-model.md describes it. The folder `weights/` loads in
+diffusers' ``FluxPipeline`` as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from mrflow_sched.engines.flux import FluxEngine
+
+__all__ = ["example_prompts", "load_engine", "upscaler_path", "weights_path"]
+
+
+def weights_path() -> Path:
+    """Folder of the embedded model, a diffusers ``FluxPipeline`` folder."""
+    return Path(__file__).parent / "weights"
+
+
+def upscaler_path() -> Path:
+    """File of the embedded x2 super-resolution network, an ESRGAN in safetensors."""
+    return weights_path() / "upscaler" / "x2.safetensors"
+
+
+def load_engine(*, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> FluxEngine:
+    """The embedded model, ready to sample; arguments as in `FluxEngine.from_folder`."""
+    from mrflow_sched.engines.flux import FluxEngine
+
+    return FluxEngine.from_folder(weights_path(), device=device, dtype=dtype, family="demo")
+
+
+def example_prompts() -> tuple[str, ...]:
+    """Prompts that the embedded model understands, one or two for each of its four kinds of scene."""
+    return (
+        "a red striped circle and a blue star over green hills under an orange sky, the word FLOW",
+        "a purple dotted heart and a yellow triangle over grey mountains under a pink sky",
+        "the word MAGIC in white letters on a blue wall",
+        "many small yellow windows on purple behind a red star",
+        "many small orange flowers on green",
+        "a smooth pink sky over blue waves with a sun on the left",
+    )

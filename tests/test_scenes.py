@@ -1,0 +1,95 @@
+"""The scenes of the demo model: same content at every size, words that say exactly what is drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mrflow_sched.demo.glyphs import GLYPHS, GRID_HEIGHT, GRID_WIDTH, LETTERS
+from mrflow_sched.demo.scenes import (
+    CATEGORIES,
+    COLOURS,
+    MAX_LETTERS,
+    Scene,
+    Thing,
+    caption,
+    caption_words,
+    random_scene,
+    render,
+    vocabulary,
+)
+
+EXAMPLE = Scene(
+    "objects", (Thing("red", "striped", "circle"), Thing("blue", "plain", "star")), "green hills", "orange", word="FLOW"
+)
+
+
+def test_caption_of_an_example() -> None:
+    assert (
+        caption(EXAMPLE) == "a red striped circle and a blue star over green hills under an orange sky, the word FLOW"
+    )
+    assert (
+        caption(Scene("letters", word="AB", ink="red", wall="orange")) == "the word AB in red letters on an orange wall"
+    )
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(CATEGORIES))
+def test_captions_stay_in_the_vocabulary_and_name_every_attribute(seed: int, category: str) -> None:
+    scene = random_scene(np.random.default_rng(seed), category)  # type: ignore[arg-type]
+    known = set(vocabulary())
+    words = [word.rstrip(",") for word, role in caption_words(scene) if role != "word"]
+    assert set(words) <= known
+    for thing in scene.things:
+        assert {thing.colour, thing.shape} <= set(words)
+        assert (thing.texture in words) == (thing.texture != "plain")
+    named = {*scene.ground.split(), scene.sky, scene.ink, scene.wall, scene.detail, scene.light, scene.side}
+    assert named - {""} <= set(words)
+    assert (scene.word in caption(scene).split()) == bool(scene.word)
+    assert len(scene.word) <= MAX_LETTERS
+
+
+def test_the_same_seed_draws_the_same_scenes_in_all_categories() -> None:
+    first = [random_scene(np.random.default_rng([3, k])) for k in range(200)]
+    assert first == [random_scene(np.random.default_rng([3, k])) for k in range(200)]
+    assert {scene.category for scene in first} == set(CATEGORIES)
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(0, 10_000), st.sampled_from(CATEGORIES))
+def test_both_sizes_show_the_same_picture(seed: int, category: str) -> None:
+    scene = random_scene(np.random.default_rng(seed), category)  # type: ignore[arg-type]
+    high, low = render(scene, 128, seed), render(scene, 64, seed)
+    shrunk = high.reshape(64, 2, 64, 2, 3).mean((1, 3))
+    assert (high.dtype, high.shape) == (np.float32, (128, 128, 3))
+    assert high.min() >= 0.0
+    assert high.max() <= 1.0
+    assert np.abs(shrunk - low).mean() < 0.02
+    assert np.array_equal(high, render(scene, 128, seed))
+    assert not np.array_equal(high, render(scene, 128, seed + 1))
+
+
+def test_the_drawing_follows_the_words() -> None:
+    wall = render(Scene("letters", word="I", ink="white", wall="blue"), 64, 0)
+    assert np.abs(wall[2, 2] - COLOURS["blue"]).max() < 0.15
+    one, two = (render(Scene("objects", EXAMPLE.things[:n], "white snow", "blue"), 128, 5) for n in (1, 2))
+    blueish = [(picture[..., 2] - picture[..., 0] > 0.5) & (picture[..., 1] < 0.5) for picture in (one, two)]
+    assert blueish[0].sum() == 0 < blueish[1].sum()
+    assert blueish[1][:, 64:].sum() == blueish[1].sum(), "the second object stands on the right"
+
+
+def test_every_letter_is_drawn_inside_its_box_and_unlike_the_others() -> None:
+    assert len(LETTERS) == 26
+    points = [point for lines in GLYPHS.values() for line in lines for point in line]
+    assert min(x for x, _ in points) >= 0 and max(x for x, _ in points) <= GRID_WIDTH + 0.2  # noqa: PT018
+    assert min(y for _, y in points) >= 0 and max(y for _, y in points) <= GRID_HEIGHT + 0.2  # noqa: PT018
+    shown = {letter: render(Scene("letters", word=letter, ink="white", wall="black"), 64, 1) for letter in LETTERS}
+    flat = np.stack([picture.ravel() for picture in shown.values()])
+    apart = np.abs(flat[:, None] - flat[None]).sum(-1) + 1e9 * np.eye(26)
+    assert apart.min() > 20
+
+
+def test_a_size_that_is_too_small_is_refused() -> None:
+    with pytest.raises(ValueError, match="size is 4"):
+        render(EXAMPLE, 4, 0)

@@ -1,0 +1,104 @@
+"""Scenes drawn once, and the latents that the flow model is trained on.
+
+The encoder of the demo VAE is a principal-component analysis of 4x4 pixel patches, so the latents exist as soon as
+the pictures do and the decoder can be trained beside the flow model.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from mrflow_sched.demo.scenes import Scene, Thing, random_scene, render
+
+HIGH, LOW = 256, 128
+PATCH, CHANNELS = 4, 16
+WHITENING = (
+    0.4  # 0 keeps the power of every component, 1 makes all equal; between: fine detail stays fainter than layout
+)
+TRAIN_STREAM, TEST_STREAM = 1, 2
+
+
+def scene_at(index: int, stream: int = TRAIN_STREAM) -> Scene:
+    """The scene with this number; streams do not share scenes."""
+    return random_scene(np.random.default_rng([stream, index]))
+
+
+def picture_at(index: int, stream: int = TRAIN_STREAM, size: int = HIGH) -> np.ndarray:
+    return render(scene_at(index, stream), size, seed=index * 10 + stream)
+
+
+def _render_range(args: tuple[str, int, int]) -> int:
+    path, first, last = args
+    pictures = np.lib.format.open_memmap(path, mode="r+")
+    for index in range(first, last):
+        pictures[index] = np.rint(picture_at(index) * 255)
+    return last - first
+
+
+def shrink(pictures: np.ndarray) -> np.ndarray:
+    """(B, 2h, 2w, 3) → (B, h, w, 3) by averaging 2x2 pixels, in float."""
+    b, h, w, c = pictures.shape
+    return pictures.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4), dtype=np.float32)
+
+
+def patches(pictures: np.ndarray) -> np.ndarray:
+    """(B, H, W, 3) in [-1, 1] → (B, H/4, W/4, 48), pixels of a patch in row, column, colour order."""
+    b, h, w, c = pictures.shape
+    split = pictures.reshape(b, h // PATCH, PATCH, w // PATCH, PATCH, c).transpose(0, 1, 3, 2, 4, 5)
+    return np.ascontiguousarray(split).reshape(b, h // PATCH, w // PATCH, PATCH * PATCH * c)
+
+
+def fit_components(pictures: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean (48,) and analysis matrix (48, 16) of patches; latents have mean power 1 over all channels."""
+    values = patches(pictures).reshape(-1, 48).astype(np.float64)
+    mean = values.mean(0)
+    covariance = np.cov((values - mean).T)
+    power, basis = np.linalg.eigh(covariance)
+    order = np.argsort(power)[::-1][:CHANNELS]
+    basis, deviation = basis[:, order], np.sqrt(power[order])
+    basis = basis * np.sign(basis.sum(0) + 1e-9)
+    gain = deviation**-WHITENING
+    gain /= np.sqrt(((deviation * gain) ** 2).mean())
+    return {"mean": mean, "analysis": basis * gain, "synthesis": (basis / gain).T, "deviation": deviation * gain}
+
+
+def build(work: Path, count: int, workers: int = 2) -> None:
+    """Draw ``count`` training scenes and store pictures (uint8), components and latents (float16) under ``work``."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "pictures.npy"
+    if not path.exists() or len(np.load(path, mmap_mode="r")) != count:
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, HIGH, HIGH, 3)).flush()
+        edges = np.linspace(0, count, workers * 8 + 1).astype(int)
+        jobs = [(str(path), int(a), int(b)) for a, b in pairwise(edges)]
+        with ProcessPoolExecutor(workers) as pool:
+            list(pool.map(_render_range, jobs))
+    pictures = np.load(path, mmap_mode="r")
+    sample = pictures[:: max(1, count // 600)].astype(np.float32) / 127.5 - 1
+    components = fit_components(sample)
+    np.savez(work / "components.npz", **components)
+    mean, analysis = components["mean"].astype(np.float32), components["analysis"].astype(np.float32)
+    for size in (HIGH, LOW):
+        out = np.lib.format.open_memmap(
+            work / f"latents{size}.npy",
+            mode="w+",
+            dtype=np.float16,
+            shape=(count, CHANNELS, size // PATCH, size // PATCH),
+        )
+        for first in range(0, count, 64):
+            block = pictures[first : first + 64].astype(np.float32) / 127.5 - 1
+            block = block if size == HIGH else shrink(block)
+            out[first : first + len(block)] = ((patches(block) - mean) @ analysis).transpose(0, 3, 1, 2)
+        out.flush()
+    scenes = [asdict(scene_at(index)) for index in range(count)]
+    (work / "scenes.json").write_text(json.dumps(scenes))
+
+
+def load_scenes(work: Path) -> list[Scene]:
+    rows = json.loads((work / "scenes.json").read_text())
+    return [Scene(**{**row, "things": tuple(Thing(**thing) for thing in row["things"])}) for row in rows]

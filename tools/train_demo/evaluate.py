@@ -1,0 +1,90 @@
+"""What the finished model shows: attribute accuracy and sheets of pictures, native and staged alike."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mrflow_sched import make_native_plan, make_plan
+from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption
+from mrflow_sched.engines.flux import FluxEngine
+from mrflow_sched.sampler import sample_staged
+from mrflow_sched.upscale import load_upscaler
+from train_demo import classifier, data
+
+
+def sheet(pictures: Tensor, columns: int) -> Image.Image:
+    """(N, 3, H, W) in [0, 1] as one picture, row by row."""
+    n, c, h, w = pictures.shape
+    grid = (
+        pictures.view(n // columns, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, n // columns * h, columns * w)
+    )
+    return Image.fromarray((grid.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy())
+
+
+def test_scenes(per_category: int) -> list[Scene]:
+    """Scenes that no part was trained on, equally many of each category."""
+    found: dict[str, list[Scene]] = {category: [] for category in CATEGORIES}
+    index = 0
+    while min(len(rows) for rows in found.values()) < per_category:
+        scene = data.scene_at(index, data.TEST_STREAM)
+        if len(found[scene.category]) < per_category:
+            found[scene.category].append(scene)
+        index += 1
+    return [scene for rows in found.values() for scene in rows]
+
+
+def _sample(engine: FluxEngine, plan: Any, prompts: list[str], upscaler: Any, batch: int = 8) -> Tensor:
+    parts = []
+    for first in range(0, len(prompts), batch):
+        part = make_seeded(plan, first)
+        parts.append(sample_staged(engine, part, prompts[first : first + batch], upscaler=upscaler).images)
+    return torch.cat(parts)
+
+
+def make_seeded(plan: Any, seed: int) -> Any:
+    from dataclasses import replace
+
+    return replace(plan, seed=plan.seed + seed)
+
+
+def evaluate(work: Path, weights: Path, per_category: int = 24, pictures: Path | None = None) -> dict[str, Any]:
+    """Writes ``evaluation.json`` and sheets; the judge is the classifier trained on true scenes."""
+    engine = FluxEngine.from_folder(weights, family="demo")
+    upscaler = load_upscaler(weights / "upscaler" / "x2.safetensors")
+    judge = classifier.Classifier()
+    judge.load_state_dict(torch.load(work / "classifier.pt", weights_only=True))
+    scenes = test_scenes(per_category)
+    prompts = [caption(scene) for scene in scenes]
+    true = torch.from_numpy(np.stack([data.picture_at(i, data.TEST_STREAM) for i in range(len(scenes))])).permute(
+        0, 3, 1, 2
+    )
+    true_scenes = [data.scene_at(i, data.TEST_STREAM) for i in range(len(scenes))]
+    out: dict[str, Any] = {"scenes": len(scenes), "true scenes": classifier.accuracy(judge, true, true_scenes)}
+    plans = {
+        "native 50": make_native_plan("demo", 256, 256, solver="euler"),
+        "native 12": make_native_plan("demo", 256, 256, steps=12, solver="euler"),
+        "staged 20+1": make_plan("demo", 256, 256, "20+1"),
+        "staged 12+1": make_plan("demo", 256, 256, "12+1"),
+        "staged 6+1": make_plan("demo", 256, 256, "6+1"),
+    }
+    folder = pictures or work
+    for name, plan in plans.items():
+        begin = time.time()
+        shown = _sample(engine, plan, prompts, upscaler)
+        out[name] = {**classifier.accuracy(judge, shown, scenes), "seconds": time.time() - begin}
+        for category in CATEGORIES:
+            rows = [row for row, scene in enumerate(scenes) if scene.category == category]
+            out[name][f"in {category}"] = classifier.accuracy(judge, shown[rows], [scenes[row] for row in rows])["all"]
+        chosen = [row for k in range(len(CATEGORIES)) for row in range(k * per_category, k * per_category + 6)]
+        sheet(shown[chosen], 6).save(folder / f"sheet {name}.png".replace(" ", "-"))
+        print(name, {key: round(value, 3) for key, value in out[name].items()}, flush=True)
+    (work / "evaluation.json").write_text(json.dumps(out, indent=1))
+    return out

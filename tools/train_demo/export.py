@@ -1,0 +1,70 @@
+"""Put the trained parts together as a FLUX.1 pipeline folder with the upscaler beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from safetensors.torch import save_file
+
+from train_demo import flow, text, vae
+
+
+def load_flow(work: Path) -> flow.TextToVelocity:
+    """The base model's average, with the transformer of the guided one where that has been trained."""
+    model = flow.TextToVelocity(work)
+    model.load_state_dict(torch.load(work / "flow.pt", weights_only=False)["ema"])
+    if (work / "guided.pt").exists():
+        model.transformer.load_state_dict(torch.load(work / "guided.pt", weights_only=False)["ema"])
+    return model.eval().requires_grad_(False)
+
+
+def load_vae(work: Path) -> Any:
+    model = vae.make_vae()
+    model.load_state_dict(torch.load(work / "vae.pt", weights_only=False)["vae"])
+    return model.eval()
+
+
+def export(work: Path, folder: Path) -> None:
+    """Write ``folder``: every FLUX.1 script can load it. The transformer and the text encoders are stored in
+    bfloat16."""
+    model = load_flow(work)
+    t5_tokenizer, _, clip_tokenizer, _ = text.load(work)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=64, max_image_seq_len=1024
+    )
+    pipe = FluxPipeline(
+        scheduler=scheduler,
+        vae=load_vae(work),
+        text_encoder=model.clip.bfloat16(),
+        tokenizer=clip_tokenizer,
+        text_encoder_2=model.t5.bfloat16(),
+        tokenizer_2=t5_tokenizer,
+        transformer=model.transformer.bfloat16(),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    pipe.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(work / "text" / "tokenizer" / name, folder / "tokenizer" / name)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"], index["tokenizer_2"] = ["transformers", "CLIPTokenizer"], ["transformers", "T5TokenizerFast"]
+    index["_mrflow_family"] = "demo"
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "upscaler").mkdir()
+    state = torch.load(work / "sr.pt", weights_only=False)["ema"]
+    save_file({key: value.half().contiguous() for key, value in state.items()}, folder / "upscaler" / "x2.safetensors")
+    for path in folder.rglob("*.json"):
+        path.write_text(_without_paths(path.read_text()))
+
+
+def _without_paths(document: str) -> str:
+    """Drop the keys in which libraries note where a file was loaded from."""
+    content = json.loads(document)
+    if isinstance(content, dict):
+        for key in ("_name_or_path", "name_or_path"):
+            content.pop(key, None)
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

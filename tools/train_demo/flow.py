@@ -1,0 +1,355 @@
+"""The flow model: a small FLUX.1 transformer trained at the low size first, then at both, then given embedded
+guidance.
+
+Velocity v = noise - x0 is regressed at x = (1-sigma) x0 + sigma noise. The schedule is in seconds, so one setting
+serves any machine; the run can be stopped and goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from mrflow_sched.demo.scenes import caption
+from train_demo import data, text
+
+GUIDANCE_RANGE = (1.0, 5.0)
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    seconds: float = 5400.0  # budget of the base training on this machine
+    low_only: float = 0.40  # share of the budget before high-size batches join
+    high_share: float = 0.50  # share of steps at the high size after that
+    batch_low: int = 16
+    batch_high: int = 4
+    muon_lr: float = 0.02
+    adam_lr: float = 1.5e-3
+    text_lr: float = 5e-4
+    warmup_steps: int = 150
+    ema: float = 0.9985
+    drop_text: float = 0.10
+    long_text: float = 0.015  # share of steps with 512 text tokens, the length that pipelines pad to by default
+    seed: int = 7
+
+
+def make_transformer() -> FluxTransformer2DModel:
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=text.WIDTH,
+        pooled_projection_dim=text.WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 28, 28),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("proj_out") or ("norm" in name and ".linear." in name):
+                parameter.zero_()
+    return model
+
+
+def pack(latents: Tensor) -> Tensor:
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+
+
+def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
+    b, _, c = tokens.shape
+    return tokens.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
+
+
+def position_ids(h: int, w: int) -> Tensor:
+    ids = torch.zeros(h // 2, w // 2, 3)
+    ids[..., 1], ids[..., 2] = torch.arange(h // 2)[:, None], torch.arange(w // 2)[None]
+    return ids.reshape(-1, 3)
+
+
+def velocity(model: Any, x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor, guidance: Tensor) -> Tensor:
+    """x (B,16,h,w) → v of the same shape."""
+    h, w = x.shape[-2:]
+    out = model(
+        hidden_states=pack(x),
+        encoder_hidden_states=tokens,
+        pooled_projections=pooled,
+        timestep=sigma,
+        guidance=guidance,
+        img_ids=position_ids(h, w),
+        txt_ids=torch.zeros(tokens.shape[1], 3),
+        return_dict=False,
+    )[0]
+    return unpack(out.float(), h, w)
+
+
+def draw_sigma(count: int, shift: float, uniform: float) -> Tensor:
+    sigma = torch.sigmoid(torch.randn(count))
+    sigma = torch.where(torch.rand(count) < uniform, torch.rand(count), shift * sigma / (1 + (shift - 1) * sigma))
+    return sigma.clamp(0.002, 1.0)
+
+
+class TextToVelocity(nn.Module):
+    """The transformer with its two text encoders, trained as one."""
+
+    def __init__(self, work: Path) -> None:
+        super().__init__()
+        _, self.t5, _, self.clip = text.load(work)
+        self.transformer = make_transformer()
+        self.requires_grad_(True)
+
+    def encode(self, ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.t5(ids).last_hidden_state, self.clip(clip_ids).pooler_output
+
+
+class Batches:
+    """Random batches of (latents, T5 ids, CLIP ids) at either size."""
+
+    def __init__(self, work: Path, settings: FlowSettings) -> None:
+        self.latents = {size: np.load(work / f"latents{size}.npy", mmap_mode="r") for size in (data.LOW, data.HIGH)}
+        self.t5_tokenizer, _, self.clip_tokenizer, _ = text.load(work)
+        cache = work / "tokens.pt"
+        if not cache.exists():
+            texts = [caption(scene) for scene in data.load_scenes(work)]
+            torch.save((self.tokenise([*texts, ""]), len(texts)), cache)
+        (self.ids, self.clip_ids), self.count = torch.load(cache)
+        self.settings = settings
+        self.rng = np.random.default_rng(settings.seed)
+
+    def tokenise(self, texts: list[str], length: int = text.LENGTH) -> tuple[Tensor, Tensor]:
+        pad = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return self.t5_tokenizer(texts, max_length=length, **pad).input_ids, self.clip_tokenizer(
+            texts, max_length=48, **pad
+        ).input_ids
+
+    def draw(self, size: int, count: int, *, long_text: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        rows = np.sort(self.rng.integers(0, self.count, count))
+        x0 = torch.from_numpy(self.latents[size][rows].astype(np.float32))
+        rows = np.where(
+            self.rng.random(count) < self.settings.drop_text, self.count, rows
+        )  # the last row is the empty text
+        ids = self.ids[rows]
+        if long_text:
+            ids = torch.nn.functional.pad(ids, (0, 512 - ids.shape[1]))
+        return x0, ids, self.clip_ids[rows]
+
+    def empty(self, count: int) -> tuple[Tensor, Tensor]:
+        return self.ids[-1:].expand(count, -1), self.clip_ids[-1:].expand(count, -1)
+
+
+def optimisers(model: Any, settings: FlowSettings) -> list[torch.optim.Optimizer]:
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
+    words: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        inside = (
+            "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name
+        )  # modulations go with AdamW
+        (words if not name.startswith("transformer.") else matrices if inside else rest).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.02, momentum=0.95),
+        torch.optim.AdamW(rest, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(words, lr=settings.text_lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def set_rates(opts: list[torch.optim.Optimizer], settings: FlowSettings, step: int, done: float) -> None:
+    """Linear warm-up, flat for half of the budget, then linear to 2 per cent."""
+    scale = min(1.0, (step + 1) / settings.warmup_steps) * min(1.0, max(0.02, (1 - done) / 0.5))
+    for opt, rate in zip(opts, (settings.muon_lr, settings.adam_lr, settings.text_lr), strict=True):
+        for group in opt.param_groups:
+            group["lr"] = rate * scale
+
+
+@torch.no_grad()
+def update_ema(ema: Any, model: Any, decay: float) -> None:
+    for old, new in zip(ema.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, 1 - decay)
+
+
+def save_state(path: Path, **state: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def train(
+    work: Path, settings: FlowSettings | None = None, *, compiled: bool = True, save_every: float = 120.0
+) -> dict[str, Any]:
+    settings = settings or FlowSettings()
+    torch.manual_seed(settings.seed)
+    model = TextToVelocity(work)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    opts = optimisers(model, settings)
+    step, elapsed, curve, samples = 0, 0.0, [], {"low": 0, "high": 0}
+    path = work / "flow.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=False)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        for opt, saved in zip(opts, state["opts"], strict=True):
+            opt.load_state_dict(saved)
+        step, elapsed, curve, samples = state["step"], state["elapsed"], state["curve"], state["samples"]
+        torch.manual_seed(settings.seed + step)
+    batches = Batches(work, settings)
+    batches.rng = np.random.default_rng([settings.seed, step])
+    fast = torch.compile(model.transformer, dynamic=False) if compiled else model.transformer
+    running: dict[str, list[float]] = {"low": [], "high": []}
+    begin, last_save = time.time() - elapsed, time.time()
+    while elapsed < settings.seconds:
+        done = elapsed / settings.seconds
+        set_rates(opts, settings, step, done)
+        high = done >= settings.low_only and batches.rng.random() < settings.high_share
+        long_text = batches.rng.random() < settings.long_text
+        size, count = (data.HIGH, settings.batch_high) if high else (data.LOW, settings.batch_low)
+        if long_text:
+            size, count = data.LOW, max(1, settings.batch_low // 4)
+        x0, ids, clip_ids = batches.draw(size, count, long_text=long_text)
+        sigma = draw_sigma(len(x0), 3.0 if high else 1.65, 0.25 if high else 0.15)
+        noise = torch.randn_like(x0)
+        s = sigma.view(-1, 1, 1, 1)
+        guidance = torch.empty(len(x0)).uniform_(*GUIDANCE_RANGE)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens, pooled = model.encode(ids, clip_ids)
+            v = velocity(
+                model.transformer if long_text else fast, (1 - s) * x0 + s * noise, sigma, tokens, pooled, guidance
+            )
+        loss = (v - (noise - x0)).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        update_ema(ema, model, min(settings.ema, (step + 1) / (step + 10)))
+        name = "high" if high else "low"
+        running[name].append(float(loss))
+        samples[name] += len(x0)
+        step += 1
+        elapsed = time.time() - begin
+        if step % 50 == 0:
+            row = [step, elapsed, *(float(np.mean(running[k])) if running[k] else None for k in ("low", "high"))]
+            curve.append(row)
+            running = {"low": [], "high": []}
+            print("flow", row, samples, flush=True)
+        if time.time() - last_save > save_every or elapsed >= settings.seconds:
+            save_state(
+                path,
+                model=model.state_dict(),
+                ema=ema.state_dict(),
+                opts=[o.state_dict() for o in opts],
+                step=step,
+                elapsed=elapsed,
+                curve=curve,
+                samples=samples,
+            )
+            last_save = time.time()
+    record = {"settings": asdict(settings), "steps": step, "seconds": elapsed, "samples": samples, "curve": curve}
+    (work / "flow.json").write_text(json.dumps(record))
+    return record
+
+
+# --------------------------------------------------------------------------------------------------- embedded
+# guidance
+
+
+@dataclass(frozen=True)
+class GuideSettings:
+    seconds: float = 900.0
+    batch_low: int = 16
+    batch_high: int = 4
+    high_share: float = 0.40
+    lr: float = 3e-4
+    ema: float = 0.995
+    seed: int = 11
+
+
+def train_guidance(work: Path, settings: GuideSettings | None = None, *, save_every: float = 120.0) -> dict[str, Any]:
+    """Teach the model to answer in one forward what classifier-free guidance takes two for, at the strength that it
+    is told.
+
+    The teacher is the base model's average, frozen: target = v_empty + w (v_text - v_empty).
+    """
+    settings = settings or GuideSettings()
+    torch.manual_seed(settings.seed)
+    base = TextToVelocity(work)
+    base.load_state_dict(torch.load(work / "flow.pt", weights_only=False)["ema"])
+    base.eval().requires_grad_(False)
+    teacher = base.transformer
+    model = copy.deepcopy(teacher).requires_grad_(True)
+    ema = copy.deepcopy(teacher)
+    opt = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    step, elapsed, curve = 0, 0.0, []
+    path = work / "guided.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=False)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        opt.load_state_dict(state["opt"])
+        step, elapsed, curve = state["step"], state["elapsed"], state["curve"]
+    batches = Batches(work, FlowSettings(drop_text=0.0))
+    batches.rng = np.random.default_rng([settings.seed, step])
+    running: list[float] = []
+    begin, last_save = time.time() - elapsed, time.time()
+    while elapsed < settings.seconds:
+        for group in opt.param_groups:
+            group["lr"] = settings.lr * min(1.0, (step + 1) / 50) * max(0.03, 1 - elapsed / settings.seconds)
+        high = batches.rng.random() < settings.high_share
+        size, count = (data.HIGH, settings.batch_high) if high else (data.LOW, settings.batch_low)
+        x0, ids, clip_ids = batches.draw(size, count)
+        sigma = draw_sigma(count, 3.0 if high else 1.65, 0.25)
+        s = sigma.view(-1, 1, 1, 1)
+        x = (1 - s) * x0 + s * torch.randn_like(x0)
+        guidance = torch.empty(count).uniform_(*GUIDANCE_RANGE)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                tokens, pooled = base.encode(ids, clip_ids)
+                empty = base.encode(*batches.empty(count))
+                pair = velocity(
+                    teacher,
+                    x.repeat(2, 1, 1, 1),
+                    sigma.repeat(2),
+                    torch.cat([tokens, empty[0]]),
+                    torch.cat([pooled, empty[1]]),
+                    torch.full((2 * count,), 3.0),
+                )
+                with_text, without = pair.chunk(2)
+                target = without + guidance.view(-1, 1, 1, 1) * (with_text - without)
+            v = velocity(model, x, sigma, tokens, pooled, guidance)
+        loss = (v - target).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        update_ema(ema, model, min(settings.ema, (step + 1) / (step + 10)))
+        running.append(float(loss))
+        step += 1
+        elapsed = time.time() - begin
+        if step % 25 == 0:
+            curve.append([step, elapsed, float(np.mean(running))])
+            running = []
+            print("guide", curve[-1], flush=True)
+        if time.time() - last_save > save_every or elapsed >= settings.seconds:
+            save_state(
+                path,
+                model=model.state_dict(),
+                ema=ema.state_dict(),
+                opt=opt.state_dict(),
+                step=step,
+                elapsed=elapsed,
+                curve=curve,
+            )
+            last_save = time.time()
+    record = {"settings": asdict(settings), "steps": step, "seconds": elapsed, "curve": curve}
+    (work / "guided.json").write_text(json.dumps(record))
+    return record
