@@ -1,0 +1,442 @@
+"""The staged sampler on the analytic field: order, progress, cancelling, cleaning up, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+import mrflow_sched.sampler as sampler
+from mrflow_sched.engines.analytic import GaussianFieldEngine
+from mrflow_sched.noise import draw_noise
+from mrflow_sched.plan import StagedPlan, make_native_plan, make_plan
+from mrflow_sched.sampler import Progress, StagedResult, sample_staged
+from mrflow_sched.solvers import Cancelled
+
+ENGINE = GaussianFieldEngine(means={"red": (2.0, -1.0, -1.0), "blue": (-1.0, -1.0, 2.0)})
+FAMILY = ENGINE.family
+FIRST = ("text", "stage 1 sample", "stage 1 decode")
+TIMINGS = [*FIRST, "upscale", "encode", "noise", "stage 2 sample", "stage 2 decode"]
+
+
+class Recording:
+    """An engine around another that notes every call, and can be told to fail at the nth evaluation."""
+
+    def __init__(self, inner: GaussianFieldEngine = ENGINE, on_denoise: Callable[[int], None] | None = None) -> None:
+        self.inner = inner
+        self.family, self.device = inner.family, inner.device
+        self.calls: list[tuple[str, Any]] = []
+        self.on_denoise = on_denoise
+
+    def encode_text(self, prompts, negative_prompts=None):
+        self.calls.append(("text", (tuple(prompts), None if negative_prompts is None else tuple(negative_prompts))))
+        return self.inner.encode_text(prompts, negative_prompts)
+
+    def latent_shape(self, width, height):
+        return self.inner.latent_shape(width, height)
+
+    def denoise(self, x, sigma, text, *, guidance):
+        self.calls.append(("denoise", (tuple(x.shape), round(sigma[0].item(), 6), guidance)))
+        if self.on_denoise:
+            self.on_denoise(sum(name == "denoise" for name, _ in self.calls))
+        return self.inner.denoise(x, sigma, text, guidance=guidance)
+
+    def encode(self, images, *, posterior="mode", seeds=None):
+        self.calls.append(("encode", (tuple(images.shape), posterior, seeds)))
+        return self.inner.encode(images, posterior=posterior, seeds=seeds)
+
+    def decode(self, latents):
+        self.calls.append(("decode", tuple(latents.shape)))
+        return self.inner.decode(latents)
+
+    def count(self, name: str) -> int:
+        return sum(call == name for call, _ in self.calls)
+
+
+class Doubler:
+    """A pixel upscaler of scale 2 by repetition; calls `during` while it works."""
+
+    name, scale = "doubler", 2
+
+    def __init__(self, during: Callable[[], None] = lambda: None) -> None:
+        self.during = during
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.during()
+        return images.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def plan_of(width: int = 32, height: int = 32, **changes: Any) -> StagedPlan:
+    settings: dict[str, Any] = {"low_steps": 4, "refine_steps": 1, "sigma": 0.2, "seed": 11, "solver": "euler"}
+    return make_plan(FAMILY, width, height, **(settings | changes))
+
+
+def run(engine: Any = ENGINE, plan: StagedPlan | None = None, prompt: Any = "red", **changes: Any) -> StagedResult:
+    settings: dict[str, Any] = {"upscaler": Doubler(), **changes}
+    return sample_staged(engine, plan or plan_of(), prompt, **settings)
+
+
+# -------------------------------------------------------------------------------------------------------- the order
+
+
+def test_a_two_stage_run_is_the_method_step_by_step() -> None:
+    """The whole run written out again with nothing but tensors (spec 1.2)."""
+    result = run()
+    text = ENGINE.encode_text(["red"])
+
+    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return ENGINE.denoise(x, torch.tensor([sigma]), text, guidance=1.0)
+
+    plan = plan_of()
+    z = draw_noise((48, 4, 4), [11])
+    for now, then in pairwise(plan.stages[0].sigmas):
+        z = z + (then - now) * (z - denoise(z, now)) / now
+    low = ENGINE.decode(z)
+    clean = ENGINE.encode(Doubler()(low))
+    z = 0.8 * clean + 0.2 * draw_noise((48, 8, 8), [12])
+    torch.testing.assert_close(result.images, ENGINE.decode(denoise(z, 0.2)), rtol=0, atol=1e-6)
+    assert result.images.shape == (1, 3, 32, 32)
+    assert result.images.dtype == torch.float32
+    assert not result.images.requires_grad
+
+
+def test_parts_come_in_order_and_are_timed() -> None:
+    engine = Recording()
+    result = run(engine)
+    assert [name for name, _ in engine.calls] == ["text"] + ["denoise"] * 4 + ["decode", "encode", "denoise", "decode"]
+    assert [timing.name for timing in result.timings] == TIMINGS
+    assert all(timing.seconds >= 0 for timing in result.timings)
+    assert result.forwards == 5
+    assert result.seeds == (11,)
+    assert result.plan == plan_of()
+    assert not result.cancelled
+    assert result.warnings == ()
+    assert result.stages == ()
+
+
+def test_three_stages_and_kept_stages() -> None:
+    plan = plan_of(64, 32, stages=3, refine_steps=[2, 1], sigma=[0.3, 0.1])
+    engine = Recording()
+    result = run(engine, plan, keep_stages=True)
+    assert [(stage.name, tuple(stage.image.shape[2:])) for stage in result.stages] == [
+        ("stage 1", (8, 16)),
+        ("stage 2 upscaled", (16, 32)),
+        ("stage 2", (16, 32)),
+        ("stage 3 upscaled", (32, 64)),
+    ]
+    levels = [call[1] for name, call in engine.calls if name == "denoise"]
+    assert levels[4:] == [0.3, 0.15, 0.1]
+    assert [timing.name for timing in result.timings][-2:] == ["stage 3 sample", "stage 3 decode"]
+    assert result.images.shape == (1, 3, 32, 64)
+
+
+def test_native_plan_runs_one_stage() -> None:
+    engine = Recording()
+    result = run(engine, make_native_plan(FAMILY, 32, 16, steps=3, seed=4))
+    assert [timing.name for timing in result.timings] == TIMINGS[:3]
+    assert engine.count("encode") == 0
+    assert result.images.shape == (1, 3, 16, 32)
+
+
+def test_no_refine_steps_keep_the_upscaled_image() -> None:
+    engine = Recording()
+    result = run(engine, plan_of(refine_steps=0), keep_stages=True)
+    assert torch.equal(result.images, Doubler()(result.stages[0].image))
+    assert [name for name, _ in engine.calls] == ["text"] + ["denoise"] * 4 + ["decode"]
+    assert [timing.name for timing in result.timings] == TIMINGS[:4]
+
+
+def test_a_stage_without_steps_can_be_followed_by_one_with() -> None:
+    result = run(plan=plan_of(64, 64, stages=3, refine_steps=[0, 1]), keep_stages=True)
+    assert [stage.name for stage in result.stages] == ["stage 1", "stage 2 upscaled", "stage 3 upscaled"]
+    assert result.forwards == 5
+
+
+def test_upscale_mode_starts_from_a_picture() -> None:
+    engine = Recording()
+    picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
+    events: list[Progress] = []
+    result = run(engine, image=picture, batch=2, callback=events.append)
+    assert [name for name, _ in engine.calls] == ["text", "encode", "denoise", "decode"]
+    assert [timing.name for timing in result.timings] == ["text", *TIMINGS[3:]]
+    assert {event.stage for event in events} == {2}
+    assert events[0].fraction == 0.0
+    assert events[-1].fraction == 1.0
+    alone = run(image=picture[None], plan=plan_of(seed=12))
+    torch.testing.assert_close(result.images[1:], alone.images, rtol=0, atol=1e-6)
+
+
+def test_upscale_mode_without_refinement_has_no_network_cost_to_divide_by() -> None:
+    events: list[Progress] = []
+    run(image=torch.full((3, 16, 16), 0.5), plan=plan_of(refine_steps=0), callback=events.append)
+    assert [event.fraction for event in events] == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "careful"])
+def test_forwards_are_counted_as_they_are_made(solver: str) -> None:
+    engine = Recording()
+    plan = plan_of(solver=solver, refine_steps=2)
+    result = run(engine, plan)
+    assert engine.count("denoise") == plan.forwards == result.forwards
+
+
+def test_classifier_free_guidance_counts_twice() -> None:
+    family = replace(FAMILY, guidance_kind="cfg", guidance=4.0)
+    plan = make_plan(family, 32, 32, low_steps=3, refine_steps=1, refine_guidance=1.0)
+    engine = Recording(replace(ENGINE, family=family))
+    result = run(engine, plan)
+    assert plan.forwards == result.forwards == 3 * 2 + 1
+    assert [call[2] for name, call in engine.calls if name == "denoise"] == [4.0, 4.0, 4.0, 1.0]
+
+
+def test_variance_exploding_engines_get_sigma_ve() -> None:
+    family = replace(FAMILY, prediction="epsilon")
+    engine = Recording(replace(ENGINE, family=family))
+    plan = make_plan(family, 32, 32, low_steps=2, refine_steps=1, sigma=0.2, solver="euler", mu=None)
+    run(engine, plan)
+    levels = [call[1] for name, call in engine.calls if name == "denoise"]
+    assert levels[0] == pytest.approx(14.6146, abs=1e-3)
+    assert levels[-1] == pytest.approx(0.25)
+
+
+# -------------------------------------------------------------------------------------------------- batches and seeds
+
+
+@pytest.mark.parametrize("solver", ["euler", "careful"])
+def test_a_batch_equals_its_images_made_alone(solver: str) -> None:
+    plan = plan_of(solver=solver, posterior="sample")
+    together = run(plan=plan, prompt=["red", "blue", ""])
+    assert together.seeds == (11, 12, 13)
+    for i, prompt in enumerate(["red", "blue", ""]):
+        alone = run(plan=replace(plan, seed=11 + i), prompt=prompt)
+        torch.testing.assert_close(together.images[i : i + 1], alone.images, rtol=0, atol=1e-6)
+
+
+def test_one_prompt_serves_a_whole_batch_and_text_is_encoded_once() -> None:
+    engine = Recording()
+    result = run(engine, prompt="red", batch=3, negative_prompt="blue")
+    assert [call for name, call in engine.calls if name == "text"] == [(("red",) * 3, ("blue",) * 3)]
+    assert result.images.shape[0] == 3
+    assert not torch.equal(result.images[0], result.images[1])
+
+
+def test_hash_seeds_differ_from_stage_to_stage() -> None:
+    plan = plan_of(seed_rule="hash")
+    result = run(plan=plan, batch=2)
+    assert len(set(result.seeds)) == 2
+    assert torch.equal(result.images, run(plan=plan, batch=2).images)
+    assert not torch.equal(result.images, run(batch=2).images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch": 0}, "batch must be 1 or more"),
+        ({"prompt": ["a", "b"], "batch": 3}, "prompt must be one text or one per image"),
+        ({"prompt": []}, "prompt must be one text"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c", "d", "e"]}, "negative_prompt must be one"),
+        ({"image": torch.zeros(4, 8, 8)}, "image must be"),
+        ({"image": torch.zeros(2, 3, 8, 8)}, "image must be"),
+        ({"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "image must hold floats"),
+        ({"image": torch.full((3, 8, 8), 2.0)}, "divide 8-bit values by 255"),
+        ({"image": torch.zeros(3, 8, 8), "plan": make_native_plan(FAMILY, 16, 16)}, "two stages or more"),
+    ],
+)
+def test_arguments_that_do_not_fit_get_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        run(**changes)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- progress
+
+
+@pytest.mark.parametrize("plan", [plan_of(), plan_of(64, 64, stages=3, solver="heun"), plan_of(refine_steps=0)])
+def test_progress_rises_from_0_to_1_by_cost(plan: StagedPlan) -> None:
+    events: list[Progress] = []
+    run(plan=plan, callback=events.append)
+    fractions = [event.fraction for event in events]
+    assert fractions[0] == 0.0
+    assert fractions[-1] == 1.0
+    assert fractions == sorted(fractions)
+    assert events[-1].name == "done"
+    costs = plan.stage_costs()
+    after_stage_1 = next(event for event in events if event.name == "stage 1 decode")
+    assert after_stage_1.fraction == pytest.approx(costs[0] / sum(costs))
+    stage_1 = [event.fraction for event in events if event.name == "stage 1 sample"]
+    gaps = [b - a for a, b in pairwise(stage_1)]
+    assert max(gaps) == pytest.approx(min(gaps))
+
+
+def test_progress_says_where_it_is_and_shows_the_estimate() -> None:
+    events: list[Progress] = []
+    run(callback=events.append)
+    sampling = [event for event in events if event.name == "stage 1 sample"]
+    assert [(e.stage, e.stages, e.step, e.steps) for e in sampling] == [(1, 2, i, 4) for i in range(5)]
+    assert sampling[0].denoised is None
+    assert all(event.denoised is not None and event.denoised.shape == (1, 48, 4, 4) for event in sampling[1:])
+    assert [event.name for event in events if event.step == 0] == [
+        "text", "stage 1 sample", "upscale", "encode", "noise", "stage 2 sample"
+    ]  # fmt: skip
+
+
+def test_a_run_with_and_without_a_listener_is_the_same() -> None:
+    assert torch.equal(run().images, run(callback=lambda _: None, cancel=lambda: False, keep_stages=True).images)
+
+
+# --------------------------------------------------------------------------------------------------------- cancelling
+
+
+class StopAt:
+    """A cancel function and callback in one: asks to stop once the wanted moment has been reported."""
+
+    def __init__(self, name: str, step: int = 0) -> None:
+        self.name, self.step, self.stop = name, step, False
+        self.denoised: torch.Tensor | None = None
+
+    def hear(self, event: Progress) -> None:
+        if event.name == self.name and event.step >= self.step:
+            self.stop = True
+            self.denoised = event.denoised
+
+    def asked(self) -> bool:
+        return self.stop
+
+
+def stopped_at(name: str, step: int = 0, **changes: Any) -> tuple[StagedResult, StopAt]:
+    stop = StopAt(name, step)
+    result = run(callback=stop.hear, cancel=stop.asked, keep_stages=True, **changes)
+    assert result.cancelled
+    return result, stop
+
+
+def test_cancel_before_the_first_step_gives_an_empty_picture_and_says_so() -> None:
+    for name in ("text", "stage 1 sample"):
+        result, _ = stopped_at(name)
+        assert result.images.shape == (1, 3, 16, 16)
+        assert bool((result.images == 0.5).all())
+        assert "before its first step" in result.warnings[0]
+        assert result.forwards == 0
+
+
+def test_cancel_inside_stage_1_decodes_the_current_estimate() -> None:
+    result, stop = stopped_at("stage 1 sample", 2)
+    assert stop.denoised is not None
+    assert torch.equal(result.images, ENGINE.decode(stop.denoised))
+    assert result.forwards == 2
+    assert [timing.name for timing in result.timings] == TIMINGS[:2]
+
+
+@pytest.mark.parametrize("name", ["stage 1 decode", "upscale"])
+def test_cancel_before_the_upscaler_is_done_gives_the_low_image(name: str) -> None:
+    result, _ = stopped_at(name)
+    assert result.images.shape == (1, 3, 16, 16)
+    assert torch.equal(result.images, result.stages[0].image)
+    assert result.forwards == 4
+
+
+@pytest.mark.parametrize(("name", "step"), [("encode", 0), ("noise", 0), ("stage 2 sample", 0), ("stage 2 sample", 1)])
+def test_cancel_after_the_upscaler_gives_its_image(name: str, step: int) -> None:
+    result, _ = stopped_at(name, step)
+    assert result.images.shape == (1, 3, 32, 32)
+    assert torch.equal(result.images, Doubler()(result.stages[0].image))
+
+
+def test_finished_latents_are_decoded_even_if_a_stop_is_asked_for() -> None:
+    stop = StopAt("stage 2 decode")
+    result = run(callback=stop.hear, cancel=stop.asked)
+    assert not result.cancelled
+    assert torch.equal(result.images, run().images)
+
+
+def test_a_callback_may_raise_cancelled_itself() -> None:
+    def stop(event: Progress) -> None:
+        if event.name == "encode":
+            raise Cancelled
+
+    result = run(callback=stop)
+    assert result.cancelled
+    assert result.images.shape == (1, 3, 16, 16)
+
+
+def test_upscale_mode_cancelled_at_once_returns_the_picture() -> None:
+    picture = torch.full((1, 3, 16, 16), 0.25)
+    result = run(image=picture, cancel=lambda: True)
+    assert torch.equal(result.images, picture)
+    assert result.cancelled
+
+
+# --------------------------------------------------------------------------------------------------- leaving no trace
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(3)])
+@pytest.mark.parametrize("where", ["stage 1", "upscaler", "stage 2", "callback"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_errors_pass_through_and_leave_everything_as_it_was(error: BaseException, where: str, gradients: bool) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    def fail_at(wanted: int) -> Callable[[int], None]:
+        return lambda count: fail() if count == wanted else None
+
+    engine = Recording(on_denoise=fail_at({"stage 1": 2, "stage 2": 5}.get(where, 0)))
+    names = set(vars(engine))
+    upscaler = Doubler(fail) if where == "upscaler" else Doubler()
+    state = torch.get_rng_state()
+    with torch.set_grad_enabled(gradients):
+        with pytest.raises(type(error)):
+            run(engine, upscaler=upscaler, callback=fail if where == "callback" else None)
+        assert torch.is_grad_enabled() == gradients
+    assert set(vars(engine)) == names
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_global_random_state_is_read_or_changed() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = run(plan=plan_of(posterior="sample"), batch=2).images
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(run(plan=plan_of(posterior="sample"), batch=2).images, first)
+
+
+def test_the_plan_and_the_given_picture_stay_as_they_are() -> None:
+    plan, picture = plan_of(), torch.full((3, 16, 16), 0.3)
+    line = plan.to_string()
+    run(plan=plan, image=picture)
+    assert plan.to_string() == line
+    assert bool((picture == 0.3).all())
+
+
+# ---------------------------------------------------------------------------------------------------------- warnings
+
+
+def test_what_went_less_than_well_is_said() -> None:
+    other = replace(ENGINE, family=replace(FAMILY, name="other"))
+    assert "family analytic but the engine is other" in run(other).warnings[0]
+    assert any("Lanczos" in warning for warning in run(upscaler=None).warnings)
+
+
+def test_values_that_are_no_numbers_are_reported_by_image() -> None:
+    class Broken(Recording):
+        def decode(self, latents):
+            images = super().decode(latents)
+            images[1] = float("nan")
+            return images
+
+    result = run(Broken(), make_native_plan(FAMILY, 16, 16, steps=1), batch=2)
+    assert result.warnings == ("Image 2 of stage 1 holds values that are no numbers; try float32.",)
+
+
+def test_clocks_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    wait_for = sampler._wait_for  # pyright: ignore[reportPrivateUsage]
+    for name in ("cpu", "cuda:1", "mps"):
+        wait_for(torch.device(name))
+    assert waited == [torch.device("cuda:1"), "mps"]
