@@ -127,7 +127,7 @@ def _numbers() -> _Parser:
     group.add_argument("--sigma", type=float, metavar="S", help="fraction of noise at which refining starts, 0 < S < 1")
     group.add_argument("--solver", help="euler, heun, multistep or careful")
     group.add_argument("--factor", type=float, metavar="F", help="enlargement between stages, 1.25 to 4")
-    group.add_argument("--stages", type=_whole(1, 8), metavar="N", help="number of stages")
+    group.add_argument("--stages", type=_whole(2, 8), metavar="N", help="number of stages, 2 to 8")
     group.add_argument("--refine-curve", choices=("linear", "shifted"), help="spacing of the refine sigmas")
     group.add_argument("--shift-tokens", type=_shift_tokens, metavar="low|final|N", help="token count that sets mu")
     group.add_argument("--mu", type=_number(-20, 20), help="shift of the first stage, as log(shift)")
@@ -246,15 +246,20 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def _plan_lines(plan: StagedPlan) -> Iterator[str]:
-    yield f"{plan.family} {plan.preset}: {plan.width}x{plan.height}, {plan.forwards} forwards, seed {plan.seed}"
+    size, forwards = f"{plan.width}x{plan.height}", _count(plan.forwards, "forward")
+    yield f"{plan.family} {plan.preset}: {size}, {forwards}, seed {plan.seed}"
     if len(plan.stages) > 1:
         yield f"expected network work: {plan.native_steps} native steps cost {plan.cost_ratio:.2f} times as much"
     for number, stage in enumerate(plan.stages, 1):
         shift = "no shift" if stage.mu is None else f"mu {stage.mu:.4g}"
         yield (
             f"stage {number}: {stage.width}x{stage.height}, {stage.tokens} tokens, {shift}, {stage.solver}, "
-            f"guidance {stage.guidance:g}, {stage.forwards} forwards"
+            f"guidance {stage.guidance:g}, {_count(stage.forwards, 'forward')}"
         )
         yield "  sigmas " + (" ".join(f"{sigma:.5g}" for sigma in stage.sigmas) or "none: the upscaled picture is kept")
     for note in plan.notes:
@@ -338,12 +343,7 @@ def _repeat_job(args: argparse.Namespace) -> _Job:
 def _read_record(path: Path) -> RunRecord:
     from mrflow_sched.images import read_png_text
 
-    try:
-        text = read_png_text(path).get(KEY)
-    except OSError as error:
-        raise ValueError(
-            f"--from is {str(path)!r}, which cannot be read ({_reason(error)}); give a PNG of mrflow's."
-        ) from error
+    text = read_png_text(path).get(KEY)
     if text is None:
         raise ValueError(f"--from is {str(path)!r}, which holds no mrflow record; give a PNG that mrflow made.")
     return RunRecord.from_json(text)
@@ -530,8 +530,6 @@ def _free_stem(folder: Path, stem: str) -> str:
 def _compare(args: argparse.Namespace) -> int:
     solver = {} if args.solver else {"solver": "euler"}
     plan = _make_plan(args, _family_name(args), **solver)
-    if len(plan.stages) < 2:
-        raise ValueError("--stages is 1, which leaves nothing to compare; use 2 or more.")
     from mrflow_sched.compare import compare, native_plan_of
 
     upscaler_path = _upscaler_path(args)

@@ -384,9 +384,16 @@ def test_device_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flux.resolve_device("auto") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert flux.resolve_device("auto") == torch.device("cuda")
-    for word in ("quantum", "meta:x"):
-        with pytest.raises(ValueError, match="cannot use"):
+    for word in ("quantum", "cpu:x"):
+        with pytest.raises(ValueError, match="no device name"):
             flux.resolve_device(word)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no driver\nand more")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(ValueError, match=r"cannot be used here \(no driver\)"):
+        flux.resolve_device("cuda:3")
 
 
 def test_importing_the_module_imports_no_model_library() -> None:

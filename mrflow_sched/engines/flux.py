@@ -55,10 +55,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {str(device)!r}, which is no device name; use auto, cpu or cuda.") from error
+    try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
-            f"device is {str(device)!r}, which this torch cannot use ({_first_line(error)}); use auto, cpu or cuda."
+            f"device is {str(device)!r}, which cannot be used here ({_first_line(error)}); use auto or cpu."
         ) from error
     return found
 
