@@ -1,6 +1,6 @@
 """How true is each solver? RMS distance to the converged solution, by solver, step count and guidance.
 
-    python bench/solvers.py --out DIR            the analytic problems (about a minute), writes solvers.json and
+    python bench/solvers.py --out DIR            the analytic problems (two minutes on one free core), writes solvers.json and
     solvers.md python bench/solvers.py --quick              fewer problems and samples, prints only
 
 From Python, `measure` runs on any engine, text and latent shape:
@@ -64,7 +64,7 @@ def measure(
     guidance: Sequence[float] = (1.0,),
     steps: Sequence[int] = STEPS,
     solvers: Sequence[str] = COMPARED,
-    reference_steps: int = 300,
+    reference_steps: int = 200,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> list[Row]:
@@ -155,12 +155,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Truth of solvers on Gaussian-mixture flows with exact velocity.")
     parser.add_argument("--out", type=Path, help="folder for solvers.json and solvers.md")
     parser.add_argument("--seed", type=int, default=1000, help="seed of the first problem")
-    parser.add_argument("--problems", type=int, default=24, help="how many random problems")
-    parser.add_argument("--batch", type=int, default=16, help="samples per problem")
+    parser.add_argument("--problems", type=int, default=12, help="how many random problems")
+    parser.add_argument("--batch", type=int, default=8, help="samples per problem")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 5.0])
     parser.add_argument("--quick", action="store_true", help="4 problems, 4 samples, a short reference")
     args = parser.parse_args()
-    problems, batch, converged = (4, 4, 100) if args.quick else (args.problems, args.batch, 300)
+    problems, batch, converged = (4, 4, 100) if args.quick else (args.problems, args.batch, 200)
     rows: list[Row] = []
     for problem in analytic_problems(args.seed, problems, batch):
         rows += measure(problem, guidance=args.guidance, reference_steps=converged, dtype=torch.float64)

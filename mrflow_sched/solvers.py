@@ -18,7 +18,7 @@ estimate in log sigma) differs between the forms.
 
 **The last step.** With one step every solver returns `denoised` exactly, and so do Euler, Heun and DPM++ 2M at the
 last of many. `multistep` and `careful` extrapolate the slope there too. On Gaussian-mixture flows that makes the
-result two to three times truer than returning `denoised` (12 steps: 0.019 against 0.047 RMS; see `bench/solvers.py`).
+result two to three times truer than returning `denoised` (0.019 against 0.047 RMS at 12 steps on one of them).
 """
 
 from __future__ import annotations

@@ -304,6 +304,18 @@ def test_multistep_at_12_steps_is_truer_than_euler_at_28() -> None:
     assert multistep[8] < euler[20]
 
 
+def test_extrapolating_into_the_last_step_is_truer_than_returning_the_estimate() -> None:
+    """Why multistep does not end in `denoised` where it has a history."""
+    engine = MixtureEngine.random(0)
+    truth = mixture_reference(engine, 1.0)
+    sigmas = native_sigmas(12, mu=0.63)
+    extra = {"text": engine.encode_text(["label 0"] * len(truth)), "guidance": 1.0}
+    almost = SOLVERS["multistep"](engine.denoise, noise(*truth.shape), sigmas[:-1], extra)
+    estimate = SOLVERS["euler"](engine.denoise, almost, sigmas[-2:], extra)
+    plain = (estimate - truth).square().mean().sqrt().item()
+    assert mixture_error(engine, "multistep", 12, 1.0, truth) < plain / 2
+
+
 POOL = (  # seed, components, labels, spread, std, decay: far and near, few and many, flat and picture-like
     (0, 16, 4, 1.0, 0.3, 0.0),
     (1, 40, 8, 0.3, 0.1, 1.0),
