@@ -1,12 +1,12 @@
 """How true is each solver? RMS distance to the converged solution, by solver, step count and guidance.
 
-    python bench/solvers.py --out DIR            the analytic problems (two minutes on one free core), writes solvers.json and
-    solvers.md python bench/solvers.py --quick              fewer problems and samples, prints only
+    python bench/solvers.py --out DIR    the analytic problems (minutes); writes solvers.json, solvers.md
+    python bench/solvers.py --quick      fewer problems and samples, prints only
 
 From Python, `measure` runs on any engine, text and latent shape:
 
-    measure(Problem("demo", engine, engine.encode_text(prompts), (len(prompts), *engine.latent_shape(128, 128)),
-    mu=0.5))
+    shape = (len(prompts), *engine.latent_shape(128, 128))
+    measure(Problem("demo", engine, engine.encode_text(prompts), shape, mu=0.5), guidance=(3.5,))
 
 "Converged" is Heun with many steps on the same noise. All solvers here take one evaluation per step, so equal steps
 are equal cost. `best` in the table is, for each problem and step count, the best of Euler, multistep and DPM++ 2M: an
