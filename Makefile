@@ -7,13 +7,14 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
 PIP_ARGS ?=
-PROMPT ?= a red striped circle and a blue star over green hills, the word FLOW
+PROMPT ?= a red striped circle and a blue star over green hills under an orange sky, the word FLOW
+WORK ?= runs/demo
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 CORE_COVERAGE := 95
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types train figures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mrflow compare "$(PROMPT)" --out $(OUT)
@@ -41,6 +42,14 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); the first time takes some minutes."
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+# Trains the embedded model again, from nothing, in about two hours on two CPU cores; WORK needs 12 GB.
+train: $(VENV)/.dev
+	$(BIN)/python tools/train.py --work $(WORK)
+
+# Pictures and tables of docs/, from the weights and the training record in WORK.
+figures: $(VENV)/.dev
+	$(BIN)/python tools/figures.py --work $(WORK)
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist .pytest_cache .ruff_cache .coverage

@@ -489,7 +489,7 @@ _DEMO = Family(
     shift=ShiftRule("exponential", base_tokens=64, max_tokens=1024),
     guidance_kind="embedded",
     guidance=3.5,
-    text_tokens=40,
+    text_tokens=32,
     native_size=(256, 256),
     native_steps=50,
     min_low_side=128,

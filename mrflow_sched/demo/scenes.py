@@ -140,8 +140,8 @@ def _thing_words(thing: Thing, index: int) -> list[tuple[str, str]]:
     return [*words, (thing.shape, f"shape{index}")]
 
 
-def caption_words(scene: Scene) -> list[tuple[str, str]]:
-    """The caption as (word, role) pairs.
+def caption_words(scene: Scene, *, name_sky: bool = True) -> list[tuple[str, str]]:
+    """The caption as (word, role) pairs, by default with the sky of an objects scene named.
 
     Letters of a word have the roles ``letter0`` … ``letter4``; a comma stands with the word before it.
     """
@@ -150,9 +150,10 @@ def caption_words(scene: Scene) -> list[tuple[str, str]]:
         for index, thing in enumerate(scene.things):
             out += ([("and", "glue")] if index else []) + _thing_words(thing, index)
         out += [("over", "glue"), *((part, "ground") for part in scene.ground.split())]
-        out += [("under", "glue"), _article(scene.sky), (scene.sky, "sky"), ("sky", "glue")]
+        if name_sky:
+            out += [("under", "glue"), _article(scene.sky), (scene.sky, "sky"), ("sky", "glue")]
         if scene.word:
-            out[-1] = ("sky,", "glue")
+            out[-1] = (out[-1][0] + ",", out[-1][1])
             out += [("the", "glue"), ("word", "glue"), (scene.word, "word")]
     elif scene.category == "letters":
         out = [
@@ -187,10 +188,9 @@ def caption_words(scene: Scene) -> list[tuple[str, str]]:
     return out
 
 
-def caption(scene: Scene) -> str:
-    """The scene in one line, for instance ``a red striped circle and a blue star over green hills under a pink sky,
-    the word FLOW``."""
-    return " ".join(word for word, _ in caption_words(scene))
+def caption(scene: Scene, *, name_sky: bool = True) -> str:
+    """The scene in one line; without the sky for instance ``a red striped circle over green hills, the word FLOW``."""
+    return " ".join(word for word, _ in caption_words(scene, name_sky=name_sky))
 
 
 def vocabulary() -> tuple[str, ...]:

@@ -67,7 +67,12 @@ def evaluate(work: Path, weights: Path, per_category: int = 24, pictures: Path |
         0, 3, 1, 2
     )
     true_scenes = [data.scene_at(i, data.TEST_STREAM) for i in range(len(scenes))]
-    out: dict[str, Any] = {"scenes": len(scenes), "true scenes": classifier.accuracy(judge, true, true_scenes)}
+    guidance = engine.family.guidance
+    out: dict[str, Any] = {
+        "scenes": len(scenes),
+        "guidance": guidance,
+        "true scenes": classifier.accuracy(judge, true, true_scenes),
+    }
     plans = {
         "native 50": make_native_plan("demo", 256, 256, solver="euler"),
         "native 12": make_native_plan("demo", 256, 256, steps=12, solver="euler"),

@@ -27,9 +27,9 @@ GUIDANCE_RANGE = (1.0, 5.0)
 
 @dataclass(frozen=True)
 class FlowSettings:
-    seconds: float = 5400.0  # budget of the base training on this machine
-    low_only: float = 0.40  # share of the budget before high-size batches join
-    high_share: float = 0.50  # share of steps at the high size after that
+    seconds: float = 5000.0  # budget of the base training on this machine
+    low_only: float = 0.45  # share of the budget before high-size batches join
+    high_share: float = 0.40  # share of steps at the high size after that
     batch_low: int = 16
     batch_high: int = 4
     muon_lr: float = 0.02
@@ -38,6 +38,7 @@ class FlowSettings:
     warmup_steps: int = 150
     ema: float = 0.9985
     drop_text: float = 0.10
+    skip_sky: float = 0.25  # share of captions that leave the sky open
     long_text: float = 0.015  # share of steps with 512 text tokens, the length that pipelines pad to by default
     seed: int = 7
 
@@ -121,24 +122,24 @@ class Batches:
         self.t5_tokenizer, _, self.clip_tokenizer, _ = text.load(work)
         cache = work / "tokens.pt"
         if not cache.exists():
-            texts = [caption(scene) for scene in data.load_scenes(work)]
-            torch.save((self.tokenise([*texts, ""]), len(texts)), cache)
+            scenes = data.load_scenes(work)
+            texts = [caption(scene, name_sky=named) for named in (True, False) for scene in scenes]
+            torch.save((self.tokenise([*texts, ""]), len(scenes)), cache)
         (self.ids, self.clip_ids), self.count = torch.load(cache)
         self.settings = settings
         self.rng = np.random.default_rng(settings.seed)
 
     def tokenise(self, texts: list[str], length: int = text.LENGTH) -> tuple[Tensor, Tensor]:
         pad = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        return self.t5_tokenizer(texts, max_length=length, **pad).input_ids, self.clip_tokenizer(
-            texts, max_length=48, **pad
-        ).input_ids
+        ids = self.t5_tokenizer(texts, max_length=length, **pad).input_ids
+        return ids, self.clip_tokenizer(texts, max_length=48, **pad).input_ids
 
     def draw(self, size: int, count: int, *, long_text: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         rows = np.sort(self.rng.integers(0, self.count, count))
         x0 = torch.from_numpy(self.latents[size][rows].astype(np.float32))
-        rows = np.where(
-            self.rng.random(count) < self.settings.drop_text, self.count, rows
-        )  # the last row is the empty text
+        rows = np.where(self.rng.random(count) < self.settings.skip_sky, rows + self.count, rows)
+        empty = self.rng.random(count) < self.settings.drop_text
+        rows = np.where(empty, len(self.ids) - 1, rows)
         ids = self.ids[rows]
         if long_text:
             ids = torch.nn.functional.pad(ids, (0, 512 - ids.shape[1]))
@@ -153,9 +154,8 @@ def optimisers(model: Any, settings: FlowSettings) -> list[torch.optim.Optimizer
     rest: list[Tensor] = []
     words: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        inside = (
-            "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name
-        )  # modulations go with AdamW
+        # Modulations are matrices too, but start at zero: they go with the rest.
+        inside = "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name
         (words if not name.startswith("transformer.") else matrices if inside else rest).append(parameter)
     return [
         torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.02, momentum=0.95),

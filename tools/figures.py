@@ -1,0 +1,158 @@
+"""Make the pictures and tables of docs/ from the embedded model: ``python tools/figures.py --work DIR``.
+
+Needs the work folder of ``tools/train.py`` (curves, judge) and the finished weights. Everything in docs/images/ and the
+numbers in docs/demo-model.json come from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mrflow_sched._torchvision_ops import ensure_ops
+
+ensure_ops()
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from train_demo import evaluate  # noqa: E402
+
+from mrflow_sched import demo, load_upscaler, make_plan, sample_staged  # noqa: E402
+from mrflow_sched.images import save_png  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ROOT / "docs" / "images"
+RECORDS = ("text", "flow", "vae", "sr", "guided", "classifier")
+
+
+def training_record(work: Path) -> dict[str, Any]:
+    return {
+        name: json.loads((work / f"{name}.json").read_text()) for name in RECORDS if (work / f"{name}.json").exists()
+    }
+
+
+def training_curves(record: dict[str, Any], path: Path) -> None:
+    """Loss of the flow model, quality of the VAE's decoder and of the upscaler, against seconds of training."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    rows = record["flow"]["curve"]
+    for column, label in ((2, "128 pixels"), (3, "256 pixels")):
+        points = [(row[1], row[column]) for row in rows if row[column] is not None and row[0] > 100]
+        axes[0].plot(*zip(*points, strict=True), label=label)
+    axes[0].set(title="flow model", xlabel="seconds", ylabel="velocity error (mean square)")
+    axes[0].legend()
+    for axis, key, title in ((axes[1], "vae", "VAE decoder"), (axes[2], "sr", "upscaler x2")):
+        points = [(row[1], row[2]) for row in record[key]["curve"] if row[0] > 100]
+        axis.plot(*zip(*points, strict=True))
+        axis.set(title=title, xlabel="seconds", ylabel="PSNR on training crops, dB")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def stages_strip(path: Path) -> None:
+    """One picture on its way: stage 1 as made, enlarged, refined."""
+    engine, upscaler = demo.load_engine(), load_upscaler(demo.upscaler_path())
+    prompt = demo.example_prompts()[0]
+    plan = make_plan("demo", 256, 256, "12+1", seed=3)
+    result = sample_staged(engine, plan, prompt, upscaler=upscaler, keep_stages=True)
+    low, enlarged = (stage.image[0] for stage in result.stages)
+    small = torch.ones(3, 256, 128)
+    small[:, 64:192] = low
+    gap = torch.ones(3, 256, 16)
+    save_png(path, torch.cat([small, gap, enlarged, gap, result.images[0]], 2), {})
+
+
+def merge_sheets(names: tuple[str, str], work: Path, path: Path) -> None:
+    left, right = (Image.open(work / f"sheet-{name}.png") for name in names)
+    joined = Image.new("RGB", (left.width + right.width + 24, left.height), "white")
+    joined.paste(left, (0, 0))
+    joined.paste(right, (left.width + 24, 0))
+    joined.resize((joined.width // 2, joined.height // 2), Image.Resampling.LANCZOS).save(path, optimize=True)
+
+
+def write_between(page: Path, mark: str, rows: list[str]) -> None:
+    """Put rows between ``<!-- mark -->`` and the next ``<!-- end -->`` of a page."""
+    head, rest = page.read_text().split(f"<!-- {mark} -->\n", 1)
+    _, tail = rest.split("<!-- end -->", 1)
+    page.write_text(head + f"<!-- {mark} -->\n" + "\n".join(rows) + "\n<!-- end -->" + tail)
+
+
+def part_rows(weights: Path) -> list[str]:
+    rows = []
+    files = {
+        "network": "transformer",
+        "VAE": "vae",
+        "T5": "text_encoder_2",
+        "CLIP": "text_encoder",
+        "upscaler": "upscaler",
+    }
+    for title, folder in files.items():
+        path = next((weights / folder).glob("*.safetensors"))
+        with safe_open(path, "pt") as stored:
+            shapes = [stored.get_slice(key).get_shape() for key in stored.keys()]  # noqa: SIM118
+        config = weights / folder / "config.json"
+        kind = json.loads(config.read_text()) if config.exists() else {"_class_name": "ESRGAN (RRDBNet)"}
+        name = kind.get("_class_name") or kind["architectures"][0]
+        count = sum(math.prod(shape) for shape in shapes)
+        rows.append(f"| {title} | `{name}` | {count / 1e6:.2f} M weights, {path.stat().st_size / 1e6:.1f} MB |")
+    return rows
+
+
+def accuracy_rows(scores: dict[str, Any]) -> list[str]:
+    names = [name for name, value in scores.items() if isinstance(value, dict)]
+    groups = list(scores["native 50"])
+    groups.remove("seconds")
+    rows = ["| attribute | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for group in groups:
+        cells = [f"{scores[name][group] * 100:.1f} %" if group in scores[name] else "" for name in names]
+        rows.append(f"| {group} | " + " | ".join(cells) + " |")
+    return [*rows, "", f"{scores['scenes']} captions, a quarter of each category; guidance {scores['guidance']:g}."]
+
+
+def record_rows(record: dict[str, Any]) -> list[str]:
+    rows = ["| part | seconds | steps | at the end |", "|---|---|---|---|"]
+    flow, guided = record["flow"], record["guided"]
+    last = flow["curve"][-1]
+    ends = {
+        "text": f"loss {record['text']['curve'][-1][1]:.2f}",
+        "flow": f"velocity error {last[2]:.3f} at 128, {last[3]:.3f} at 256, after {flow['samples']} samples",
+        "vae": f"{record['vae']['curve'][-1][2]:.1f} dB on training crops",
+        "sr": f"{record['sr']['curve'][-1][2]:.1f} dB on training crops",
+        "guided": f"error {guided['curve'][-1][2]:.3f} to the guided teacher",
+        "classifier": f"{record['classifier']['accuracy_on_true_scenes']['all'] * 100:.1f} % on unseen true scenes",
+    }
+    for name, end in ends.items():
+        rows.append(f"| {name} | {record[name]['seconds']:.0f} | {record[name]['steps']} | {end} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--skip-evaluation", action="store_true", help="use the evaluation that is there")
+    options = parser.parse_args()
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    if not options.skip_evaluation:
+        evaluate.evaluate(options.work, demo.weights_path())
+    record = training_record(options.work)
+    record["evaluation"] = json.loads((options.work / "evaluation.json").read_text())
+    (ROOT / "docs" / "demo-model.json").write_text(json.dumps(record, indent=1) + "\n")
+    page = ROOT / "docs" / "demo-model.md"
+    write_between(page, "parts", part_rows(demo.weights_path()))
+    write_between(page, "accuracy", accuracy_rows(record["evaluation"]))
+    write_between(page, "record", record_rows(record))
+    training_curves(record, IMAGES / "training.png")
+    stages_strip(IMAGES / "stages.png")
+    merge_sheets(("native-50", "staged-12+1"), options.work, IMAGES / "samples.png")
+
+
+if __name__ == "__main__":
+    main()
