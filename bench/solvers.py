@@ -1,12 +1,13 @@
 """How true is each solver? RMS distance to the converged solution, by solver, step count and guidance.
 
-    python bench/solvers.py --out DIR    the analytic problems (minutes); writes solvers.json, solvers.md
-    python bench/solvers.py --quick      fewer problems and samples, prints only
+    python bench/solvers.py --out DIR      random Gaussian-mixture flows (about a minute): solvers.md, solvers.json
+    python bench/solvers.py --demo --out DIR   the embedded network, in float32 (some minutes): solvers-demo.*
+    python bench/solvers.py --quick        fewer problems and samples, prints only
 
 From Python, `measure` runs on any engine, text and latent shape:
 
-    shape = (len(prompts), *engine.latent_shape(128, 128))
-    measure(Problem("demo", engine, engine.encode_text(prompts), shape, mu=0.5), guidance=(3.5,))
+    text = engine.encode_text(prompts)
+    measure(Problem("mine", engine, text, (len(prompts), *engine.latent_shape(128, 128)), mu=0.5))
 
 "Converged" is Heun with many steps on the same noise. All solvers here take one evaluation per step, so equal steps
 are equal cost. `best` in the table is, for each problem and step count, the best of Euler, multistep and DPM++ 2M: an
@@ -111,6 +112,17 @@ def analytic_problems(first: int, count: int, batch: int) -> list[Problem]:
     return problems
 
 
+def demo_problem() -> Problem:
+    """The embedded network at its low size, in float32 so that rounding does not hide the solvers."""
+    from mrflow_sched import demo, make_plan
+
+    engine = demo.load_engine(dtype="float32")
+    prompts = demo.example_prompts()[:4]
+    stage = make_plan("demo", 256, 256).stages[0]
+    shape = (len(prompts), *engine.latent_shape(stage.width, stage.height))
+    return Problem("embedded network", engine, engine.encode_text(prompts), shape, stage.mu or 0.0)
+
+
 def mean_ratios(rows: Iterable[Row], steps: Sequence[int]) -> dict[str, dict[int, float]]:
     """Geometric mean over problems of each solver's distance divided by the oracle's, by step count."""
     cells: dict[tuple[str, float, int], dict[str, float]] = {}
@@ -159,17 +171,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="samples per problem")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 2.0, 3.0, 5.0])
     parser.add_argument("--quick", action="store_true", help="4 problems, 4 samples, a short reference")
+    parser.add_argument("--demo", action="store_true", help="the embedded network instead of the mixtures")
     args = parser.parse_args()
-    problems, batch, converged = (4, 4, 100) if args.quick else (args.problems, args.batch, 200)
     rows: list[Row] = []
-    for problem in analytic_problems(args.seed, problems, batch):
-        rows += measure(problem, guidance=args.guidance, reference_steps=converged, dtype=torch.float64)
+    if args.demo:
+        args.guidance = [1.0, 3.5]
+        rows = measure(demo_problem(), guidance=args.guidance, reference_steps=60)
+    else:
+        problems, batch, converged = (4, 4, 100) if args.quick else (args.problems, args.batch, 200)
+        for problem in analytic_problems(args.seed, problems, batch):
+            rows += measure(problem, guidance=args.guidance, reference_steps=converged, dtype=torch.float64)
     text = report(rows, args.guidance, STEPS)
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "solvers.md").write_text(text, encoding="utf-8")
-        (args.out / "solvers.json").write_text(json.dumps([vars(row) for row in rows], indent=0), encoding="utf-8")
+        name = "solvers-demo" if args.demo else "solvers"
+        (args.out / f"{name}.md").write_text(text, encoding="utf-8")
+        (args.out / f"{name}.json").write_text(json.dumps([vars(row) for row in rows], indent=0), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def load_vae(work: Path) -> Any:
 
 
 def export(work: Path, folder: Path) -> None:
-    """Write ``folder``: every FLUX.1 script can load it. The transformer and the text encoders are stored in
+    """Write ``folder``: every FLUX.1 script can load it. The transformer, by far the largest part, is stored in
     bfloat16."""
     model = load_flow(work)
     t5_tokenizer, _, clip_tokenizer, _ = text.load(work)
@@ -40,9 +40,9 @@ def export(work: Path, folder: Path) -> None:
     pipe = FluxPipeline(
         scheduler=scheduler,
         vae=load_vae(work),
-        text_encoder=model.clip.bfloat16(),
+        text_encoder=model.clip,
         tokenizer=clip_tokenizer,
-        text_encoder_2=model.t5.bfloat16(),
+        text_encoder_2=model.t5,
         tokenizer_2=t5_tokenizer,
         transformer=model.transformer.bfloat16(),
     )

@@ -27,9 +27,9 @@ GUIDANCE_RANGE = (1.0, 5.0)
 
 @dataclass(frozen=True)
 class FlowSettings:
-    seconds: float = 5000.0  # budget of the base training on this machine
+    seconds: float = 5200.0  # budget of the base training on this machine
     low_only: float = 0.45  # share of the budget before high-size batches join
-    high_share: float = 0.40  # share of steps at the high size after that
+    high_share: float = 0.55  # share of steps at the high size after that
     batch_low: int = 16
     batch_high: int = 4
     muon_lr: float = 0.02
@@ -265,7 +265,7 @@ def train(
 
 @dataclass(frozen=True)
 class GuideSettings:
-    seconds: float = 900.0
+    seconds: float = 720.0
     batch_low: int = 16
     batch_high: int = 4
     high_share: float = 0.40
