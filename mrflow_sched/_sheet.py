@@ -150,6 +150,7 @@ def _wrap(pen: _Pen, text: str, size: float, width: float, lines: int) -> list[s
 
 
 def _clip(pen: _Pen, text: str, size: float, width: float) -> str:
+    text = text[:1000]  # no line holds more, and measuring a page of text again and again takes minutes
     while len(text) > 1 and pen.width(text, size) > width:
         text = text[:-5] + "..." if len(text) > 8 else text[:-1]
     return text

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import mrflow_sched
 from mrflow_sched.families import FAMILIES
-from mrflow_sched.plan import StagedPlan, make_plan
-from mrflow_sched.record import KEY, RunRecord, library_versions
+from mrflow_sched.plan import SOLVER_NAMES, StagedPlan, make_plan
+from mrflow_sched.record import KEY, MAX_BATCH, RunRecord, library_versions
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -125,7 +125,7 @@ def _numbers() -> _Parser:
     group.add_argument("--low-steps", type=_whole(1, 1000), metavar="N", help="steps of the first stage")
     group.add_argument("--refine-steps", type=_whole(0, 1000), metavar="N", help="steps of every later stage")
     group.add_argument("--sigma", type=float, metavar="S", help="fraction of noise at which refining starts, 0 < S < 1")
-    group.add_argument("--solver", help="euler, heun, multistep or careful")
+    group.add_argument("--solver", help=", ".join(SOLVER_NAMES))
     group.add_argument("--factor", type=float, metavar="F", help="enlargement between stages, 1.25 to 4")
     group.add_argument("--stages", type=_whole(2, 8), metavar="N", help="number of stages, 2 to 8")
     group.add_argument("--refine-curve", choices=("linear", "shifted"), help="spacing of the refine sigmas")
@@ -182,7 +182,7 @@ def build_parser() -> _Parser:
     generate.add_argument(
         "--negative", metavar="TEXT", help="what the picture should not show, for models that have it"
     )
-    generate.add_argument("--batch", type=_whole(1, 1024), default=1, metavar="N", help="number of pictures")
+    generate.add_argument("--batch", type=_whole(1, MAX_BATCH), default=1, metavar="N", help="number of pictures")
     generate.add_argument("--native", action="store_true", help="sample at full size throughout, in one stage")
     generate.add_argument("--save-stages", action="store_true", help="save the picture of every stage too")
     generate.add_argument(
@@ -258,7 +258,7 @@ def _plan_lines(plan: StagedPlan) -> Iterator[str]:
     for number, stage in enumerate(plan.stages, 1):
         shift = "no shift" if stage.mu is None else f"mu {stage.mu:.4g}"
         yield (
-            f"stage {number}: {stage.width}x{stage.height}, {stage.tokens} tokens, {shift}, {stage.solver}, "
+            f"stage {number}: {stage.width}x{stage.height}, {_count(stage.tokens, 'token')}, {shift}, {stage.solver}, "
             f"guidance {stage.guidance:g}, {_count(stage.forwards, 'forward')}"
         )
         yield "  sigmas " + (" ".join(f"{sigma:.5g}" for sigma in stage.sigmas) or "none: the upscaled picture is kept")
@@ -284,7 +284,7 @@ class _Job:
 
 def _generate(args: argparse.Namespace) -> int:
     job = _repeat_job(args) if args.source is not None else _new_job(args)
-    upscaler_path = _upscaler_path(args)
+    upscaler_path = _upscaler_path(args, job.source)
     with _writable(args.out), _saying_warnings():
         engine, upscaler = _load(args, job, upscaler_path)
         record = _record(args, job, engine, upscaler, upscaler_path)
@@ -324,7 +324,11 @@ def _new_job(args: argparse.Namespace) -> _Job:
 
 def _repeat_job(args: argparse.Namespace) -> _Job:
     """The run that a picture remembers. The whole batch runs again, because a batch's size reaches the last bits."""
-    given = [word for word in (*_PLAN_WORDS, "size", "steps", "prompt", "negative") if getattr(args, word) is not None]
+    given = [
+        word
+        for word in (*_PLAN_WORDS, "size", "steps", "prompt", "negative", "family")
+        if getattr(args, word) is not None
+    ]
     given += [word for word in ("native",) if getattr(args, word)] + (["batch"] if args.batch != 1 else [])
     if given:
         name = given[0] if given[0] == "prompt" else f"--{given[0].replace('_', '-')}"
@@ -362,10 +366,10 @@ def _family_name(args: argparse.Namespace) -> str:
     return args.family or found
 
 
-def _upscaler_path(args: argparse.Namespace) -> Path | None:
-    """The file to load; None means Lanczos. The embedded model brings its own."""
+def _upscaler_path(args: argparse.Namespace, source: RunRecord | None = None) -> Path | None:
+    """The file to load; None means Lanczos. The embedded model brings its own, unless `source` was made without."""
     if args.upscaler is None:
-        if args.model is not None:
+        if args.model is not None or (source is not None and source.upscaler_sha256 is None):
             return None
         from mrflow_sched import demo
 
@@ -386,12 +390,23 @@ def _load(args: argparse.Namespace, job: _Job, upscaler_path: Path | None) -> tu
     device, dtype = args.device, args.dtype
     if job.source is not None:
         _use_threads(job.source)
-        device = job.source.device if device == "auto" else device
+        device = _device_of(job.source) if device == "auto" else device
         dtype = job.source.dtype if dtype == "auto" else dtype
-    engine = _load_engine(args, device, dtype)
+    family = args.family if job.source is None else job.plan.family
+    engine = _load_engine(args, device, dtype, family)
     if len(job.plan.stages) == 1:
         return engine, None
     return engine, load_upscaler(upscaler_path, device=engine.device)
+
+
+def _device_of(record: RunRecord) -> str:
+    """The device that a picture was made on where this machine has it, so that its bits repeat; else "auto"."""
+    from mrflow_sched.engines.flux import resolve_device
+
+    try:
+        return resolve_device(record.device).type
+    except ValueError:
+        return "auto"
 
 
 def _use_threads(record: RunRecord) -> None:
@@ -402,16 +417,14 @@ def _use_threads(record: RunRecord) -> None:
         torch.set_num_threads(record.threads)
 
 
-def _load_engine(args: argparse.Namespace, device: str, dtype: str) -> FluxEngine:
+def _load_engine(args: argparse.Namespace, device: str, dtype: str, family: str | None) -> FluxEngine:
     if args.model is None:
         from mrflow_sched import demo
 
         return demo.load_engine(device=device, dtype=dtype)
     from mrflow_sched.engines.flux import FluxEngine
 
-    return FluxEngine.from_folder(
-        args.model, device=device, dtype=dtype, family=args.family, offload_text=args.offload_text
-    )
+    return FluxEngine.from_folder(args.model, device=device, dtype=dtype, family=family, offload_text=args.offload_text)
 
 
 def _sample(
@@ -472,10 +485,8 @@ def _check_repeatable(old: RunRecord | None, new: RunRecord) -> None:
             "give --model the folder that it was made with."
         )
     if old.upscaler_sha256 != new.upscaler_sha256:
-        raise ValueError(
-            f"the picture was made with the upscaler {old.upscaler!r}, not {new.upscaler!r}; "
-            "give that file with --upscaler."
-        )
+        advice = "leave out --upscaler" if old.upscaler_sha256 is None else "give that file with --upscaler"
+        raise ValueError(f"the picture was made with the upscaler {old.upscaler!r}, not {new.upscaler!r}; {advice}.")
     moved = [
         f"{name} {before!r} is now {after!r}"
         for name, before, after in (
@@ -519,9 +530,10 @@ def _one(images: Tensor, number: int) -> Tensor:
 
 
 def _free_stem(folder: Path, stem: str) -> str:
-    """`stem`, or `stem-2`, `stem-3` ... where a picture of that name is already there."""
+    """`stem`, or `stem-2`, `stem-3` ... where a picture of that name, or of its stages, is already there."""
     names = (stem if count == 1 else f"{stem}-{count}" for count in range(1, 1_000_000))
-    return next(name for name in names if not (folder / f"{name}.png").exists())
+    taken = ("{}.png", "{}-part*.png")
+    return next(name for name in names if not any(any(folder.glob(each.format(name))) for each in taken))
 
 
 # --- mrflow compare ---------------------------------------------------------------------------
@@ -694,7 +706,26 @@ def _sentence(error: BaseException) -> str:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from mrflow_sched.upscale import is_memory_error
+
+    return is_memory_error(error)
+
+
+def _forget_output() -> None:
+    """Point stdout at nothing, so that Python's own flush at exit does not fail once more, with a traceback."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _flush_output() -> None:
+    """Bring what was printed out while an error can still be told in a sentence."""
+    if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None where stdout was closed
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _forget_output()
+            raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -709,13 +740,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help(sys.stderr)
             return REFUSED
-        return int(args.run(args))
+        code = int(args.run(args))
+        _flush_output()
+        return code
     except KeyboardInterrupt:
         _say("Stopped.")
         return STOPPED
     except BrokenPipeError:
-        # The reader went away (a pager, head): point stdout at nothing so that Python's own flush at exit stays silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()  # the reader went away (a pager, head)
         return 0
     except Exception as error:
         known = isinstance(error, (ValueError, OSError)) or _out_of_memory(error)
@@ -725,4 +757,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say("there is not enough memory for this size or batch; make the picture or the batch smaller.")
         else:
             _say(_sentence(error))
+        with contextlib.suppress(OSError):
+            _flush_output()
         return REFUSED

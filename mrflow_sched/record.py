@@ -16,6 +16,9 @@ from typing import Any, cast
 KEY = "mrflow"
 """PNG text key that holds the record."""
 
+MAX_BATCH = 1024
+"""Most pictures of one run; a record that claims more was not written here."""
+
 _LIBRARIES = ("mrflow-sched", "torch", "diffusers", "transformers", "spandrel", "pillow")
 
 
@@ -48,11 +51,12 @@ class RunRecord:
     def from_json(cls, text: str) -> RunRecord:
         """Inverse of `to_json`; keys of newer versions are ignored.
 
-        Raises ValueError when the text is not a record or a value is of the wrong kind.
+        Raises ValueError when the text is not a record or a value is of the wrong kind or
+        out of range.
         """
         try:
             found: Any = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the mrflow record is not JSON ({error}); the picture's text was altered.") from error
         if not isinstance(found, dict):
             raise ValueError(
@@ -63,7 +67,13 @@ class RunRecord:
         for name, kinds in _KINDS.items():
             if not isinstance(known[name], kinds) or (kinds is int and isinstance(known[name], bool)):
                 raise ValueError(f"the mrflow record has {name} = {known[name]!r:.80}; the picture's text was altered.")
-        return cls(**known)
+        record = cls(**known)
+        if not 0 <= record.image < record.batch <= MAX_BATCH:
+            raise ValueError(
+                f"the mrflow record has image = {record.image} in a batch of {record.batch}; "
+                "the picture's text was altered."
+            )
+        return record
 
 
 _NONE = type(None)

@@ -8,9 +8,10 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,9 @@ BAD = {
     "repeats 0": ["compare", "p", "--repeats", "0"],
     "from nothing": ["generate", "--from", "nothing.png"],
     "device": ["generate", "p", "--device", "quantum"],
+    "device without numbers": ["generate", "p", "--device", "meta"],
+    "too large for the schedule": ["plan", "--family", "flux1-dev", "--size", "32768x32768"],
+    "from and family": ["generate", "--from", "nothing.png", "--family", "flux1-dev"],
 }
 
 
@@ -189,9 +193,15 @@ def test_debug_and_faults_of_ours_show_their_traceback(monkeypatch: pytest.Monke
         cli.main(["plan", "--family", "demo"])
 
 
-def test_memory_that_runs_out_is_a_refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")],
+)
+def test_memory_that_runs_out_is_a_refusal(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def hungry(_args: Any) -> int:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(cli, "_plan", hungry)
     assert cli.main(["plan", "--family", "demo"]) == 2
@@ -242,6 +252,23 @@ def test_a_reader_that_went_away_is_no_error(monkeypatch: pytest.MonkeyPatch, tm
         assert cli.main(["plan", "--family", "demo"]) == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_result_that_cannot_be_printed_is_a_refusal(unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "mrflow_sched", "plan", "--family", "demo"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            check=False,
+        )
+    assert found.returncode == 2
+    assert found.stderr.startswith("mrflow: the disk is full")
+    assert len(found.stderr.splitlines()) == 1
+
+
 # --- generate
 
 
@@ -283,6 +310,8 @@ def test_generate_writes_over_nothing_and_saves_stages(mrflow: Any, tmp_path: Pa
     assert names == ["mrflow-0-2-part1-stage-1.png", "mrflow-0-2-part2-stage-2-upscaled.png"]
     assert pixels(tmp_path / names[0]).shape == (16, 16, 3)
     assert pixels(tmp_path / names[1]).shape == (32, 32, 3)
+    (tmp_path / "mrflow-0-2.png").unlink()
+    assert mrflow("generate", *words)[1].strip().endswith("mrflow-0-3.png")
 
 
 def test_generate_native_needs_no_upscaler(mrflow: Any, tmp_path: Path) -> None:
@@ -338,6 +367,28 @@ def test_the_embedded_model_is_the_default(
     code, _, err = mrflow("generate", "--from", path, "--out", str(tmp_path / "again"))
     assert code == 2
     assert "leave out --model" in err
+    words = ("a star", *SMALL, "--upscaler", "lanczos", "--out", str(tmp_path / "soft"))
+    path = mrflow("generate", *words, model=None)[1].strip()
+    code, out, _ = mrflow("generate", "--from", path, "--out", str(tmp_path / "again"), model=None)
+    assert code == 0
+    assert np.array_equal(pixels(path), pixels(out.strip()))
+
+
+def test_from_takes_family_and_device_from_the_picture(
+    mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path))
+    text = read_png_text(out.strip())["mrflow"]
+    plan = StagedPlan.from_string(RunRecord.from_json(text).plan)
+    altered = json.dumps(json.loads(text) | {"device": "quantum", "plan": replace(plan, family="sdxl").to_string()})
+    monkeypatch.setattr("mrflow_sched.images.read_png_text", lambda _path: {"mrflow": altered})
+    code, _, err = mrflow("generate", "--from", out.strip(), "--out", str(tmp_path))
+    assert code == 2
+    assert "'sdxl'" in err
+    altered = json.dumps(json.loads(text) | {"device": "quantum"})
+    code, _, err = mrflow("generate", "--from", out.strip(), "--out", str(tmp_path))
+    assert code == 0
+    assert "device 'quantum' is now 'cpu'" in err
 
 
 def test_from_refuses_what_it_cannot_repeat(mrflow: Any, tmp_path: Path, tiny_copy: Path) -> None:

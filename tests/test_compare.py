@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,13 @@ def test_any_size_and_prompt_fit_on_the_sheet(size: tuple[int, int], prompt: str
     assert paper == {_sheet._PAPER}
 
 
+def test_a_word_without_end_is_cut_in_little_time() -> None:
+    begin = time.perf_counter()
+    sheet = _sheet.draw_sheet("x" * 100_000, NATIVE, STAGED, [Image.new("RGB", (32, 32))] * 2)
+    assert time.perf_counter() - begin < 10
+    assert sheet.size == _sheet.draw_sheet("x" * 500, NATIVE, STAGED, [Image.new("RGB", (32, 32))] * 2).size
+
+
 def test_bars_are_as_long_as_the_seconds() -> None:
     pictures = [Image.new("RGB", (512, 8)) for _ in range(2)]
     sheet = _sheet.draw_sheet("a star", NATIVE, STAGED, pictures)
@@ -211,13 +219,17 @@ def test_newer_and_older_records_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": "1"}, {"seed": True}, {"versions": []}, {"prompt": None}, {"unfinished": 0}]
+    "change",
+    [
+        *({"seed": "1"}, {"seed": True}, {"versions": []}, {"prompt": None}, {"unfinished": 0}),
+        *({"image": 2}, {"image": -1}, {"batch": 0}, {"batch": 10**9}),
+    ],
 )
 def test_an_altered_record_is_refused(change: dict[str, Any]) -> None:
     text = json.dumps(json.loads(RECORD.to_json()) | change)
     with pytest.raises(ValueError, match=next(iter(change))):
         RunRecord.from_json(text)
-    for other in ("{", "[]", "null"):
+    for other in ("{", "[]", "null", "[" * 200_000):
         with pytest.raises(ValueError, match="altered"):
             RunRecord.from_json(other)
 

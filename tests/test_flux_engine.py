@@ -384,6 +384,8 @@ def test_device_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flux.resolve_device("auto") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert flux.resolve_device("auto") == torch.device("cuda")
+    with pytest.raises(ValueError, match="holds shapes and no numbers"):
+        flux.resolve_device("meta")
     for word in ("quantum", "cpu:x"):
         with pytest.raises(ValueError, match="no device name"):
             flux.resolve_device(word)

@@ -57,6 +57,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {str(device)!r}, which is no device name; use auto, cpu or cuda.") from error
+    if found.type == "meta":
+        raise ValueError("device is 'meta', which holds shapes and no numbers; use auto, cpu or cuda.")
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
