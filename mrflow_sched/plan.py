@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any, Literal, TypeVar, cast
 
 from mrflow_sched.families import FAMILIES, Family, ShiftRule, get_family
-from mrflow_sched.schedule import explicit_recipe, mu_flux2, mu_for_tokens, sigmas_from_recipe, validate_sigmas
+from mrflow_sched.schedule import MAX_MU, explicit_recipe, mu_flux2, mu_for_tokens, sigmas_from_recipe, validate_sigmas
 
 __all__ = [
     "SOLVER_NAMES",
@@ -42,6 +42,9 @@ MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 # Start levels outside this range have only been seen to go wrong (spec 5.1): a note says so.
 USUAL_SIGMA = (0.02, 0.6)
+# Noted where stage 1 has more than this many times the native area: FLUX.1's makers state up to two megapixels; other
+# families not measured.
+LARGEST_AREA = 2.0
 # Rounding to the grid may take this share of a side before a note calls a stage too small.
 SIDE_SLACK = 0.95
 
@@ -251,7 +254,7 @@ class StagedPlan:
                 **{name: data[name] for name in _PLAN_NUMBERS},
                 notes=tuple(str(note) for note in data["notes"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"plan JSON {_shorten(text)!r} cannot be read: {error!r}.") from error
 
 
@@ -397,7 +400,15 @@ def _first_stage(
     family: Family, size: tuple[int, int], steps: int, shift_tokens: int, mu: float | None, solver: str, guidance: float
 ) -> Stage:
     _check_whole(steps, "low_steps", 1, MAX_STEPS)
-    mu = _mu_of(family, shift_tokens, steps) if mu is None else _given_mu(family, mu)
+    if mu is not None:
+        mu = _given_mu(family, mu)
+    else:
+        mu = _mu_of(family, shift_tokens, steps)
+        if mu is not None and mu > MAX_MU:
+            raise ValueError(
+                f"size must be smaller for {family.title}: {shift_tokens} tokens would shift stage 1 by mu = {mu:.1f}, "
+                f"and {MAX_MU:g} is the most; choose more stages, a larger factor, or give mu yourself."
+            )
     recipe = _first_recipe(family.shift, steps, mu)
     return _stage(family, size, mu, recipe, solver, guidance)
 
@@ -611,8 +622,14 @@ def _notes(plan: StagedPlan, family: Family | None = None) -> tuple[str, ...]:
     """What a user should know about a plan: what was rounded or cropped, and where it leaves tested ground."""
     known = FAMILIES.get(plan.family) if family is None else family
     notes = [*_size_notes(plan), *_refine_notes(plan)]
+    first = plan.stages[0]
+    if known is not None and first.width * first.height > LARGEST_AREA * math.prod(known.native_size):
+        native = "x".join(map(str, known.native_size))
+        notes.append(
+            f"Stage 1 at {first.width}x{first.height} is more than {LARGEST_AREA:g} times the area of the {native} "
+            f"that {known.title} is made for; expect repeated content, or choose a smaller size or more stages."
+        )
     if known is not None and len(plan.stages) > 1:
-        first = plan.stages[0]
         if math.sqrt(first.width * first.height) < SIDE_SLACK * known.min_low_side:
             notes.append(
                 f"Stage 1 at {first.width}x{first.height} is smaller than the {known.min_low_side} px square "

@@ -37,6 +37,8 @@ Sigmas = tuple[float, ...]
 
 # Recipes come from image metadata, which anyone can write: keep a hostile one from filling memory.
 _MAX_RECIPE_STEPS = 1000
+# exp(20) squeezes all but the last step into the topmost billionth: no list beyond it means anything.
+MAX_MU = 20.0
 
 
 # ---------------------------------------------------------------------------------------------------------------- shift
@@ -299,7 +301,7 @@ def explicit_recipe(sigmas: Sequence[float]) -> str:
 
 
 def _shift_of(mu: float) -> float:
-    if not math.isfinite(mu) or abs(mu) > 20.0:
+    if not math.isfinite(mu) or abs(mu) > MAX_MU:
         raise ValueError(f"mu must be a number from -20 to 20 (it is the logarithm of the shift), got {mu!r}.")
     return math.exp(mu)
 

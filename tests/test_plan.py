@@ -241,6 +241,17 @@ def test_a_stage_below_the_models_range_is_noted_never_refused() -> None:
     assert "so small a size gains nothing" in notes(make_plan("flux1-dev", 16, 16))
 
 
+def test_a_stage_above_the_models_range_is_noted_until_it_means_nothing() -> None:
+    large = "Stage 1 at 2048x2048 is more than 2 times the area of the 1024x1024 that FLUX.1-dev is made for"
+    assert large in notes(make_plan("flux1-dev", 4096, 4096))
+    assert large in notes(make_plan("flux1-dev", 2048, 2048, native=True))
+    assert notes(make_plan("flux1-dev", 2816, 2816)) == ""
+    assert notes(make_plan("flux1-dev", 4096, 4096, stages=3)) == ""
+    with pytest.raises(ValueError, match=r"size must be smaller for FLUX\.1-dev: 262144 tokens would shift stage 1"):
+        make_plan("flux1-dev", 16384, 16384)
+    assert make_plan("flux1-dev", 16384, 16384, mu=1.15).stages[0].mu == 1.15
+
+
 def test_other_notes() -> None:
     assert "outside the usual" in notes(make_plan("flux1-dev", 1024, 1024, sigma=0.8))
     assert "gain little beyond one" in notes(make_plan("flux1-dev", 1024, 1024, refine_steps=2))
