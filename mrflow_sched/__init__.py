@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mrflow_sched.engines import Engine
     from mrflow_sched.families import FAMILIES, Family, Preset, ShiftRule, get_family
     from mrflow_sched.plan import Stage, StagedPlan, make_native_plan, make_plan
+    from mrflow_sched.sampler import StagedResult, sample_staged
+    from mrflow_sched.schedule import native_sigmas, refine_sigmas
+    from mrflow_sched.upscale import load_upscaler
 
 # Public name -> the module it lives in.
 _ROOMS = {
@@ -39,14 +43,20 @@ _ROOMS = {
 
 __all__ = [
     "FAMILIES",
+    "Engine",
     "Family",
     "Preset",
     "ShiftRule",
     "Stage",
     "StagedPlan",
+    "StagedResult",
     "get_family",
+    "load_upscaler",
     "make_native_plan",
     "make_plan",
+    "native_sigmas",
+    "refine_sigmas",
+    "sample_staged",
 ]
 
 

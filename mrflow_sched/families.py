@@ -108,8 +108,8 @@ def get_family(name: str) -> Family:
     family = FAMILIES.get(name)
     if family is None:
         near = difflib.get_close_matches(str(name), FAMILIES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"family {name!r} is unknown; {hint}Known families: {', '.join(FAMILIES)}.")
+        hint = f"did you mean {near[0]!r}? Known families are" if near else "known families are"
+        raise ValueError(f"family {name!r} is unknown; {hint} {', '.join(FAMILIES)}.")
     return family
 
 

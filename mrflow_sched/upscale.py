@@ -540,6 +540,8 @@ def _read_pickle(file: Path) -> object:
         asked = _REFUSED.search(str(error))
         reason = f"it asks to run {asked.group(1)}, which was refused" if asked else "it holds no table of weights"
         raise ValueError(reason) from error
+    except LookupError as error:  # bytes that are no pickle: the reader looks up what was never stored
+        raise ValueError("it holds no table of weights") from error
 
 
 def _build(file: Path, weights: dict[str, Any]) -> ImageModelDescriptor[torch.nn.Module]:

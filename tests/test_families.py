@@ -50,12 +50,15 @@ def test_the_table_cannot_be_changed() -> None:
         FAMILIES["demo"].guidance = 1.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("name", "near"), [("flux1_dev", "'flux1-dev'"), ("SDXL", "sdxl"), ("qqqq", "Known families")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("flux1_dev", "'flux1-dev'"), ("SDXL", "sdxl"), ("qqqq", "; known families are flux1-dev")]
+)
 def test_an_unknown_family_gets_one_sentence_with_the_names(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=near) as caught:
         get_family(name)
     assert "lumina2" in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "; Known" not in str(caught.value)
 
 
 def test_an_unknown_preset_gets_one_sentence_with_the_names() -> None:

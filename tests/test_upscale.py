@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import tarfile
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -586,10 +587,12 @@ def test_a_wrong_suffix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".ckpt", ".safetensors"])
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04" + bytes(40), bytes(100)])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02.", b"PK\x03\x04" + bytes(40), bytes(100), b"junk\n"])
 def test_empty_files_and_files_of_something_else(tmp_path: Path, suffix: str, content: bytes) -> None:
     (tmp_path / f"bad{suffix}").write_bytes(content)
-    assert "cannot be read as" in refused(tmp_path / f"bad{suffix}")
+    said = refused(tmp_path / f"bad{suffix}")
+    assert "cannot be read as" in said
+    assert not re.search(r"\(\d+\)", said)  # a number alone is no reason
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

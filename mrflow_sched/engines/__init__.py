@@ -1,6 +1,7 @@
 """Engines: what encodes text, predicts, encodes and decodes images for one model in one library.
 
-`Engine` is the role (a protocol); `analytic` holds engines with closed-form answers for tests and documents.
+`Engine` is the role (a protocol); `FluxEngine` is FLUX.1 from a diffusers folder or pipeline; `GaussianFieldEngine` and
+`MixtureEngine` have closed-form answers, for tests and documents.
 Importing this package imports neither torch nor any model library: names arrive when they are first asked for.
 """
 
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mrflow_sched.engines.analytic import GaussianFieldEngine, MixtureEngine
     from mrflow_sched.engines.base import Engine
+    from mrflow_sched.engines.flux import FluxEngine
 
-__all__ = ["Engine", "GaussianFieldEngine", "MixtureEngine"]
+__all__ = ["Engine", "FluxEngine", "GaussianFieldEngine", "MixtureEngine"]
 
 _HOMES = {
     "Engine": "mrflow_sched.engines.base",
+    "FluxEngine": "mrflow_sched.engines.flux",
     "GaussianFieldEngine": "mrflow_sched.engines.analytic",
     "MixtureEngine": "mrflow_sched.engines.analytic",
 }
