@@ -220,6 +220,8 @@ def _make_plan(args: argparse.Namespace, family: str, **overrides: Any) -> Stage
         raise ValueError(
             f"--native samples in one stage, so --{clash[0].replace('_', '-')} has no meaning; leave one out."
         )
+    if native and getattr(args, "upscaler", None) is not None:
+        raise ValueError("--native samples in one stage, so --upscaler has no meaning; leave one out.")
     if args.steps is not None and args.command != "compare":
         if not native:
             raise ValueError(f"--steps {args.steps} counts native steps; add --native, or use --low-steps.")

@@ -304,7 +304,8 @@ def make_plan(
     known = family if isinstance(family, Family) else get_family(family)
     if native:
         given = (preset, factor, factors, low_steps, refine_steps, sigma, refine_guidance, stages)
-        if any(value is not None for value in given):
+        shaped = refine_curve != "linear" or shift_tokens != "low"
+        if shaped or any(value is not None for value in given):
             raise ValueError("native=True plans one stage and takes steps, solver, mu, guidance and seed only.")
         return make_native_plan(
             known,
@@ -406,8 +407,8 @@ def _first_stage(
         mu = _mu_of(family, shift_tokens, steps)
         if mu is not None and mu > MAX_MU:
             raise ValueError(
-                f"size must be smaller for {family.title}: {shift_tokens} tokens would shift stage 1 by mu = {mu:.1f}, "
-                f"and {MAX_MU:g} is the most; choose more stages, a larger factor, or give mu yourself."
+                f"size or shift_tokens must be smaller for {family.title}: {shift_tokens} tokens would shift stage 1 "
+                f"by mu = {mu:.1f}, and {MAX_MU:g} is the most; choose more stages, a larger factor, or give mu yourself."
             )
     recipe = _first_recipe(family.shift, steps, mu)
     return _stage(family, size, mu, recipe, solver, guidance)
@@ -418,7 +419,7 @@ def _refine_stage(
 ) -> Stage:
     _check_whole(steps, "refine_steps", 0, MAX_STEPS)
     _check_choice(curve, "refine_curve", ("linear", "shifted"))
-    if isinstance(start, bool) or not 0.0 < start < 1.0:
+    if not _is_number(start) or not 0.0 < start < 1.0:
         raise ValueError(f"sigma must lie between 0 and 1, got {start!r}; it is the noise fraction, usually 0.12.")
     recipe = f"{curve} {steps} start={float(start)!r}" if steps else "none"
     return _stage(family, size, None, recipe, solver, guidance)
@@ -426,6 +427,7 @@ def _refine_stage(
 
 def _stage(family: Family, size: tuple[int, int], mu: float | None, recipe: str, solver: str, guidance: float) -> Stage:
     _check_solver(solver)
+    _check_finite(guidance, "guidance")
     sigmas = sigmas_from_recipe(recipe)
     evaluations = solver_evaluations(solver, max(len(sigmas) - 1, 0))
     return Stage(
@@ -485,6 +487,8 @@ def _mu_of(family: Family, tokens: int, steps: int) -> float | None:
 def _given_mu(family: Family, mu: float) -> float:
     if family.shift.kind == "scaled-linear":
         raise ValueError(f"mu must be left out for {family.name}, whose schedule has no shift; got {mu!r}.")
+    if not _is_number(mu):
+        raise ValueError(f"mu must be a number from {-MAX_MU:g} to {MAX_MU:g}, got {mu!r}; it is log(shift).")
     return float(mu)
 
 
@@ -504,7 +508,7 @@ def _shift_tokens(family: Family, rule: Literal["low", "final"] | int, sizes: Se
         return _tokens(family, sizes[0])
     if rule == "final":
         return _tokens(family, sizes[-1])
-    if isinstance(rule, (str, bool)) or rule < 1:
+    if not _is_number(rule) or isinstance(rule, (str, float)) or rule < 1:
         raise ValueError(f"shift_tokens must be 'low', 'final' or a token count, got {rule!r}.")
     return rule
 
@@ -567,7 +571,7 @@ def _handoff_factors(
         _check_whole(count, "stages", 2, 8, "for one stage use native=True")
         chosen = (family.factor if factor is None else factor,) * (count - 1)
     for value in chosen:
-        if isinstance(value, bool) or not MIN_FACTOR <= value <= MAX_FACTOR:
+        if not _is_number(value) or not MIN_FACTOR <= value <= MAX_FACTOR:
             raise ValueError(
                 f"factor must lie between {MIN_FACTOR} and {MAX_FACTOR:g}, got {value!r}; "
                 "for a larger step use more stages."
@@ -580,7 +584,7 @@ def _one_each(value: Number | Sequence[Number], count: int, name: str) -> tuple[
     if not isinstance(value, Sequence):
         return (value,) * count
     if len(value) != count:
-        raise ValueError(f"{name} must be one number or {count} (one per later stage), got {tuple(value)!r}.")
+        raise ValueError(f"{name} must be one number or {count} (one per later stage), got {value!r}.")
     return tuple(value)
 
 
@@ -771,8 +775,12 @@ def _check_side(value: object, name: str) -> None:
     _check_whole(value, name, 1, MAX_SIDE, "it is a side of the image in pixels")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_finite(value: object, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}.")
 
 

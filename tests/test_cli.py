@@ -136,6 +136,7 @@ BAD = {
     "unknown command": ["improve", "p"],
     "no family": ["plan"],
     "native and sigma": ["generate", "p", "--native", "--sigma", "0.1"],
+    "native and upscaler": ["generate", "p", "--native", "--upscaler", "lanczos"],
     "steps without native": ["generate", "p", "--steps", "5"],
     "one stage compared": ["compare", "p", "--stages", "1"],
     "repeats 0": ["compare", "p", "--repeats", "0"],

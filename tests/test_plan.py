@@ -247,7 +247,9 @@ def test_a_stage_above_the_models_range_is_noted_until_it_means_nothing() -> Non
     assert large in notes(make_plan("flux1-dev", 2048, 2048, native=True))
     assert notes(make_plan("flux1-dev", 2816, 2816)) == ""
     assert notes(make_plan("flux1-dev", 4096, 4096, stages=3)) == ""
-    with pytest.raises(ValueError, match=r"size must be smaller for FLUX\.1-dev: 262144 tokens would shift stage 1"):
+    with pytest.raises(
+        ValueError, match=r"size or shift_tokens must be smaller for FLUX\.1-dev: 262144 tokens would shift stage 1"
+    ):
         make_plan("flux1-dev", 16384, 16384)
     assert make_plan("flux1-dev", 16384, 16384, mu=1.15).stages[0].mu == 1.15
 
@@ -412,6 +414,15 @@ def test_json_that_is_no_plan_is_refused(text: str) -> None:
         ({"width": 512.0}, "width must be a whole number"),
         ({"width": True}, "width must be a whole number"),
         ({"preset": "13x"}, "preset '13x' is not one of family 'flux1-dev'; choose from 12"),
+        ({"factor": "2"}, "factor must lie between 1.25 and 4, got '2'"),
+        ({"sigma": "0.1"}, r"sigma must be one number or 1 \(one per later stage\), got '0.1'"),
+        ({"mu": "1"}, "mu must be a number from -20 to 20, got '1'"),
+        ({"mu": True}, "mu must be a number from -20 to 20, got True"),
+        ({"guidance": "x"}, "guidance must be a finite number, got 'x'"),
+        ({"shift_tokens": None}, "shift_tokens must be"),
+        ({"shift_tokens": 1.5}, "shift_tokens must be"),
+        ({"native": True, "refine_curve": "shifted"}, "native=True plans one stage"),
+        ({"native": True, "shift_tokens": "final"}, "native=True plans one stage"),
         ({"factor": 1.2}, "factor must lie between 1.25 and 4, got 1.2"),
         ({"factor": 4.5}, "factor must lie between 1.25 and 4, got 4.5"),
         ({"factor": math.nan}, "factor must lie between 1.25 and 4"),
