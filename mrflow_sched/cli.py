@@ -295,7 +295,7 @@ def _generate(args: argparse.Namespace) -> int:
             _say(note)
         with _progress(args) as show, _ctrl_c() as stopped:
             result = _sample(engine, job, upscaler, lambda step: show("", step), stopped, args.save_stages)
-        for note in result.warnings:
+        for note in dict.fromkeys(result.warnings):
             _say(note)
         paths = _save_images(args, job, record, result)
     if result.cancelled:
@@ -572,7 +572,7 @@ def _compare(args: argparse.Namespace) -> int:
                 repeats=args.repeats,
                 callback=show,
             )
-    for note in found.notes:
+    for note in dict.fromkeys(found.notes):
         _say(note)
     if args.json:
         _print_json(found.to_dict())

@@ -408,7 +408,7 @@ def _first_stage(
         if mu is not None and mu > MAX_MU:
             raise ValueError(
                 f"size or shift_tokens must be smaller for {family.title}: {shift_tokens} tokens would shift stage 1 "
-                f"by mu = {mu:.1f}, and {MAX_MU:g} is the most; choose more stages, a larger factor, or give mu yourself."
+                f"by mu = {mu:.1f}, and {MAX_MU:g} is the most; choose more stages or a larger factor, or give mu."
             )
     recipe = _first_recipe(family.shift, steps, mu)
     return _stage(family, size, mu, recipe, solver, guidance)

@@ -315,6 +315,15 @@ def test_generate_writes_over_nothing_and_saves_stages(mrflow: Any, tmp_path: Pa
     assert mrflow("generate", *words)[1].strip().endswith("mrflow-0-3.png")
 
 
+def test_generate_says_a_thing_once(mrflow: Any, tmp_path: Path) -> None:
+    words = (*SMALL, "--stages", "3", "--out", str(tmp_path))
+    code, _, err = mrflow("generate", "star " * 600, *words)
+    assert code == 0
+    assert err.count("Lanczos") == 1
+    assert err.count("its end was cut off") == 1
+    assert "indexing errors" not in err
+
+
 def test_generate_native_needs_no_upscaler(mrflow: Any, tmp_path: Path) -> None:
     words = ("--native", "--steps", "2", "--size", "16x24", "--dtype", "float32", "--negative", "blur")
     code, out, err = mrflow("generate", "a star", *words, "--out", str(tmp_path))

@@ -52,8 +52,8 @@ def test_packing_is_the_pipelines_and_inverts(pipeline: Any) -> None:
 
 
 def test_text_is_what_the_pipeline_encodes(pipeline: Any, tiny_engine: FluxEngine, text: FluxText) -> None:
-    assert tiny_engine.text_tokens == 40
-    tokens, pooled, _ = pipeline.encode_prompt(PROMPTS, None, max_sequence_length=40)
+    assert tiny_engine.text_tokens == tiny_engine.family.text_tokens == 32
+    tokens, pooled, _ = pipeline.encode_prompt(PROMPTS, None, max_sequence_length=tiny_engine.text_tokens)
     torch.testing.assert_close(text.tokens, tokens, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(text.pooled, pooled, atol=1e-6, rtol=1e-5)
     assert not torch.allclose(text.tokens[0], text.tokens[1])

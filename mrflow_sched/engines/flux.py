@@ -211,7 +211,7 @@ class FluxEngine:
         ids = _token_ids(self._clip_tokenizer, prompt, clip_length)
         pooled: Tensor = self._clip(ids.to(where), output_hidden_states=False).pooler_output
         ids = _token_ids(self._t5_tokenizer, prompt, self.text_tokens)
-        wanted = len(self._t5_tokenizer(prompt).input_ids)
+        wanted = len(self._t5_tokenizer(prompt, verbose=False).input_ids)
         if wanted > self.text_tokens:
             warnings.warn(
                 f"The prompt is {wanted} tokens long and the model reads {self.text_tokens}: its end was cut off.",
