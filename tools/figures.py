@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from mrflow_sched._torchvision_ops import ensure_ops
 
 ensure_ops()
+sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import matplotlib  # noqa: E402
 
@@ -134,6 +136,22 @@ def record_rows(record: dict[str, Any]) -> list[str]:
     return rows
 
 
+def solver_rows(path: Path, *, ratios: bool) -> list[str]:
+    """Solver tables of docs/solvers.md from a result of bench/solvers.py: ratios to the best, or plain distances."""
+    import solvers  # bench/solvers.py
+
+    found = [solvers.Row(**row) for row in json.loads(path.read_text())]
+    rows: list[str] = []
+    for scale in sorted({row.guidance for row in found}):
+        here = [row for row in found if row.guidance == scale]
+        if ratios:
+            values = solvers.mean_ratios(here, solvers.STEPS)
+        else:
+            values = {name: {row.steps: row.rms for row in here if row.solver == name} for name in solvers.COMPARED}
+        rows += [solvers.table(f"guidance {scale:g}", values, solvers.STEPS), ""]
+    return rows[:-1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -149,6 +167,10 @@ def main() -> None:
     write_between(page, "parts", part_rows(demo.weights_path()))
     write_between(page, "accuracy", accuracy_rows(record["evaluation"]))
     write_between(page, "record", record_rows(record))
+    results = ROOT / "bench" / "results"
+    solver_page = ROOT / "docs" / "solvers.md"
+    write_between(solver_page, "mixtures", solver_rows(results / "solvers.json", ratios=True))
+    write_between(solver_page, "demo", solver_rows(results / "solvers-demo.json", ratios=False))
     training_curves(record, IMAGES / "training.png")
     stages_strip(IMAGES / "stages.png")
     merge_sheets(("native-50", "staged-12+1"), options.work, IMAGES / "samples.png")

@@ -265,7 +265,7 @@ def train(
 
 @dataclass(frozen=True)
 class GuideSettings:
-    seconds: float = 720.0
+    seconds: float = 600.0
     batch_low: int = 16
     batch_high: int = 4
     high_share: float = 0.40
@@ -274,7 +274,9 @@ class GuideSettings:
     seed: int = 11
 
 
-def train_guidance(work: Path, settings: GuideSettings | None = None, *, save_every: float = 120.0) -> dict[str, Any]:
+def train_guidance(
+    work: Path, settings: GuideSettings | None = None, *, compiled: bool = True, save_every: float = 120.0
+) -> dict[str, Any]:
     """Teach the model to answer in one forward what classifier-free guidance takes two for, at the strength that it
     is told.
 
@@ -299,6 +301,7 @@ def train_guidance(work: Path, settings: GuideSettings | None = None, *, save_ev
         step, elapsed, curve = state["step"], state["elapsed"], state["curve"]
     batches = Batches(work, FlowSettings(drop_text=0.0))
     batches.rng = np.random.default_rng([settings.seed, step])
+    fast = torch.compile(model, dynamic=False) if compiled else model
     running: list[float] = []
     begin, last_save = time.time() - elapsed, time.time()
     while elapsed < settings.seconds:
@@ -325,7 +328,7 @@ def train_guidance(work: Path, settings: GuideSettings | None = None, *, save_ev
                 )
                 with_text, without = pair.chunk(2)
                 target = without + guidance.view(-1, 1, 1, 1) * (with_text - without)
-            v = velocity(model, x, sigma, tokens, pooled, guidance)
+            v = velocity(fast, x, sigma, tokens, pooled, guidance)
         loss = (v - target).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
