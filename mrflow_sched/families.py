@@ -59,9 +59,10 @@ class Family:
     `grid` = `vae_factor` x `patch`: sides must be multiples of it and one token covers grid x grid pixels.
     `guidance_kind`: "embedded" (the scale is an input, one forward per step), "cfg" (two forwards per step) or "none".
     `text_tokens` counts the text that shares the network's sequence (0 where text enters by cross attention).
-    `factor`: size step between stages. `min_low_side`: an image of less area than a square of this side is outside the
-    model's trained range. `linear_cost` and `attention_cost`: FLOP of one forward per token, and per squared token, of
-    image and text together. `sources` maps each field to where its value comes from.
+    `default_size`: the staged picture where no size is asked for (None: `native_size`). `factor`: size step between
+    stages. `min_low_side`: an image of less area than a square of this side is outside the model's trained range.
+    `linear_cost` and `attention_cost`: FLOP of one forward per token, and per squared token, of image and text
+    together. `sources` maps each field to where its value comes from.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Family:
     patch: int = 2
     latent_channels: int = 16
     native_size: tuple[int, int] = (1024, 1024)
+    default_size: tuple[int, int] | None = None
     factor: float = 2.0
     min_low_side: int = 512
     default_preset: str = "12+1"
@@ -141,6 +143,7 @@ _SHARED_SOURCES = {
     "patch": "diffusers pipeline (2x2 packing)",
     "latent_channels": "diffusers VAE configuration",
     "native_size": "diffusers pipeline default",
+    "default_size": "native_size",
     "factor": "paper: 512 to 1024 (spec 1.1)",
     "min_low_side": "spec 5.1: about 512 px for models of one megapixel; not measured",
     "presets": "each preset carries its own source",
@@ -442,6 +445,7 @@ _SDXL = Family(
     guidance=5.0,
     text_tokens=0,
     native_steps=50,
+    factor=4 / 3,
     min_low_side=768,
     presets=_ASSUMED_PRESETS,
     solver="careful",
@@ -455,6 +459,7 @@ _SDXL = Family(
         guidance=_DIFFUSERS,
         text_tokens="0: text enters by cross attention",
         native_steps=_DIFFUSERS,
+        factor="our choice, not measured: 1024 from 768, the least side that is in its range",
         min_low_side="not measured; 512 px is off its training sizes (spec 5.1)",
         linear_cost=_UNET_COST,
         attention_cost=_UNET_COST,
@@ -467,6 +472,8 @@ _SD15 = replace(
     title="Stable Diffusion 1.5",
     guidance=7.5,
     native_size=(512, 512),
+    default_size=(1024, 1024),
+    factor=2.0,
     min_low_side=512,
     linear_cost=1.672e8,
     attention_cost=7.244e3,
@@ -475,6 +482,8 @@ _SD15 = replace(
             **_SDXL.sources,
             "min_low_side": "spec 5.1: no use below 512 px, so targets start at 1024",
             "native_size": _CARD,
+            "default_size": "spec 5.1: targets start at 1024",
+            "factor": "512, its training size, to 1024 (spec 5.1); not measured",
         }
     ),
 )

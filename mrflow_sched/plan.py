@@ -631,7 +631,8 @@ def _notes(plan: StagedPlan, family: Family | None = None) -> tuple[str, ...]:
         native = "x".join(map(str, known.native_size))
         notes.append(
             f"Stage 1 at {first.width}x{first.height} is more than {LARGEST_AREA:g} times the area of the {native} "
-            f"that {known.title} is made for; expect repeated content, or choose a smaller size or more stages."
+            f"that {known.title} is made for; expect repeated content, "
+            "or choose a smaller size, a larger factor or more stages."
         )
     if known is not None and len(plan.stages) > 1:
         if math.sqrt(first.width * first.height) < SIDE_SLACK * known.min_low_side:

@@ -34,13 +34,19 @@ def test_every_number_has_a_source(family: Family) -> None:
 def test_rows_agree_with_themselves(family: Family) -> None:
     assert FAMILIES[family.name] is family
     assert family.grid == family.vae_factor * family.patch
-    assert all(side % family.grid == 0 for side in family.native_size)
+    assert all(side % family.grid == 0 for side in (*family.native_size, *(family.default_size or ())))
     assert family.get_preset().name == family.default_preset
     assert len({preset.name for preset in family.presets}) == len(family.presets)
     assert family.guidance == 1.0 or family.guidance_kind != "none"
     for preset in family.presets:
         assert 0 < preset.sigma < 1
         assert preset.name in (f"{preset.low_steps}+{preset.refine_steps}", "text")
+
+
+@pytest.mark.parametrize("family", ALL, ids=IDS)
+def test_the_defaults_of_a_family_stay_in_its_range(family: Family) -> None:
+    plan = mrflow_sched.make_plan(family, *(family.default_size or family.native_size))
+    assert not any("Stage 1" in note for note in plan.notes), plan.notes
 
 
 def test_the_table_cannot_be_changed() -> None:
