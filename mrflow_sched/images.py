@@ -5,15 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import struct
 import uuid
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["load_image", "read_png_text", "save_png"]
+from mrflow_sched.plan import MAX_SIDE
+
+__all__ = ["load_image", "open_image", "read_png_text", "save_png"]
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header, ends
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str] | None = None) -> None:
@@ -45,12 +52,32 @@ def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str
 def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
     """The text chunks of the PNG at `path`, keyword -> text; empty where it has none.
 
-    Raises FileNotFoundError where there is no file and ValueError where it is not a whole PNG.
+    No pixel is decoded, so a picture of any size takes no time. Raises FileNotFoundError where there is no file and
+    ValueError where it is not a whole PNG.
     """
-    image = _open(path)
-    if not isinstance(image, PngImagePlugin.PngImageFile):
-        raise ValueError(f"{str(path)!r} is a {image.format} image, not a PNG; text is read from PNG files only.")
-    return {str(keyword): str(value) for keyword, value in image.text.items()}
+    with _refusing(path), open(path, "rb") as file:
+        if _is_png(file):
+            image = PngImagePlugin.PngImageFile(_texts_on_one_pixel(file))
+            return {str(keyword): str(value) for keyword, value in image.text.items()}
+        kind = Image.open(file).format
+    raise ValueError(f"{str(path)!r} is a {kind} image, not a PNG; text is read from PNG files only.")
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The whole picture at `path` as Pillow holds it, its file closed.
+
+    A PNG may have up to 32768 pixels a side, the most that a plan allows, where Pillow's own guard against enormous
+    files stops at about 178 million pixels; that guard stands for every other format. Raises as `load_image`.
+    """
+    with _refusing(path), open(path, "rb") as file:
+        if _is_png(file):
+            image: Image.Image = PngImagePlugin.PngImageFile(file)  # Image.open would ask the guard
+            if max(image.size) > MAX_SIDE:
+                raise ValueError(f"{image.width}x{image.height} pixels; {MAX_SIDE} a side are the most")
+        else:
+            image = Image.open(file)
+        image.load()
+    return image
 
 
 def load_image(path: str | os.PathLike[str]) -> Tensor:
@@ -59,7 +86,7 @@ def load_image(path: str | os.PathLike[str]) -> Tensor:
     Grey and palette images become RGB, 16-bit grey keeps its 16 bits, and transparency is dropped. Raises
     FileNotFoundError where there is no file and ValueError where it is not a whole image of a known format.
     """
-    image = ImageOps.exif_transpose(_open(path))
+    image = ImageOps.exif_transpose(open_image(path))
     if image.mode.startswith("I;16"):
         grey = _pixels(image.convert("I"), torch.int32, 1)
         return (grey.float() / 65535).clamp(0, 1).expand(3, -1, -1).contiguous()
@@ -101,13 +128,36 @@ def _why_not_written(target: Path, error: OSError) -> str:
     return f"the picture {str(target)!r} cannot be written: {reason}; nothing was left there."
 
 
-def _open(path: str | os.PathLike[str]) -> Image.Image:
-    """The whole image at `path`, read and closed."""
+def _is_png(file: BinaryIO) -> bool:
+    """Whether `file`, read from its start, is a PNG; it is left at its start."""
+    start = file.read(len(_SIGNATURE))
+    file.seek(0)
+    return start == _SIGNATURE
+
+
+def _texts_on_one_pixel(file: BinaryIO) -> io.BytesIO:
+    """A PNG of one pixel that carries all text chunks of `file`, for Pillow to read in place of a large one."""
+    texts: list[bytes] = []
+    file.seek(len(_SIGNATURE))
+    kind = b""
+    while kind != b"IEND":
+        head = file.read(8)
+        if len(head) < 8:
+            raise EOFError("the file ends too early")
+        length, kind = struct.unpack(">I4s", head)
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            texts.append(head + file.read(length + 4))  # the checksum follows; Pillow compares it
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+    pixel = _encode_png(torch.zeros(1, 1, 3, dtype=torch.uint8), {})
+    return io.BytesIO(pixel[:_HEADER_END] + b"".join(texts) + pixel[_HEADER_END:])
+
+
+@contextlib.contextmanager
+def _refusing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
+    """Turn what goes wrong in reading the image at `path` into one sentence."""
     try:
-        image: Image.Image = Image.open(path)
-        with image:
-            image.load()
-        return image
+        yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no image file {str(path)!r}; check the path.") from error
     except (UnidentifiedImageError, IsADirectoryError) as error:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mrflow_sched.images import load_image, read_png_text, save_png
 
@@ -199,11 +201,50 @@ def test_truncated_images(tmp_path: Path, read: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_enormous_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_png(tmp_path / "a.png", picture(8, 8))
+def with_header(path: Path, width: int, height: int) -> None:
+    """Write that size into the header of the PNG at `path`, with a checksum that fits."""
+    data = path.read_bytes()
+    header = data[12:16] + struct.pack(">II", width, height) + data[24:29]
+    path.write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+
+
+def test_png_is_read_back_at_any_size_that_a_plan_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_png(tmp_path / "a.png", picture(8, 8), {"mrflow": "plan"})
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    assert load_image(tmp_path / "a.png").shape == (3, 8, 8)
+    assert read_png_text(tmp_path / "a.png") == {"mrflow": "plan"}
+    assert Image.MAX_IMAGE_PIXELS == 4
     with pytest.raises(ValueError, match="too large"):
+        load_image(tmp_path / "a.jpg")
+    with_header(tmp_path / "a.png", 40000, 1)
+    with pytest.raises(ValueError, match=r"40000x1 pixels; 32768 a side are the most.*too large"):
         load_image(tmp_path / "a.png")
+
+
+def test_reading_text_decodes_no_pixel(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    save_png(path, picture(8, 8), {"mrflow": "plan"})
+    with_header(path, 32768, 32768)  # far more pixels than the file has
+    assert read_png_text(path) == {"mrflow": "plan"}
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_image(path)
+
+
+def test_text_behind_the_pixels_and_packed_text_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("packed", "x" * 1000, zip=True)
+    chunks.add_itxt("any", "漢字", zip=True)
+    Image.new("RGB", (2, 2)).save(path, pnginfo=chunks)
+    last = b"tEXtlate\x00after the pixels"
+    chunk = struct.pack(">I", len(last) - 4) + last + struct.pack(">I", zlib.crc32(last))
+    data = path.read_bytes()
+    path.write_bytes(data[:-12] + chunk + data[-12:])
+    assert read_png_text(path) == {"packed": "x" * 1000, "any": "漢字", "late": "after the pixels"}
+    path.write_bytes(path.read_bytes().replace(b"after", b"AFTER"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_png_text(path)
 
 
 def test_text_is_read_from_png_only(tmp_path: Path) -> None:
