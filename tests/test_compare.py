@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from PIL import Image
 from mrflow_sched import _memory, _sheet
 from mrflow_sched._memory import PeakMemory
 from mrflow_sched.compare import Comparison, Part, Run, compare, native_plan_of, shortest
-from mrflow_sched.plan import make_plan
+from mrflow_sched.engines.analytic import GaussianFieldEngine
+from mrflow_sched.images import save_png
+from mrflow_sched.plan import make_native_plan, make_plan
 from mrflow_sched.record import RunRecord, library_versions
+from mrflow_sched.sampler import StagedResult
 
 MEGABYTE = 1 << 20
 
@@ -128,6 +132,83 @@ def test_compare_from_python_saves_without_a_record(tiny_engine: Any, tmp_path: 
         assert picture.info == {}
     assert found.staged.detail == "16x16 then 32x32, euler, sigma 0.12, 3 forwards"
     assert found.native.title == "native, 2 steps"
+
+
+def test_an_engine_of_its_own_family_needs_no_native_plan(tmp_path: Path) -> None:
+    engine = GaussianFieldEngine()
+    plan = make_plan(engine.family, 32, 32, low_steps=2, solver="euler", seed_rule="hash", posterior="sample")
+    found = compare(engine, "", plan, tmp_path)
+    assert found.native.title == "native, 50 steps"
+    native = native_plan_of(plan, family=engine.family)
+    assert (native.family, native.seed_rule, native.posterior) == ("analytic", "hash", "sample")
+
+
+def test_the_native_plan_keeps_the_shift_of_its_own_size() -> None:
+    plan = make_plan("demo", 256, 256, mu=0.1)
+    assert native_plan_of(plan).stages[0].mu == make_native_plan("demo", 256, 256).stages[0].mu
+
+
+def test_the_warm_up_saves_too_and_leaves_nothing_beside_the_pictures(tmp_path: Path) -> None:
+    plan = make_plan("demo", 32, 32, low_steps=2)
+    saved: list[tuple[int, str]] = []
+
+    def save(result: StagedResult, path: Path) -> None:
+        saved.append((result.plan.stages[0].steps, path.name))
+        save_png(path, result.images[0])
+
+    engine = GaussianFieldEngine()
+    found = compare(engine, "", plan, tmp_path, native_plan=native_plan_of(plan, 3), save=save)
+    assert saved == [(1, "native.png"), (1, "staged.png"), (3, "native.png"), (2, "staged.png")]
+    assert {path.name for path in tmp_path.iterdir()} == {"native.png", "staged.png", "compare.png"}
+    assert all(path.parent == tmp_path for path in (found.native.path, found.staged.path, found.sheet))
+
+
+PICTURES = ("native.png", "staged.png", "compare.png")
+
+
+@pytest.mark.parametrize("older", [PICTURES, ("staged.png",)])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [("staged run", KeyboardInterrupt()), ("sheet", MemoryError()), ("second move", PermissionError())],
+)
+def test_a_broken_comparison_leaves_the_folder_as_it_was(
+    where: str, error: BaseException, older: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in older:
+        (tmp_path / name).write_bytes(b"older")
+    plan = make_plan("demo", 32, 32, low_steps=2)
+    usual = os.replace
+
+    def save(result: StagedResult, path: Path) -> None:
+        if where == "staged run" and result.plan.stages[0].steps == 2:
+            raise error
+        save_png(path, result.images[0])
+
+    def fail(*_: object) -> None:
+        raise error
+
+    def move(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "staged.png" and Path(source).read_bytes() != b"older":
+            raise error
+        usual(source, target)
+
+    small = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(_sheet, "draw_sheet", fail if where == "sheet" else lambda *_: small)
+    if where == "second move":
+        monkeypatch.setattr(os, "replace", move)
+    with pytest.raises(type(error)):
+        compare(GaussianFieldEngine(), "", plan, tmp_path, native_plan=native_plan_of(plan, 3), save=save)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(older, b"older")
+
+
+def test_a_folder_that_cannot_take_the_pictures_is_refused_before_the_run(tmp_path: Path) -> None:
+    plan = make_plan("demo", 32, 32, guidance=1.0)
+    with pytest.raises(FileNotFoundError, match="does not exist; make it first"):
+        compare(GaussianFieldEngine(), "", plan, tmp_path / "none")
+    (tmp_path / "staged.png").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"staged\.png.*a folder has that name"):
+        compare(GaussianFieldEngine(), "", plan, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["staged.png"]
 
 
 # --- the sheet
