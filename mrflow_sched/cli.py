@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import mrflow_sched
-from mrflow_sched.families import FAMILIES
+from mrflow_sched.families import FAMILIES, get_family
 from mrflow_sched.plan import SOLVER_NAMES, StagedPlan, make_plan
 from mrflow_sched.record import KEY, MAX_BATCH, RunRecord, library_versions
 
@@ -226,14 +226,26 @@ def _make_plan(args: argparse.Namespace, family: str, **overrides: Any) -> Stage
         if not native:
             raise ValueError(f"--steps {args.steps} counts native steps; add --native, or use --low-steps.")
         given["steps"] = args.steps
-    width, height = args.size or _native_size(family)
+    _check_meaning(given)
+    width, height = args.size or _default_size(family, native)
     return make_plan(family, width, height, native=native, **given)
 
 
-def _native_size(family: str) -> tuple[int, int]:
-    from mrflow_sched.families import get_family
+def _check_meaning(given: dict[str, Any]) -> None:
+    """Refuse options that another one makes meaningless."""
+    if "mu" in given and "shift_tokens" in given:
+        raise ValueError("--mu sets the shift outright, so --shift-tokens has no meaning; leave one out.")
+    idle = [word for word in ("sigma", "refine_curve", "refine_guidance") if word in given]
+    if given.get("refine_steps") == 0 and idle:
+        raise ValueError(
+            f"--refine-steps 0 keeps the upscaled picture, so --{idle[0].replace('_', '-')} has no meaning; "
+            "leave one out."
+        )
 
-    return get_family(family).native_size
+
+def _default_size(family: str, native: bool) -> tuple[int, int]:
+    known = get_family(family)
+    return known.native_size if native else known.default_size or known.native_size
 
 
 # --- mrflow plan ------------------------------------------------------------------------------
@@ -286,6 +298,8 @@ class _Job:
 
 def _generate(args: argparse.Namespace) -> int:
     job = _repeat_job(args) if args.source is not None else _new_job(args)
+    if args.save_stages and len(job.plan.stages) == 1:
+        raise ValueError("--save-stages has no meaning for a native run, which has one stage; leave it out.")
     upscaler_path = _upscaler_path(args, job.source)
     with _writable(args.out), _saying_warnings():
         engine, upscaler = _load(args, job, upscaler_path)
@@ -297,7 +311,7 @@ def _generate(args: argparse.Namespace) -> int:
             result = _sample(engine, job, upscaler, lambda step: show("", step), stopped, args.save_stages)
         for note in dict.fromkeys(result.warnings):
             _say(note)
-        paths = _save_images(args, job, record, result)
+        paths, lost = _save_images(args, job, record, result)
     if result.cancelled:
         _say(f"Stopped; the best picture so far is {paths[0]}.")
     if args.json:
@@ -312,7 +326,7 @@ def _generate(args: argparse.Namespace) -> int:
         )
     else:
         print("\n".join(str(path) for path in paths))
-    return STOPPED if result.cancelled else 0
+    return STOPPED if result.cancelled else REFUSED if lost else 0
 
 
 def _new_job(args: argparse.Namespace) -> _Job:
@@ -423,6 +437,8 @@ def _load_engine(args: argparse.Namespace, device: str, dtype: str, family: str 
     if args.model is None:
         from mrflow_sched import demo
 
+        if args.offload_text:
+            _say("--offload-text has no effect on the embedded model, whose text encoders are small.")
         return demo.load_engine(device=device, dtype=dtype)
     from mrflow_sched.engines.flux import FluxEngine
 
@@ -509,9 +525,25 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _save_images(args: argparse.Namespace, job: _Job, record: RunRecord, result: StagedResult) -> list[Path]:
-    """Write the wanted images of a result, and its stages where kept, each with its record; never over an old file."""
+def _save_images(
+    args: argparse.Namespace, job: _Job, record: RunRecord, result: StagedResult
+) -> tuple[list[Path], list[str]]:
+    """Write the wanted images of a result, and its stages where kept, each with its record; never over an old file.
+
+    Returns the paths of the images, and the names of pictures left out, with a word to the user, since they hold values
+    that are no numbers. Raises ValueError where no image is left.
+    """
     from mrflow_sched.images import save_png
+
+    lost: list[str] = []
+
+    def put(path: Path, image: Tensor, text: dict[str, str]) -> bool:
+        good = bool(image.isfinite().all())
+        if good:
+            save_png(path, image, text)
+        else:
+            lost.append(path.name)
+        return good
 
     ending = "-unfinished" if result.cancelled else ""
     record = replace(record, unfinished=result.cancelled)
@@ -521,10 +553,16 @@ def _save_images(args: argparse.Namespace, job: _Job, record: RunRecord, result:
         stem = _free_stem(args.out, f"mrflow-{job.plan.seed + number}{ending}")
         for step, stage in enumerate(result.stages if args.save_stages else (), 1):
             name = re.sub(r"[^a-z0-9]+", "-", stage.name.lower()).strip("-")
-            save_png(args.out / f"{stem}-part{step}-{name}.png", _one(stage.image, number), text)
-        paths.append(args.out / f"{stem}.png")
-        save_png(paths[-1], _one(result.images, number), text)
-    return paths
+            put(args.out / f"{stem}-part{step}-{name}.png", _one(stage.image, number), text)
+        path = args.out / f"{stem}.png"
+        if put(path, _one(result.images, number), text):
+            paths.append(path)
+    if lost:
+        sentence = f"not saved, for values that are no numbers: {', '.join(lost)}; try --dtype float32."
+        if not paths:
+            raise ValueError(sentence)
+        _say(sentence)
+    return paths, lost
 
 
 def _one(images: Tensor, number: int) -> Tensor:
@@ -566,7 +604,7 @@ def _compare(args: argparse.Namespace) -> int:
                 args.prompt,
                 plan,
                 args.out,
-                native_plan=native_plan_of(plan, args.steps),
+                native_plan=native_plan_of(plan, args.steps, family=engine.family),
                 upscaler=upscaler,
                 save=save,
                 repeats=args.repeats,
@@ -607,6 +645,10 @@ def _print_json(value: Any) -> None:
 def _writable(folder: Path) -> Generator[None, None, None]:
     """Make the folder and prove that it takes files before minutes are spent; remove it if a failure left it empty."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    there = next((place for place in (folder, *folder.parents) if place.exists() or place.is_symlink()), folder)
+    if not there.is_dir():
+        which = "that" if there == folder else repr(str(there))
+        raise ValueError(f"--out is {str(folder)!r}, but {which} is not a folder; give another.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

@@ -96,10 +96,26 @@ def test_plan_takes_every_override(mrflow: Any) -> None:
     assert plan.stages[1].sigmas[1] > 0.1  # shifted, not linear
     assert [stage.guidance for stage in plan.stages] == [2, 3, 3]
     assert (plan.seed, plan.seed_rule, plan.posterior) == (9, "hash", "sample")
-    _, out, _ = mrflow("plan", "--family", "flux1-dev", "--mu", "0.5", "--shift-tokens", "low", "--json")
+    _, out, _ = mrflow("plan", "--family", "flux1-dev", "--mu", "0.5", "--json")
     assert json.loads(out)["stages"][0]["mu"] == 0.5
     _, out, _ = mrflow("plan", "--family", "flux1-dev", "--native", "--steps", "9", "--json")
     assert [stage["forwards"] for stage in json.loads(out)["stages"]] == [9]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("flux1-dev", [512, 1024]), ("sdxl", [768, 1024]), ("sd15", [512, 1024]), ("demo", [128, 256])],
+)
+def test_the_default_size_stays_in_the_familys_range(mrflow: Any, family: str, sizes: list[int]) -> None:
+    _, out, _ = mrflow("plan", "--family", family, "--json")
+    found = json.loads(out)
+    assert [stage["width"] for stage in found["stages"]] == sizes
+    assert not any("Stage 1" in note for note in found["notes"])
+
+
+def test_the_native_default_size_is_the_models_own(mrflow: Any) -> None:
+    _, out, _ = mrflow("plan", "--family", "sd15", "--native", "--json")
+    assert [stage["width"] for stage in json.loads(out)["stages"]] == [512]
 
 
 # --- refusals
@@ -136,6 +152,10 @@ BAD = {
     "unknown command": ["improve", "p"],
     "no family": ["plan"],
     "native and sigma": ["generate", "p", "--native", "--sigma", "0.1"],
+    "native and stages saved": ["generate", "p", "--native", "--save-stages"],
+    "mu and shift tokens": ["plan", "--family", "demo", "--mu", "0.5", "--shift-tokens", "low"],
+    "sigma without a refine step": ["generate", "p", "--refine-steps", "0", "--sigma", "0.2"],
+    "curve without a refine step": ["plan", "--family", "demo", "--refine-steps", "0", "--refine-curve", "linear"],
     "native and upscaler": ["generate", "p", "--native", "--upscaler", "lanczos"],
     "steps without native": ["generate", "p", "--steps", "5"],
     "one stage compared": ["compare", "p", "--stages", "1"],
@@ -210,12 +230,13 @@ def test_memory_that_runs_out_is_a_refusal(
 
 
 def test_an_out_that_takes_no_files(mrflow: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+    file = tmp_path / "file"
+    file.write_text("x")
+    for out, which in ((file, "that"), (file / "below" / "it", repr(str(file)))):
         code, _, err = mrflow("generate", "p", *SMALL, "--out", str(out))
         assert code == 2
-        assert "takes no files" in err
-    assert (tmp_path / "file").read_text() == "x"
+        assert f"--out is {str(out)!r}, but {which} is not a folder; give another." in err
+    assert file.read_text() == "x"
 
 
 def test_a_full_disk_leaves_nothing(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +355,44 @@ def test_generate_native_needs_no_upscaler(mrflow: Any, tmp_path: Path) -> None:
     assert RunRecord.from_json(read_png_text(out.strip())["mrflow"]).upscaler == "none"
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, *numbers: int, width: int = 32) -> None:
+    """Make the decoder return no numbers for those images of a batch, at that size."""
+    from mrflow_sched.engines.flux import FluxEngine
+
+    usual = FluxEngine.decode
+
+    def decode(self: Any, latents: Any) -> Any:
+        images = usual(self, latents).clone()
+        for number in numbers if images.shape[-1] == width else ():
+            images[number] = float("nan")
+        return images
+
+    monkeypatch.setattr(FluxEngine, "decode", decode)
+
+
+def test_one_bad_picture_does_not_lose_the_others(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("a star", *SMALL, "--batch", "3", "--out", str(tmp_path / "o"))
+    with monkeypatch.context() as patch:
+        spoil(patch, 1)
+        code, out, err = mrflow("generate", *words, "--json")
+    assert code == 2
+    assert [Path(path).name for path in json.loads(out)["images"]] == ["mrflow-0.png", "mrflow-2.png"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["mrflow-0.png", "mrflow-2.png"]
+    assert [line for line in err.splitlines() if "mrflow-" in line] == [
+        "mrflow: not saved, for values that are no numbers: mrflow-1.png; try --dtype float32."
+    ]
+
+
+def test_where_every_picture_is_bad_nothing_is_left(
+    mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 0)
+    code, out, err = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path / "o"), "--json")
+    assert (code, out) == (2, "")
+    assert "not saved, for values that are no numbers: mrflow-0.png" in err
+    assert not (tmp_path / "o").exists()
+
+
 def test_generate_uses_an_upscaler_file(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mrflow_sched import upscale
 
@@ -374,6 +433,9 @@ def test_the_embedded_model_is_the_default(
     code, out, _ = mrflow("generate", "--from", path, "--out", str(tmp_path / "again"), model=None)
     assert code == 0
     assert np.array_equal(pixels(path), pixels(out.strip()))
+    code, _, err = mrflow("generate", "a star", *SMALL, "--offload-text", "--out", str(tmp_path / "o"), model=None)
+    assert code == 0
+    assert "--offload-text has no effect on the embedded model" in err
     code, _, err = mrflow("generate", "--from", path, "--out", str(tmp_path / "again"))
     assert code == 2
     assert "leave out --model" in err
