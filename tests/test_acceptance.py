@@ -216,10 +216,10 @@ def test_acceptance_08_everything_touched_is_as_it_was(error: BaseException | No
 
     def snapshot() -> list[Any]:
         hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in network.modules()]
-        own = {key: value for key, value in vars(engine).items() if key not in ("seen", "noisy")}
+        own = {key: copy.copy(value) for key, value in vars(engine).items() if key not in ("seen", "noisy")}
         return [
             hooks,
-            sorted(own),
+            own,
             plan.to_string(),
             torch.is_grad_enabled(),
             torch.are_deterministic_algorithms_enabled(),
