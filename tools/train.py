@@ -27,7 +27,7 @@ def run(part: str, work: Path, scenes: int, scale: float, out: Path) -> None:
     if part == "data":
         data.build(work, scenes)
     elif part == "text":
-        text.train(work, steps=max(20, int(1600 * scale)))
+        text.train(work, seconds=900 * scale)
     elif part == "flow":
         default = flow.FlowSettings()
         flow.train(work, replace(default, seconds=default.seconds * scale))

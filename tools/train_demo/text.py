@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,11 @@ def labels(scene: S.Scene) -> dict[str, int]:
     return out
 
 
-def token_roles(scene: S.Scene) -> list[int]:
+def token_roles(scene: S.Scene, *, name_sky: bool = True) -> list[int]:
     """Role index of every token: one a word, one a comma, one a letter and one for the mark before them, then the
     end."""
     roles: list[int] = []
-    for word, role in S.caption_words(scene):
+    for word, role in S.caption_words(scene, name_sky=name_sky):
         if role == "word":
             names = ["glue"] + [f"letter{k}/{len(word)}" for k in range(len(word))]
         else:
@@ -148,87 +149,111 @@ def token_roles(scene: S.Scene) -> list[int]:
 BINDING = ("colour", "texture", "shape")
 
 
-def train(work: Path, steps: int = 1600, batch: int = 32, report: int = 100) -> dict[str, Any]:
+class Parser(nn.Module):
+    """Both encoders with the heads that they are trained through; the heads are thrown away afterwards."""
+
+    def __init__(self, t5: T5EncoderModel, clip: CLIPTextModel, words: int) -> None:
+        super().__init__()
+        self.t5, self.clip = t5, clip
+        self.role, self.same = nn.Linear(WIDTH, len(ROLES)), nn.Linear(WIDTH, words)
+        self.bind = nn.ModuleDict({kind: nn.Linear(WIDTH, len(FIELDS[kind + "0"])) for kind in BINDING})
+        self.fields = nn.ModuleDict({field: nn.Linear(WIDTH, len(options)) for field, options in FIELDS.items()})
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(of the tokens, of the pooled vector)."""
+        hidden = self.t5(batch.ids).last_hidden_state.flatten(0, 1)
+        pooled = self.clip(batch.clip_ids).pooler_output
+        tokens = _entropy(self.role(hidden), batch.roles.flatten()) + _entropy(self.same(hidden), batch.ids.flatten())
+        for kind, head in self.bind.items():
+            tokens = tokens + _entropy(head(hidden), batch.bound[kind].flatten())
+        whole = sum(
+            (_entropy(head(pooled), batch.fields[field]) for field, head in self.fields.items()), torch.zeros(())
+        )
+        return tokens, whole
+
+    @torch.inference_mode()
+    def score(self, batch: Batch) -> list[float]:
+        """Share of right answers: roles of tokens, bindings of tokens, fields of the pooled vector."""
+        hidden = self.t5(batch.ids).last_hidden_state
+        pooled = self.clip(batch.clip_ids).pooler_output
+        role = (self.role(hidden).argmax(-1) == batch.roles)[batch.roles > 0]
+        bound = [(head(hidden).argmax(-1) == batch.bound[k])[batch.bound[k] >= 0] for k, head in self.bind.items()]
+        whole = [(head(pooled).argmax(-1) == batch.fields[f])[batch.fields[f] >= 0] for f, head in self.fields.items()]
+        return [float(part.float().mean()) for part in (role, torch.cat(bound), torch.cat(whole))]
+
+
+def _entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    known = wanted >= 0
+    return nn.functional.cross_entropy(logits[known], wanted[known]) if bool(known.any()) else logits.sum() * 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    ids: Tensor
+    clip_ids: Tensor
+    roles: Tensor
+    bound: dict[str, Tensor]
+    fields: dict[str, Tensor]
+
+
+def make_batch(rng: np.random.Generator, count: int, length: int, tokenizers: tuple[Any, Any]) -> Batch:
+    """Captions of fresh scenes, with everything there is to know of them; a quarter leave the sky open."""
+    rows = [(S.random_scene(rng), bool(rng.random() < 0.75)) for _ in range(count)]
+    texts = [S.caption(scene, name_sky=named) for scene, named in rows]
+    pad = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    ids = tokenizers[0](texts, max_length=length, **pad).input_ids
+    roles = torch.zeros(ids.shape, dtype=torch.long)
+    bound = {kind: torch.full(ids.shape, -1) for kind in BINDING}
+    truth = []
+    for row, (scene, named) in enumerate(rows):
+        known = token_roles(scene, name_sky=named)
+        roles[row, : len(known)] = torch.tensor(known)
+        for column, role in enumerate(known):
+            kind, index = ROLES[role][:-1], ROLES[role][-1]
+            if kind in BINDING:
+                for each in BINDING:
+                    bound[each][row, column] = FIELDS[each + "0"].index(getattr(scene.things[int(index)], each))
+        truth.append(labels(scene) | ({} if named else {"sky": -1}))
+    fields = {field: torch.tensor([each[field] for each in truth]) for field in FIELDS}
+    return Batch(ids, tokenizers[1](texts, max_length=48, **pad).input_ids, roles, bound, fields)
+
+
+def train(work: Path, seconds: float = 900.0, batch: int = 32, report: int = 250) -> dict[str, Any]:
+    """Train both encoders to parse captions; writes the folder ``text``."""
     out = work / "text"
     if (out / "done.json").exists():
         return json.loads((out / "done.json").read_text())
-    start = time.time()
+    torch.manual_seed(0)
+    begin, step, elapsed, curve = time.time(), 0, 0.0, []
     t5_tokenizer, (clip_tokenizer, vocab, merges) = make_t5_tokenizer(), make_clip_tokenizer()
-    t5, clip = make_encoders(len(t5_tokenizer), len(clip_tokenizer))
-    role_head, same_head = nn.Linear(WIDTH, len(ROLES)), nn.Linear(WIDTH, len(t5_tokenizer))
-    bind_heads = nn.ModuleDict({kind: nn.Linear(WIDTH, len(FIELDS[kind + "0"])) for kind in BINDING})
-    field_heads = nn.ModuleDict({field: nn.Linear(WIDTH, len(options)) for field, options in FIELDS.items()})
-    modules = [t5, clip, role_head, same_head, bind_heads, field_heads]
-    parameters = [p for module in modules for p in module.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
+    tokenizers = (t5_tokenizer, clip_tokenizer)
+    model = Parser(*make_encoders(len(t5_tokenizer), len(clip_tokenizer)), len(t5_tokenizer))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
     rng = np.random.default_rng(5)
-    curve: list[list[float]] = []
-    for step in range(steps):
-        rows = [S.random_scene(rng) for _ in range(batch)]
-        texts = [S.caption(scene) for scene in rows]
-        length = int(rng.choice((LENGTH,) * 6 + (48, 128)))
-        if step % 50 == 49:
-            rows, texts, length = rows[:4], texts[:4], 512
-        ids = t5_tokenizer(
-            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        hidden = t5(ids).last_hidden_state
-        roles = torch.zeros(ids.shape, dtype=torch.long)
-        bound = {kind: torch.full(ids.shape, -1) for kind in BINDING}
-        for row, scene in enumerate(rows):
-            known = token_roles(scene)[:length]
-            roles[row, : len(known)] = torch.tensor(known)
-            for column, role in enumerate(known):
-                name = ROLES[role]
-                if name[:-1] in BINDING:
-                    thing = scene.things[int(name[-1])]
-                    for kind in BINDING:
-                        bound[kind][row, column] = FIELDS[kind + "0"].index(getattr(thing, kind))
-        loss = nn.functional.cross_entropy(role_head(hidden).flatten(0, 1), roles.flatten())
-        loss = loss + nn.functional.cross_entropy(same_head(hidden).flatten(0, 1), ids.flatten())
-        for kind in BINDING:
-            logits = bind_heads[kind](hidden).flatten(0, 1)
-            loss = loss + nn.functional.cross_entropy(logits, bound[kind].flatten(), ignore_index=-1)
-        pooled = pool(clip, clip_tokenizer, texts)
-        truth = [labels(scene) for scene in rows]
-        for field, head in field_heads.items():
-            target = torch.tensor([row[field] for row in truth])
-            if (target >= 0).any():
-                loss = loss + 0.3 * nn.functional.cross_entropy(head(pooled), target, ignore_index=-1)
+    held_out = [
+        make_batch(np.random.default_rng(9), count, length, tokenizers) for count, length in ((256, LENGTH), (16, 512))
+    ]
+    while elapsed < seconds:
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 200) * max(0.01, 1 - elapsed / seconds)
+        long_text = step % 20 == 19
+        tokens, whole = model.losses(
+            make_batch(rng, 4 if long_text else batch, 512 if long_text else LENGTH, tokenizers)
+        )
         optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        (tokens + 0.3 * whole).backward()
+        nn.utils.clip_grad_norm_(model.t5.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.clip.parameters(), 1.0)
         optimiser.step()
-        schedule.step()
-        if step % report == report - 1:
-            right = float((role_head(hidden).argmax(-1) == roles)[roles > 0].float().mean())
-            letters = float(
-                np.mean(
-                    [
-                        float(
-                            (
-                                field_heads[f"letter{k}"](pooled).argmax(-1)
-                                == torch.tensor([t[f"letter{k}"] for t in truth])
-                            )[torch.tensor([t[f"letter{k}"] >= 0 for t in truth])]
-                            .float()
-                            .mean()
-                        )
-                        for k in range(2)
-                    ]
-                )
-            )
-            curve.append([step + 1, float(loss), right, letters, time.time() - start])
+        step += 1
+        elapsed = time.time() - begin
+        if step % report == 0 or elapsed >= seconds:
+            curve.append([step, elapsed, float(tokens), *(share for each in held_out for share in model.score(each))])
             print("text", curve[-1], flush=True)
-    save(out, t5, clip, t5_tokenizer, clip_tokenizer, vocab, merges)
-    record = {"steps": steps, "batch": batch, "seconds": time.time() - start, "curve": curve}
+    save(out, model.t5, model.clip, t5_tokenizer, clip_tokenizer, vocab, merges)
+    record = {"steps": step, "batch": batch, "seconds": elapsed, "curve": curve}
     (out / "done.json").write_text(json.dumps(record))
     return record
-
-
-def pool(clip: CLIPTextModel, tokenizer: Any, texts: list[str]) -> Tensor:
-    ids = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").input_ids
-    return clip(ids).pooler_output
 
 
 def save(
@@ -253,22 +278,3 @@ def load(work: Path) -> tuple[Any, Any, Any, Any]:
         CLIPTokenizer.from_pretrained(out / "tokenizer"),
         clip,
     )
-
-
-@torch.inference_mode()
-def embed(work: Path, texts: list[str], length: int = LENGTH) -> tuple[Tensor, Tensor]:
-    """Texts → (B, length, 128) and (B, 128), float16."""
-    t5_tokenizer, t5, clip_tokenizer, clip = load(work)
-    tokens: list[Tensor] = []
-    pooled: list[Tensor] = []
-    for first in range(0, len(texts), 256):
-        part = texts[first : first + 256]
-        ids = t5_tokenizer(
-            part, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        tokens.append(t5(ids).last_hidden_state.half())
-        clip_ids = clip_tokenizer(
-            part, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-        ).input_ids
-        pooled.append(clip(clip_ids).pooler_output.half())
-    return torch.cat(tokens), torch.cat(pooled)

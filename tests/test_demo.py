@@ -1,0 +1,113 @@
+"""The embedded model: small enough to ship, a FLUX.1 pipeline to everyone, and it draws what it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan, sample_staged
+from mrflow_sched.demo.scenes import COLOURS, caption, random_scene, render
+from mrflow_sched.engines.flux import FluxEngine
+from mrflow_sched.upscale import resize_lanczos
+
+
+@pytest.fixture(scope="module")
+def engine() -> FluxEngine:
+    return demo.load_engine(device="cpu", dtype="float32")
+
+
+def scenes(count: int, size: int) -> torch.Tensor:
+    pictures = [render(random_scene(np.random.default_rng([99, k])), size, k) for k in range(count)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(-10 * (a - b).square().mean().log10())
+
+
+def test_all_weights_together_stay_below_25_megabytes() -> None:
+    files = [path for path in demo.weights_path().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".txt"}
+    assert not [path for path in files if path.suffix == ".json" and "/tmp/" in path.read_text()]
+
+
+def test_any_flux_script_can_load_the_folder(engine: FluxEngine) -> None:
+    from diffusers import FluxPipeline
+
+    pipe: Any = FluxPipeline.from_pretrained(demo.weights_path(), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    prompt = "a red circle over white snow under a blue sky"
+    generator = torch.Generator().manual_seed(5)
+    found = pipe(prompt, height=128, width=128, num_inference_steps=2, output_type="pt", generator=generator).images
+    assert found.shape == (1, 3, 128, 128)
+    assert torch.isfinite(found).all()
+    # 512 text tokens, as pipelines pad by default, must mean nearly what the short text means.
+    generator = torch.Generator().manual_seed(5)
+    size: Any = {"height": 128, "width": 128, "num_inference_steps": 2, "output_type": "pt"}
+    short = pipe(prompt, max_sequence_length=32, generator=generator, **size).images
+    assert (found - short).abs().mean() < 0.05
+    mu = make_plan("demo", 256, 256).stages[0].mu
+    assert mu == pytest.approx(0.63)
+
+
+def test_the_encoder_is_linear_and_the_round_trip_is_true(engine: FluxEngine) -> None:
+    high, low = scenes(6, 256), scenes(6, 128)
+    latents = engine.encode(high)
+    assert latents.shape == (6, 16, 64, 64)
+    mixed = engine.encode((high[:1] + high[1:2]) / 2)
+    torch.testing.assert_close(mixed, (latents[:1] + latents[1:2]) / 2, atol=2e-2, rtol=0)
+    assert 0.5 < float(latents.square().mean()) < 2.0
+    assert psnr(engine.decode(latents), high) > 29
+    assert psnr(engine.decode(engine.encode(low)), low) > 25
+    drift = (engine.decode(latents) - high).mean((0, 2, 3)).abs()
+    assert drift.max() < 1.5 / 255, "a round trip must not tint pictures"
+
+
+def test_the_upscaler_beats_lanczos_on_decoded_pictures(engine: FluxEngine) -> None:
+    high = scenes(6, 256)
+    low = engine.decode(engine.encode(torch.nn.functional.avg_pool2d(high, 2)))
+    upscaler = load_upscaler(demo.upscaler_path(), device="cpu", dtype="float32")
+    assert upscaler.scale == 2
+    assert psnr(upscaler(low), high) > psnr(resize_lanczos(low, 256, 256), high) + 1
+
+
+@pytest.mark.parametrize("wall", ["blue", "red", "black"])
+def test_a_wall_has_the_colour_that_is_asked_for(engine: FluxEngine, wall: str) -> None:
+    plan = make_plan("demo", 256, 256, "8+1", seed=4)
+    upscaler = load_upscaler(demo.upscaler_path(), device="cpu")
+    result = sample_staged(engine, plan, f"the word FLOW in white letters on a {wall} wall", upscaler=upscaler)
+    corners = result.images[0][:, :32].mean((1, 2))
+    distance = {name: float((corners - torch.tensor(colour)).norm()) for name, colour in COLOURS.items()}
+    assert min(distance, key=distance.__getitem__) == wall
+    assert not result.warnings
+
+
+def test_native_and_staged_agree_on_sky_and_ground(engine: FluxEngine) -> None:
+    prompt = "a smooth night sky over white snow with a moon on the left"
+    upscaler = load_upscaler(demo.upscaler_path(), device="cpu")
+    staged = sample_staged(engine, make_plan("demo", 256, 256, "8+1"), prompt, upscaler=upscaler).images[0]
+    native = sample_staged(engine, make_native_plan("demo", 256, 256, steps=8), prompt).images[0]
+    for picture in (staged, native):
+        assert picture[:, :32, 224:].mean() < 0.35, "night above"
+        assert picture[:, 224:].mean() > 0.75, "snow below"
+
+
+def test_example_prompts_are_in_the_grammar() -> None:
+    from mrflow_sched.demo.scenes import vocabulary
+
+    known = set(vocabulary())
+    for prompt in demo.example_prompts():
+        words = [word.strip(",") for word in prompt.split()]
+        assert all(word in known or word.isupper() for word in words)
+    assert caption(random_scene(np.random.default_rng(0)))
+
+
+def test_paths_are_inside_the_package() -> None:
+    package = Path(demo.__file__).parent
+    assert demo.weights_path().parent == package
+    assert demo.upscaler_path().is_file()
