@@ -59,7 +59,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    seconds: float = 480.0
+    seconds: float = 780.0
     batch: int = 32
     lr: float = 2e-3
     seed: int = 6
