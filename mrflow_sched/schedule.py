@@ -53,7 +53,7 @@ def shift_sigma(sigma: float, shift: float) -> float:
     _check_unit(sigma, "sigma")
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift must be a positive number, got {shift!r}; 1 means no shift.")
-    return shift * sigma / (1.0 + (shift - 1.0) * sigma)
+    return min(shift * sigma / (1.0 + (shift - 1.0) * sigma), 1.0)  # rounding must not leave the range
 
 
 def unshift_sigma(sigma: float, shift: float) -> float:
@@ -61,7 +61,7 @@ def unshift_sigma(sigma: float, shift: float) -> float:
     _check_unit(sigma, "sigma")
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift must be a positive number, got {shift!r}; 1 means no shift.")
-    return sigma / (shift + (1.0 - shift) * sigma)
+    return min(sigma / (shift + (1.0 - shift) * sigma), 1.0)
 
 
 def mu_for_tokens(
