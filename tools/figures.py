@@ -37,9 +37,8 @@ RECORDS = ("text", "flow", "vae", "sr", "guided", "classifier")
 
 
 def training_record(work: Path) -> dict[str, Any]:
-    return {
-        name: json.loads((work / f"{name}.json").read_text()) for name in RECORDS if (work / f"{name}.json").exists()
-    }
+    paths = {name: work / f"{name}.json" for name in RECORDS} | {"text": work / "text" / "done.json"}
+    return {name: json.loads(path.read_text()) for name, path in paths.items()}
 
 
 def training_curves(record: dict[str, Any], path: Path) -> None:
@@ -124,7 +123,7 @@ def record_rows(record: dict[str, Any]) -> list[str]:
     flow, guided = record["flow"], record["guided"]
     last = flow["curve"][-1]
     ends = {
-        "text": f"loss {record['text']['curve'][-1][1]:.2f}",
+        "text": f"{record['text']['curve'][-1][3]:.1%} of token roles right on held-out captions",
         "flow": f"velocity error {last[2]:.3f} at 128, {last[3]:.3f} at 256, after {flow['samples']} samples",
         "vae": f"{record['vae']['curve'][-1][2]:.1f} dB on training crops",
         "sr": f"{record['sr']['curve'][-1][2]:.1f} dB on training crops",
@@ -170,7 +169,8 @@ def main() -> None:
     results = ROOT / "bench" / "results"
     solver_page = ROOT / "docs" / "solvers.md"
     write_between(solver_page, "mixtures", solver_rows(results / "solvers.json", ratios=True))
-    write_between(solver_page, "demo", solver_rows(results / "solvers-demo.json", ratios=False))
+    if (results / "solvers-demo.json").exists():
+        write_between(solver_page, "demo", solver_rows(results / "solvers-demo.json", ratios=False))
     training_curves(record, IMAGES / "training.png")
     stages_strip(IMAGES / "stages.png")
     merge_sheets(("native-50", "staged-12+1"), options.work, IMAGES / "samples.png")

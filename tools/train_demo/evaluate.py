@@ -55,7 +55,7 @@ def make_seeded(plan: Any, seed: int) -> Any:
     return replace(plan, seed=plan.seed + seed)
 
 
-def evaluate(work: Path, weights: Path, per_category: int = 24, pictures: Path | None = None) -> dict[str, Any]:
+def evaluate(work: Path, weights: Path, per_category: int = 6, pictures: Path | None = None) -> dict[str, Any]:
     """Writes ``evaluation.json`` and sheets; the judge is the classifier trained on true scenes."""
     engine = FluxEngine.from_folder(weights, family="demo")
     upscaler = load_upscaler(weights / "upscaler" / "x2.safetensors")
