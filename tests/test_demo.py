@@ -69,6 +69,11 @@ def test_the_encoder_is_linear_and_the_round_trip_is_true(engine: FluxEngine) ->
     assert drift.max() < 1.5 / 255, "a round trip must not tint pictures"
 
 
+def test_the_vae_stays_in_float32_whatever_the_network_runs_in() -> None:
+    engine = demo.load_engine(device="cpu", dtype="bfloat16")
+    assert (engine.dtype, engine.vae_dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_the_upscaler_beats_lanczos_on_decoded_pictures(engine: FluxEngine) -> None:
     high = scenes(6, 256)
     low = engine.decode(engine.encode(torch.nn.functional.avg_pool2d(high, 2)))

@@ -30,10 +30,13 @@ def upscaler_path() -> Path:
 
 
 def load_engine(*, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> FluxEngine:
-    """The embedded model, ready to sample; arguments as in `FluxEngine.from_folder`."""
+    """The embedded model, ready to sample; arguments as in `FluxEngine.from_folder`.
+
+    The VAE stays in float32 everywhere: its written-down encoder leans on large constants that bfloat16 rounds off.
+    """
     from mrflow_sched.engines.flux import FluxEngine
 
-    return FluxEngine.from_folder(weights_path(), device=device, dtype=dtype, family="demo")
+    return FluxEngine.from_folder(weights_path(), device=device, dtype=dtype, vae_dtype="float32", family="demo")
 
 
 def example_prompts() -> tuple[str, ...]:
