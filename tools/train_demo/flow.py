@@ -20,6 +20,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from mrflow_sched.demo.scenes import caption
+from mrflow_sched.engines.flux import pack, unpack
 from train_demo import data, text
 
 GUIDANCE_RANGE = (1.0, 5.0)
@@ -61,16 +62,6 @@ def make_transformer() -> FluxTransformer2DModel:
             if name.startswith("proj_out") or ("norm" in name and ".linear." in name):
                 parameter.zero_()
     return model
-
-
-def pack(latents: Tensor) -> Tensor:
-    b, c, h, w = latents.shape
-    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
-
-
-def unpack(tokens: Tensor, h: int, w: int) -> Tensor:
-    b, _, c = tokens.shape
-    return tokens.view(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, h, w)
 
 
 def position_ids(h: int, w: int) -> Tensor:
