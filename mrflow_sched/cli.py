@@ -417,7 +417,7 @@ def _load(args: argparse.Namespace, job: _Job, upscaler_path: Path | None) -> tu
 
 def _device_of(record: RunRecord) -> str:
     """The device that a picture was made on where this machine has it, so that its bits repeat; else "auto"."""
-    from mrflow_sched.engines.flux import resolve_device
+    from mrflow_sched._device import resolve_device
 
     try:
         return resolve_device(record.device).type

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mrflow_sched._device import has_bfloat16, resolve_device
+from mrflow_sched._errors import first_line
 from mrflow_sched._torchvision_ops import ensure_ops
 from mrflow_sched.plan import fit_box
 from mrflow_sched.solvers import Cancelled
@@ -438,7 +440,7 @@ def load_upscaler(
         return LanczosUpscaler()
     file = Path(path).expanduser()
     model = _build(file, _read_weights(file))
-    where = _choose_device(device)
+    where = resolve_device(device)
     precision = choose_dtype(where, model.supports_half, model.supports_bfloat16, dtype)
     model.to(where, precision).eval()
     if str(model.architecture.id) in _CHANNELS_LAST:
@@ -460,35 +462,12 @@ def choose_dtype(
     if dtype == "auto":
         if device.type == "cuda" and supports_half:
             return torch.float16
-        fast = (device.type == "cuda" and torch.cuda.is_bf16_supported()) or (
-            device.type == "cpu" and _cpu_has_bfloat16()
-        )
-        return torch.bfloat16 if fast and supports_bfloat16 else torch.float32
+        return torch.bfloat16 if supports_bfloat16 and has_bfloat16(device) else torch.float32
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in _DTYPES.values():
         raise ValueError(f"dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got {dtype!r}.")
     if (chosen == torch.float16 and not supports_half) or (chosen == torch.bfloat16 and not supports_bfloat16):
         raise ValueError(f"dtype is {dtype!r}, which this upscaler does not support; use 'auto' or 'float32'.")
-    return chosen
-
-
-def _cpu_has_bfloat16() -> bool:
-    # The probes are not public and old torch versions lack them; without them float32 is always right.
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(probe() for probe in probes if probe is not None)
-
-
-def _choose_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device must be 'auto', 'cpu', 'cuda' or another name torch knows, got {device!r}."
-        ) from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(device)!r}, but torch finds no CUDA device here; use 'auto' or 'cpu'.")
     return chosen
 
 
@@ -514,7 +493,7 @@ def _read_weights(file: Path) -> dict[str, Any]:
         weights = _read_safetensors(file) if suffix == ".safetensors" else _read_pickle(file)
     except Exception as error:
         raise ValueError(
-            f"the upscaler file {str(file)!r} cannot be read as {suffix} weights ({_first_line(error)}); it is empty, "
+            f"the upscaler file {str(file)!r} cannot be read as {suffix} weights ({first_line(error)}); it is empty, "
             "cut short, of another format, or holds more than weights; download it again, as .safetensors if you can."
         ) from error
     if not isinstance(weights, dict):
@@ -562,7 +541,7 @@ def _build(file: Path, weights: dict[str, Any]) -> ImageModelDescriptor[torch.nn
     except Exception as error:
         raise ValueError(
             f"the upscaler file {str(file)!r} looks like a model but its weights do not fit together "
-            f"({_first_line(error)}); download it again, or give another ESRGAN-type file."
+            f"({first_line(error)}); download it again, or give another ESRGAN-type file."
         ) from error
     return _checked_model(file, model)
 
@@ -606,10 +585,3 @@ def _rehearse(table: Mapping[str, Any]) -> None:
         except Exception as error:
             if isinstance(error, spandrel.UnsupportedModelError) or "loading state_dict" in str(error):
                 raise
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    if len(lines) > 1 and "loading state_dict" in lines[0]:  # a heading; what does not fit stands below it
-        del lines[0]
-    return (lines[0].strip(".:; \t")[:160] if lines else "") or type(error).__name__

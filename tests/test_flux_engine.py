@@ -358,44 +358,13 @@ def test_loading_leaves_the_libraries_talkative_as_they_were(tiny_folder: Path) 
 
 def test_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(flux, "_cpu_has_bfloat16", lambda: True)
-    assert flux.resolve_dtype("auto", cpu) == torch.bfloat16
-    monkeypatch.setattr(flux, "_cpu_has_bfloat16", lambda: False)
-    assert flux.resolve_dtype("auto", cpu) == torch.float32
-    monkeypatch.setattr(flux, "_cuda_has_bfloat16", lambda: True)
-    assert flux.resolve_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    for hardware, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(flux, "has_bfloat16", lambda _, answer=hardware: answer)
+        assert flux.resolve_dtype("auto", cpu) == expected
     assert flux.resolve_dtype("float16", cpu) == torch.float16
     assert flux.resolve_dtype(torch.float64, cpu) == torch.float64
     with pytest.raises(ValueError, match="int3"):
         flux.resolve_dtype("int3", cpu)
-
-
-def test_old_torch_without_the_probe_means_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    assert flux.resolve_dtype("auto", torch.device("cpu")) == torch.float32
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.delattr(torch.cpu, name)
-    assert flux.resolve_dtype("auto", torch.device("cpu")) == torch.float32
-
-
-def test_device_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert flux.resolve_device("auto") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert flux.resolve_device("auto") == torch.device("cuda")
-    with pytest.raises(ValueError, match="holds shapes and no numbers"):
-        flux.resolve_device("meta")
-    for word in ("quantum", "cpu:x"):
-        with pytest.raises(ValueError, match="no device name"):
-            flux.resolve_device(word)
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no driver\nand more")
-
-    monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.raises(ValueError, match=r"cannot be used here \(no driver\)"):
-        flux.resolve_device("cuda:3")
 
 
 def test_importing_the_module_imports_no_model_library() -> None:

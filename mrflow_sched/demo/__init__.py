@@ -30,13 +30,10 @@ def upscaler_path() -> Path:
 
 
 def load_engine(*, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> FluxEngine:
-    """The embedded model, ready to sample; arguments as in `FluxEngine.from_folder`.
-
-    The VAE stays in float32 everywhere: its written-down encoder leans on large constants that bfloat16 rounds off.
-    """
+    """The embedded model, ready to sample; arguments as in `FluxEngine.from_folder`, `dtype` for the VAE too."""
     from mrflow_sched.engines.flux import FluxEngine
 
-    return FluxEngine.from_folder(weights_path(), device=device, dtype=dtype, vae_dtype="float32", family="demo")
+    return FluxEngine.from_folder(weights_path(), device=device, dtype=dtype, vae_dtype=dtype, family="demo")
 
 
 def example_prompts() -> tuple[str, ...]:

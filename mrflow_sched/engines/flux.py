@@ -22,6 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mrflow_sched._device import has_bfloat16, resolve_device
+from mrflow_sched._errors import first_line
 from mrflow_sched.families import Family, get_family
 
 PATCH = 2
@@ -46,51 +48,18 @@ class FluxText:
         return self.pooled.shape[0]
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """`"auto"` is the first CUDA device where there is one, else the CPU; anything else is taken as torch spells it.
-
-    Raises ValueError when torch does not know the device or cannot reach it.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {str(device)!r}, which is no device name; use auto, cpu or cuda.") from error
-    if found.type == "meta":
-        raise ValueError("device is 'meta', which holds shapes and no numbers; use auto, cpu or cuda.")
-    try:
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"device is {str(device)!r}, which cannot be used here ({_first_line(error)}); use auto or cpu."
-        ) from error
-    return found
-
-
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """`"auto"` is bfloat16 where the hardware multiplies it (CUDA; CPUs with AVX512-BF16 or AMX), else float32.
+    """`"auto"` is bfloat16 where the hardware multiplies it (`has_bfloat16`), else float32.
 
-    Emulated bfloat16 on a CPU is slower than float32, hence the test. Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        fast = _cuda_has_bfloat16() if device.type == "cuda" else device.type == "cpu" and _cpu_has_bfloat16()
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; use auto, {', '.join(_DTYPES)}.")
     return _DTYPES[dtype]
-
-
-def _cuda_has_bfloat16() -> bool:
-    return torch.cuda.is_bf16_supported()
-
-
-def _cpu_has_bfloat16() -> bool:
-    # Private in every torch so far, absent in the oldest we support: there the answer is no.
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(probe() for probe in probes if probe is not None)
 
 
 class FluxEngine:
@@ -157,6 +126,7 @@ class FluxEngine:
         text_home = torch.device("cpu") if offload_text else where
         homes = dict.fromkeys(_MODELS, where) | {"text_encoder": text_home, "text_encoder_2": text_home}
         parts = {part: _load(folder, part, kinds[part], homes[part]) for part in _MODELS}
+        parts["vae"].to(memory_format=torch.channels_last)  # the order that convolutions are fastest in
         parts |= {part: _load_tokenizer(folder, part) for part in _TOKENIZERS}
         return cls(
             **parts,
@@ -459,7 +429,7 @@ def _load(folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> 
             )
     except Exception as error:  # whatever a reader of a damaged file may raise: several libraries are involved
         raise ValueError(
-            f"model is {str(folder)!r}, whose {part} cannot be read ({_first_line(error)}); download it again."
+            f"model is {str(folder)!r}, whose {part} cannot be read ({first_line(error)}); download it again."
         ) from error
     lacking = sorted(report["missing_keys"])
     if lacking:
@@ -499,7 +469,7 @@ def _load_tokenizer(folder: Path, part: str) -> Any:
             return kind.from_pretrained(folder / part, local_files_only=True)
     except Exception as error:
         raise ValueError(
-            f"model is {str(folder)!r}, whose {part} cannot be read ({_first_line(error)}); download it again."
+            f"model is {str(folder)!r}, whose {part} cannot be read ({first_line(error)}); download it again."
         ) from error
 
 
@@ -529,8 +499,3 @@ def _quiet() -> Generator[None, None, None]:
             logger.set_verbosity(verbosity)
             if bars:
                 logger.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200].rstrip(".")

@@ -1,0 +1,11 @@
+"""Other people's errors, told inside one sentence of ours."""
+
+from __future__ import annotations
+
+
+def first_line(error: BaseException) -> str:
+    """The line of `error` that says what is wrong, at most 160 letters, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    if len(lines) > 1 and "loading state_dict" in lines[0]:  # a heading; what does not fit stands below it
+        del lines[0]
+    return (lines[0].strip(".:; \t")[:160] if lines else "") or type(error).__name__
