@@ -16,9 +16,12 @@ from mrflow_sched.demo.scenes import (
     Thing,
     caption,
     caption_words,
+    layout,
+    letter_boxes,
     random_scene,
     render,
     vocabulary,
+    word_boxes,
 )
 
 EXAMPLE = Scene(
@@ -93,3 +96,45 @@ def test_every_letter_is_drawn_inside_its_box_and_unlike_the_others() -> None:
 def test_a_size_that_is_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match="size is 4"):
         render(EXAMPLE, 4, 0)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_layout_says_where_things_are_drawn(seed: int) -> None:
+    scene = Scene("objects", (Thing("red", "plain", "circle"), Thing("black", "plain", "square")), "white snow", "blue")
+    picture = render(scene, 128, seed)
+    marks = layout(scene, seed)
+    assert [(mark.kind, mark.index) for mark in marks] == [("thing", 0), ("thing", 1)]
+    for mark, thing in zip(marks, scene.things, strict=True):
+        x, y = round((mark.left + mark.right) * 64), round((mark.top + mark.bottom) * 64)
+        assert np.abs(picture[y, x] - COLOURS[thing.colour]).max() < 0.2
+        assert np.abs(picture[y, round(mark.left * 128) - 6] - COLOURS[thing.colour]).max() > 0.2
+
+
+def test_every_letter_has_its_box() -> None:
+    scene = Scene("letters", word="FLOW", ink="white", wall="black")
+    marks = layout(scene, 3)
+    assert [mark.index for mark in marks] == [0, 1, 2, 3]
+    bright = render(scene, 256, 3).mean(-1) > 0.5
+    inside = np.zeros_like(bright)
+    for mark in marks:
+        rows, columns = (round(mark.top * 256) - 4, round(mark.bottom * 256) + 4), (mark.left, mark.right)
+        part = slice(*rows), slice(round(columns[0] * 256) - 4, round(columns[1] * 256) + 4)
+        assert bright[part].any()
+        inside[part] = True
+    assert not (bright & ~inside).any()
+    for mark, box in zip(marks, word_boxes(scene), strict=True):
+        assert abs(mark.left - box[0]) <= 0.015
+        assert abs(mark.top - box[1]) <= 0.12
+
+
+def test_letter_boxes_are_centred() -> None:
+    boxes = letter_boxes("ABC", 0.5, 0.4, 0.12)
+    assert (boxes[0][0] + boxes[-1][2]) / 2 == pytest.approx(0.5)
+    assert all(box[3] - box[1] == pytest.approx(0.12) and (box[1] + box[3]) / 2 == pytest.approx(0.4) for box in boxes)
+
+
+def test_a_sun_is_marked_on_its_side() -> None:
+    scene = Scene("smooth", ground="blue waves", sky="pink", light="sun", side="left")
+    (mark,) = layout(scene, 5)
+    assert mark.kind == "light"
+    assert mark.right < 0.5

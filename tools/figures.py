@@ -45,7 +45,7 @@ def training_curves(record: dict[str, Any], path: Path) -> None:
     """Loss of the flow model, quality of the VAE's decoder and of the upscaler, against seconds of training."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
     rows = record["flow"]["curve"]
-    for column, label in ((2, "128 pixels"), (3, "256 pixels")):
+    for column, label in ((2, "64 pixels"), (3, "128 pixels"), (4, "256 pixels")):
         points = [(row[1], row[column]) for row in rows if row[column] is not None and row[0] > 100]
         axes[0].plot(*zip(*points, strict=True), label=label)
     axes[0].set(title="flow model", xlabel="seconds", ylabel="velocity error (mean square)")
@@ -121,17 +121,24 @@ def accuracy_rows(scores: dict[str, Any]) -> list[str]:
 def record_rows(record: dict[str, Any]) -> list[str]:
     rows = ["| part | seconds | steps | at the end |", "|---|---|---|---|"]
     flow, guided = record["flow"], record["guided"]
-    last = flow["curve"][-1]
+    low, high = (next(row[k] for row in reversed(flow["curve"]) if row[k] is not None) for k in (3, 4))
+    judge, seen = record["classifier"], flow["samples"]
+    judged = {
+        "seconds": sum(curve[-1][1] for curve in judge["curves"].values()),
+        "steps": sum(curve[-1][0] for curve in judge["curves"].values()),
+    }
     ends = {
         "text": f"{record['text']['curve'][-1][3]:.1%} of token roles right on held-out captions",
-        "flow": f"velocity error {last[2]:.3f} at 128, {last[3]:.3f} at 256, after {flow['samples']} samples",
+        "flow": f"velocity error {low:.3f} at 128, {high:.3f} at 256, after {seen['tiny']} samples at 64 pixels, "
+        f"{seen['low']} at 128 and {seen['high']} at 256",
         "vae": f"{record['vae']['curve'][-1][2]:.1f} dB on training crops",
         "sr": f"{record['sr']['curve'][-1][2]:.1f} dB on training crops",
         "guided": f"error {guided['curve'][-1][2]:.3f} to the guided teacher",
         "classifier": f"{record['classifier']['accuracy_on_true_scenes']['all'] * 100:.1f} % on unseen true scenes",
     }
     for name, end in ends.items():
-        rows.append(f"| {name} | {record[name]['seconds']:.0f} | {record[name]['steps']} | {end} |")
+        part = judged if name == "classifier" else record[name]
+        rows.append(f"| {name} | {part['seconds']:.0f} | {part['steps']} | {end} |")
     return rows
 
 

@@ -38,9 +38,9 @@ def run(part: str, work: Path, scenes: int, scale: float, out: Path) -> None:
     elif part == "guide":
         flow.train_guidance(work, replace(flow.GuideSettings(), seconds=flow.GuideSettings().seconds * scale))
     elif part == "classifier":
-        classifier.train(
-            work, replace(classifier.ClassifierSettings(), seconds=classifier.ClassifierSettings().seconds * scale)
-        )
+        judged = classifier.ClassifierSettings()
+        seconds, letters = judged.seconds * scale, judged.letter_seconds * scale
+        classifier.train(work, replace(judged, seconds=seconds, letter_seconds=letters))
     elif part == "export":
         export.export(work, out)
     else:

@@ -50,7 +50,8 @@ LIGHTS = ("sun", "moon")
 SIDES = ("left", "right")
 MAX_LETTERS = 5
 SIGN_GLYPH_HEIGHT = 0.125
-WALL_GLYPH_HEIGHT = 0.24
+SIGN_CENTRE = 0.87
+WALL_GLYPH_HEIGHT = 0.18
 
 _SKY_COLOURS = {
     "blue": ((0.36, 0.62, 0.92), (0.80, 0.90, 0.98)),
@@ -83,6 +84,21 @@ class Scene:
     detail: str = ""
     light: str = ""
     side: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where one nameable part of a scene was drawn: a box in units of the picture's side, x to the right, y down.
+
+    ``kind`` is "thing", "letter" or "light"; ``index`` counts things, or letters of the word, from 0.
+    """
+
+    kind: Literal["thing", "letter", "light"]
+    index: int
+    left: float
+    top: float
+    right: float
+    bottom: float
 
 
 # -------------------------------------------------------------------------------------------------- what is in a
@@ -215,6 +231,7 @@ class _Canvas:
     def __init__(self, size: int) -> None:
         self.size = size
         self.pixels: Array = np.zeros((size, size, 3), np.float32)
+        self.marks: list[Mark] = []
         axis = (np.arange(size, dtype=np.float32) + 0.5) / size
         self.x, self.y = np.meshgrid(axis, axis)
 
@@ -229,6 +246,11 @@ class _Canvas:
         )
         low, high = _clip(low, 0, self.size).astype(int), _clip(high, 0, self.size).astype(int)
         return slice(low[0], high[0]), slice(low[1], high[1])
+
+    def mark(
+        self, kind: Literal["thing", "letter", "light"], index: int, box: tuple[float, float, float, float]
+    ) -> None:
+        self.marks.append(Mark(kind, index, *(float(edge) for edge in box)))
 
     def paint(self, where: tuple[slice, slice], alpha: Array, colour: Any) -> None:
         part = self.pixels[where]
@@ -322,6 +344,8 @@ def _texture_mask(texture: str, x: Array, y: Array, pixel: float) -> Array:
 def _draw_thing(
     canvas: _Canvas, thing: Thing, cx: float, cy: float, radius: float, turn: float, rng: np.random.Generator
 ) -> None:
+    earlier = sum(mark.kind == "thing" for mark in canvas.marks)
+    canvas.mark("thing", earlier, (cx - radius, cy - radius, cx + radius, cy + radius))
     where = canvas.box(cx, cy, radius * 1.3, radius * 1.3)
     x, y = canvas.x[where] - cx, canvas.y[where] - cy
     u, v = (x * np.cos(turn) + y * np.sin(turn)) / radius, (y * np.cos(turn) - x * np.sin(turn)) / radius
@@ -333,16 +357,33 @@ def _draw_thing(
     canvas.paint(where, alpha, tones)
 
 
+def letter_boxes(word: str, cx: float, cy: float, height: float) -> list[tuple[float, float, float, float]]:
+    """Left, top, right and bottom of every letter of a word centred at (cx, cy) with glyphs of this height."""
+    unit = height / GRID_HEIGHT
+    pitch = (GRID_WIDTH + 1.7) * unit
+    left = cx - (pitch * (len(word) - 1) + GRID_WIDTH * unit) / 2
+    return [
+        (left + k * pitch, cy - height / 2, left + k * pitch + GRID_WIDTH * unit, cy + height / 2)
+        for k in range(len(word))
+    ]
+
+
+def word_boxes(scene: Scene) -> list[tuple[float, float, float, float]]:
+    """Where the letters of a scene's word are drawn on average over all seeds; see :func:`letter_boxes`."""
+    if scene.category == "letters":
+        return letter_boxes(scene.word, 0.5, 0.5, WALL_GLYPH_HEIGHT)
+    return letter_boxes(scene.word, 0.5, SIGN_CENTRE, SIGN_GLYPH_HEIGHT)
+
+
 def _draw_word(canvas: _Canvas, word: str, cx: float, cy: float, height: float, colour: Any) -> None:
     unit = height / GRID_HEIGHT
-    pitch, stroke = (GRID_WIDTH + 1.7) * unit, 0.52 * unit
-    left = cx - (pitch * (len(word) - 1) + GRID_WIDTH * unit) / 2
-    for index, letter in enumerate(word):
-        x0, y0 = left + index * pitch, cy - height / 2
+    for index, (letter, box) in enumerate(zip(word, letter_boxes(word, cx, cy, height), strict=True)):
+        x0, y0 = box[:2]
+        canvas.mark("letter", index, box)
         where = canvas.box(x0 + 2 * unit, cy, 3 * unit, 4 * unit)
         x, y = (canvas.x[where] - x0) / unit, (canvas.y[where] - y0) / unit
         distance = np.stack([_segments(x, y, line) for line in GLYPHS[letter]]).min(0)
-        canvas.paint(where, canvas.cover(distance * unit - stroke), colour)
+        canvas.paint(where, canvas.cover((distance - 0.52) * unit), colour)
 
 
 def _draw_sky(canvas: _Canvas, sky: str, rng: np.random.Generator) -> None:
@@ -427,7 +468,7 @@ def _draw_ground(canvas: _Canvas, ground: str, rng: np.random.Generator) -> None
 
 
 def _draw_sign(canvas: _Canvas, word: str, rng: np.random.Generator) -> None:
-    cx, cy = 0.5 + rng.uniform(-0.02, 0.02), 0.87
+    cx, cy = 0.5 + rng.uniform(-0.02, 0.02), SIGN_CENTRE
     unit = SIGN_GLYPH_HEIGHT / GRID_HEIGHT
     half = ((GRID_WIDTH + 1.7) * unit * len(word)) / 2 + 0.02
     where = canvas.box(cx, cy, half + 0.03, 0.12)
@@ -454,9 +495,7 @@ def _draw_letters(canvas: _Canvas, scene: Scene, rng: np.random.Generator) -> No
     light = 1.0 + 0.10 * (canvas.y - 0.5)[..., None] * rng.choice((-1, 1))
     canvas.pixels[:] = _clip(wall * light, 0, 1)
     cy = 0.5 + rng.uniform(-0.12, 0.12)
-    _draw_word(
-        canvas, scene.word, 0.5 + rng.uniform(-0.015, 0.015), cy, WALL_GLYPH_HEIGHT * 0.75, _tint(scene.ink, rng)
-    )
+    _draw_word(canvas, scene.word, 0.5 + rng.uniform(-0.015, 0.015), cy, WALL_GLYPH_HEIGHT, _tint(scene.ink, rng))
 
 
 def _draw_tiles(canvas: _Canvas, ink: Array, wall: Array, rng: np.random.Generator) -> None:
@@ -518,6 +557,7 @@ def _draw_smooth(canvas: _Canvas, scene: Scene, rng: np.random.Generator) -> Non
     _draw_sky(canvas, scene.sky, rng)
     cx = (0.25 if scene.side == "left" else 0.75) + rng.uniform(-0.06, 0.06)
     cy, radius = rng.uniform(0.2, 0.34), rng.uniform(0.07, 0.10)
+    canvas.mark("light", 0, (cx - radius, cy - radius, cx + radius, cy + radius))
     away = np.hypot(canvas.x - cx, canvas.y - cy)
     colour = (1.0, 0.90, 0.45) if scene.light == "sun" else (0.93, 0.94, 0.98)
     canvas.paint(_full(), (0.55 * np.exp(-((away / 0.19) ** 2))).astype(np.float32), colour)
@@ -534,10 +574,19 @@ def render(scene: Scene, size: int, seed: int) -> Array:
     Returns:
         Float32 array of shape (size, size, 3), RGB in [0, 1].
     """
+    return _draw(scene, size, seed).pixels
+
+
+def layout(scene: Scene, seed: int) -> tuple[Mark, ...]:
+    """Where :func:`render` puts the scene's things, letters and light for this seed, the same at every size."""
+    return tuple(_draw(scene, 8, seed).marks)
+
+
+def _draw(scene: Scene, size: int, seed: int) -> _Canvas:
     if size < 8:
         raise ValueError(f"size is {size}; scenes are drawn from 8 pixels up")
     canvas = _Canvas(size)
     rng = np.random.default_rng(seed)
     painters = {"objects": _draw_objects, "letters": _draw_letters, "detail": _draw_detail, "smooth": _draw_smooth}
     painters[scene.category](canvas, scene, rng)
-    return canvas.pixels
+    return canvas

@@ -1,13 +1,15 @@
-"""A small classifier of scene attributes, trained on true scenes only: the judge of what a sampled picture shows.
+"""The judge of what a sampled picture shows, trained on true scenes only.
 
-It looks at the picture at 128 pixels (larger ones are averaged down), so native and staged results are judged alike.
+Two small networks: one names the attributes of the whole picture, the other reads one letter in a strip cut out around
+the place where the caption's word belongs; a letter elsewhere, or none, is an error. The judge looks at the picture at
+128 pixels (larger ones are averaged down), so native and staged results are judged alike.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mrflow_sched.demo.scenes import Scene
+from mrflow_sched.demo.glyphs import LETTERS
+from mrflow_sched.demo.scenes import Scene, word_boxes
 from train_demo import data
 from train_demo.text import FIELDS, labels
 
@@ -28,38 +31,78 @@ GROUPS = {
     "texture": ("texture0", "texture1"),
     "ground and sky": ("ground", "sky", "light", "side"),
     "detail": ("detail",),
-    "letters": tuple(field for field in FIELDS if field.startswith("letter")),
 }
 
 
+WHOLE = tuple(field for field in FIELDS if not field.startswith("letter"))
+STRIP = (60, 24)  # pixels of a letter's strip, rows and columns
+
+
 class Classifier(nn.Module):
-    """(B, 3, 128, 128) in [0, 1] → logits per field."""
+    """(B, 3, 128, 128) in [0, 1] → logits per field of :data:`WHOLE`."""
 
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 32, 48, 64, 96)
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
-            layers += [
-                nn.Conv2d(a, b, 3, 2, 1),
-                nn.BatchNorm2d(b),
-                nn.ReLU(),
-                nn.Conv2d(b, b, 3, 1, 1),
-                nn.BatchNorm2d(b),
-                nn.ReLU(),
-            ]
+            layers += _convolution(a, b, 2) + _convolution(b, b, 1)
         self.body = nn.Sequential(*layers, nn.Conv2d(widths[-1], 48, 1), nn.ReLU(), nn.Flatten())
         self.hidden = nn.Sequential(nn.Linear(48 * 64, 256), nn.ReLU())
-        self.heads = nn.ModuleDict({field: nn.Linear(256, len(options)) for field, options in FIELDS.items()})
+        self.heads = nn.ModuleDict({field: nn.Linear(256, len(FIELDS[field])) for field in WHOLE})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         features = self.hidden(self.body(pictures * 2 - 1))
         return {field: head(features) for field, head in self.heads.items()}
 
 
+class LetterReader(nn.Module):
+    """Strips (N, 3, 60, 24) in [0, 1] → logits (N, letters), the best over all places in the strip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [*_convolution(3, 32, 1), *_convolution(32, 64, 2), *_convolution(64, 96, 2)]
+        self.body = nn.Sequential(*layers, *_convolution(96, 96, 1), *_convolution(96, 96, 1), *_convolution(96, 96, 1))
+        self.head = nn.Conv2d(96, len(LETTERS), 1)
+
+    def forward(self, strips: Tensor) -> Tensor:
+        return self.head(self.body(strips * 2 - 1)).float().flatten(2).logsumexp(-1)
+
+
+class Judge(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.letters = Classifier(), LetterReader()
+
+
+def _convolution(a: int, b: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.ReLU()]
+
+
+def strips(pictures: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    """A strip around every letter of every scene's word, (N, 3, 60, 24), and the letters' indices (N,)."""
+    rows: list[int] = []
+    boxes: list[tuple[float, float, float, float]] = []
+    wanted: list[int] = []
+    for row, scene in enumerate(scenes):
+        for letter, box in zip(scene.word, word_boxes(scene), strict=True):
+            rows.append(row)
+            boxes.append(box)
+            wanted.append(LETTERS.index(letter))
+    left, top, right, bottom = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4).T
+    half = 0.8 * (right - left)
+    place = torch.zeros(len(rows), 2, 3)
+    place[:, 0, 0], place[:, 0, 2] = 2 * half, left + right - 1
+    place[:, 1, 1], place[:, 1, 2] = 2 * half * STRIP[0] / STRIP[1], top + bottom - 1
+    grid = nn.functional.affine_grid(place, [len(rows), 3, *STRIP], align_corners=False)
+    cut = nn.functional.grid_sample(pictures[rows], grid, padding_mode="border", align_corners=False)
+    return cut, torch.tensor(wanted)
+
+
 @dataclass(frozen=True)
 class ClassifierSettings:
-    seconds: float = 780.0
+    seconds: float = 480.0  # of the whole-picture network
+    letter_seconds: float = 420.0
     batch: int = 32
     lr: float = 2e-3
     seed: int = 6
@@ -81,28 +124,62 @@ def _augment(x: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def train(work: Path, settings: ClassifierSettings | None = None) -> dict[str, Any]:
+    """Train both networks; writes ``classifier.pt``."""
     settings = settings or ClassifierSettings()
     torch.manual_seed(settings.seed)
-    model = Classifier()
+    judge = Judge()
     pictures = np.load(work / "pictures.npy", mmap_mode="r")
-    truth = [labels(scene) for scene in data.load_scenes(work)]
-    targets = {field: torch.tensor([row[field] for row in truth]) for field in FIELDS}
-    opt = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.02)
+    scenes = data.load_scenes(work)
+    truth = [labels(scene) for scene in scenes]
+    targets = {field: torch.tensor([row[field] for row in truth]) for field in WHOLE}
+    lettered = np.array([row for row, scene in enumerate(scenes) if scene.word])
     rng = np.random.default_rng(settings.seed)
-    begin, step, elapsed, curve = time.time(), 0, 0.0, []
-    while elapsed < settings.seconds:
-        for group in opt.param_groups:
-            group["lr"] = settings.lr * min(1, (step + 1) / 100) * max(0.01, 1 - elapsed / settings.seconds)
-        rows = np.sort(rng.integers(0, len(pictures), settings.batch))
+
+    def drawn(rows: np.ndarray) -> Tensor:
         high = torch.from_numpy(pictures[rows]).permute(0, 3, 1, 2).float() / 255
-        x = nn.functional.avg_pool2d(high, 2)
+        return _augment(nn.functional.avg_pool2d(high, 2), rng)
+
+    def whole_loss() -> Tensor:
+        rows = np.sort(rng.integers(0, len(pictures), settings.batch))
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(_augment(x, rng).contiguous(memory_format=torch.channels_last))
-        loss = torch.zeros(())
-        for field, value in logits.items():
-            wanted = targets[field][rows]
-            if (wanted >= 0).any():
-                loss = loss + nn.functional.cross_entropy(value.float(), wanted, ignore_index=-1)
+            logits = judge.whole(drawn(rows).contiguous(memory_format=torch.channels_last))
+        losses = [
+            nn.functional.cross_entropy(value.float(), targets[field][rows], ignore_index=-1)
+            for field, value in logits.items()
+            if bool((targets[field][rows] >= 0).any())
+        ]
+        return torch.stack(losses).sum()
+
+    def letter_loss() -> Tensor:
+        rows = np.sort(rng.choice(lettered, settings.batch // 2))
+        cut, wanted = strips(drawn(rows), [scenes[row] for row in rows])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = judge.letters(cut.contiguous(memory_format=torch.channels_last))
+        return nn.functional.cross_entropy(logits, wanted)
+
+    curves = {
+        "whole": _fit(judge.whole, whole_loss, settings.seconds, settings.lr),
+        "letters": _fit(judge.letters, letter_loss, settings.letter_seconds, settings.lr),
+    }
+    torch.save(judge.state_dict(), work / "classifier.pt")
+    count = 600
+    shown = [data.scene_at(index, data.TEST_STREAM) for index in range(count)]
+    true = np.stack([data.picture_at(index, data.TEST_STREAM, data.LOW) for index in range(count)])
+    score = accuracy(judge, torch.from_numpy(true).permute(0, 3, 1, 2), shown)
+    record = {"settings": asdict(settings), "curves": curves, "accuracy_on_true_scenes": score}
+    (work / "classifier.json").write_text(json.dumps(record))
+    print(score, flush=True)
+    return record
+
+
+def _fit(model: nn.Module, loss_of_batch: Callable[[], Tensor], seconds: float, lr: float) -> list[list[float]]:
+    """AdamW with linear decay for that long; the curve as [step, seconds, loss]."""
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
+    begin, step, elapsed, curve = time.time(), 0, 0.0, []
+    while elapsed < seconds:
+        for group in opt.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * max(0.01, 1 - elapsed / seconds)
+        loss = loss_of_batch()
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()
@@ -110,42 +187,30 @@ def train(work: Path, settings: ClassifierSettings | None = None) -> dict[str, A
         elapsed = time.time() - begin
         if step % 100 == 0:
             curve.append([step, elapsed, float(loss.detach())])
-            print("classifier", curve[-1], flush=True)
-    torch.save(model.state_dict(), work / "classifier.pt")
-    count = 600
-    scenes = [data.scene_at(index, data.TEST_STREAM) for index in range(count)]
-    shown = np.stack([data.picture_at(index, data.TEST_STREAM, data.LOW) for index in range(count)])
-    score = accuracy(model, torch.from_numpy(shown).permute(0, 3, 1, 2), scenes)
-    record = {
-        "settings": asdict(settings),
-        "steps": step,
-        "seconds": elapsed,
-        "curve": curve,
-        "accuracy_on_true_scenes": score,
-    }
-    (work / "classifier.json").write_text(json.dumps(record))
-    print(score, flush=True)
-    return record
+            print(type(model).__name__, curve[-1], flush=True)
+    return curve
 
 
 @torch.inference_mode()
-def accuracy(model: Classifier, pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of attributes, by group and over all, that the classifier reads as the caption says; pictures (N, 3, H,
-    W) in [0, 1]."""
-    model.eval()
+def accuracy(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of attributes, by group and over all, that the judge reads as the caption says; pictures (N, 3, H, W) in
+    [0, 1]."""
+    judge.eval()
     if pictures.shape[-1] != data.LOW:
         pictures = nn.functional.interpolate(pictures, (data.LOW, data.LOW), mode="area")
-    logits = [model(part.float()) for part in pictures.split(50)]
+    pictures = pictures.float()
+    logits = [judge.whole(part) for part in pictures.split(50)]
     truth = [labels(scene) for scene in scenes]
     hits: dict[str, list[bool]] = {group: [] for group in GROUPS}
     for group, fields in GROUPS.items():
         for field in fields:
             wanted = torch.tensor([row[field] for row in truth])
             found = torch.cat([part[field].argmax(-1) for part in logits])
-            known = wanted >= 0
-            if field == "length":
-                known = wanted > 0
-            hits[group] += (found == wanted)[known].tolist()
+            hits[group] += (found == wanted)[wanted >= 0].tolist()
+    if any(scene.word for scene in scenes):
+        cut, letters = strips(pictures, scenes)
+        read = torch.cat([judge.letters(part).argmax(-1) for part in cut.split(200)])
+        hits["letters"] = (read == letters).tolist()
     out = {group: float(np.mean(values)) for group, values in hits.items() if values}
     out["all"] = float(np.mean([hit for values in hits.values() for hit in values]))
     return out

@@ -11,12 +11,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from mrflow_sched.demo import scenes as S
 from mrflow_sched.demo.scenes import Scene, Thing, random_scene, render
 
-HIGH, LOW = 256, 128
+HIGH, LOW, TINY = 256, 128, 64
+SIZES = (HIGH, LOW, TINY)
+TOKEN = 8  # pixels a side of one token: two latents of four pixels
 PATCH, CHANNELS = 4, 16
 WHITENING = (
     0.4  # 0 keeps the power of every component, 1 makes all equal; between: fine detail stays fainter than layout
@@ -68,6 +72,64 @@ def fit_components(pictures: np.ndarray) -> dict[str, np.ndarray]:
     return {"mean": mean, "analysis": basis * gain, "synthesis": (basis / gain).T, "deviation": deviation * gain}
 
 
+UNKNOWN = 255
+MEANINGS: dict[str, tuple[str, ...]] = {
+    "part": (*S.GROUNDS, *(f"{sky} sky" for sky in S.SKIES), *S.SHAPES, *S.LETTERS, *S.LIGHTS, *S.DETAILS, "wall"),
+    "colour": tuple(S.COLOURS),
+    "texture": S.TEXTURES,
+}
+
+
+def meaning(scene: Scene, seed: int, grid: int) -> np.ndarray:
+    """What every token of a picture shows: (3, grid, grid) indices into :data:`MEANINGS`, or :data:`UNKNOWN`."""
+    out = np.full((len(MEANINGS), grid, grid), UNKNOWN, np.uint8)
+    centre = (np.arange(grid) + 0.5) / grid
+
+    def fill(rows: Any, columns: Any, part: str, colour: str = "", texture: str = "") -> None:
+        where = np.ix_(rows, columns)
+        for index, (kind, value) in enumerate(zip(MEANINGS, (part, colour, texture), strict=True)):
+            out[index][where] = MEANINGS[kind].index(value) if value else UNKNOWN
+
+    everywhere = np.ones(grid, bool)
+    if scene.ground:
+        fill(centre < 0.5, everywhere, f"{scene.sky} sky")
+        fill(centre > 0.74, everywhere, scene.ground)
+    elif scene.detail:
+        fill(everywhere, everywhere, scene.detail, scene.ink)
+    else:
+        fill(everywhere, everywhere, "wall", scene.wall)
+    for mark in S.layout(scene, seed):
+        rows = (centre > mark.top) & (centre < mark.bottom)
+        columns = (centre > mark.left) & (centre < mark.right)
+        if mark.kind == "thing":
+            thing = scene.things[mark.index]
+            fill(rows, columns, thing.shape, thing.colour, thing.texture)
+        elif mark.kind == "letter":
+            fill(rows, columns, scene.word[mark.index], scene.ink)
+        else:
+            fill(rows, columns, scene.light)
+    return out
+
+
+def _meaning_range(args: tuple[str, int, int]) -> int:
+    work, first, last = args
+    for size in SIZES:
+        out = np.lib.format.open_memmap(Path(work) / f"meaning{size}.npy", mode="r+")
+        for index in range(first, last):
+            out[index] = meaning(scene_at(index), index * 10 + TRAIN_STREAM, size // TOKEN)
+    return last - first
+
+
+def build_meanings(work: Path, count: int, workers: int = 2) -> None:
+    """Store what every token shows, for every size, as ``meaning<size>.npy``."""
+    for size in SIZES:
+        shape = (count, len(MEANINGS), size // TOKEN, size // TOKEN)
+        np.lib.format.open_memmap(work / f"meaning{size}.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
+    edges = np.linspace(0, count, workers * 8 + 1).astype(int)
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(_meaning_range, [(str(work), int(a), int(b)) for a, b in pairwise(edges)]))
+
+
 def build(work: Path, count: int, workers: int = 2) -> None:
     """Draw ``count`` training scenes and store pictures (uint8), components and latents (float16) under ``work``."""
     work.mkdir(parents=True, exist_ok=True)
@@ -83,7 +145,7 @@ def build(work: Path, count: int, workers: int = 2) -> None:
     components = fit_components(sample)
     np.savez(work / "components.npz", **components)
     mean, analysis = components["mean"].astype(np.float32), components["analysis"].astype(np.float32)
-    for size in (HIGH, LOW):
+    for size in SIZES:
         out = np.lib.format.open_memmap(
             work / f"latents{size}.npy",
             mode="w+",
@@ -92,9 +154,11 @@ def build(work: Path, count: int, workers: int = 2) -> None:
         )
         for first in range(0, count, 64):
             block = pictures[first : first + 64].astype(np.float32) / 127.5 - 1
-            block = block if size == HIGH else shrink(block)
+            for _ in range(SIZES.index(size)):
+                block = shrink(block)
             out[first : first + len(block)] = ((patches(block) - mean) @ analysis).transpose(0, 3, 1, 2)
         out.flush()
+    build_meanings(work, count, workers)
     scenes = [asdict(scene_at(index)) for index in range(count)]
     (work / "scenes.json").write_text(json.dumps(scenes))
 

@@ -55,11 +55,11 @@ def make_seeded(plan: Any, seed: int) -> Any:
     return replace(plan, seed=plan.seed + seed)
 
 
-def evaluate(work: Path, weights: Path, per_category: int = 6, pictures: Path | None = None) -> dict[str, Any]:
+def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path | None = None) -> dict[str, Any]:
     """Writes ``evaluation.json`` and sheets; the judge is the classifier trained on true scenes."""
     engine = FluxEngine.from_folder(weights, family="demo")
     upscaler = load_upscaler(weights / "upscaler" / "x2.safetensors")
-    judge = classifier.Classifier()
+    judge = classifier.Judge()
     judge.load_state_dict(torch.load(work / "classifier.pt", weights_only=True))
     scenes = test_scenes(per_category)
     prompts = [caption(scene) for scene in scenes]

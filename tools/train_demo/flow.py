@@ -1,8 +1,9 @@
-"""The flow model: a small FLUX.1 transformer trained at the low size first, then at both, then given embedded
+"""The flow model: a small FLUX.1 transformer trained at 64 pixels first, then 128, then 256, then given embedded
 guidance.
 
-Velocity v = noise - x0 is regressed at x = (1-sigma) x0 + sigma noise. The schedule is in seconds, so one setting
-serves any machine; the run can be stopped and goes on from its last checkpoint.
+Velocity v = noise - x0 is regressed at x = (1-sigma) x0 + sigma noise. Beside it, a linear head on the tokens of a
+middle block names what each token shows (:func:`train_demo.data.meaning`); it is thrown away afterwards. The schedule
+is in seconds, so one setting serves any machine; the run can be stopped and goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -28,20 +29,29 @@ GUIDANCE_RANGE = (1.0, 5.0)
 
 @dataclass(frozen=True)
 class FlowSettings:
-    seconds: float = 5200.0  # budget of the base training on this machine
-    low_only: float = 0.45  # share of the budget before high-size batches join
-    high_share: float = 0.55  # share of steps at the high size after that
+    seconds: float = 6200.0  # budget of the base training on this machine
+    tiny_until: float = 0.40  # share of the budget spent at 64 pixels only
+    low_until: float = 0.70  # share after which 256 pixels join 128
+    high_share: float = 0.60  # share of steps at 256 pixels after that
+    batch_tiny: int = 48
     batch_low: int = 16
     batch_high: int = 4
     muon_lr: float = 0.02
     adam_lr: float = 1.5e-3
     text_lr: float = 5e-4
+    flat_until: float = 0.55  # share of the budget at full rates, falling linearly to 2 per cent after it
     warmup_steps: int = 150
     ema: float = 0.9985
+    meaning_weight: float = 0.10  # of the auxiliary loss at the start; falls linearly to a fifth
     drop_text: float = 0.10
     skip_sky: float = 0.25  # share of captions that leave the sky open
     long_text: float = 0.015  # share of steps with 512 text tokens, the length that pipelines pad to by default
     seed: int = 7
+
+
+SHIFTS = {data.TINY: 1.0, data.LOW: 1.65, data.HIGH: 3.0}  # of the training sigmas: larger pictures need more noise
+NAMES = {data.TINY: "tiny", data.LOW: "low", data.HIGH: "high"}
+MEANING_BLOCK = 1  # single block whose image tokens say what they show
 
 
 def make_transformer() -> FluxTransformer2DModel:
@@ -99,7 +109,22 @@ class TextToVelocity(nn.Module):
         super().__init__()
         _, self.t5, _, self.clip = text.load(work)
         self.transformer = make_transformer()
+        self.meaning = nn.ModuleDict(
+            {kind: nn.Linear(self.transformer.inner_dim, len(names)) for kind, names in data.MEANINGS.items()}
+        )
         self.requires_grad_(True)
+
+    def naming_loss(self, features: Tensor, shown: Tensor) -> Tensor:
+        """features (B, tokens, width), shown (B, 3, tokens) → mean cross-entropy of what every token shows."""
+        features = nn.functional.layer_norm(features, features.shape[-1:])
+        loss = torch.zeros(())
+        for index, head in enumerate(self.meaning.values()):
+            wanted = shown[:, index].flatten()
+            known = wanted != data.UNKNOWN
+            if bool(known.any()):
+                logits = head(features.flatten(0, 1)[known])
+                loss = loss + nn.functional.cross_entropy(logits.float(), wanted[known])
+        return loss
 
     def encode(self, ids: Tensor, clip_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.t5(ids).last_hidden_state, self.clip(clip_ids).pooler_output
@@ -109,7 +134,8 @@ class Batches:
     """Random batches of (latents, T5 ids, CLIP ids) at either size."""
 
     def __init__(self, work: Path, settings: FlowSettings) -> None:
-        self.latents = {size: np.load(work / f"latents{size}.npy", mmap_mode="r") for size in (data.LOW, data.HIGH)}
+        self.latents = {size: np.load(work / f"latents{size}.npy", mmap_mode="r") for size in data.SIZES}
+        self.meanings = {size: np.load(work / f"meaning{size}.npy", mmap_mode="r") for size in data.SIZES}
         self.t5_tokenizer, _, self.clip_tokenizer, _ = text.load(work)
         cache = work / "tokens.pt"
         if not cache.exists():
@@ -125,16 +151,18 @@ class Batches:
         ids = self.t5_tokenizer(texts, max_length=length, **pad).input_ids
         return ids, self.clip_tokenizer(texts, max_length=48, **pad).input_ids
 
-    def draw(self, size: int, count: int, *, long_text: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, size: int, count: int, *, long_text: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents (B, 16, h, w), T5 ids, CLIP ids, and what each token shows (B, 3, tokens)."""
         rows = np.sort(self.rng.integers(0, self.count, count))
         x0 = torch.from_numpy(self.latents[size][rows].astype(np.float32))
+        shown = torch.from_numpy(self.meanings[size][rows].astype(np.int64)).flatten(2)
         rows = np.where(self.rng.random(count) < self.settings.skip_sky, rows + self.count, rows)
         empty = self.rng.random(count) < self.settings.drop_text
         rows = np.where(empty, len(self.ids) - 1, rows)
         ids = self.ids[rows]
         if long_text:
             ids = torch.nn.functional.pad(ids, (0, 512 - ids.shape[1]))
-        return x0, ids, self.clip_ids[rows]
+        return x0, ids, self.clip_ids[rows], shown
 
     def empty(self, count: int) -> tuple[Tensor, Tensor]:
         return self.ids[-1:].expand(count, -1), self.clip_ids[-1:].expand(count, -1)
@@ -147,7 +175,7 @@ def optimisers(model: Any, settings: FlowSettings) -> list[torch.optim.Optimizer
     for name, parameter in model.named_parameters():
         # Modulations are matrices too, but start at zero: they go with the rest.
         inside = "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name
-        (words if not name.startswith("transformer.") else matrices if inside else rest).append(parameter)
+        (words if name.startswith(("t5.", "clip.")) else matrices if inside else rest).append(parameter)
     return [
         torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.02, momentum=0.95),
         torch.optim.AdamW(rest, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
@@ -156,8 +184,8 @@ def optimisers(model: Any, settings: FlowSettings) -> list[torch.optim.Optimizer
 
 
 def set_rates(opts: list[torch.optim.Optimizer], settings: FlowSettings, step: int, done: float) -> None:
-    """Linear warm-up, flat for half of the budget, then linear to 2 per cent."""
-    scale = min(1.0, (step + 1) / settings.warmup_steps) * min(1.0, max(0.02, (1 - done) / 0.5))
+    falling = max(0.02, (1 - done) / (1 - settings.flat_until))
+    scale = min(1.0, (step + 1) / settings.warmup_steps) * min(1.0, falling)
     for opt, rate in zip(opts, (settings.muon_lr, settings.adam_lr, settings.text_lr), strict=True):
         for group in opt.param_groups:
             group["lr"] = rate * scale
@@ -183,7 +211,7 @@ def train(
     model = TextToVelocity(work)
     ema = copy.deepcopy(model).requires_grad_(False)
     opts = optimisers(model, settings)
-    step, elapsed, curve, samples = 0, 0.0, [], {"low": 0, "high": 0}
+    step, elapsed, curve, samples = 0, 0.0, [], dict.fromkeys(NAMES.values(), 0)
     path = work / "flow.pt"
     if path.exists():
         state = torch.load(path, weights_only=False)
@@ -196,42 +224,50 @@ def train(
     batches = Batches(work, settings)
     batches.rng = np.random.default_rng([settings.seed, step])
     fast = torch.compile(model.transformer, dynamic=False) if compiled else model.transformer
-    running: dict[str, list[float]] = {"low": [], "high": []}
+    running: dict[str, list[float]] = {name: [] for name in (*NAMES.values(), "meaning")}
+    features: list[Tensor] = []
+    block = model.transformer.single_transformer_blocks[MEANING_BLOCK]
+    hook = block.register_forward_hook(lambda _module, _inputs, out: features.append(out[1]))
     begin, last_save = time.time() - elapsed, time.time()
     while elapsed < settings.seconds:
         done = elapsed / settings.seconds
         set_rates(opts, settings, step, done)
-        high = done >= settings.low_only and batches.rng.random() < settings.high_share
+        size = data.TINY if done < settings.tiny_until else data.LOW
+        if done >= settings.low_until and batches.rng.random() < settings.high_share:
+            size = data.HIGH
+        count = {data.TINY: settings.batch_tiny, data.LOW: settings.batch_low, data.HIGH: settings.batch_high}[size]
         long_text = batches.rng.random() < settings.long_text
-        size, count = (data.HIGH, settings.batch_high) if high else (data.LOW, settings.batch_low)
         if long_text:
-            size, count = data.LOW, max(1, settings.batch_low // 4)
-        x0, ids, clip_ids = batches.draw(size, count, long_text=long_text)
-        sigma = draw_sigma(len(x0), 3.0 if high else 1.65, 0.25 if high else 0.15)
+            size, count = min(size, data.LOW), 4
+        x0, ids, clip_ids, shown = batches.draw(size, count, long_text=long_text)
+        sigma = draw_sigma(len(x0), SHIFTS[size], 0.15 if size < data.HIGH else 0.25)
         noise = torch.randn_like(x0)
         s = sigma.view(-1, 1, 1, 1)
         guidance = torch.empty(len(x0)).uniform_(*GUIDANCE_RANGE)
+        features.clear()
         with torch.autocast("cpu", torch.bfloat16):
             tokens, pooled = model.encode(ids, clip_ids)
             v = velocity(
                 model.transformer if long_text else fast, (1 - s) * x0 + s * noise, sigma, tokens, pooled, guidance
             )
-        loss = (v - (noise - x0)).square().mean()
+            naming = model.naming_loss(features[0], shown)
+        error = (v - (noise - x0)).square().mean()
+        loss = error + settings.meaning_weight * (1 - 0.8 * done) * naming
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
         update_ema(ema, model, min(settings.ema, (step + 1) / (step + 10)))
-        name = "high" if high else "low"
-        running[name].append(float(loss))
-        samples[name] += len(x0)
+        running[NAMES[size]].append(float(error.detach()))
+        running["meaning"].append(float(naming.detach()))
+        samples[NAMES[size]] += len(x0)
         step += 1
         elapsed = time.time() - begin
         if step % 50 == 0:
-            row = [step, elapsed, *(float(np.mean(running[k])) if running[k] else None for k in ("low", "high"))]
+            row = [step, elapsed, *(float(np.mean(each)) if each else None for each in running.values())]
             curve.append(row)
-            running = {"low": [], "high": []}
+            running = {name: [] for name in running}
             print("flow", row, samples, flush=True)
         if time.time() - last_save > save_every or elapsed >= settings.seconds:
             save_state(
@@ -245,6 +281,7 @@ def train(
                 samples=samples,
             )
             last_save = time.time()
+    hook.remove()
     record = {"settings": asdict(settings), "steps": step, "seconds": elapsed, "samples": samples, "curve": curve}
     (work / "flow.json").write_text(json.dumps(record))
     return record
@@ -300,7 +337,7 @@ def train_guidance(
             group["lr"] = settings.lr * min(1.0, (step + 1) / 50) * max(0.03, 1 - elapsed / settings.seconds)
         high = batches.rng.random() < settings.high_share
         size, count = (data.HIGH, settings.batch_high) if high else (data.LOW, settings.batch_low)
-        x0, ids, clip_ids = batches.draw(size, count)
+        x0, ids, clip_ids, _ = batches.draw(size, count)
         sigma = draw_sigma(count, 3.0 if high else 1.65, 0.25)
         s = sigma.view(-1, 1, 1, 1)
         x = (1 - s) * x0 + s * torch.randn_like(x0)
