@@ -19,7 +19,16 @@ from torch import Tensor
 
 from mrflow_sched.families import Family, get_family
 
-__all__ = ["Host", "HostApi", "ModelInfo", "attach", "capabilities", "kept_random_state", "probe_model"]
+__all__ = [
+    "Host",
+    "HostApi",
+    "ModelInfo",
+    "attach",
+    "capabilities",
+    "kept_random_state",
+    "own_attributes",
+    "probe_model",
+]
 
 Noising = Literal["flow", "ve", "none"]
 
@@ -93,6 +102,11 @@ class _WebUI:
                 seed_resize_from_h=p.seed_resize_from_h,
                 seed_resize_from_w=p.seed_resize_from_w,
             ).next()
+
+
+def own_attributes(thing: Any) -> dict[str, Any]:
+    """The attributes of an object itself, without those of its class: a live dict, as `vars` gives."""
+    return thing.__dict__
 
 
 @contextmanager

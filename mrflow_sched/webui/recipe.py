@@ -62,14 +62,12 @@ class Recipe:
         """The list to answer a host's first pass with that asks for `steps` steps.
 
         One step more than planned means that the host drops the value before the last (`_answer`). For another count
-        (something changed it after us) the plan's schedule is made with that count. Raises ValueError for a recipe
-        without a list of its own.
+        (something changed it after us) the plan's schedule is made with that count. For flow models only.
         """
-        if self.first_sigmas is None:
-            raise ValueError("first_sigmas must hold a list, got None: stage 1 follows the host's schedule.")
+        first = self.plan.stages[0]
         if steps in (self.low_steps, self.low_steps + 1):
-            return _answer(self.first_sigmas, steps)
-        kind, _, *numbers = self.plan.stages[0].recipe.split(" ")
+            return _answer(first.sigmas, steps)
+        kind, _, *numbers = first.recipe.split(" ")
         return sigmas_from_recipe(" ".join([kind, str(steps), *numbers]))
 
     def refine_list(self, steps: int) -> tuple[float, ...]:
@@ -270,6 +268,6 @@ def _line(recipe: Recipe) -> str:
 
 
 def _spoken(upscaler: str) -> str:
-    """An upscaler's name for a line that tells the scale: without a scale at its end and our mark; Neo's "None", which is
-    Lanczos, as Lanczos."""
+    """An upscaler's name for a line that tells the scale: no scale at its end, no mark of ours; Neo's "None" is
+    Lanczos."""
     return "Lanczos" if upscaler == "None" else _SCALE_AT_END.sub("", upscaler.removesuffix(MARK)) or upscaler
