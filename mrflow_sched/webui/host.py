@@ -279,7 +279,7 @@ def _family(p: Any, model: Any, engine: str, name: str, flow: bool) -> tuple[Fam
 
 
 def _guided_off(p: Any) -> bool:
-    return getattr(p, "cfg_scale", 1) == 1
+    return getattr(p, "cfg_scale", None) in (None, 1)
 
 
 def _checkpoint_name(model: Any) -> str:

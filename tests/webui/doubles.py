@@ -424,7 +424,7 @@ class Txt2Img:
     hr_checkpoint_name: str | None = None
     hr_sampler_name: str | None = None
     hr_scheduler: str | None = None
-    hr_prompt: str = ""
+    hr_prompt: Any = ""
     hr_negative_prompt: str = ""
     firstpass_image: Any = None
 
@@ -557,7 +557,7 @@ class Txt2Img:
         if "Use same choices" not in getattr(self, "hr_additional_modules", ["Use same choices"]):
             raise AssertionError("the modules would be changed")
         if hasattr(self, "hr_distilled_cfg"):
-            self.extra_generation_params["Hires Distilled CFG Scale"] = self.hr_distilled_cfg
+            self.extra_generation_params["Hires Distilled CFG Scale"] = getattr(self, "hr_distilled_cfg", None)
         return self.sample_hr_pass(samples, decoded, seeds, subseeds, subseed_strength, prompts)
 
     def sample_hr_pass(
