@@ -132,8 +132,6 @@ def _controls(p: Any, args: Sequence[Any]) -> Controls:
 def _arm(p: Any, controls: Controls, host: HostApi) -> None:
     run = Run(p, controls, (p.width, p.height), bool(getattr(p, "txt2img_upscale", False)))
     setattr(p, ATTRIBUTE, run)
-    if p.enable_hr and not run.button:
-        _say(p, f"MrFlow takes the place of Hires. fix; {p.width}x{p.height} is the final size.")
     for name in ("hr_prompt", "hr_negative_prompt", "all_hr_prompts", "all_hr_negative_prompts"):
         if not p.enable_hr:
             _remember(run, p, name)
@@ -174,8 +172,11 @@ def _fit(p: Any, run: Run, host: HostApi) -> None:
     if run.button:
         recipe = replace(recipe, low_width=p.width, low_height=p.height)
     run.recipe = recipe
-    for sentence in recipe.notes if not run.button else ():
-        _say(p, sentence)
+    if not run.button:
+        if run.originals.get("enable_hr") is True:
+            _say(p, f"MrFlow takes the place of Hires. fix; {recipe.width}x{recipe.height} is the final size.")
+        for sentence in recipe.notes:
+            _say(p, sentence)
     logger.info("%s", recipe.line)
     if not run.button:
         _fit_first_pass(p, run, recipe, host)

@@ -678,8 +678,8 @@ class WebUI:
         self.events: list[str] = []
         self.fail_at = self.interrupt_at = -1
         self.twice = False
-        self.on_image: Callable[[Any], None] | None = None
-        self.at: dict[str, Callable[[Any], None]] = {}
+        self.on_image: Callable[[Any], object] | None = None
+        self.at: dict[str, Callable[[Any], object]] = {}
         self.api = webui_host.attach(self.import_module)
         self.script: Any = Hooks(self.api)
         self.args: tuple[Any, ...] = ()
@@ -815,7 +815,10 @@ def create_infotext(p: Any, index: int) -> dict[str, Any]:
     }
     for key, value in params.items():
         if callable(value):
-            params[key] = value(p=p, index=index, prompt=p.all_prompts[index])
+            try:
+                params[key] = value(p=p, index=index, prompt=p.all_prompts[index])
+            except Exception:  # hosts print it
+                params[key] = None
     return {key: value for key, value in params.items() if value is not None}
 
 
@@ -834,7 +837,11 @@ def pasted(params: dict[str, Any]) -> dict[str, str]:
 def attributes(p: Any) -> dict[str, Any]:
     """A snapshot of a job's attributes, to compare; what holds a tensor or a host object counts by identity."""
     kept = {name: value for name, value in vars(p).items() if name not in ("comments", "ui")}
-    return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+    def plain(value: Any) -> Any:
+        return id(value) if isinstance(value, Tensor) else copy.copy(value) if isinstance(value, dict) else value
+
+    return {name: plain(value) for name, value in kept.items()}
 
 
 def levels(ui: WebUI, which: str) -> list[float]:
