@@ -103,11 +103,11 @@ class FastScaler:
         A file that cannot be used costs detail, not the job: the picture is then enlarged with Lanczos and one
         sentence says why. A cancelled picture comes back as it was, which is what hosts expect.
         """
-        return self._enlarge(img, selected_model, lambda _: scale)
+        return self._enlarge(img, selected_model, scale)
 
     def do_upscale(self, img: Image.Image, selected_model: str) -> Image.Image:
         """`img` enlarged by the model's own scale."""
-        return self._enlarge(img, selected_model, lambda upscaler: upscaler.scale)
+        return self._enlarge(img, selected_model, None)
 
     def load_model(self, path: str) -> ModelUpscaler:
         """The model at `path`, from main memory where it was the last one used. Raises as `load_upscaler`."""
@@ -118,13 +118,11 @@ class FastScaler:
         said, self.sentences[:] = list(self.sentences), []
         return said
 
-    def _enlarge(self, img: Image.Image, path: str, factor: Callable[[ModelUpscaler], float]) -> Image.Image:
+    def _enlarge(self, img: Image.Image, path: str, scale: float | None) -> Image.Image:
         picture = img.convert("RGB")
-        scale = 0.0
         try:
             model = self.load_model(path)
-            scale = factor(model)
-            return self._run(picture, scale, model, path)
+            return self._run(picture, scale or model.scale, model, path)
         except Cancelled:
             return img
         except Exception as error:
@@ -134,7 +132,8 @@ class FastScaler:
                 logger.exception("The upscaler %s failed.", path)
                 reason = f"the upscaler {Path(path).stem} failed ({type(error).__name__}: {first_line(error)})."
             self._say(f"{reason[:1].upper()}{reason[1:]} The picture was enlarged with Lanczos instead.")
-        return picture.resize(_size(picture, scale or _scale_or_two(path)), Image.Resampling.LANCZOS)
+        size = _size(picture, scale or scale_in_name(Path(path).stem) or 2)
+        return picture.resize(size, Image.Resampling.LANCZOS)
 
     def _run(self, picture: Image.Image, scale: float, model: ModelUpscaler, path: str) -> Image.Image:
         try:
@@ -182,11 +181,6 @@ def _move(model: ModelUpscaler, device: torch.device) -> None:
     # Hosts call from inside inference mode or outside it; weights made in one cannot be moved in the other.
     with torch.inference_mode(False):
         model.model.to(device)
-
-
-def _scale_or_two(path: str) -> int:
-    """The factor that a file's name tells, 2 where it tells none."""
-    return scale_in_name(Path(path).stem) or 2
 
 
 def _size(picture: Image.Image, scale: float) -> tuple[int, int]:

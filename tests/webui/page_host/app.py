@@ -1,12 +1,13 @@
 """A small txt2img page with the real script on it: `python app.py PORT`. Serves on the loopback until it is ended.
 
-Environment: PAGE_MODEL "flux" or "none", PAGE_UPSCALERS names joined by "|", PAGE_LATE "1" puts width and height below
-the script, as a user may order the page.
+Environment: PAGE_MODEL "flux" or "none"; PAGE_ESRGAN a folder of upscaler files; PAGE_LATE "1" puts width and height
+below the script, as a user may order the page; PAGE_LANGUAGE a file of translations.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -23,9 +24,7 @@ from modules import script_callbacks, sd_models  # noqa: E402  # pyright: ignore
 
 def load_script() -> Any:
     """The extension's script, loaded from its file as a WebUI does."""
-    spec = importlib.util.spec_from_file_location(
-        "mrflow.py", os.environ.get("PAGE_SCRIPT", ROOT / "scripts" / "mrflow.py")
-    )
+    spec = importlib.util.spec_from_file_location("mrflow.py", ROOT / "scripts" / "mrflow.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -61,8 +60,9 @@ def build() -> Any:
     """The whole page."""
     script = load_script()
     print(f"the model is {type(sd_models.model_data.sd_model).__name__}")
-    for callback in script_callbacks.registered.get("on_ui_settings", []):
-        callback()
+    for moment in ("on_ui_settings", "on_before_ui"):
+        for callback in script_callbacks.registered.get(moment, []):
+            callback()
     with gr.Blocks(title="page", analytics_enabled=False) as demo:
         gr.Textbox(label="Prompt", elem_id="txt2img_prompt", value="a lighthouse on a cliff")
         late = os.environ.get("PAGE_LATE") == "1"
@@ -72,7 +72,7 @@ def build() -> Any:
         made = made or sizes(script)
         pasted = gr.Textbox(label="Metadata", elem_id="page_metadata")
         paste = gr.Button("Paste", elem_id="page_paste")
-        values = gr.JSON(label="Values", elem_id="page_values")
+        values = gr.Textbox(label="Values", elem_id="page_values", lines=2)
         show = gr.Button("Show values", elem_id="page_show")
         fields = script.infotext_fields
 
@@ -86,13 +86,15 @@ def build() -> Any:
             return out
 
         paste.click(fill, inputs=[pasted], outputs=[component for component, _ in fields], queue=False)
-        show.click(lambda *chosen: list(chosen), inputs=controls, outputs=[values], queue=False)
+        show.click(lambda *chosen: json.dumps(chosen), inputs=controls, outputs=[values], queue=False)
     return demo
 
 
 def add_to_head(*, scripts: list[Path], styles: list[Path]) -> None:
     """Put scripts and styles into every page that gradio serves, as WebUIs do."""
-    head = "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in scripts)
+    head = f"<script>{translation()}</script>" + "".join(
+        f"<script>{path.read_text(encoding='utf-8')}</script>" for path in scripts
+    )
     body = "".join(f"<style>{path.read_text(encoding='utf-8')}</style>" for path in styles)
     original = gr.routes.templates.TemplateResponse
 
@@ -104,6 +106,12 @@ def add_to_head(*, scripts: list[Path], styles: list[Path]) -> None:
         return made
 
     gr.routes.templates.TemplateResponse = response
+
+
+def translation() -> str:
+    """What a WebUI puts before its scripts where the user chose a language."""
+    path = os.environ.get("PAGE_LANGUAGE")
+    return f"window.localization = {Path(path).read_text(encoding='utf-8') if path else '{}'};"
 
 
 if __name__ == "__main__":

@@ -36,6 +36,15 @@ const pageHost = {
     },
 };
 
+// Translates text nodes by their whole text, as WebUIs do.
+function translate(root) {
+    const walk = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
+    for (let node = walk.nextNode(); node; node = walk.nextNode()) {
+        const found = window.localization[node.textContent.trim()];
+        if (found && !["SCRIPT", "STYLE"].includes(node.parentElement.nodeName)) node.textContent = found;
+    }
+}
+
 function onUiLoaded(callback) {
     pageHost.loaded.push(callback);
 }
@@ -46,6 +55,7 @@ document.addEventListener("DOMContentLoaded", () => {
         clearInterval(timer);
         document.querySelectorAll(".input-accordion").forEach(pageHost.setUp);
         pageHost.loaded.forEach((callback) => callback());
+        translate(document.body);
         document.body.dataset.ready = "yes";
     }, 100);
 });

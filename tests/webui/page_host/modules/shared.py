@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,9 +53,19 @@ class Options:
 opts = Options()
 state = SimpleNamespace(interrupted=False, skipped=False, stopping_generation=False)
 cmd_opts = SimpleNamespace(no_half=False)
-sd_upscalers = [
-    SimpleNamespace(name=name, data_path=None, scaler=SimpleNamespace(name=name))
-    for name in os.environ.get("PAGE_UPSCALERS", "None|Lanczos|Nearest|R-ESRGAN 4x+|RealESRGAN_x2plus (MrFlow)").split(
-        "|"
-    )
-]
+
+
+def _upscalers() -> list[Any]:
+    plain = SimpleNamespace(name="None")
+    found: list[Any] = [
+        SimpleNamespace(name=name, data_path=None, scaler=plain) for name in ("None", "Lanczos", "Nearest")
+    ]
+    folder = os.environ.get("PAGE_ESRGAN")
+    if folder:
+        scaler = SimpleNamespace(name="ESRGAN", model_path=folder, user_path=None)
+        for file in sorted(Path(folder).iterdir()):
+            found.append(SimpleNamespace(name=file.stem, data_path=str(file), scaler=scaler))
+    return found
+
+
+sd_upscalers = _upscalers()

@@ -1,0 +1,1 @@
+"""Where a WebUI keeps its seeded noise; nothing on the page asks for any."""

@@ -1,0 +1,140 @@
+"""What the WebUI reads beside the code: translations, metadata, style, the page helper and the install check."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mrflow_sched.webui import settings, ui
+from mrflow_sched.webui.controls import CHOICES, LABELS
+
+ROOT = Path(__file__).resolve().parents[2]
+LANGUAGES = ("zh-CN", "ja", "de", "fr", "ko", "es")
+# The product's name, and step counts, are the same in every language.
+UNTRANSLATED = re.compile(r"MrFlow|[0-9]+\+[0-9]+")
+
+
+def page_texts() -> set[str]:
+    """Every text of the accordion and the settings page, as it stands in the page."""
+    infos = {f"({text})" for text in settings.INFO.values()}
+    words = {choice for choices in CHOICES.values() for choice in choices}
+    texts = {*LABELS.values(), *ui.INFO.values(), ui.ADVANCED, *words, *settings.LABELS.values(), *infos}
+    texts |= set(settings.WHEN_REFUSED)
+    return {text for text in texts if not UNTRANSLATED.fullmatch(text)}
+
+
+def translations(language: str) -> dict[str, str]:
+    return json.loads((ROOT / "localizations" / f"{language}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_translations_cover_the_page_and_nothing_else(language: str) -> None:
+    assert set(translations(language)) == page_texts()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_translations_are_texts_of_their_own(language: str) -> None:
+    for english, text in translations(language).items():
+        assert text.strip() == text
+        assert text
+        # One word, or a term of the field, may be the same; a whole sentence may not.
+        assert text != english or len(english) < 10, english
+        for number in re.findall(r"\d+[.+]\d+", english):
+            assert number in text, (english, text)
+        if english.startswith("("):
+            assert text.startswith("(")
+            assert text.endswith(")")
+
+
+def test_every_language_file_is_known() -> None:
+    assert {path.stem for path in (ROOT / "localizations").iterdir()} == set(LANGUAGES)
+
+
+def test_metadata_names_the_script_and_its_class() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "metadata.ini", encoding="utf-8")
+    assert config["Extension"]["Name"] == "mrflow"
+    source = (ROOT / "scripts" / "mrflow.py").read_text(encoding="utf-8")
+    for section in config.sections():
+        if section.startswith("callbacks/"):
+            name, file, category, owner = section.removeprefix("callbacks/").split("/")
+            assert (name, file) == ("mrflow", "mrflow.py")
+            assert f"class {owner}(" in source
+            assert f"def {category.removeprefix('script_')}(" in source
+        elif section.startswith("scripts/"):
+            assert (ROOT / section).is_file()
+
+
+def test_style_touches_only_our_elements_and_the_themes_colours() -> None:
+    text = re.sub(r"/\*.*?\*/", "", (ROOT / "style.css").read_text(encoding="utf-8"), flags=re.DOTALL)
+    for selectors, rules in re.findall(r"([^{}]+)\{([^}]*)\}", text):
+        for selector in selectors.split(","):
+            assert selector.strip().startswith("#script_mrflow_"), selector
+        assert not re.search(r"#[0-9a-fA-F]{3,8}\b|\b(?:rgb|hsl)a?\(|:\s*(?:white|black|red|gr[ae]y)\b", rules), rules
+
+
+def test_the_page_helper_is_one_object_that_asks_only_for_our_elements() -> None:
+    text = (ROOT / "javascript" / "mrflow.js").read_text(encoding="utf-8")
+    outer = [line for line in text.splitlines() if line and not line.startswith((" ", "//", "}"))]
+    assert outer == ["const mrflow = {", "onUiLoaded(mrflow.start);"]
+    assert "querySelector(`#script_mrflow_${name}`)" in text
+    asked = set(re.findall(r'element\("(\w+)"\)', text))
+    source = (ROOT / "mrflow_sched" / "webui" / "ui.py").read_text(encoding="utf-8")
+    assert asked
+    assert all(f'elem_id("{name}")' in source for name in asked)
+
+
+@pytest.mark.skipif(
+    shutil.which("node") is None, reason="node is not installed: the page helper's syntax is not parsed"
+)
+def test_the_page_helper_parses() -> None:
+    subprocess.run(["node", "--check", str(ROOT / "javascript" / "mrflow.js")], check=True)
+
+
+def run_install(*options: str, script: Path = ROOT / "install.py", path: str = "") -> str:
+    done = subprocess.run(
+        [sys.executable, *options, str(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_install_says_one_sentence_and_imports_nothing_heavy() -> None:
+    assert run_install() == "MrFlow is ready: everything it needs came with the WebUI, and nothing was installed.\n"
+    loaded = subprocess.run(
+        [sys.executable, "-X", "importtime", str(ROOT / "install.py")], capture_output=True, text=True, check=True
+    ).stderr
+    names = {line.rsplit("|", 1)[-1].strip() for line in loaded.splitlines()}
+    assert not names & {"torch", "numpy", "PIL", "spandrel", "safetensors", "pip", "launch", "mrflow_sched"}
+
+
+def test_install_names_what_is_missing(tmp_path: Path) -> None:
+    # Isolated and without site-packages nothing but the standard library is there.
+    said = run_install("-I", "-S")
+    assert said.startswith("MrFlow needs what this WebUI lacks: torch, numpy, PIL, safetensors, spandrel; ")
+    assert said.count("\n") == 1
+
+
+def test_install_notices_a_half_copied_folder(tmp_path: Path) -> None:
+    copy = Path(shutil.copy(ROOT / "install.py", tmp_path / "install.py"))
+    assert "not complete" in run_install(script=copy)
+
+
+def test_install_reads_on_a_python_that_is_too_old() -> None:
+    source = (ROOT / "install.py").read_text(encoding="utf-8")
+    compile(source, "install.py", "exec", flags=0, dont_inherit=True)
+    assert not re.search(r"\bf\"|:=|-> |\bmatch\b", source)
+    assert "run_pip" not in source
+    assert "subprocess" not in source
