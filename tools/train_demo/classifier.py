@@ -101,8 +101,8 @@ def strips(pictures: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    seconds: float = 480.0  # of the whole-picture network
-    letter_seconds: float = 420.0
+    seconds: float = 900.0  # of the whole-picture network
+    letter_seconds: float = 240.0
     batch: int = 32
     lr: float = 2e-3
     seed: int = 6

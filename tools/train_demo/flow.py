@@ -29,9 +29,9 @@ GUIDANCE_RANGE = (1.0, 5.0)
 
 @dataclass(frozen=True)
 class FlowSettings:
-    seconds: float = 6200.0  # budget of the base training on this machine
-    tiny_until: float = 0.40  # share of the budget spent at 64 pixels only
-    low_until: float = 0.70  # share after which 256 pixels join 128
+    seconds: float = 7400.0  # budget of the base training on this machine
+    tiny_until: float = 0.335  # share of the budget spent at 64 pixels only
+    low_until: float = 0.55  # share after which 256 pixels join 128
     high_share: float = 0.60  # share of steps at 256 pixels after that
     batch_tiny: int = 48
     batch_low: int = 16
@@ -293,7 +293,7 @@ def train(
 
 @dataclass(frozen=True)
 class GuideSettings:
-    seconds: float = 600.0
+    seconds: float = 480.0
     batch_low: int = 16
     batch_high: int = 4
     high_share: float = 0.40
