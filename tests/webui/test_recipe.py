@@ -1,0 +1,204 @@
+"""The numbers of a job: sizes, lists, upscaler, notes and the readout."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from doubles import Anima, Flux, Flux2, LdmModel, Placeholder, QwenImage, Sd3Model, StableDiffusion, ZImage, engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_infotext import model
+
+from mrflow_sched.families import FAMILIES
+from mrflow_sched.plan import make_plan
+from mrflow_sched.webui.controls import Controls
+from mrflow_sched.webui.host import capabilities, probe_model
+from mrflow_sched.webui.recipe import fit_sizes, make_recipe
+
+NAMES = ("None", "Lanczos", "Nearest", "R-ESRGAN 4x+", "RealESRGAN_x2plus", "RealESRGAN_x2plus (MrFlow)")
+
+
+def make(family: str = "flux1-dev", width: int = 1024, height: int = 1024, names: Any = NAMES, **choice: Any) -> Any:
+    return make_recipe(Controls(True, **choice), model(family), width, height, upscalers=names)
+
+
+def test_the_readout() -> None:
+    line = make().line
+    assert line == "512×512 ×12 → RealESRGAN_x2plus ×2 → 1024×1024 ×1 @ σ 0.12 · ≈ 11× fewer FLOPs"
+    assert make(names=("None", "R-ESRGAN 2x+")).line.startswith("512×512 ×12 → R-ESRGAN ×2 → ")
+    assert " → Lanczos ×2 → " in make(names=("None",)).line
+    assert make("sdxl", factor=4 / 3).line.endswith(" · experimental")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_recipe_is_the_librarys_plan(family: str) -> None:
+    made, plan = make(family), make_plan(family, 1024, 1024, factor=2.0, solver="euler")
+    assert made.plan == plan
+    assert made.preset == FAMILIES[family].default_preset
+    if FAMILIES[family].prediction == "flow":
+        assert made.first_sigmas == plan.stages[0].sigmas
+        assert made.refine_sigmas == plan.stages[1].sigmas
+    else:
+        assert made.first_sigmas is None
+        assert made.refine_sigmas == pytest.approx((0.12 / 0.88, 0.0))
+
+
+def test_presets_and_overrides() -> None:
+    assert (make(preset="text").sigma, make(preset="text").low_steps) == (0.18, 12)
+    own = make(preset="9+3")
+    assert (own.preset, own.low_steps, own.refine_steps, own.sigma) == ("9+3", 9, 3, 0.12)
+    assert own.refine_sigmas == pytest.approx((0.12, 0.08, 0.04, 0.0))
+    changed = make(low_steps=7, refine_steps=2, sigma=0.3)
+    assert (changed.preset, changed.low_steps, changed.refine_steps, changed.sigma) == ("12+1", 7, 2, 0.3)
+    lacking = make("flux2-klein", preset="text")
+    assert lacking.preset == "4+1"
+    assert any("has no preset 'text'" in note for note in lacking.notes)
+
+
+def test_shift_and_solver() -> None:
+    assert make(shift="host").first_sigmas is None
+    assert make().solver is None
+    assert make(solver="multistep").solver == "multistep"
+    assert make("qwen-image", solver="multistep").solver == "careful"
+
+
+def test_the_shift_is_that_of_the_low_size_that_runs() -> None:
+    made = make(width=1000, height=616)
+    assert (made.low_width, made.low_height) == (496, 304)
+    assert made.plan.stages[0].tokens == 31 * 19
+    assert made.plan.stages[0].mu == pytest.approx(0.5 + (31 * 19 - 256) * 0.65 / 3840)
+    assert made.plan.stages[1].tokens == 63 * 39
+
+
+@given(
+    st.sampled_from(["flux1-dev", "flux2-klein", "sdxl", "z-image"]),
+    st.integers(256, 3000),
+    st.integers(256, 3000),
+    st.floats(1.25, 4.0),
+)
+@settings(max_examples=200, deadline=None)
+def test_sizes_lie_on_their_grids_and_near_what_was_asked(family: str, width: int, height: int, factor: float) -> None:
+    info = model(family)
+    final, low = fit_sizes(info, width, height, factor)
+    for side, small, asked in zip(final, low, (width, height), strict=True):
+        assert side % info.grid_final == 0
+        assert abs(side - asked) <= info.grid_final / 2
+        assert small % info.grid_low == 0
+        assert abs(small - side / factor) <= info.grid_low
+    floors = [max(int(side / factor) // info.grid_low, 1) * info.grid_low for side in final]
+    stretch, naive = (abs(a[0] * final[1] / (a[1] * final[0]) - 1) for a in (low, floors))
+    assert stretch <= naive * 1.02 + 1e-9
+
+
+def test_hosts_lists() -> None:
+    made = make(preset="3+2")
+    first, last = made.first_sigmas, made.refine_sigmas
+    assert made.first_list(3) == first
+    assert made.first_list(4) == (*first[:-1], first[-2], 0.0)
+    assert made.first_list(6) == make_plan("flux1-dev", 1024, 1024, low_steps=6).stages[0].sigmas
+    assert made.refine_list(2) == last == (0.12, 0.06, 0.0)
+    assert made.refine_list(3) == (0.12, 0.06, 0.06, 0.0)
+    assert made.refine_list(5)[-3:] == last  # a strength below 1: the host takes the tail
+    assert len(made.refine_list(5)) == 6
+    assert made.refine_list(1) == (0.12, 0.0)
+
+
+def test_the_upscaler() -> None:
+    assert make().upscaler == "RealESRGAN_x2plus (MrFlow)"
+    assert make(upscaler="Nearest").upscaler == "Nearest"
+    missing = make(upscaler="4x-UltraSharp")
+    assert missing.upscaler == "RealESRGAN_x2plus (MrFlow)"
+    assert any("'4x-UltraSharp' is not installed here" in note for note in missing.notes)
+    assert make(names=("None", "Lanczos")).upscaler == "Lanczos"
+    assert make(names=("None",)).upscaler == "None"
+    assert any("No x2 super-resolution model" in note for note in make(names=("None",)).notes)
+    assert make().notes == ()
+
+
+def test_notes_tell_what_changes() -> None:
+    notes = " ".join(make("flux1-dev", 1003, 616).notes)
+    assert "1003x616 is made at 1000x616" in notes
+    assert "stretched by 0.5%" in notes
+    assert "smaller than the 512 px square" in notes
+
+
+def test_what_gains_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="64 px is the least side"):
+        make(width=96, height=96)
+    with pytest.raises(ValueError, match=r"would cost 1\.\d+ times as much as 9 native steps"):
+        make("z-image-turbo", low_steps=40, factor=1.5)
+    with pytest.raises(ValueError, match="width and height"):
+        make(width=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+@pytest.mark.parametrize(
+    ("loaded", "family", "grid"),
+    [
+        (Flux(), "flux1-dev", 8),
+        (Flux(name="flux1-krea-dev_fp8"), "flux1-krea", 8),
+        (Flux(name="flux1-schnell"), "flux1-schnell", 8),
+        (Flux2(name="flux-2-klein-4b"), "flux2-klein", 16),
+        (Flux2(name="flux-2-klein-base-4b"), "flux2-klein-base", 16),
+        (QwenImage(), "qwen-image", 8),
+        (ZImage(name="z_image_turbo_bf16"), "z-image-turbo", 8),
+        (ZImage(name="z_image_bf16"), "z-image", 8),
+        (engine("Chroma")(), "chroma", 8),
+        (engine("Lumina2")(), "lumina2", 8),
+        (engine("StableDiffusion3")(name="sd3.5_large"), "sd35", 8),
+        (engine("StableDiffusion3")(name="sd3_medium"), "sd3", 8),
+        (Sd3Model(), "sd3", 16),
+        (LdmModel(), "sd15", 8),
+        (StableDiffusion(), "sd15", 8),
+        (engine("StableDiffusionXL", predictor_kind="v_prediction")(), "sdxl", 8),
+    ],
+)
+def test_families_are_known_by_what_the_host_loaded(loaded: Any, family: str, grid: int) -> None:
+    info = probe_model(SimpleNamespace(sd_model=loaded))
+    assert (info.family.name, info.grid_final, info.refusal, info.known) == (family, grid, None, True)
+    assert info.flow is (info.family.prediction == "flow")
+    assert info.experimental is not info.flow
+
+
+def test_guidance_tells_distilled_models_apart_where_the_name_does_not() -> None:
+    def name(loaded: Any, scale: float) -> str:
+        return probe_model(SimpleNamespace(sd_model=loaded, cfg_scale=scale)).family.name
+
+    assert (name(ZImage(), 1.0), name(ZImage(), 5.0)) == ("z-image-turbo", "z-image")
+    assert (name(Flux2(), 1.0), name(Flux2(), 4.0)) == ("flux2-klein", "flux2-klein-base")
+
+
+def test_an_unknown_flow_model_keeps_the_hosts_schedule() -> None:
+    info = probe_model(SimpleNamespace(sd_model=Anima()))
+    assert (info.flow, info.known, info.title) == (True, False, "Anima")
+    made = make_recipe(Controls(True), info, 1024, 1024, upscalers=NAMES)
+    assert made.first_sigmas is None
+    assert made.refine_sigmas == (0.12, 0.0)
+
+
+def test_without_a_model_there_is_a_sentence() -> None:
+    for thing in (SimpleNamespace(), SimpleNamespace(sd_model=None), SimpleNamespace(sd_model=Placeholder())):
+        info = probe_model(thing)
+        assert "needs a loaded checkpoint" in str(info.refusal)
+        with pytest.raises(ValueError, match="needs a loaded checkpoint"):
+            make_recipe(Controls(True), info, 1024, 1024)
+
+
+def test_capabilities() -> None:
+    from doubles import WebUI
+
+    for kind, noising in (("a1111", "flow"), ("forge", "flow"), ("neo", "flow")):
+        ui = WebUI(kind, Sd3Model() if kind == "a1111" else Flux())
+        p = ui.job()
+        assert capabilities(p).noising == "none"
+        ui.sd_model = ui.model
+        found = capabilities(p, ui.sd_upscalers)
+        assert found.noising == noising
+        assert found.has_hr_cfg is found.has_modified_noise is found.has_additional_modules is (kind != "a1111")
+        assert found.has_every_sampling
+        assert "R-ESRGAN 2x+" in found.upscaler_names
+    assert capabilities(SimpleNamespace(sd_model=LdmModel())).noising == "ve"
