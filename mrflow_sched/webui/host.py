@@ -153,7 +153,7 @@ def capabilities(p: Any, upscalers: Sequence[Any] = ()) -> Host:
     """What the host of job `p` can do; `upscalers` is its list (`HostApi.upscalers`)."""
     return Host(
         has_hr_cfg=hasattr(p, "hr_cfg"),
-        has_every_sampling=hasattr(p, "hr_scheduler"),  # both came with 1.9
+        has_every_sampling=hasattr(getattr(p, "scripts", None), "process_before_every_sampling"),
         has_modified_noise=hasattr(p, "modified_noise"),
         has_hr_scheduler=hasattr(p, "hr_scheduler"),
         has_additional_modules=hasattr(p, "hr_additional_modules"),

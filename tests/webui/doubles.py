@@ -456,6 +456,10 @@ class Txt2Img:
     def sd_model(self) -> Any:
         return self.ui.sd_model
 
+    @property
+    def scripts(self) -> Any:
+        return self.ui.script
+
     def comment(self, text: str) -> None:
         self.comments[text] = 1
 
@@ -720,6 +724,8 @@ class WebUI:
         """Call one hook of the script; hosts catch and print what it raises."""
         self.events.append(name)
         for _ in range(2 if self.twice else 1):
+            if not hasattr(self.script, name):
+                return
             try:
                 getattr(self.script, name)(p, *before, *self.args, **kwargs)
             except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,8 @@ from mrflow_sched.plan import make_plan
 from mrflow_sched.schedule import refine_sigmas
 from mrflow_sched.webui import infotext, run
 from mrflow_sched.webui.controls import Controls
+from mrflow_sched.webui.host import probe_model
+from mrflow_sched.webui.job import ATTRIBUTE
 
 ON = (True, "12+1")
 KINDS = ("a1111", "forge", "neo")
@@ -66,7 +69,7 @@ def untouched(p: Any, before: dict[str, Any]) -> None:
     after = attributes(p)
     assert {name for name in after if name not in MADE and after[name] != before.get(name, "absent")} == set()
     assert set(after) - set(before) <= MADE
-    assert not hasattr(p, run.ATTRIBUTE)
+    assert not hasattr(p, ATTRIBUTE)
 
 
 # ------------------------------------------------------------------------------------------------------ what is sampled
@@ -220,6 +223,19 @@ def test_our_solver_runs_inside_the_hosts_sampler(sampler: str) -> None:
     euler = webui("forge")
     euler.generate(euler.job(width=384, height=256), *ON)
     assert not torch.equal(ui.mixed[0][0], euler.mixed[0][0])
+    assert not ui.errors
+
+
+def test_a_host_without_the_hook_before_sampling_still_runs_the_lists() -> None:
+    ui = webui("a1111")
+    ui.script = SimpleNamespace(
+        **{name: getattr(ui.script, name) for name in EVERY_HOOK if name != "process_before_every_sampling"}
+    )
+    p = ui.job(width=384, height=256)
+    ui.generate(p, {"solver": "multistep"})
+    first, last = plan_lists(ui, 384, 256)
+    assert close([level for _, level, _ in ui.calls], [*first, *last])
+    assert any("runs on its own sampler" in comment for comment in p.comments)
     assert not ui.errors
 
 
@@ -402,6 +418,7 @@ def test_the_comment_tells_the_stages_and_their_seconds() -> None:
     [comment] = [comment for comment in p.comments if comment.startswith("MrFlow: 192x128 x12 (")]
     assert "-> R-ESRGAN 2x+ (" in comment
     assert "-> 384x256 x1 at sigma 0.12 (" in comment
+    assert re.search(r" s\); 20 steps at this size would take about \d+\.\d times as long$", comment)
     assert comment in result.comments
 
 
@@ -709,11 +726,11 @@ def test_old_forge_refuses_flow_models_and_runs_others() -> None:
     del model.forge_objects.unet.model.predictor
     model.forge_objects.unet.model.model_type = SimpleNamespace(name="FLUX")
     p = SimpleNamespace(sd_model=model, cfg_scale=1.0)
-    info = run.probe_model(p)
+    info = probe_model(p)
     assert "variance-exploding" in str(info.refusal)
     other: Any = StableDiffusion()
     del other.forge_objects.unet.model.predictor
-    assert run.probe_model(SimpleNamespace(sd_model=other)).refusal is None
+    assert probe_model(SimpleNamespace(sd_model=other)).refusal is None
 
 
 def test_wrong_arguments_are_one_sentence_and_a_normal_image() -> None:
