@@ -169,9 +169,9 @@ def test_klein_takes_the_next_multiple_of_16_and_says_so() -> None:
 def test_the_old_hires_size_option_of_a1111_does_not_get_in_the_way() -> None:
     ui = webui("a1111")
     ui.opts.use_old_hires_fix_width_height = True
-    result = ui.generate(ui.job(width=832, height=1216), *ON)
-    assert tuple(result.images[0].shape) == (3, 1216, 832)
-    assert ui.calls[0][2][2:] == (76, 52)
+    result = ui.generate(ui.job(width=416, height=608), *ON)
+    assert tuple(result.images[0].shape) == (3, 608, 416)
+    assert ui.calls[0][2][2:] == (38, 26)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -387,11 +387,11 @@ def test_text_is_encoded_once_where_nothing_differs(kind: str) -> None:
 def test_metadata_pastes_to_the_same_controls_and_never_to_hires_fix(kind: str) -> None:
     ui = webui(kind)
     choice = {"preset": "9+2", "sigma": 0.2, "refine_cfg": "off", "colour_guard": "auto"}
-    ui.generate(ui.job(width=832, height=1216, n_iter=2), choice)
+    ui.generate(ui.job(width=416, height=608, n_iter=2), choice)
     for text in (*ui.infotexts, *ui.params_txt):
         found = pasted(text)
         assert infotext.read(found) == Controls.from_args([choice])
-        assert (found["Size-1"], found["Size-2"]) == ("832", "1216")
+        assert (found["Size-1"], found["Size-2"]) == ("416", "608")
         assert not any(key.startswith("Hires") for key in found)
         assert "Denoising strength" not in found
         assert found["Steps"] == "9"
@@ -406,7 +406,7 @@ def test_a_hires_prompt_is_used_and_told() -> None:
 
 def test_metadata_made_after_the_job_says_the_same() -> None:
     ui = webui("forge")
-    p = ui.job(width=832, height=1216)
+    p = ui.job(width=416, height=608)
     ui.generate(p, *ON)
     assert create_infotext(p, 0) == ui.infotexts[0]
 
@@ -504,8 +504,8 @@ EVERY_HOOK = (
 def test_nothing_is_left_after_a_job(kind: str, hires: bool) -> None:
     ui = webui(kind)
     p = ui.job(
-        width=832,
-        height=1216,
+        width=416,
+        height=608,
         n_iter=2,
         sampler_name="DDIM",
         override_settings={"img2img_extra_noise": 0.2, "other": 1},
@@ -524,7 +524,7 @@ def test_nothing_is_left_after_a_job(kind: str, hires: bool) -> None:
 def test_nothing_is_left_after_an_exception(kind: str, call: int) -> None:
     ui = webui(kind)
     ui.fail_at = call
-    p = ui.job(width=832, height=1216)
+    p = ui.job(width=416, height=608)
     before = attributes(p)
     with pytest.raises(RuntimeError, match="out of memory"):
         ui.generate(p, {"solver": "multistep", "refine_cfg": "off"})
@@ -534,13 +534,13 @@ def test_nothing_is_left_after_an_exception(kind: str, call: int) -> None:
     ui.fail_at, ui.calls = -1, []
     p.is_hr_pass = False
     ui.generate(p, *ON)
-    first, last = plan_lists(ui, 832, 1216)
+    first, last = plan_lists(ui, 416, 608)
     assert close([level for _, level, _ in ui.calls], [*first, *last])
 
 
 def test_nothing_is_left_after_a_failure_before_sampling() -> None:
     ui = webui("forge")
-    p = ui.job(width=832, height=1216)
+    p = ui.job(width=416, height=608)
     before = attributes(p)
     ui.at["process"] = lambda p: setattr(p, "hr_upscaler", "gone")
     with pytest.raises(ValueError, match="could not find upscaler"):
@@ -555,12 +555,12 @@ def test_nothing_is_left_after_a_failure_before_sampling() -> None:
 def test_interrupted_in_the_first_pass(kind: str) -> None:
     ui = webui(kind)
     ui.interrupt_at = 4
-    p = ui.job(width=832, height=1216, n_iter=2)
+    p = ui.job(width=416, height=608, n_iter=2)
     before = attributes(p)
     result = ui.generate(p, {"solver": "multistep"})
     untouched(p, before)
-    assert [tuple(image.shape) for image in result.images] == [(3, 608, 416)]
-    assert any("the picture is the low-resolution one, 416x608" in comment for comment in p.comments)
+    assert [tuple(image.shape) for image in result.images] == [(3, 304, 208)]
+    assert any("the picture is the low-resolution one, 208x304" in comment for comment in p.comments)
     assert not levels(ui, "hires")
     assert not ui.errors
 
@@ -569,11 +569,11 @@ def test_interrupted_in_the_first_pass(kind: str) -> None:
 def test_interrupted_in_the_refine_pass(kind: str) -> None:
     ui = webui(kind)
     ui.interrupt_at = 13
-    p = ui.job(width=832, height=1216, n_iter=2)
+    p = ui.job(width=416, height=608, n_iter=2)
     before = attributes(p)
     result = ui.generate(p, *ON)
     untouched(p, before)
-    assert [tuple(image.shape) for image in result.images] == [(3, 1216, 832)]
+    assert [tuple(image.shape) for image in result.images] == [(3, 608, 416)]
     assert not any("low-resolution one" in comment for comment in p.comments)
 
 
@@ -581,8 +581,8 @@ def test_interrupted_in_the_refine_pass(kind: str) -> None:
 def test_every_hook_may_be_called_twice(kind: str) -> None:
     once, twice = webui(kind), webui(kind)
     twice.twice = True
-    one = once.generate(once.job(width=832, height=1216, n_iter=2), *ON)
-    p = twice.job(width=832, height=1216, n_iter=2)
+    one = once.generate(once.job(width=416, height=608, n_iter=2), *ON)
+    p = twice.job(width=416, height=608, n_iter=2)
     before = attributes(p)
     two = twice.generate(p, *ON)
     assert twice.calls == once.calls
@@ -602,17 +602,17 @@ def test_hooks_on_copies_neither_disarm_nor_arm_twice(kind: str) -> None:
         again = copy.copy(p)
         ui.script.before_process(again, *ON)
         ui.script.process(again, *ON)
-        assert (again.width, again.height) == (416, 608)
+        assert (again.width, again.height) == (208, 304)
         assert vars(again)["sample"] is not vars(p)["sample"]
         ui.script.postprocess(again, done, *ON)
-        assert (again.width, again.height) == (832, 1216)
+        assert (again.width, again.height) == (416, 608)
 
     ui.on_image = as_adetailer
-    p = ui.job(width=832, height=1216, n_iter=2, batch_size=2)
+    p = ui.job(width=416, height=608, n_iter=2, batch_size=2)
     before = attributes(p)
     result = ui.generate(p, *ON)
-    assert [tuple(image.shape) for image in result.images] == [(3, 1216, 832)] * 4
-    first, last = plan_lists(ui, 832, 1216)
+    assert [tuple(image.shape) for image in result.images] == [(3, 608, 416)] * 4
+    first, last = plan_lists(ui, 416, 608)
     assert close([level for _, level, _ in ui.calls], [*first, *last] * 2)
     assert {text["MrFlow"] for text in ui.infotexts} == {"12+1 x2 v1"}
     untouched(p, before)
@@ -628,16 +628,16 @@ def test_a_copy_of_an_armed_job_can_be_generated_itself() -> None:
             sizes.append(tuple(ui.generate(copy.copy(p), *ON).images[0].shape))
 
     ui.on_image = again
-    p = ui.job(width=832, height=1216)
+    p = ui.job(width=416, height=608)
     before = attributes(p)
     result = ui.generate(p, *ON)
-    assert sizes[1] == tuple(result.images[0].shape) == (3, 1216, 832)
+    assert sizes[1] == tuple(result.images[0].shape) == (3, 608, 416)
     untouched(p, before)
 
 
 def test_cells_of_a_plot_do_not_see_one_another() -> None:
     ui = webui("forge")
-    p = ui.job(width=832, height=1216)
+    p = ui.job(width=416, height=608)
     before = attributes(p)
     texts: list[Any] = []
     for values in ({"sigma": 0.2}, {"enabled": False}, {"low_steps": 6, "factor": 4.0}, {"preset": "text"}):
@@ -646,7 +646,7 @@ def test_cells_of_a_plot_do_not_see_one_another() -> None:
         ui.infotexts, ui.calls = [], []
         result = ui.generate(cell, *ON)
         texts.append(ui.infotexts[0])
-        assert tuple(result.images[0].shape) == (3, 1216, 832)
+        assert tuple(result.images[0].shape) == (3, 608, 416)
         if values.get("enabled") is False:
             assert texts[-1] == {key: value for key, value in texts[-1].items() if "MrFlow" not in key}
             assert len(ui.calls) == 20
@@ -661,9 +661,9 @@ def test_a_job_used_again_with_other_settings_starts_afresh() -> None:
     ui = webui("forge")
     p = ui.job(width=384, height=256)
     ui.generate(p, *ON)
-    p.width, p.prompt, ui.calls = 832, "a tree", []
+    p.width, p.prompt, ui.calls = 416, "a tree", []
     result = ui.generate(p, True, "6+2")
-    assert tuple(result.images[0].shape) == (3, 256, 832)
+    assert tuple(result.images[0].shape) == (3, 256, 416)
     assert len(ui.calls) == 8
     assert ui.texts[-1] == ["a tree"]
 
@@ -753,7 +753,7 @@ def test_a_refusal_stops_the_job_where_the_user_wants_that() -> None:
 
 def test_a_failure_of_ours_costs_the_speed_but_not_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     ui = webui("forge")
-    p = ui.job(width=832, height=1216)
+    p = ui.job(width=416, height=608)
     before = attributes(p)
     monkeypatch.setattr(ui, "sd_upscalers", None)
     ui.generate(p, *ON)

@@ -67,9 +67,9 @@ def test_it_is_always_there_in_txt2img_only(loaded: SimpleNamespace) -> None:
 def test_a_job_runs_through_its_hooks(loaded: SimpleNamespace, args: tuple[Any, ...]) -> None:
     ui = loaded.ui
     ui.script = loaded.module.MrFlowScript()
-    p = ui.job(width=832, height=1216, n_iter=2)
+    p = ui.job(width=416, height=608, n_iter=2)
     result = ui.generate(p, *args)
-    assert [tuple(image.shape) for image in result.images] == [(3, 1216, 832)] * 2
+    assert [tuple(image.shape) for image in result.images] == [(3, 608, 416)] * 2
     assert close(levels(ui, "hires"), [0.12] * 2)
     assert not ui.errors
     assert not vars(ui.script)
