@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from mrflow_sched.families import Family, Preset
 from mrflow_sched.noise import model_sigmas
@@ -98,11 +99,12 @@ def _answer(sigmas: tuple[float, ...], steps: int) -> tuple[float, ...]:
 
 
 def make_recipe(
-    controls: Controls, model: ModelInfo, width: int, height: int, *, upscalers: Sequence[str] = ()
+    controls: Controls, model: ModelInfo, width: int, height: int, *, upscalers: Sequence[Any] = ()
 ) -> Recipe:
     """Decide everything for `controls` on `model` at a wanted final size in pixels.
 
-    `upscalers`: the names in the host's list. Raises ValueError, one sentence, where it cannot or should not be done:
+    `upscalers`: the host's list, its entries or only their names. "automatic" takes none that the host would have to
+    download first, as far as its entry tells. Raises ValueError, one sentence, where it cannot or should not be done:
     the model's own refusal, a low side under 64 px, or a plan that costs more than sampling natively.
     """
     if model.refusal is not None:
@@ -221,14 +223,21 @@ def _tokens(family: Family, size: tuple[int, int]) -> int:
     return math.ceil(size[0] / family.grid) * math.ceil(size[1] / family.grid)
 
 
-def _upscaler(asked: str, names: Sequence[str]) -> tuple[str, str | None]:
+def _upscaler(asked: str, entries: Sequence[Any]) -> tuple[str, str | None]:
     """The upscaler to use, and a note where it is not the one asked for or a better one is missing."""
+    names = [str(getattr(entry, "name", entry)) for entry in entries]
     if asked != AUTOMATIC and (asked in names or not names):
         return asked, None
-    chosen, hint = pick_automatic(names)
+    chosen, hint = pick_automatic(name for name, entry in zip(names, entries, strict=True) if not _remote(entry))
     if asked != AUTOMATIC:
         return chosen, f"The upscaler {asked!r} is not installed here; {_spoken(chosen)} is used."
     return chosen, hint
+
+
+def _remote(entry: Any) -> bool:
+    """Whether a host's upscaler is still only an address to download from."""
+    place = getattr(entry, "local_data_path", None) or getattr(entry, "data_path", None)
+    return str(place or "").startswith("http")
 
 
 # ------------------------------------------------------------------------------------------------------------- words

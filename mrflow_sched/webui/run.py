@@ -154,10 +154,9 @@ def process(p: Any, host: HostApi) -> None:
 
 def _fit(p: Any, run: Run, host: HostApi) -> None:
     run.model = probe_model(p, host)
-    names = [str(entry.name) for entry in host.upscalers()]
     wanted = _button_size(p, run) if run.button else run.wanted
     try:
-        recipe = make_recipe(run.controls, run.model, *wanted, upscalers=names)
+        recipe = make_recipe(run.controls, run.model, *wanted, upscalers=host.upscalers())
     except ValueError as error:
         _refuse(p, run, host, str(error))
         return

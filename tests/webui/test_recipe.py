@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,8 +89,8 @@ def test_sizes_lie_on_their_grids_and_near_what_was_asked(family: str, width: in
         assert small % info.grid_low == 0
         assert abs(small - side / factor) <= info.grid_low
     floors = [max(int(side / factor) // info.grid_low, 1) * info.grid_low for side in final]
-    stretch, naive = (abs(a[0] * final[1] / (a[1] * final[0]) - 1) for a in (low, floors))
-    assert stretch <= naive * 1.02 + 1e-9
+    stretch, naive = (abs(math.log(a[0] * final[1] / (a[1] * final[0]))) for a in (low, floors))
+    assert stretch <= naive + 1e-8
 
 
 def test_hosts_lists() -> None:
@@ -115,6 +116,18 @@ def test_the_upscaler() -> None:
     assert make(names=("None",)).upscaler == "None"
     assert any("No x2 super-resolution model" in note for note in make(names=("None",)).notes)
     assert make().notes == ()
+
+
+def test_automatic_downloads_nothing() -> None:
+    def entry(name: str, place: str | None, local: str | None = None) -> Any:
+        return SimpleNamespace(name=name, data_path=place, local_data_path=local)
+
+    lanczos = entry("Lanczos", None)
+    far = entry("R-ESRGAN 4x+", "https://host/x4.pth", "https://host/x4.pth")
+    fetched = entry("R-ESRGAN 2x+", "https://host/x2.pth", "/models/x2.pth")
+    assert make(names=(lanczos, far)).upscaler == "Lanczos"
+    assert make(names=(lanczos, far), upscaler="R-ESRGAN 4x+").upscaler == "R-ESRGAN 4x+"
+    assert make(names=(lanczos, far, fetched)).upscaler == "R-ESRGAN 2x+"
 
 
 def test_notes_tell_what_changes() -> None:
