@@ -1,29 +1,50 @@
-// MrFlow's page helper. The plan line is made by Python from the values on the page; what the page cannot see (a
-// checkpoint that was loaded meanwhile, sizes that a preset of the WebUI wrote before the page listened) is asked for
-// here: once when the page is ready, and whenever the pointer comes to the accordion.
+// MrFlow's page helper. The plan line is made by Python from the values on the page, whenever one of them changes. What
+// the page cannot see (a checkpoint that was loaded meanwhile) is asked for when the pointer comes to the accordion.
+// Answers to quick changes may arrive out of order: after each new line it is asked for once more, and stays when the
+// answer is the same.
 
 const mrflow = {
     pause: 1500,
+    settle: 700,
     asked: 0,
+    seen: "",
+    timer: null,
 
     element(name) {
         return gradioApp().querySelector(`#script_mrflow_${name}`);
     },
 
+    ask() {
+        mrflow.asked = Date.now();
+        mrflow.element("refresh")?.click();
+    },
+
     refresh() {
-        const button = mrflow.element("refresh");
-        if (button && Date.now() - mrflow.asked > mrflow.pause) {
-            mrflow.asked = Date.now();
-            button.click();
-        }
+        if (Date.now() - mrflow.asked > mrflow.pause) mrflow.ask();
+    },
+
+    // The page may be drawn before it listens, and then the first click is lost.
+    first(tries) {
+        if (mrflow.element("plan")?.textContent.trim() || tries === 0) return;
+        mrflow.ask();
+        setTimeout(() => mrflow.first(tries - 1), mrflow.pause);
+    },
+
+    changed() {
+        const line = mrflow.element("plan")?.querySelector(".mrflow-plan")?.textContent ?? "";
+        if (line === mrflow.seen) return;
+        mrflow.seen = line;
+        clearTimeout(mrflow.timer);
+        mrflow.timer = setTimeout(mrflow.ask, mrflow.settle);
     },
 
     start() {
         const accordion = mrflow.element("enabled");
-        if (!accordion) return;
+        const plan = mrflow.element("plan");
+        if (!accordion || !plan) return;
         accordion.addEventListener("pointerenter", mrflow.refresh);
-        accordion.addEventListener("focusin", mrflow.refresh);
-        mrflow.refresh();
+        new MutationObserver(mrflow.changed).observe(plan, {childList: true, characterData: true, subtree: true});
+        mrflow.first(20);
     },
 };
 

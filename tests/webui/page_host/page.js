@@ -52,6 +52,7 @@ function onUiLoaded(callback) {
 document.addEventListener("DOMContentLoaded", () => {
     const timer = setInterval(() => {
         if (!document.querySelector("#txt2img_prompt textarea, #txt2img_prompt input")) return;
+        if (!document.querySelector(".input-accordion .label-wrap")) return;
         clearInterval(timer);
         document.querySelectorAll(".input-accordion").forEach(pageHost.setUp);
         pageHost.loaded.forEach((callback) => callback());
