@@ -1,0 +1,218 @@
+"""A WebUI extension that watches: what the network is called with, which hooks ran, what was left behind.
+
+tests/webui/live.py copies this folder into a host's extensions for the length of a test run. Every event is one JSON
+line appended to the file that the environment variable MRFLOW_PROBE_FILE names; without the variable nothing is
+written. It changes a job only when its one argument, a line of JSON, asks for it: {"interrupt_at": n} interrupts before
+the n-th forward, {"upscale": path} makes the job the one that the gallery's upscale button starts for that picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from typing import Any
+
+from modules import (  # pyright: ignore
+    processing,
+    script_callbacks,
+    scripts,
+    sd_samplers_common,
+    sd_samplers_kdiffusion,
+    shared,
+)
+from PIL import Image
+
+FILE = os.environ.get("MRFLOW_PROBE_FILE", "")
+# What the hires and sampler route of a job reads from `p`: printed at every hook, so that a test sees when it changed.
+WATCHED = (
+    "width", "height", "steps", "enable_hr", "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x",
+    "hr_resize_y", "hr_upscale_to_x", "hr_upscale_to_y", "denoising_strength", "cfg_scale", "hr_cfg", "sampler_name",
+    "hr_sampler_name", "scheduler", "hr_scheduler", "is_hr_pass",
+)  # fmt: skip
+
+
+class _State:
+    """The job now running. One at a time: hosts serialise jobs."""
+
+    lock = threading.Lock()
+    job = 0
+    forward = 0
+    current: Any = None
+    interrupt_at = 0
+    hooks: tuple[Any, ...] = ()
+
+
+def _write(event: str, **values: Any) -> None:
+    if not FILE:
+        return
+    line = json.dumps({"job": _State.job, "event": event, **values}, default=repr)
+    with _State.lock, open(FILE, "a", encoding="utf-8") as out:
+        out.write(line + "\n")
+
+
+def _note(event: str, p: Any, **values: Any) -> None:
+    watched = {name: getattr(p, name, None) for name in WATCHED}
+    _write(event, override=getattr(p, "sampler_noise_scheduler_override", None) is not None, **watched, **values)
+
+
+def _network(p: Any) -> Any:
+    """The torch module that predicts, on every host family."""
+    model = p.sd_model
+    objects = getattr(model, "forge_objects", None)
+    inner = objects.unet.model if objects is not None else model.model
+    return inner.diffusion_model
+
+
+def _schedule(p: Any) -> dict[str, Any]:
+    """How the host turns the network's time argument into a sigma: the predictor or denoiser that the sampler uses."""
+    wrap = getattr(p.sampler, "model_wrap", None)
+    predictor = getattr(wrap, "predictor", None)
+    table = getattr(wrap, "sigmas", None)
+    return {
+        "sampler": type(p.sampler).__name__,
+        "func": getattr(getattr(p.sampler, "func", None), "__name__", repr(getattr(p.sampler, "func", None))),
+        "prediction": getattr(predictor, "prediction_type", None),
+        "sigma_max": float(table[-1]) if table is not None else None,
+    }
+
+
+def _before_forward(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    p = _State.current
+    if p is None:
+        return
+    x = args[0]
+    time = args[1] if len(args) > 1 else kwargs.get("timesteps", kwargs.get("t"))
+    _State.forward += 1
+    values = [] if time is None else time.detach().double().flatten().tolist()
+    _write("network", hires=bool(getattr(p, "is_hr_pass", False)), shape=list(x.shape), time=values)
+    if _State.interrupt_at and _State.forward == _State.interrupt_at:
+        shared.state.interrupt()
+
+
+def _watch(p: Any) -> None:
+    """(Re)attach the forward hook: the model may have been loaded anew since the last pass."""
+    module = _network(p)
+    if _State.hooks and _State.hooks[0] is module:
+        return
+    if _State.hooks:
+        _State.hooks[1].remove()
+    _State.hooks = (module, module.register_forward_pre_hook(_before_forward, with_kwargs=True))
+
+
+def _sigma(params: Any) -> None:
+    p = _State.current
+    if p is not None:
+        sigma = params.sigma.detach().double().flatten().tolist()
+        _write("sigma", hires=bool(getattr(p, "is_hr_pass", False)), sigma=sigma, shape=list(params.x.shape))
+
+
+def _fingerprint() -> dict[str, str]:
+    """Identity of everything process-wide that an extension could have patched, and every option's value."""
+    found: dict[str, str] = {}
+    owners: list[Any] = [processing, sd_samplers_common, sd_samplers_kdiffusion]
+    for module in (processing, sd_samplers_common, sd_samplers_kdiffusion):
+        owners += [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    for owner in owners:
+        for name, value in vars(owner).items():
+            if callable(value):
+                found[f"{owner.__name__}.{name}"] = f"{type(value).__name__} {id(value):x}"
+    for name, value in sorted(shared.opts.data.items()):
+        found[f"opts.{name}"] = repr(value)
+    for sampler in sd_samplers_kdiffusion.samplers_data_k_diffusion:
+        found[f"sampler.{sampler.name}"] = f"{id(sampler.constructor):x} {sampler.options!r}"
+    return found
+
+
+def _left_on(p: Any) -> dict[str, list[str]]:
+    """Instance attributes that are not the dataclass's own: methods put over a class's, and names that mention us."""
+    own = vars(p)
+    shadows = sorted(name for name, value in own.items() if callable(value) and callable(getattr(type(p), name, None)))
+    return {"shadows": shadows, "names": sorted(name for name in own if "mrflow" in name.lower())}
+
+
+def _asked(args: tuple[Any, ...]) -> dict[str, Any]:
+    return json.loads(args[0]) if args and args[0] else {}
+
+
+def _axes() -> list[str]:
+    """Labels of the X/Y/Z plot's axes on txt2img, in the order that its API arguments count them in."""
+    for data in scripts.scripts_data:
+        if os.path.basename(data.path) == "xyz_grid.py":
+            options = data.module.axis_options
+            return [option.label for option in options if getattr(option, "is_img2img", None) is not True]
+    return []
+
+
+class ProbeScript(scripts.Script):
+    def title(self) -> str:
+        return "mrflow probe"
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        import gradio  # pyright: ignore
+
+        return [gradio.Textbox("", label="mrflow probe", visible=False)]
+
+    def setup(self, p: Any, *args: Any) -> None:
+        path = _asked(args).get("upscale")
+        if path:
+            # What modules/txt2img.py sets when the button is pressed.
+            p.txt2img_upscale = True
+            p.enable_hr = True
+            p.batch_size = p.n_iter = 1
+            p.firstpass_image = Image.open(path).convert("RGB")
+            p.width, p.height = p.firstpass_image.size
+        _write("setup")
+
+    def before_process(self, p: Any, *args: Any) -> None:
+        _State.job += 1
+        _State.forward = 0
+        _State.current = p
+        _State.interrupt_at = int(_asked(args).get("interrupt_at", 0))
+        _write("fingerprint", values=_fingerprint())
+        _note("before_process", p)
+
+    def process(self, p: Any, *args: Any) -> None:
+        _note("process", p, model=type(p.sd_model).__name__, axes=_axes())
+
+    def before_process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        _note("before_process_batch", p)
+
+    def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        _note("process_batch", p)
+
+    def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        _watch(p)
+        noise = kwargs.get("noise")
+        if noise is None:
+            summary = None
+        else:
+            summary = {
+                "shape": list(noise.shape),
+                "mean": float(noise.float().mean()),
+                "std": float(noise.float().std()),
+            }
+        _note("process_before_every_sampling", p, noise=summary, **_schedule(p))
+
+    def before_hr(self, p: Any, *args: Any) -> None:
+        _note("before_hr", p)
+
+    def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
+        _note("post_sample", p)
+
+    def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        _note("postprocess_batch", p)
+
+    def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
+        _note("postprocess_image", p, size=list(pp.image.size))
+
+    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        comments = getattr(processed, "comments", "") or ""
+        _note("postprocess", p, left=_left_on(p), comments=comments, generation=dict(p.extra_generation_params))
+        _State.current = None
+
+
+script_callbacks.on_cfg_denoiser(_sigma)

@@ -1,0 +1,420 @@
+"""The extension in a real WebUI, through its API: sizes, sigmas at the network, metadata, and what is left behind.
+
+Runs where MRFLOW_WEBUI_ROOT names an installed WebUI (see live.py), and is skipped elsewhere. The checkpoint may be of
+any architecture; small ones of random weights do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from live import Answer, Host, find_installation
+from PIL import Image, ImageChops
+
+from mrflow_sched.plan import make_plan
+from mrflow_sched.webui.controls import FIELDS, LABELS
+
+INSTALLATION, REASON = find_installation(os.environ)
+pytestmark = pytest.mark.skipif(INSTALLATION is None, reason=REASON)
+
+SIZE = 512, 512
+STEPS = 20
+FLOW_FAMILIES = {"Flux": "flux1-dev", "StableDiffusion3": "sd3", "SD3Inferencer": "sd3", "Chroma": "chroma"}
+SIGMA = 0.12
+# float32 of a float64 list, and on A1111 SD3 the way there and back over a time of 0..1000.
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Generator[Host, None, None]:
+    assert INSTALLATION is not None
+    running = Host(INSTALLATION, tmp_path_factory.mktemp("webui"))
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def plain(host: Host) -> Answer:
+    """A picture from before MrFlow was ever on; the job before it loads the checkpoint and notes its hash."""
+    off(host)
+    return off(host)
+
+
+@pytest.fixture(scope="module")
+def upscaler(host: Host) -> str:
+    """A resize that every installation has: what is tested is not the upscaler."""
+    names = [entry["name"] for entry in host.get("/sdapi/v1/upscalers")]
+    return "Lanczos" if "Lanczos" in names else "None"
+
+
+def job(host: Host, size: tuple[int, int] = SIZE) -> dict[str, Any]:
+    fields: dict[str, Any] = {"width": size[0], "height": size[1], "steps": STEPS, "scheduler": "Simple"}
+    if host.installation.forge:
+        # Forge wants these of every hires job that comes through the API.
+        fields.update(hr_additional_modules=["Use same choices"], distilled_cfg_scale=3.5)
+    return fields
+
+
+def off(host: Host) -> Answer:
+    return host.txt2img([False], **job(host))
+
+
+def same(first: Image.Image, second: Image.Image) -> bool:
+    return (
+        first.size == second.size
+        and ImageChops.difference(first.convert("RGB"), second.convert("RGB")).getbbox() is None
+    )
+
+
+def farthest(first: Image.Image, second: Image.Image) -> int:
+    pixels = [np.asarray(picture.convert("RGB"), np.int16) for picture in (first, second)]
+    return int(np.abs(pixels[0] - pixels[1]).max())
+
+
+def family(answer: Answer) -> str | None:
+    """The flow family of the checkpoint, None for the others, from the class of the host's model."""
+    return FLOW_FAMILIES.get(answer.of("process")[0]["model"])
+
+
+def keys(answer: Answer) -> dict[str, str]:
+    """Keys of the last line of the metadata; quoted values whole."""
+    line = answer.infotext.rsplit("\n", 1)[-1]
+    return {key.strip(): value for key, value in re.findall(r'([\w /-]+): ("(?:\\.|[^"])*"|[^,]*)(?:,|$)', line)}
+
+
+def low_size(answer: Answer) -> tuple[int, int]:
+    width, height = keys(answer)["MrFlow size"].split("x")
+    return int(width), int(height)
+
+
+def expected_first(answer: Answer, steps: int = 12) -> list[float]:
+    """What make_plan gives the low size: only its own tokens count."""
+    width, height = low_size(answer)
+    name = family(answer)
+    assert name is not None
+    plan = make_plan(name, 2 * width, 2 * height, low_steps=steps, refine_steps=1, sigma=SIGMA)
+    assert (plan.stages[0].width, plan.stages[0].height) == (width, height)
+    return list(plan.stages[0].sigmas[:-1])
+
+
+def expected_refine(answer: Answer, sigma: float = SIGMA, steps: int = 1) -> list[float]:
+    """Evenly from sigma down, 0 left out; by equal signal-to-noise ratio on models that are no flow."""
+    levels = [sigma * (steps - index) / steps for index in range(steps)]
+    return levels if family(answer) else [level / (1 - level) for level in levels]
+
+
+def close(seen: Sequence[float], wanted: Sequence[float]) -> bool:
+    return len(seen) == len(wanted) and bool(np.allclose(seen, wanted, rtol=TOLERANCE, atol=TOLERANCE))
+
+
+def single(sigmas: Sequence[float]) -> list[float]:
+    """The values as single precision holds them."""
+    return np.asarray(sigmas, np.float32).tolist()
+
+
+def check_staged(answer: Answer, *, sigma: float = SIGMA, low_steps: int = 12, refine_steps: int = 1) -> None:
+    """Both passes ran at the plan's sigmas and nothing else did."""
+    assert len(answer.forwards(hires=False)) == low_steps
+    assert len(answer.forwards(hires=True)) == refine_steps
+    assert close(answer.sigmas(hires=True), expected_refine(answer, sigma, refine_steps))
+    if family(answer):
+        assert close(answer.sigmas(hires=False), expected_first(answer, low_steps))
+        assert close(at_network(answer, hires=True), expected_refine(answer, sigma, refine_steps))
+
+
+def at_network(answer: Answer, *, hires: bool) -> list[float]:
+    """The network's own time argument as a sigma; flow networks are called with it, or with 1000 times it."""
+    times = [entry["time"][0] for entry in answer.forwards(hires=hires)]
+    return [time / 1000 if "SD3" in answer.of("process")[0]["model"] else time for time in times]
+
+
+def expected_size(answer: Answer, size: tuple[int, int]) -> tuple[int, int]:
+    """A1111 rounds flow models' sides down to 16 in the first pass, so there a final side is the nearest multiple."""
+    grid = 16 if answer.of("process")[0]["model"] == "SD3Inferencer" else 8
+    return int(size[0] / grid + 0.5) * grid, int(size[1] / grid + 0.5) * grid
+
+
+# ------------------------------------------------------------------------------------------------------------- plainly
+
+
+def test_the_script_is_listed_with_its_arguments_in_order(host: Host) -> None:
+    scripts = [entry for entry in host.get("/sdapi/v1/script-info") if entry["name"] == "mrflow"]
+    assert [entry["is_img2img"] for entry in scripts] == [False]
+    assert [argument["label"] for argument in scripts[0]["args"]][: len(FIELDS)] == [LABELS[name] for name in FIELDS]
+
+
+def test_off_is_the_host_itself(host: Host, plain: Answer) -> None:
+    assert plain.images[0].size == SIZE
+    assert len(plain.forwards(hires=False)) == STEPS
+    assert not plain.forwards(hires=True)
+    assert "MrFlow" not in plain.infotext
+    unsent = host.txt2img(**job(host))
+    assert same(unsent.images[0], plain.images[0])
+    assert unsent.infotext == plain.infotext
+
+
+@pytest.mark.parametrize("size", [(512, 512), (832, 1216), (1000, 616)], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_sizes_and_sigmas_are_the_plans(host: Host, plain: Answer, upscaler: str, size: tuple[int, int]) -> None:
+    answer = host.txt2img({"enabled": True, "preset": "12+1", "upscaler": upscaler}, **job(host, size))
+    wanted = expected_size(answer, size)
+    assert answer.images[0].size == wanted
+    low = low_size(answer)
+    assert abs(low[0] / low[1] / (wanted[0] / wanted[1]) - 1) < 0.03
+    shapes = [entry["shape"][-2:] for entry in (answer.forwards(hires=False)[0], answer.forwards(hires=True)[0])]
+    assert shapes == [[low[1] // 8, low[0] // 8], [wanted[1] // 8, wanted[0] // 8]]
+    check_staged(answer)
+
+
+def test_metadata_tells_the_final_size_and_no_hires_fix(host: Host, plain: Answer, upscaler: str) -> None:
+    answer = host.txt2img({"enabled": True, "preset": "12+1", "upscaler": upscaler}, **job(host))
+    found = keys(answer)
+    assert found["Size"] == f"{SIZE[0]}x{SIZE[1]}"
+    assert found["MrFlow"].startswith("12+1 x2")
+    assert (found["MrFlow steps"], found["MrFlow sigma"], found["MrFlow upscaler"]) == ("12+1", "0.12", upscaler)
+    assert not [key for key in found if key.startswith("Hires") or key == "Denoising strength"]
+    assert answer.images[0].info["parameters"] == answer.infotext
+
+
+def test_a_picture_repeats_itself_and_comes_back_from_its_metadata(host: Host, plain: Answer, upscaler: str) -> None:
+    wanted = {"enabled": True, "preset": "12+1", "refine_steps": 2, "sigma": 0.2, "upscaler": upscaler}
+    first = host.txt2img(wanted, **job(host))
+    second = host.txt2img(wanted, **job(host))
+    assert same(first.images[0], second.images[0])
+    assert not same(first.images[0], plain.images[0])
+    parsed = host.post("/sdapi/v1/png-info", {"image": first.encoded(0)})["parameters"]
+    assert str(parsed["MrFlow"]).startswith("12+1 x2 refine=2 sigma=0.2")
+    assert not parsed.get("Hires upscale")
+
+
+# ------------------------------------------------------------------------------------------------------------- choices
+
+
+@pytest.mark.parametrize(
+    ("changes", "low_steps", "refine_steps", "sigma"),
+    [
+        ({"preset": "8+2"}, 8, 2, SIGMA),
+        ({"low_steps": 6, "refine_steps": 3, "sigma": 0.3}, 6, 3, 0.3),
+        ({"solver": "multistep"}, 12, 1, SIGMA),
+        ({"refine_seed": "host", "colour_guard": "auto"}, 12, 1, SIGMA),
+    ],
+    ids=["8+2", "own numbers", "multistep", "host noise and colour guard"],
+)
+def test_choices(
+    host: Host,
+    plain: Answer,
+    upscaler: str,
+    changes: dict[str, object],
+    low_steps: int,
+    refine_steps: int,
+    sigma: float,
+) -> None:
+    answer = host.txt2img({"enabled": True, "preset": "12+1", "upscaler": upscaler, **changes}, **job(host))
+    assert answer.images[0].size == SIZE
+    assert len(answer.forwards(hires=True)) == refine_steps
+    assert close(answer.sigmas(hires=True), expected_refine(answer, sigma, refine_steps))
+    if changes.get("solver") != "multistep":
+        check_staged(answer, sigma=sigma, low_steps=low_steps, refine_steps=refine_steps)
+    elif family(answer):
+        assert set(single(expected_first(answer))) <= set(single(answer.sigmas(hires=False)))
+
+
+def test_the_hosts_own_schedule_stays_untouched(host: Host, plain: Answer, upscaler: str) -> None:
+    answer = host.txt2img({"enabled": True, "shift": "host", "upscaler": upscaler}, **job(host))
+    native = host.txt2img([False], **{**job(host, low_size(answer)), "steps": 12})
+    assert answer.sigmas(hires=False) == native.sigmas(hires=False)
+    assert close(answer.sigmas(hires=True), expected_refine(answer))
+
+
+@pytest.mark.parametrize("sampler", ["DPM++ 2M", "DPM++ 2M SDE", "Euler a", "LMS"])
+def test_every_first_order_sampler_gets_the_exact_list(host: Host, plain: Answer, upscaler: str, sampler: str) -> None:
+    answer = host.txt2img({"enabled": True, "upscaler": upscaler}, **{**job(host), "sampler_name": sampler})
+    check_staged(answer)
+
+
+@pytest.mark.parametrize("sampler", ["Heun", "DPM2", "DPM2 a"])
+def test_samplers_with_calls_in_between_start_and_end_on_the_list(
+    host: Host, plain: Answer, upscaler: str, sampler: str
+) -> None:
+    answer = host.txt2img({"enabled": True, "upscaler": upscaler}, **{**job(host), "sampler_name": sampler})
+    assert close(answer.sigmas(hires=True), expected_refine(answer))
+    if family(answer):
+        seen, wanted = single(answer.sigmas(hires=False)), single(expected_first(answer))
+        assert seen[0] == wanted[0]
+        assert set(wanted) <= set(seen)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"always_discard_next_to_last_sigma": True}, {"img2img_extra_noise": 0.1}, {"sgm_noise_multiplier": True}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_that_bend_schedules_do_not_bend_ours(
+    host: Host, plain: Answer, upscaler: str, settings: dict[str, object]
+) -> None:
+    answer = host.txt2img({"enabled": True, "upscaler": upscaler}, settings=settings, **job(host))
+    if family(answer):
+        check_staged(answer)
+    assert close(answer.sigmas(hires=True), expected_refine(answer))
+
+
+def test_timestep_samplers(host: Host, plain: Answer, upscaler: str) -> None:
+    """DDIM ignores sigma lists: on flow models Euler takes its place, elsewhere it makes stage 1 its own way."""
+    answer = host.txt2img({"enabled": True, "upscaler": upscaler}, **{**job(host), "sampler_name": "DDIM"})
+    assert answer.images[0].size == SIZE
+    assert close(answer.sigmas(hires=True), expected_refine(answer))
+    if family(answer):
+        check_staged(answer)
+        assert "DDIM" in answer.comments
+
+
+# ----------------------------------------------------------------------------------------------------------- in a chain
+
+
+@pytest.mark.parametrize("counts", [{"batch_size": 2}, {"n_iter": 2}], ids=["batch size", "batch count"])
+def test_a_batch_holds_the_single_pictures(host: Host, plain: Answer, upscaler: str, counts: dict[str, int]) -> None:
+    wanted = {"enabled": True, "upscaler": upscaler}
+    both = host.txt2img(wanted, **{**job(host), **counts}, seed=1234)
+    singles = [host.txt2img(wanted, **job(host), seed=seed).images[0] for seed in (1234, 1235)]
+    pictures = both.images[-2:]
+    assert [picture.size for picture in pictures] == [SIZE, SIZE]
+    # Networks round differently in a batch; another picture would be far away.
+    assert all(farthest(one, other) <= 4 for one, other in zip(pictures, singles, strict=True))
+    passes = counts.get("n_iter", 1)
+    assert len(both.forwards(hires=True)) == passes
+    assert close(both.sigmas(hires=True), expected_refine(both) * passes)
+
+
+def test_interrupted_in_the_first_pass(host: Host, plain: Answer, upscaler: str) -> None:
+    answer = host.txt2img({"enabled": True, "upscaler": upscaler}, probe={"interrupt_at": 4}, **job(host))
+    assert not answer.forwards(hires=True)
+    assert answer.images[0].size == (SIZE[0] // 2, SIZE[1] // 2)
+    assert "stopped" in answer.comments
+    check_nothing_left(answer)
+    assert same(off(host).images[0], plain.images[0])
+
+
+def test_interrupted_in_the_refine_pass(host: Host, plain: Answer, upscaler: str) -> None:
+    wanted = {"enabled": True, "preset": "12+1", "refine_steps": 3, "upscaler": upscaler}
+    answer = host.txt2img(wanted, probe={"interrupt_at": 14}, **job(host))
+    assert len(answer.forwards(hires=True)) < 3
+    assert answer.images[0].size == SIZE
+    check_nothing_left(answer)
+    assert same(off(host).images[0], plain.images[0])
+
+
+def test_xyz_plot_over_sigma(host: Host, plain: Answer, upscaler: str) -> None:
+    labels = host.txt2img([False], **job(host)).of("process")[0]["axes"]
+    nothing = labels.index("Nothing")
+    index = next(
+        number for number, label in enumerate(labels) if "sigma" in label.lower() and "mrflow" in label.lower()
+    )
+    arguments = [
+        index,
+        "0.1, 0.3",
+        [],
+        nothing,
+        "",
+        [],
+        nothing,
+        "",
+        [],
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+        0,
+        False,
+    ]
+    answer = host.txt2img(
+        {"enabled": True, "upscaler": upscaler}, script_name="x/y/z plot", script_args=arguments, **job(host)
+    )
+    assert close(answer.sigmas(hires=True), expected_refine(answer, 0.1) + expected_refine(answer, 0.3))
+    assert all(picture.size == SIZE for picture in answer.images[1:3])
+    assert not same(answer.images[1], answer.images[2])
+    # The cell's copy of the job carries the axis's value; no other job ever sees it.
+    check_nothing_left(answer, allowed=("_mrflow_axes",))
+
+
+def test_the_gallerys_upscale_button(host: Host, plain: Answer, upscaler: str) -> None:
+    """Stages 2 to 4 on a picture: no low-resolution pass, one forward at sigma."""
+    path = host.folder / "picture.png"
+    plain.images[0].resize((256, 256)).save(path)
+    fields = {**job(host, (256, 256)), "hr_scale": 2.0, "hr_upscaler": upscaler, "denoising_strength": 0.4}
+    answer = host.txt2img({"enabled": True, "upscaler": upscaler}, probe={"upscale": str(path)}, **fields)
+    assert answer.images[0].size == SIZE
+    assert not answer.forwards(hires=False)
+    assert close(answer.sigmas(hires=True), expected_refine(answer))
+    check_nothing_left(answer)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"enabled": True, "factor": 9}, "factor"),
+        ({"enabled": True, "nonsense": 1}, "nonsense"),
+        ([True, "bad"], "bad"),
+    ],
+    ids=["out of range", "unknown name", "unknown preset"],
+)
+def test_bad_arguments_cost_one_sentence_and_the_picture_is_the_plain_one(
+    host: Host, plain: Answer, arguments: object, word: str
+) -> None:
+    answer = host.txt2img(arguments, **job(host))
+    assert same(answer.images[0], plain.images[0])
+    assert word in answer.comments
+    assert answer.infotext == plain.infotext
+
+
+# ------------------------------------------------------------------------------------------------------ nothing remains
+
+
+def check_nothing_left(answer: Answer, allowed: Sequence[str] = ()) -> None:
+    last = answer.of("postprocess")[-1]["left"]
+    assert last["shadows"] == []
+    assert [name for name in last["names"] if name not in allowed] == []
+
+
+def test_an_unpatched_host_remains(host: Host, plain: Answer, upscaler: str) -> None:
+    answer = host.txt2img({"enabled": True, "upscaler": upscaler}, **job(host))
+    check_nothing_left(answer)
+    after = off(host)
+    assert same(after.images[0], plain.images[0])
+    assert after.infotext == plain.infotext
+    assert after.of("fingerprint")[0]["values"] == plain.of("fingerprint")[0]["values"]
+    assert after.sigmas(hires=False) == plain.sigmas(hires=False)
+
+
+def test_hires_fix_of_the_host_still_works_afterwards(host: Host, plain: Answer, upscaler: str) -> None:
+    fields = {**job(host, (256, 256)), "enable_hr": True, "hr_scale": 2.0, "hr_upscaler": upscaler}
+    fields.update(hr_second_pass_steps=4, denoising_strength=0.5)
+    first = host.txt2img([False], **fields)
+    host.txt2img({"enabled": True, "upscaler": upscaler}, **job(host))
+    second = host.txt2img([False], **fields)
+    assert first.sigmas(hires=True) == second.sigmas(hires=True)
+    assert keys(first)["Hires upscaler"] == upscaler
+    assert "MrFlow" not in second.infotext
+
+
+def test_memory_stays_level(host: Host, plain: Answer, upscaler: str) -> None:
+    wanted = {"enabled": True, "upscaler": upscaler}
+    small = job(host, (256, 256))
+    for _ in range(6):
+        host.txt2img(wanted, **small)
+    before = host.memory()
+    for _ in range(14):
+        host.txt2img(wanted, **small)
+    assert host.memory() - before < 64 * 2**20
