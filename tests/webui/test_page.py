@@ -330,13 +330,14 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 class Tab:
     """The page in a browser tab, by what a user sees and does."""
 
-    def __init__(self, browser: Any, served: tuple[str, str], theme: str = "light") -> None:
+    def __init__(self, browser: Any, served: tuple[str, str], theme: str = "light", before: str = "") -> None:
         self.address, self.version = served
         self.theme = theme
         self.tab = browser.new_page(viewport={"width": 760, "height": 1000}, color_scheme=theme)
         self.tab.set_default_timeout(60_000)
         self.errors: list[str] = []
         self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.tab.add_init_script(before)
         self.tab.goto(f"{self.address}/?__theme={theme}", wait_until="domcontentloaded")
         self.tab.wait_for_selector("body[data-ready=yes]")
 
@@ -427,6 +428,40 @@ def test_the_line_follows_the_page(tab: Tab) -> None:
     tab.find("refine_cfg_value").wait_for(state="visible")
     found = tab.values()
     assert (found["preset"], found["sigma"], found["refine_cfg"]) == ("20+1", 0.2, "value")
+
+
+HOLD_ONE = """
+window.held = "no";
+const plainFetch = window.fetch;
+window.fetch = async (...given) => {
+    const answer = await plainFetch(...given);
+    if (window.held === "wanted" && String(given[0]).includes("predict")) {
+        window.held = "yes";
+        await new Promise((done) => setTimeout(done, 6000));
+        window.held = "done";
+    }
+    return answer;
+};
+"""
+
+
+@needs_browser
+def test_an_answer_that_comes_late_does_not_stay(browser: Any, served: Any) -> None:
+    tab = Tab(browser, served, before=HOLD_ONE)
+    tab.fold("enabled")
+    tab.says("512×512 ×12")
+    tab.tab.wait_for_timeout(2000)
+    tab.tab.evaluate("window.held = 'wanted'")
+    for name in ("width", "height"):
+        side = tab.tab.locator(f"#txt2img_{name} input[type=number]").first
+        side.fill("832")
+        side.press("Tab")
+        tab.tab.wait_for_function("window.held !== 'wanted'")
+    tab.says("832×832")
+    tab.tab.wait_for_function("window.held === 'done'")
+    tab.tab.wait_for_timeout(500)
+    tab.says("832×832")
+    tab.tab.close()
 
 
 @needs_browser
