@@ -51,6 +51,7 @@ class MrFlowScript(scripts.Script):
 
 
 script_callbacks.on_before_ui(upscaler.register)
+axes.register()  # a host without a page reads the plot's axes before the callback below comes
 script_callbacks.on_before_ui(axes.register)
 script_callbacks.on_ui_settings(settings.register)
 script_callbacks.on_app_started(api.register)
