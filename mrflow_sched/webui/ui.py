@@ -231,8 +231,8 @@ def _plan(controls: Controls, page: Mapping[str, Any]) -> tuple[str, tuple[str, 
     if model.refusal is not None:
         raise ValueError(model.refusal)
     width, height = (_side(name, page.get(name)) for name in _NEEDED)
-    names = _upscaler_names(shared) if shared is not None else []
-    recipe = make_recipe(controls, model, width, height, upscalers=names)
+    upscalers = () if shared is None else list(shared.sd_upscalers)
+    recipe = make_recipe(controls, model, width, height, upscalers=upscalers)
     return recipe.line, (*recipe.notes, *((note,) if note else ()))
 
 

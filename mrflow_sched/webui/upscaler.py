@@ -93,6 +93,9 @@ class FastScaler:
     tidy: Callable[[], object]
     half: bool = True
     name: str = "MrFlow"
+    model_name: str | None = None  # hosts list these of every scaler
+    model_path: str | None = None
+    model_url: str | None = None
     scalers: list[Any] = field(default_factory=list[Any])
     sentences: list[str] = field(default_factory=list[str])
     _kept: tuple[tuple[Any, ...], ModelUpscaler] | None = field(default=None, repr=False)

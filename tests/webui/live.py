@@ -32,6 +32,8 @@ REPOSITORY = Path(__file__).parents[2]
 PROBE = Path(__file__).parent / "probe_extension"
 PROBE_NAME = "zz_mrflow_probe"  # sorts last, so that its hooks see what the extension's left
 EXTENSION_NAME = "mrflow"
+X2 = REPOSITORY / "mrflow_sched" / "demo" / "weights" / "upscaler" / "x2.safetensors"
+X2_NAME = "mrflow-test-x2"
 READY = "Startup time:"
 JOB_SECONDS = 900.0
 # The user's own settings count, except for these. A live preview may want to fetch a model. Hosts undo a job's
@@ -197,18 +199,23 @@ class Host:
         if self._log is not None:
             self._log.close()
         for path in reversed(self._placed):
-            if path.is_symlink():
-                path.unlink()
-            else:
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         self._placed.clear()
 
     def _place(self, extensions: Path) -> None:
-        """The probe as a copy; the extension as a link, unless it is installed there already."""
+        """The probe and an upscaler as copies; the extension as a link, unless it is installed there already."""
         probe = extensions / PROBE_NAME
         shutil.rmtree(probe, ignore_errors=True)
         self._placed.append(probe)
         shutil.copytree(PROBE, probe, ignore=shutil.ignore_patterns("__pycache__"))
+        models = self.installation.root / "models" / "ESRGAN"
+        models.mkdir(exist_ok=True)
+        upscaler = models / f"{X2_NAME}.safetensors"
+        self._placed.append(upscaler)
+        shutil.copyfile(X2, upscaler)
         if not any(entry.resolve() == REPOSITORY for entry in extensions.iterdir()):
             link = extensions / EXTENSION_NAME
             if link.exists() or link.is_symlink():
@@ -303,8 +310,12 @@ class Host:
         self._read += len(data)
         return tuple(json.loads(line) for line in data.decode("utf-8").splitlines())
 
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
     def _url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self._port}{path}"
+        return self.address + path
 
     def _send(self, request: urllib.request.Request) -> Any:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

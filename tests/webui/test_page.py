@@ -110,6 +110,15 @@ def test_a_refused_model_is_refused_in_the_line(monkeypatch: pytest.MonkeyPatch)
     assert "edit model" in said
 
 
+def test_the_line_names_no_upscaler_that_is_still_to_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    flux_loaded(monkeypatch)
+    listed = sys.modules["modules.shared"].sd_upscalers
+    listed.append(SimpleNamespace(name="R-ESRGAN 2x+", data_path="https://example.invalid/x2.pth"))
+    assert "R-ESRGAN" not in line()
+    listed[-1].data_path = "/models/x2.pth"
+    assert "R-ESRGAN" in line()
+
+
 @pytest.mark.parametrize("model", [None, SimpleNamespace()])
 def test_before_a_model_is_loaded_its_name_decides(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     flux_loaded(monkeypatch, model=model)

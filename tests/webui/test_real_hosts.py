@@ -6,6 +6,7 @@ any architecture; small ones of random weights do.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Generator, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from live import Answer, Host, find_installation
+from documented_request import send
+from live import X2_NAME, Answer, Host, find_installation
 from PIL import Image, ImageChops
 
 from mrflow_sched.plan import make_plan
@@ -275,6 +277,19 @@ def test_timestep_samplers(host: Host, plain: Answer, upscaler: str) -> None:
         assert "DDIM" in answer.comments
 
 
+def test_an_upscaler_file_of_the_host_is_found_and_used(host: Host, plain: Answer, upscaler: str) -> None:
+    names = [entry["name"] for entry in host.get("/sdapi/v1/upscalers")]
+    ours = [name for name in names if name.startswith(X2_NAME)]
+    assert ours
+    resized = host.txt2img({"enabled": True, "upscaler": upscaler}, **job(host))
+    for name in ours:
+        answer = host.txt2img({"enabled": True, "upscaler": name}, **job(host))
+        check_staged(answer)
+        assert answer.images[0].size == SIZE
+        assert keys(answer)["MrFlow upscaler"] == name
+        assert not same(answer.images[0], resized.images[0])
+
+
 # ----------------------------------------------------------------------------------------------------------- in a chain
 
 
@@ -418,3 +433,9 @@ def test_memory_stays_level(host: Host, plain: Answer, upscaler: str) -> None:
     for _ in range(14):
         host.txt2img(wanted, **small)
     assert host.memory() - before < 64 * 2**20
+
+
+def test_the_documented_command(host: Host, plain: Answer) -> None:
+    size = {"width": SIZE[0], "height": SIZE[1], "override_settings": {"sd_model_checkpoint": host.checkpoint}}
+    reply = send(host.address, size)
+    assert "MrFlow: " in json.loads(reply["info"])["infotexts"][0]

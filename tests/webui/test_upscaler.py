@@ -155,6 +155,14 @@ def test_each_model_of_the_folder_appears_once(folder: Path) -> None:
     assert all(entry.scaler is ours and Path(entry.data_path).is_file() for entry in entries[len(before) :])
 
 
+def test_hosts_can_list_what_every_scaler_tells(folder: Path) -> None:
+    """GET /sdapi/v1/upscalers reads these of each entry."""
+    entries = host_list(folder)
+    add_fast_upscalers(entries, scaler(), UpscalerData)
+    ours = entries[-3]
+    assert (ours.name, ours.scaler.model_name, ours.scale) == ("My tiny 2x (MrFlow)", None, 2)
+
+
 def test_a_reload_replaces_instead_of_adding(folder: Path) -> None:
     entries = host_list(folder)
     add_fast_upscalers(entries, scaler(), UpscalerData)
