@@ -1,6 +1,9 @@
 """Solvers: from noise to image along a sigma list, in the calling convention of k-diffusion.
 
-Every solver is called as `solver(model, x, sigmas, extra_args=None, callback=None, disable=None)`:
+Every solver is one generator (`SolverSteps`): it yields the state and the level to evaluate, is sent the denoised
+estimate, and returns the final state. `solver_steps` starts one, for a caller whose own loop does the evaluations.
+The public functions `sample_euler` and so on evaluate a model themselves. They are called as
+`solver(model, x, sigmas, extra_args=None, callback=None, disable=None)`:
 
 * `model(x, sigma, **extra_args)` returns the denoised estimate of `x`; `sigma` is a vector of shape (B,).
 * `x` is the noisy state (B, ...) at `sigmas[0]`. It is kept in float32, or in float64 where it comes so.
@@ -24,7 +27,7 @@ result two to three times truer than returning `denoised` (0.019 against 0.047 R
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -37,6 +40,9 @@ __all__ = [
     "SOLVERS",
     "Cancelled",
     "Solver",
+    "SolverSteps",
+    "evaluation_sigmas",
+    "evaluations_per_step",
     "get_solver",
     "sample_careful",
     "sample_dpmpp_2m",
@@ -44,10 +50,13 @@ __all__ = [
     "sample_heun",
     "sample_multistep",
     "solver_forwards",
+    "solver_steps",
 ]
 
 Model = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], None]
+SolverSteps = Generator[tuple[Tensor, float], Tensor, Tensor]
+"""Yields (state, sigma) to be evaluated, is sent the denoised estimate of that state, returns the final state."""
 
 
 class Cancelled(Exception):
@@ -73,73 +82,43 @@ class Solver(Protocol):
 # -------------------------------------------------------------------------------------------------------------- solvers
 
 
-def sample_euler(
-    model: Model,
-    x: Tensor,
-    sigmas: Tensor | Sequence[float],
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-) -> Tensor:
+def _euler_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
     """First order: each step follows the slope at its start. One evaluation per step. The paper's solver."""
-    steps = _Steps(model, x, sigmas, extra_args, callback)
-    for step in steps:
-        steps.x = _euler(step)
-    return steps.x
+    for sigma, after in pairwise(sigmas):
+        x = _euler(_Step.made(x, sigma, after, (yield x, sigma)))
+    return x
 
 
-def sample_heun(
-    model: Model,
-    x: Tensor,
-    sigmas: Tensor | Sequence[float],
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-) -> Tensor:
+def _heun_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
     """Second order: the mean of the slopes at both ends of a step. Two evaluations per step, one for the step to 0.
 
     Source: Karras et al. 2022, algorithm 1 without added noise.
     """
-    steps = _Steps(model, x, sigmas, extra_args, callback)
-    for step in steps:
-        ahead = _euler(step)
-        if step.after > 0.0:
-            slope_ahead = (ahead - steps.denoise(ahead, step.after)) / step.after
-            ahead = step.x + step.width * (step.slope + slope_ahead) / 2
-        steps.x = ahead
-    return steps.x
+    for sigma, after in pairwise(sigmas):
+        step = _Step.made(x, sigma, after, (yield x, sigma))
+        x = _euler(step)
+        if after > 0.0:
+            slope_ahead = (x - (yield x, after)) / after
+            x = step.x + step.width * (step.slope + slope_ahead) / 2
+    return x
 
 
-def sample_multistep(
-    model: Model,
-    x: Tensor,
-    sigmas: Tensor | Sequence[float],
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-) -> Tensor:
+def _multistep_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
     """Second order at one evaluation per step: Adams–Bashforth 2 with variable steps, on the slope.
 
     The slope is extrapolated along the line through this evaluation and the one before, also in the last step to 0.
     The first step, which has nothing before it, is Euler's.
     Source: Hairer, Nørsett, Wanner, "Solving Ordinary Differential Equations I", III.5.
     """
-    steps = _Steps(model, x, sigmas, extra_args, callback)
     before: _Step | None = None
-    for step in steps:
-        steps.x = _euler(step) if before is None else step.x + step.width * _extrapolated(step, before, weight=1.0)
+    for sigma, after in pairwise(sigmas):
+        step = _Step.made(x, sigma, after, (yield x, sigma))
+        x = _euler(step) if before is None else step.x + step.width * _extrapolated(step, before, weight=1.0)
         before = step
-    return steps.x
+    return x
 
 
-def sample_dpmpp_2m(
-    model: Model,
-    x: Tensor,
-    sigmas: Tensor | Sequence[float],
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-) -> Tensor:
+def _dpmpp_2m_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
     """DPM-Solver++(2M): second order at one evaluation per step, on the denoised estimate in log sigma.
 
     Between two levels x/sigma changes by the integral of the estimate; the estimate is extrapolated on the line
@@ -147,30 +126,22 @@ def sample_dpmpp_2m(
     k-diffusion runs it (with log sigma, for flow sigmas as well). Source: Lu et al. 2022, "DPM-Solver++", algorithm
     2, for alpha = 1.
     """
-    steps = _Steps(model, x, sigmas, extra_args, callback)
     before: _Step | None = None
-    for step in steps:
-        if step.after == 0.0:
-            steps.x = step.denoised
-            continue
+    for sigma, after in pairwise(sigmas):
+        step = _Step.made(x, sigma, after, (yield x, sigma))
+        if after == 0.0:
+            return step.denoised
         estimate = step.denoised
         if before is not None:
-            ratio = math.log(step.sigma / step.after) / math.log(before.sigma / before.after)
+            ratio = math.log(sigma / after) / math.log(before.sigma / before.after)
             estimate = estimate + ratio / 2 * (step.denoised - before.denoised)
-        keep = step.after / step.sigma
-        steps.x = keep * step.x + (1.0 - keep) * estimate
+        keep = after / sigma
+        x = keep * step.x + (1.0 - keep) * estimate
         before = step
-    return steps.x
+    return x
 
 
-def sample_careful(
-    model: Model,
-    x: Tensor,
-    sigmas: Tensor | Sequence[float],
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-) -> Tensor:
+def _careful_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
     """Multistep that watches its own error: Adams–Bashforth 2 ahead, a trapezoid behind, each as far as it is trusted.
 
     Each evaluation also tells how wrong the last prediction was, and that is used twice, per sample, at no extra
@@ -184,22 +155,22 @@ def sample_careful(
     the strongly curved first steps of guided sampling: with trust 0 a step is Euler's. The rule was chosen on 14
     Gaussian-mixture flows at guidance 1, 3 and 5 and checked on 16 others (`bench/solvers.py`).
     """
-    steps = _Steps(model, x, sigmas, extra_args, callback)
     before: _Step | None = None
     predicted: Tensor | None = None
-    for step in steps:
+    for sigma, after in pairwise(sigmas):
+        step = _Step.made(x, sigma, after, (yield x, sigma))
         if before is None:
-            steps.x = _euler(step)
+            x = _euler(step)
         else:
             ahead, behind = _careful_weights(step.slope, before.slope, predicted)
             trapezoid = before.x + before.width * (before.slope + step.slope) / 2
             corrected = step.x + behind * (trapezoid - step.x)
-            steps.x = corrected + step.width * _extrapolated(step, before, ahead)
+            x = corrected + step.width * _extrapolated(step, before, ahead)
             predicted = step.slope + step.width / before.width * (step.slope - before.slope)
             # The next correction must see the step as it was really taken, from the corrected point.
             step = step.moved_to(corrected)
         before = step
-    return steps.x
+    return x
 
 
 def _careful_weights(slope: Tensor, before: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -221,6 +192,68 @@ def _careful_weights(slope: Tensor, before: Tensor, predicted: Tensor | None) ->
 
 _TINY = 1e-20
 
+_STEPS: Mapping[str, Callable[[Tensor, Sequence[float]], SolverSteps]] = MappingProxyType(
+    {
+        "euler": _euler_steps,
+        "heun": _heun_steps,
+        "multistep": _multistep_steps,
+        "careful": _careful_steps,
+        "dpmpp_2m": _dpmpp_2m_steps,
+    }
+)
+
+
+# --------------------------------------------------------------------- the two ways to drive them: pulling, and pushed
+
+
+def solver_steps(name: str, x: Tensor, sigmas: Tensor | Sequence[float]) -> SolverSteps:
+    """The solver called `name`, started from `x` (B, ...) at `sigmas[0]`, for a caller that evaluates the model.
+
+    `next(steps)` gives the first (state, sigma); `steps.send(denoised)` the next, or StopIteration with the final
+    state as its `value`. `denoised` must have the dtype of the state. Raises ValueError for an unknown name and for a
+    list that does not fall or holds bad numbers.
+    """
+    get_solver(name)
+    return _STEPS[name](x if x.dtype == torch.float64 else x.float(), _checked(sigmas))
+
+
+def _pulling(name: str) -> Solver:
+    """The solver called `name` as a function that evaluates a model by itself."""
+
+    def sample(
+        model: Model,
+        x: Tensor,
+        sigmas: Tensor | Sequence[float],
+        extra_args: Mapping[str, Any] | None = None,
+        callback: Callback | None = None,
+        disable: bool | None = None,
+    ) -> Tensor:
+        steps = solver_steps(name, x, sigmas)
+        extra, per_step, evaluation = dict(extra_args or {}), evaluations_per_step(name), 0
+        state, sigma = next(steps)
+        while True:
+            # The estimate has the dtype of the state, whatever the network runs in.
+            denoised = model(state, state.new_full((state.shape[0],), sigma), **extra).to(state.dtype)
+            step, within = divmod(evaluation, per_step)
+            if callback is not None and within == 0:
+                level = state.new_tensor(sigma)
+                callback({"x": state, "i": step, "sigma": level, "sigma_hat": level, "denoised": denoised})
+            try:
+                state, sigma = steps.send(denoised)
+            except StopIteration as end:
+                return end.value
+            evaluation += 1
+
+    sample.__name__ = sample.__qualname__ = f"sample_{name}"
+    sample.__doc__ = _STEPS[name].__doc__
+    return sample
+
+
+sample_euler = _pulling("euler")
+sample_heun = _pulling("heun")
+sample_multistep = _pulling("multistep")
+sample_careful = _pulling("careful")
+sample_dpmpp_2m = _pulling("dpmpp_2m")
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
@@ -241,16 +274,37 @@ def get_solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
+# -------------------------------------------------------------------------------------------------------- evaluations
+
+
+def evaluations_per_step(name: str) -> int:
+    """Evaluations of one step that does not end at 0: 2 for Heun, else 1. Raises ValueError for an unknown name."""
+    get_solver(name)
+    return 2 if name == "heun" else 1
+
+
+def evaluation_sigmas(name: str, sigmas: Tensor | Sequence[float]) -> tuple[float, ...]:
+    """The level of every evaluation in order. Heun: s0, s1, s1, s2, ..., for it also looks at the end of each step.
+
+    Evaluation j belongs to step j // `evaluations_per_step(name)`. Raises ValueError for an unknown name or a bad
+    list.
+    """
+    levels = _checked(sigmas)
+    if evaluations_per_step(name) == 1:
+        return tuple(levels[:-1])
+    return tuple(level for step in pairwise(levels) for level in step if level > 0.0)
+
+
 def solver_forwards(name: str, steps: int) -> int:
     """Model evaluations that `steps` steps ending at sigma 0 take (guidance not counted): 2·steps - 1 for Heun, else
     steps.
 
     Raises ValueError for an unknown name or a negative count.
     """
-    get_solver(name)
+    per_step = evaluations_per_step(name)
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, got {steps!r}.")
-    return max(2 * steps - 1, 0) if name == "heun" else steps
+    return max(per_step * steps - (per_step - 1), 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -266,6 +320,11 @@ class _Step:
     denoised: Tensor
     slope: Tensor
 
+    @staticmethod
+    def made(x: Tensor, sigma: float, after: float, denoised: Tensor) -> _Step:
+        """The step from `sigma` to `after` whose start was evaluated."""
+        return _Step(x, sigma, after, denoised, (x - denoised) / sigma)
+
     @property
     def width(self) -> float:
         """Signed length of the step in sigma (negative: sampling goes down)."""
@@ -274,40 +333,6 @@ class _Step:
     def moved_to(self, x: Tensor) -> _Step:
         """The same step and slope, from another starting state."""
         return _Step(x, self.sigma, self.after, self.denoised, self.slope)
-
-
-class _Steps:
-    """Walks a sigma list: evaluates the model at the start of each step, tells the callback, and hands the step out.
-
-    The solver puts its new state into `x` before asking for the next step.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        x: Tensor,
-        sigmas: Tensor | Sequence[float],
-        extra_args: Mapping[str, Any] | None,
-        callback: Callback | None,
-    ) -> None:
-        self.x = x if x.dtype == torch.float64 else x.float()
-        self._model = model
-        self._sigmas = _checked(sigmas)
-        self._extra_args = dict(extra_args or {})
-        self._callback = callback
-
-    def denoise(self, x: Tensor, sigma: float) -> Tensor:
-        """The model's clean estimate, in the dtype of the state whatever the network runs in."""
-        return self._model(x, x.new_full((x.shape[0],), sigma), **self._extra_args).to(x.dtype)
-
-    def __iter__(self) -> Iterator[_Step]:
-        for i, (sigma, after) in enumerate(pairwise(self._sigmas)):
-            x = self.x
-            denoised = self.denoise(x, sigma)
-            if self._callback is not None:
-                level = x.new_tensor(sigma)
-                self._callback({"x": x, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
-            yield _Step(x, sigma, after, denoised, (x - denoised) / sigma)
 
 
 def _euler(step: _Step) -> Tensor:
