@@ -1,0 +1,101 @@
+"""Which layout a pipeline has: read from its class, its components and their configurations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from mrflow_sched.engines.layouts.base import Layout, takes
+from mrflow_sched.engines.layouts.known import FluxLayout, QwenImageLayout, Sd3Layout
+from mrflow_sched.engines.layouts.shift import is_flow, shift_rule
+from mrflow_sched.families import Family, ShiftRule, get_family
+
+__all__ = ["find_layout"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of pipeline: `classes` matches the names of its text-to-image classes."""
+
+    classes: str
+    layout: type[Layout]
+    family: Callable[[Any], str]
+    # Whether the pipeline hands its scheduler an even list of levels; the scheduler makes its own otherwise.
+    even_list: bool = True
+
+
+def _flux1(pipe: Any) -> str:
+    if pipe.transformer.config.guidance_embeds:
+        return "demo" if 2 ** (len(pipe.vae.config.block_out_channels) - 1) == 4 else "flux1-dev"
+    return "flux1-schnell"
+
+
+def _sd3(pipe: Any) -> str:
+    # 24 layers are 3 and 3.5 medium, 38 are 3.5 large; 3.5 has normalised queries and keys.
+    config = pipe.transformer.config
+    return "sd35" if config.num_layers >= 38 else "sd3"
+
+
+_KINDS = (
+    _Kind(r"Flux(ControlNet|Control|Kontext)?Pipeline", FluxLayout, _flux1),
+    _Kind(r"QwenImage(ControlNet)?Pipeline", QwenImageLayout, lambda pipe: "qwen-image"),
+    _Kind(r"StableDiffusion3(ControlNet|PAG)?Pipeline", Sd3Layout, _sd3, even_list=False),
+)
+
+
+def find_layout(pipe: Any, family: str | None = None) -> Layout:
+    """The `Layout` of a loaded diffusers text-to-image pipeline; `family` names the family where you know better.
+
+    The shift rule is that of the pipeline's own scheduler configuration; sizes are those of its VAE and network.
+    Raises ValueError, one sentence, for what is no such pipeline or lacks something.
+    """
+    _check_pipeline(pipe)
+    kind = _kind_of(pipe)
+    if kind is None:
+        raise ValueError(f"pipe is {type(pipe).__name__}, which is not known.")
+    if not is_flow(pipe.scheduler):
+        raise ValueError(
+            f"pipe.scheduler is {type(pipe.scheduler).__name__}, which samples no flow; {type(pipe).__name__} needs a "
+            f"flow scheduler such as FlowMatchEulerDiscreteScheduler."
+        )
+    found = get_family(family or kind.family(pipe))
+    rule = shift_rule(pipe.scheduler, found.shift, even_list=kind.even_list)
+    return kind.layout(pipe, _measured(pipe, found, rule))
+
+
+def _kind_of(pipe: Any) -> _Kind | None:
+    for base in type(pipe).__mro__:
+        for kind in _KINDS:
+            if re.fullmatch(kind.classes, base.__name__):
+                return kind
+    return None
+
+
+def _measured(pipe: Any, family: Family, rule: ShiftRule) -> Family:
+    """The family with the numbers of this very pipeline where they differ from the table's."""
+    factor = int(pipe.vae_scale_factor)
+    own = replace(family, shift=rule, vae_factor=factor, grid=factor * family.patch)
+    if own == family:
+        return family
+    sources = {**family.sources, "shift": "pipe.scheduler.config", "vae_factor": "pipe.vae_scale_factor"}
+    return replace(own, sources=MappingProxyType(sources))
+
+
+def _check_pipeline(pipe: Any) -> None:
+    name = type(pipe).__name__
+    if not callable(pipe) or not hasattr(pipe, "components"):
+        raise ValueError(f"pipe is {name}; give a loaded diffusers text-to-image pipeline.")
+    for part in ("vae", "scheduler"):
+        if getattr(pipe, part, None) is None:
+            raise ValueError(f"pipe is {name} without {part}; load it with all of its components.")
+    if getattr(pipe, "transformer", None) is None and getattr(pipe, "unet", None) is None:
+        raise ValueError(f"pipe is {name} without transformer or unet; load it with all of its components.")
+    known = takes(pipe.__call__)
+    if known & {"strength", "mask_image"} or "Edit" in name:
+        raise ValueError(f"pipe is {name}, which starts from an image; give the family's text-to-image pipeline.")
+    for argument in ("latents", "width", "height", "prompt", "num_inference_steps"):
+        if argument not in known:
+            raise ValueError(f"pipe is {name}, whose call takes no {argument}; stages cannot be run with it.")
