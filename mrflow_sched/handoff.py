@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mrflow_sched.engines.base import TilingEngine
 from mrflow_sched.noise import add_noise, draw_noise
 from mrflow_sched.upscale import free_memory, is_memory_error, stop_if, upscale_to
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from mrflow_sched.plan import Stage
     from mrflow_sched.upscale import PixelUpscaler
 
-__all__ = ["PARTS", "HandoffResult", "handoff", "posterior_seed"]
+__all__ = ["PARTS", "HandoffResult", "encode_images", "handoff", "posterior_seed", "within_memory"]
 
 PARTS = ("upscale", "encode", "noise")
 
@@ -52,6 +53,7 @@ def handoff(
     seeds: Sequence[int],
     posterior: str = "mode",
     on_part: Callable[[str], object] | None = None,
+    on_image: Callable[[Tensor], object] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> HandoffResult:
     """Carry finished `images` (B, 3, h, w, float32 in [0, 1]) to the start of `stage`: upscale, encode, add noise.
@@ -59,9 +61,10 @@ def handoff(
     x = (1 - start_sigma) E(U(image)) + start_sigma noise (arXiv 2607.01642, section 1.2 of the specification). `seeds`
     holds one noise seed per image, already those of this stage (`noise.stage_seed`). `upscaler` None means Lanczos.
     `posterior` "sample" draws from the encoder's distribution with seeds derived from `seeds`, never the noise stream
-    itself. `on_part(name)` is called as each of `PARTS` begins; `cancel` is polled between parts, images and tiles, and
-    where it answers True the handoff raises `solvers.Cancelled`. A stage without sigmas keeps the upscaled image: no
-    encode. Raises ValueError for arguments that do not fit and MemoryError where even one image at a time does not fit.
+    itself. `on_part(name)` is called as each of `PARTS` begins, `on_image` with the upscaled picture as soon as it is
+    there; `cancel` is polled between parts, images and tiles, and where it answers True the handoff raises
+    `solvers.Cancelled`. A stage without sigmas keeps the upscaled image: no encode. Raises ValueError for arguments
+    that do not fit and MemoryError where even one image at a time, in tiles where the engine has them, does not fit.
     """
     if len(seeds) != images.shape[0]:
         raise ValueError(f"seeds must hold one seed per image, got {len(seeds)} for {images.shape[0]} images.")
@@ -71,11 +74,13 @@ def handoff(
     warnings: list[str] = []
     begin("upscale")
     enlarged = upscale_to(images, stage.width, stage.height, upscaler, cancel=cancel, warn=warnings.append)
+    if on_image is not None:
+        on_image(enlarged)
     if not stage.sigmas:
         return HandoffResult(None, enlarged, None, tuple(warnings))
     begin("encode")
     stop_if(cancel)
-    encoded = _encode(engine, enlarged, posterior, seeds, cancel)
+    encoded = encode_images(engine, enlarged, posterior, seeds, cancel=cancel, warn=warnings.append)
     begin("noise")
     stop_if(cancel)
     noise = draw_noise(encoded.shape[1:], seeds, device=encoded.device)
@@ -92,33 +97,72 @@ def posterior_seed(seed: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _encode(
-    engine: Engine, images: Tensor, posterior: str, seeds: Sequence[int], cancel: Callable[[], bool] | None
+def encode_images(
+    engine: Engine,
+    images: Tensor,
+    posterior: str,
+    seeds: Sequence[int],
+    *,
+    cancel: Callable[[], bool] | None = None,
+    warn: Callable[[str], object] | None = None,
 ) -> Tensor:
-    """Latents of the whole batch at once, or of one image after another where memory does not allow that."""
+    """Latents (B, *latent_shape, float32) of `images` within memory; "sample" draws with seeds derived from `seeds`."""
     draws = [posterior_seed(seed) for seed in seeds] if posterior == "sample" else None
-    latents = _try_encode(engine, images, posterior, draws)
-    if latents is not None:
-        return latents
+    height, width = images.shape[-2:]
+    return within_memory(
+        lambda able, part: able.encode(images[part], posterior=posterior, seeds=draws and draws[part]),
+        engine,
+        len(images),
+        f"encoding one image of {width}x{height}",
+        cancel=cancel,
+        warn=warn,
+    )
+
+
+def within_memory(
+    work: Callable[[Engine, slice], Tensor],
+    engine: Engine,
+    batch: int,
+    what: str,
+    *,
+    tiles: bool = True,
+    cancel: Callable[[], bool] | None = None,
+    warn: Callable[[str], object] | None = None,
+) -> Tensor:
+    """`work(engine, images)` for a whole batch; where memory runs out, image by image, then with a VAE in tiles.
+
+    `images` is the slice of the batch to work on; `tiles=False` is for work of which a VAE has no part. `warn` hears a sentence where tiles were needed, since they can leave
+    faint seams. Raises MemoryError naming `what` where nothing fits; other errors pass through.
+    """
+    whole = _attempt(work, engine, slice(0, batch))
+    if whole is not None:
+        return whole
     parts: list[Tensor] = []
-    for index in range(len(images) if len(images) > 1 else 0):
+    able: Engine | None = engine
+    if batch == 1:
+        able = _in_tiles(engine, tiles)
+    while able is not None and len(parts) < batch:
         stop_if(cancel)
-        part = _try_encode(engine, images[index : index + 1], posterior, draws and [draws[index]])
-        if part is None:
-            break
-        parts.append(part)
-    if len(parts) < len(images):
-        height, width = images.shape[-2:]
-        raise MemoryError(
-            f"memory ran out while encoding one image of {width}x{height}; choose a smaller size or free memory."
-        )
+        part = _attempt(work, able, slice(len(parts), len(parts) + 1))
+        if part is not None:
+            parts.append(part)
+        else:
+            able = _in_tiles(able, tiles)
+    if len(parts) < batch:
+        raise MemoryError(f"memory ran out while {what}; choose a smaller size or free memory.")
+    if able is not engine and warn is not None:
+        warn(f"memory ran out while {what}; it was done in tiles, whose seams may show faintly.")
     return torch.cat(parts)
 
 
-def _try_encode(engine: Engine, images: Tensor, posterior: str, draws: Sequence[int] | None) -> Tensor | None:
-    """The latents, or None where memory ran out; by then the failed attempt's tensors are gone."""
+def _in_tiles(engine: Engine, wanted: bool) -> Engine | None:
+    return engine.in_tiles() if wanted and isinstance(engine, TilingEngine) else None
+
+
+def _attempt(work: Callable[[Engine, slice], Tensor], engine: Engine, images: slice) -> Tensor | None:
+    """What `work` gives, or None where memory ran out; by then the failed attempt's tensors are gone."""
     try:
-        return engine.encode(images, posterior=posterior, seeds=draws)
+        return work(engine, images)
     except Exception as error:
         if not is_memory_error(error):
             raise

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mrflow_sched.handoff import handoff
+from mrflow_sched.engines.base import StageEngine
+from mrflow_sched.handoff import encode_images, handoff, within_memory
 from mrflow_sched.noise import add_noise, draw_noise, model_sigmas, stage_seed
+from mrflow_sched.schedule import explicit_recipe
 from mrflow_sched.solvers import Cancelled, get_solver, solver_forwards
+from mrflow_sched.upscale import is_memory_error, upscale_to
 
 if TYPE_CHECKING:
     from mrflow_sched.engines.base import Engine
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from mrflow_sched.upscale import PixelUpscaler
 
 __all__ = ["Progress", "StageImage", "StageTiming", "StagedResult", "sample_staged"]
+
+# img2img: levels of stage 1's list closer to the start than this factor are left out.
+_SHORTEST_STEP = 0.98
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,12 @@ class StageTiming:
 class StagedResult:
     """What a run made.
 
-    `images` (B, 3, H, W, float32 in [0, 1], on the engine's device): the pictures, or where `cancelled` the best so
-    far. `stages`: the pictures on the way, if asked for. `timings` in order: "text", "stage 1 sample", "stage 1
-    decode", "upscale", "encode", "noise", "stage 2 sample", "stage 2 decode", and so on. `seeds`: the stage-1 noise
-    seed of each image. `warnings`: sentences for the user. `forwards`: network evaluations per image that were really
-    made.
+    `images` (B, 3, H, W, float32 in [0, 1], on the engine's device): the pictures, or where `unfinished` the best so
+    far. A run is unfinished where it was `cancelled` or memory ran out after its first picture (`warnings` says which).
+    `latents` (B, *latent_shape): what the last stage's sampling made of them, None where `images` are not decoded from
+    it. `stages`: the pictures on the way, if asked for. `timings` in order: "text", "stage 1 sample", "stage 1 decode",
+    "upscale", "encode", "noise", "stage 2 sample", "stage 2 decode", and so on. `seeds`: the stage-1 noise seed of each
+    image. `warnings`: sentences for the user. `forwards`: network evaluations per image that were really made.
     """
 
     images: Tensor
@@ -84,6 +91,8 @@ class StagedResult:
     cancelled: bool
     warnings: tuple[str, ...]
     forwards: int
+    unfinished: bool = False
+    latents: Tensor | None = None
 
 
 def sample_staged(
@@ -98,6 +107,8 @@ def sample_staged(
     cancel: Callable[[], bool] | None = None,
     keep_stages: bool = False,
     image: Tensor | None = None,
+    start_sigma: float | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> StagedResult:
     """Make the pictures of `plan` with `engine`: method of arXiv 2607.01642 (spec 1.2); a one-stage plan samples
     natively.
@@ -106,23 +117,36 @@ def sample_staged(
     `callback` hears every part and step. `cancel` is asked at each of them; where it answers True (or the callback
     raises `Cancelled`) the result is the best picture so far: in stage 1 its clean estimate, after that the last
     decoded or upscaled image. `image` ((3, H, W) or (B, 3, H, W) in [0, 1]) takes the place of stage 1: upscale mode.
-    With the plan's seed rule "offset", image i of a batch is what seed + i makes alone. Raises ValueError for
-    arguments that do not fit; other exceptions of the engine and KeyboardInterrupt pass through.
+    With `start_sigma` (0 to 1) as well, stage 1 starts from that image, brought to its size and noised to that level,
+    and walks what its sigma list has below it. `seeds` gives each image its own seed; left out, they follow the plan's
+    seed by its rule, and with the rule "offset" image i of a batch is what seed + i makes alone.
+    Where memory runs out after the first picture, the best picture so far comes back with a warning, as if cancelled.
+    Raises ValueError for arguments that do not fit; other exceptions of the engine and KeyboardInterrupt pass through.
     """
     prompts = _one_each(prompt, batch, "prompt")
-    run = _Run(engine, plan, len(prompts), upscaler, callback, cancel, keep_stages)
-    run.images = None if image is None else _start_images(image, run)
+    run = _Run(engine, plan, len(prompts), upscaler, callback, cancel, keep_stages, seeds)
+    first = 0 if image is None or start_sigma is not None else 1
+    given = None if image is None else _start_images(image, run)
+    if start_sigma is not None:
+        run.start_at(start_sigma, given)
+    elif given is not None and len(plan.stages) < 2:
+        raise ValueError("image needs a plan of two stages or more, got one stage; plan with stages=2.")
+    run.images = given if first else None
     with torch.no_grad():
         try:
             text = _encode_text(run, prompts, negative_prompt)
-            for index in range(0 if image is None else 1, len(plan.stages)):
-                latents = _first_noise(run) if index == 0 else _hand_over(run, index)
+            for index in range(first, len(plan.stages)):
+                latents = _first_state(run, given) if index == 0 else _hand_over(run, index)
                 if latents is not None:
                     latents = _sample(run, index, latents, text)
                     _decode(run, index, latents)
             run.finish()
         except Cancelled:
             return run.result(cancelled=True)
+        except Exception as error:
+            if not is_memory_error(error) or run.images is None:
+                raise
+            run.tell_of_memory()
     return run.result(cancelled=False)
 
 
@@ -137,60 +161,77 @@ def _encode_text(run: _Run, prompts: Sequence[str], negative_prompt: str | Seque
     return run.engine.encode_text(prompts, negative)
 
 
-def _first_noise(run: _Run) -> Tensor:
-    """Pure noise at the first stage's size, one stream per image."""
-    stage = run.plan.stages[0]
-    noise = draw_noise(run.engine.latent_shape(stage.width, stage.height), run.seeds(0), device=run.engine.device)
-    return add_noise(torch.zeros_like(noise), noise, stage.start_sigma, run.engine.family.prediction)
+def _first_state(run: _Run, image: Tensor | None) -> Tensor:
+    """Where the first stage starts: pure noise at its size, one stream per image, or a given image with noise in it."""
+    stage, engine = run.stages[0], run.engine
+    noise = draw_noise(engine.latent_shape(stage.width, stage.height), run.seeds(0), device=engine.device)
+    clean = torch.zeros_like(noise)
+    if image is not None:
+        fitted = upscale_to(image, stage.width, stage.height)
+        clean = encode_images(engine, fitted, run.plan.posterior, run.seeds(0), warn=run.warnings.append)
+    return add_noise(clean, noise, stage.start_sigma, engine.family.prediction)
 
 
 def _hand_over(run: _Run, index: int) -> Tensor | None:
     """Latents at which stage `index` starts, made from the image before it; None where the stage takes no step."""
-    # Only the upscaler is interrupted: once its picture is there, it is worth the wait to have it as the best so far.
     result = handoff(
         run.engine,
         run.best_images(),
-        run.plan.stages[index],
+        run.stages[index],
         run.upscaler,
         seeds=run.seeds(index),
         posterior=run.plan.posterior,
         on_part=lambda name: run.begin(name, index),
-        cancel=lambda: run.part == "upscale" and run.cancel_asked(),
+        on_image=lambda image: run.keep(f"stage {index + 1} upscaled", image),
+        cancel=run.cancel_asked,
     )
     run.warnings.extend(result.warnings)
-    run.keep(f"stage {index + 1} upscaled", result.image)
     run.stop_if_cancelled()
     return result.latents
 
 
 def _sample(run: _Run, index: int, latents: Tensor, text: Any) -> Tensor:
     """The stage's finished latents: its solver, on its sigma list, with the network as the slope."""
-    stage = run.plan.stages[index]
+    stage, engine = run.stages[index], run.engine
     run.begin(f"stage {index + 1} sample", index)
     run.stop_if_cancelled()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         run.count_forwards(stage)
-        return run.engine.denoise(x, sigma, text, guidance=stage.guidance)
+        return engine.denoise(x, sigma, text, guidance=stage.guidance)
 
     def after_evaluation(state: dict[str, Any]) -> None:
         run.estimate = state["denoised"]
         run.report(int(state["i"]) + 1)
         run.stop_if_cancelled()
 
-    sigmas = model_sigmas(stage.sigmas, run.engine.family.prediction)
+    def count_too(state: dict[str, Any]) -> None:
+        run.count_forwards(stage, state.get("images", run.batch) / run.batch)
+        after_evaluation(state)
+
+    sigmas = model_sigmas(stage.sigmas, engine.family.prediction)
+    if isinstance(engine, StageEngine):
+        return engine.sample_stage(stage.solver, latents, sigmas, text, guidance=stage.guidance, callback=count_too)
     return get_solver(stage.solver)(denoise, latents, sigmas, callback=after_evaluation)
 
 
 def _decode(run: _Run, index: int, latents: Tensor) -> None:
     """Turn finished latents into the run's images. Not interrupted: the picture is paid for."""
     run.begin(f"stage {index + 1} decode", index)
-    images = run.engine.decode(latents)
+    stage = run.stages[index]
+    images = within_memory(
+        lambda able, part: able.decode(latents[part]),
+        run.engine,
+        len(latents),
+        f"decoding one image of {stage.width}x{stage.height}",
+        warn=run.warnings.append,
+    )
     for number, picture in enumerate(images, 1):
         if not bool(torch.isfinite(picture).all()):
             run.warnings.append(f"Image {number} of stage {index + 1} holds values that are no numbers; try float32.")
-    last = index == len(run.plan.stages) - 1
+    last = index == len(run.stages) - 1
     run.keep(None if last else f"stage {index + 1}", images)
+    run.latents = latents if last else None
 
 
 # ---------------------------------------------------------------------------------------------- what a run remembers
@@ -208,9 +249,12 @@ class _Run:
         callback: Callable[[Progress], object] | None,
         cancel: Callable[[], bool] | None,
         keep_stages: bool,
+        seeds: Sequence[int] | None,
     ) -> None:
         self.engine, self.plan, self.batch, self.upscaler = engine, plan, batch, upscaler
+        self.stages = plan.stages
         self.images: Tensor | None = None
+        self.latents: Tensor | None = None
         self.estimate: Tensor | None = None
         self.warnings: list[str] = []
         self.part = ""
@@ -221,6 +265,9 @@ class _Run:
         self._index = 0
         self._first: int | None = None
         self._forwards = 0.0
+        self._costs = plan.stage_costs()
+        self._unfinished = False
+        self._seeds = _checked_seeds(seeds, batch)
         if plan.family != engine.family.name:
             self.warnings.append(
                 f"The plan is for family {plan.family} but the engine is {engine.family.name}: "
@@ -229,7 +276,26 @@ class _Run:
 
     def seeds(self, index: int) -> tuple[int, ...]:
         """Noise seeds of stage `index`, one per image."""
+        if self._seeds is not None:
+            return tuple(stage_seed(seed, 0, index, self.plan.seed_rule) for seed in self._seeds)
         return tuple(stage_seed(self.plan.seed, i, index, self.plan.seed_rule) for i in range(self.batch))
+
+    def start_at(self, sigma: float, image: Tensor | None) -> None:
+        """Let stage 1 begin at `sigma`, where an image is given to begin from."""
+        if image is None:
+            raise ValueError(f"start_sigma={sigma!r} needs an image to start from; give image too, or leave it out.")
+        if not 0.0 < sigma <= 1.0:
+            raise ValueError(f"start_sigma must be above 0 and at most 1, got {sigma!r}; it is the fraction of noise.")
+        first = self.stages[0]
+        # A first step of no length to speak of would cost a forward and change nothing.
+        below = tuple(level for level in first.sigmas if level < _SHORTEST_STEP * sigma)
+        sigmas = (float(sigma), *below) if sigma < 1.0 else first.sigmas
+        share = solver_forwards(first.solver, len(sigmas) - 1) / solver_forwards(first.solver, first.steps)
+        begun = replace(
+            first, sigmas=sigmas, forwards=round(first.forwards * share), recipe=explicit_recipe(sigmas), mu=None
+        )
+        self.stages = (begun, *self.stages[1:])
+        self._costs = (self._costs[0] * share, *self._costs[1:])
 
     # --- pictures
 
@@ -245,7 +311,7 @@ class _Run:
             return self.images
         if self.estimate is not None:
             return self.engine.decode(self.estimate)
-        stage = self.plan.stages[0]
+        stage = self.stages[0]
         self.warnings.append("The run was stopped before its first step: the picture is empty.")
         return torch.full((self.batch, 3, stage.height, stage.width), 0.5, device=self.engine.device)
 
@@ -263,9 +329,9 @@ class _Run:
         """Tell the callback where the run stands: `step` steps of the current stage are evaluated."""
         if self._callback is None:
             return
-        stage = self.plan.stages[self._index]
+        stage = self.stages[self._index]
         done = stage.steps if self.part.endswith("decode") else step
-        counts = len(self.plan.stages), done, stage.steps
+        counts = len(self.stages), done, stage.steps
         estimate = self.estimate if step else None
         self._callback(Progress(self._fraction(done), self._index + 1, *counts, self.part, estimate))
 
@@ -273,14 +339,14 @@ class _Run:
         """End the last part and report the whole as done."""
         self._end_part()
         if self._callback is not None:
-            stages, steps = len(self.plan.stages), self.plan.stages[-1].steps
+            stages, steps = len(self.stages), self.stages[-1].steps
             self._callback(Progress(1.0, stages, stages, steps, steps, "done"))
 
     def _fraction(self, done: int) -> float:
         """Share of the run's network cost that is spent after `done` steps of the current stage."""
-        costs = self.plan.stage_costs()[self._first :]
+        costs = self._costs[self._first :]
         before = self._index - (self._first or 0)
-        within = done / max(self.plan.stages[self._index].steps, 1)
+        within = done / max(self.stages[self._index].steps, 1)
         total = sum(costs)
         return min((sum(costs[:before]) + within * costs[before]) / total, 1.0) if total > 0 else 0.0
 
@@ -290,7 +356,15 @@ class _Run:
             self._timings.append(StageTiming(self.part, time.perf_counter() - self._started))
         self.part = ""
 
-    # --- cancelling and counting
+    # --- cancelling, memory and counting
+
+    def tell_of_memory(self) -> None:
+        """Memory ran out in the part at work: the best picture so far is what the run can give."""
+        self._unfinished = True
+        self.warnings.append(
+            f"Memory ran out in {self.part!r} of stage {self._index + 1}: this is the best picture before it; "
+            "choose a smaller size or batch, or free memory."
+        )
 
     def cancel_asked(self) -> bool:
         """Whether the caller wants the run to stop."""
@@ -301,9 +375,9 @@ class _Run:
         if self.cancel_asked():
             raise Cancelled
 
-    def count_forwards(self, stage: Stage) -> None:
-        """One solver evaluation of `stage`: with classifier-free guidance that is two forwards of the network."""
-        self._forwards += stage.forwards / solver_forwards(stage.solver, stage.steps)
+    def count_forwards(self, stage: Stage, share: float = 1.0) -> None:
+        """One evaluation of `stage` for a `share` of the batch: with classifier-free guidance, two forwards."""
+        self._forwards += share * stage.forwards / solver_forwards(stage.solver, stage.steps)
 
     def result(self, *, cancelled: bool) -> StagedResult:
         """The run as its caller gets it."""
@@ -317,6 +391,8 @@ class _Run:
             cancelled=cancelled,
             warnings=tuple(self.warnings),
             forwards=round(self._forwards),
+            unfinished=cancelled or self._unfinished,
+            latents=self.latents,
         )
 
 
@@ -335,10 +411,14 @@ def _one_each(text: str | Sequence[str], batch: int, name: str) -> list[str]:
     return texts
 
 
+def _checked_seeds(seeds: Sequence[int] | None, batch: int) -> tuple[int, ...] | None:
+    if seeds is not None and len(seeds) != batch:
+        raise ValueError(f"seeds must hold one seed per image, got {len(seeds)} for a batch of {batch}.")
+    return None if seeds is None else tuple(seeds)
+
+
 def _start_images(image: Tensor, run: _Run) -> Tensor:
     """The picture that takes the place of stage 1, as (B, 3, H, W) on the device."""
-    if len(run.plan.stages) < 2:
-        raise ValueError("image needs a plan of two stages or more, got one stage; plan with stages=2.")
     images = image if image.ndim == 4 else image[None]
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] not in (1, run.batch):
         raise ValueError(

@@ -360,7 +360,7 @@ def test_a_callback_may_raise_cancelled_itself() -> None:
 
     result = run(callback=stop)
     assert result.cancelled
-    assert result.images.shape == (1, 3, 16, 16)
+    assert result.images.shape == (1, 3, 32, 32)
 
 
 def test_upscale_mode_cancelled_at_once_returns_the_picture() -> None:

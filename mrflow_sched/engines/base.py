@@ -1,4 +1,4 @@
-"""The `Engine` role: everything the sampler asks of a model, in five questions.
+"""The `Engine` role: everything the sampler asks of a model, in five questions; two further roles an engine may have.
 
 The sampler knows no architecture, no packing, no latent scaling and no prediction type. An engine hides all of that
 behind float32 tensors: latents are normalised (the scale at which noise has standard deviation 1), images are RGB in
@@ -7,7 +7,7 @@ behind float32 tensors: latents are normalised (the scale at which noise has sta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -63,4 +63,37 @@ class Engine(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W, float32 in [0, 1], on the device) of normalised `latents` (B, *latent_shape)."""
+        ...
+
+
+@runtime_checkable
+class StageEngine(Protocol):
+    """An engine that runs a whole stage itself, as a pipeline's own loop does; the sampler then leaves it to it."""
+
+    def sample_stage(
+        self,
+        solver: str,
+        latents: Tensor,
+        sigmas: Sequence[float],
+        text: Any,
+        *,
+        guidance: float,
+        callback: Callable[[dict[str, Any]], object] | None = None,
+    ) -> Tensor:
+        """The state at `sigmas[-1]`, reached from `latents` (B, *latent_shape, float32, at `sigmas[0]`) by `solver`.
+
+        `sigmas` is walked exactly, in the measure of `Engine.denoise`. `callback` hears, after every evaluation of the
+        network, a dict with the keys of the solvers' callbacks: i (the step), sigma, x and denoised, the tensors being
+        latents as they enter here. It may raise `solvers.Cancelled`, which passes through. Returns float32 latents;
+        raises MemoryError where even one image at a time does not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class TilingEngine(Protocol):
+    """An engine that can encode and decode piece by piece where a whole image does not fit into memory."""
+
+    def in_tiles(self) -> Engine | None:
+        """The same engine with a VAE that works in tiles; None where it cannot, or does so already."""
         ...

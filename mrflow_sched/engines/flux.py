@@ -321,13 +321,13 @@ def read_family(folder: str | Path) -> str:
     return "flux1-dev" if embeds_guidance else "flux1-schnell"
 
 
-def folder_fingerprint(folder: str | Path) -> str:
-    """16 hex digits that change with a folder's configuration or weights, without reading gigabytes.
+def folder_fingerprint(folder: str | Path, parts: Sequence[str] = (*_MODELS, *_TOKENIZERS)) -> str:
+    """16 hex digits that change with the configuration or weights of a folder's `parts`, without reading gigabytes.
 
     Hashes every .json and .txt whole and, of each .safetensors, its size, first and last 64 KiB.
     """
     root, digest, edge = Path(folder), hashlib.sha256(), 65536
-    for part in (*_MODELS, *_TOKENIZERS):
+    for part in parts:
         for file in sorted(
             path for path in (root / part).glob("*") if path.suffix in (".json", ".txt", ".safetensors")
         ):
@@ -419,7 +419,7 @@ def _load(folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> 
     """One component, ready to run on its device; a weight that the file does not have is an error, never a guess."""
     model_class, dtype_word = _model_class(part)
     try:
-        with _quiet():
+        with quiet_loading():
             model, report = model_class.from_pretrained(
                 folder / part,
                 local_files_only=True,
@@ -465,7 +465,7 @@ def _load_tokenizer(folder: Path, part: str) -> Any:
     library: Any = transformers  # its lazy module hides names from type checkers
     kind = library.CLIPTokenizer if part == "tokenizer" else library.T5TokenizerFast
     try:
-        with _quiet():
+        with quiet_loading():
             return kind.from_pretrained(folder / part, local_files_only=True)
     except Exception as error:
         raise ValueError(
@@ -481,7 +481,7 @@ def prepare_imports() -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Generator[None, None, None]:
+def quiet_loading() -> Generator[None, None, None]:
     """Silence the loaders' progress bars and notes, and give both libraries back the settings they had."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
