@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mrflow_sched.engines import Engine
+    from mrflow_sched.engines import Engine, MrFlowScheduler
     from mrflow_sched.families import FAMILIES, Family, Preset, ShiftRule, get_family
+    from mrflow_sched.mrflow import MrFlow, MrFlowOutput
     from mrflow_sched.plan import Stage, StagedPlan, make_native_plan, make_plan
     from mrflow_sched.sampler import StagedResult, sample_staged
     from mrflow_sched.schedule import native_sigmas, refine_sigmas
@@ -36,6 +37,9 @@ _ROOMS = {
     "native_sigmas": "schedule",
     "refine_sigmas": "schedule",
     "Engine": "engines",
+    "MrFlow": "mrflow",
+    "MrFlowOutput": "mrflow",
+    "MrFlowScheduler": "engines",
     "load_upscaler": "upscale",
     "sample_staged": "sampler",
     "StagedResult": "sampler",
@@ -45,6 +49,7 @@ __all__ = [
     "FAMILIES",
     "Engine",
     "Family",
+    "MrFlowScheduler",
     "Preset",
     "ShiftRule",
     "Stage",
