@@ -252,7 +252,7 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         elif self.prediction == "flow":
             count = _count(num_inference_steps, sigmas, timesteps)
             levels = _flow_levels(options, count, sigmas, timesteps, mu, self.sigma_min)
-            times = dict(zip(levels, map(float, timesteps or ()), strict=False))
+            times = {} if timesteps is None else dict(zip(levels, map(float, timesteps), strict=False))
         else:
             count = _count(num_inference_steps, sigmas, timesteps)
             levels, times = _ve_levels(options, self._table, count, sigmas, timesteps)
