@@ -296,7 +296,7 @@ _ZIMAGE_LINEAR, _ZIMAGE_ATTENTION = _transformer_flop(3840, 32)
 _Z_IMAGE = Family(
     name="z-image",
     title="Z-Image",
-    shift=ShiftRule("static", shift=3.0),
+    shift=ShiftRule("static", shift=6.0),
     guidance_kind="cfg",
     guidance=5.0,
     text_tokens=64,
@@ -307,7 +307,7 @@ _Z_IMAGE = Family(
     attention_cost=_ZIMAGE_ATTENTION,
     sources=_sources(
         "careful",
-        shift="not measured; that of Z-Image-Turbo, the base model's own configuration was not read",
+        shift="6.0 in the released scheduler (3.0 in Turbo's), as InvokeAI's pull request 8799 tells the two apart",
         guidance=_DIFFUSERS,
         text_tokens="not measured; padding is dropped, a short prompt is assumed",
         native_steps=_DIFFUSERS,
@@ -319,6 +319,7 @@ _Z_IMAGE_TURBO = replace(
     _Z_IMAGE,
     name="z-image-turbo",
     title="Z-Image-Turbo",
+    shift=ShiftRule("static", shift=3.0),
     guidance_kind="none",
     guidance=1.0,
     native_steps=9,
@@ -388,6 +389,29 @@ _FLUX2_KLEIN = replace(
     ),
 )
 
+# Gated MLP of width 3, so 4 + 9 as in Klein; the weights, two sets in the 8 double blocks, sum to 32 billion.
+_FLUX2_LINEAR, _FLUX2_ATTENTION = _transformer_flop(6144, 8 + 48, matrices=13.0)
+_FLUX2_DEV = Family(
+    name="flux2-dev",
+    title="FLUX.2-dev",
+    latent_channels=32,
+    shift=ShiftRule("flux2"),
+    guidance_kind="embedded",
+    guidance=4.0,
+    text_tokens=512,
+    native_steps=50,
+    presets=_ASSUMED_PRESETS,
+    linear_cost=_FLUX2_LINEAR,
+    attention_cost=_FLUX2_ATTENTION,
+    sources=_sources(
+        "multistep",
+        shift="diffusers Flux2Pipeline, empirical mu",
+        guidance=_DIFFUSERS,
+        text_tokens="padded to 512, diffusers Flux2Pipeline",
+        native_steps=_DIFFUSERS,
+    ),
+)
+
 _CHROMA = Family(
     name="chroma",
     title="Chroma",
@@ -429,6 +453,90 @@ _LUMINA2 = Family(
         guidance=_DIFFUSERS,
         text_tokens="padded to 256, diffusers Lumina2Pipeline",
         native_steps=_DIFFUSERS,
+    ),
+)
+
+# Linear attention: no cost per pair. Per block 4 + 2 of self and cross attention and 7.5 of the gated convolution.
+_SANA_LINEAR, _ = _transformer_flop(2240, 20, matrices=13.5)
+_SANA = Family(
+    name="sana",
+    title="Sana",
+    grid=32,
+    vae_factor=32,
+    patch=1,
+    latent_channels=32,
+    shift=ShiftRule("static", shift=3.0),
+    guidance_kind="cfg",
+    guidance=4.5,
+    text_tokens=0,
+    native_steps=20,
+    presets=_ASSUMED_PRESETS,
+    solver="careful",
+    linear_cost=_SANA_LINEAR,
+    attention_cost=0.0,
+    sources=_sources(
+        "careful",
+        patch="none: a token is a latent pixel",
+        shift=f"{_SCHEDULER}: flow_shift 3.0; recalled, not read again",
+        guidance=_DIFFUSERS,
+        text_tokens="0: text enters by cross attention",
+        native_steps=_DIFFUSERS,
+        attention_cost="linear attention",
+    ),
+)
+
+# 4 double and 32 single blocks; the gated MLP of 8/3 width has three matrices, so 4 + 8 again.
+_AURA_LINEAR, _AURA_ATTENTION = _transformer_flop(3072, 36)
+_AURAFLOW = Family(
+    name="auraflow",
+    title="AuraFlow",
+    latent_channels=4,
+    shift=ShiftRule("static", shift=1.73, sigma_min=0.001728738),
+    guidance_kind="cfg",
+    guidance=3.5,
+    text_tokens=256,
+    native_steps=50,
+    presets=_ASSUMED_PRESETS,
+    solver="careful",
+    linear_cost=_AURA_LINEAR,
+    attention_cost=_AURA_ATTENTION,
+    sources=_sources(
+        "careful",
+        shift=f"{_SCHEDULER} (1.73), recalled; diffusers ends the list at the shifted 1/1000",
+        guidance=_DIFFUSERS,
+        text_tokens="padded to 256, diffusers AuraFlowPipeline",
+        native_steps=_DIFFUSERS,
+    ),
+)
+
+# 20 double and 40 single blocks of a 4x MLP.
+_HUNYUAN_LINEAR, _HUNYUAN_ATTENTION = _transformer_flop(3584, 20 + 40)
+_HUNYUAN_IMAGE = Family(
+    name="hunyuan-image",
+    title="HunyuanImage 2.1",
+    grid=32,
+    vae_factor=32,
+    patch=1,
+    latent_channels=64,
+    shift=ShiftRule("static", shift=5.0),
+    guidance_kind="cfg",
+    guidance=3.5,
+    text_tokens=192,
+    native_size=(2048, 2048),
+    native_steps=50,
+    min_low_side=1024,
+    presets=_ASSUMED_PRESETS,
+    solver="careful",
+    linear_cost=_HUNYUAN_LINEAR,
+    attention_cost=_HUNYUAN_ATTENTION,
+    sources=_sources(
+        "careful",
+        patch="none: a token is a latent pixel",
+        shift=f"{_SCHEDULER}: 5.0; recalled, not read again",
+        guidance="the pipeline's guider; recalled, not read again",
+        text_tokens="128 of ByT5 and a short prompt, diffusers HunyuanImagePipeline",
+        native_steps=_DIFFUSERS,
+        min_low_side="not measured; half of its native side",
     ),
 )
 
@@ -535,8 +643,12 @@ _ALL = (
     _Z_IMAGE_TURBO,
     _FLUX2_KLEIN_BASE,
     _FLUX2_KLEIN,
+    _FLUX2_DEV,
     _CHROMA,
     _LUMINA2,
+    _SANA,
+    _AURAFLOW,
+    _HUNYUAN_IMAGE,
     _SDXL,
     _SD15,
     _DEMO,

@@ -20,6 +20,16 @@ _CLASSES = {
     "flux1-schnell": "FluxPipeline",
     "sd3": "StableDiffusion3Pipeline",
     "qwen-image": "QwenImagePipeline",
+    "z-image": "ZImagePipeline",
+    "z-image-turbo": "ZImagePipeline",
+    "flux2-dev": "Flux2Pipeline",
+    "flux2-klein-base": "Flux2KleinPipeline",
+    "flux2-klein": "Flux2KleinPipeline",
+    "chroma": "ChromaPipeline",
+    "lumina2": "Lumina2Pipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sd15": "StableDiffusionPipeline",
+    "sana": "SanaPipeline",
 }
 
 NAMES = tuple(_CLASSES)
@@ -160,6 +170,25 @@ def _qwen25_vl() -> Any:
     return _transformers().Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _language(kind: str, layers: int, **config: Any) -> Any:
+    """A decoder-only model of `layers` blocks: "Qwen3", "Qwen3ForCausalLM", "Gemma2" ..."""
+    library = _transformers()
+    family = kind.removesuffix("ForCausalLM")
+    settings = getattr(library, f"{family}Config")(**{**_SMALL_LANGUAGE, "num_hidden_layers": layers, **config})
+    return getattr(library, kind if kind != family else f"{family}Model")(settings)
+
+
+def _mistral3(layers: int) -> Any:
+    """FLUX.2-dev's text encoder, with an image tower that nothing here uses."""
+    library = _transformers()
+    text = library.MistralConfig(**{**_SMALL_LANGUAGE, "num_hidden_layers": layers})
+    vision = library.PixtralVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = library.Mistral3Config(text_config=text, vision_config=vision, image_token_index=3)
+    return library.Mistral3ForConditionalGeneration(config)
+
+
 # ------------------------------------------------------------------------------------------------------------------ VAE
 
 
@@ -267,9 +296,228 @@ def _qwen_image() -> Any:
     )
 
 
+def _z_image(shift: float) -> Any:
+    diffusers = _diffusers()
+    return diffusers.ZImagePipeline(
+        scheduler=_flow_euler(shift=shift),
+        vae=_kl(16, 0.3611, 0.1159),
+        text_encoder=_language("Qwen3", 2),
+        tokenizer=tokenizer(2048, eos=False),
+        transformer=diffusers.ZImageTransformer2DModel(
+            in_channels=16,
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 6, 6],
+            axes_lens=[1024, 64, 64],
+        ),
+    )
+
+
+def _flux2_vae() -> Any:
+    import torch
+
+    vae = _diffusers().AutoencoderKLFlux2(
+        block_out_channels=(8,) * 4,
+        layers_per_block=1,
+        latent_channels=32,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+    vae.bn.running_mean.copy_(torch.randn(128))
+    vae.bn.running_var.copy_(torch.rand(128) + 0.5)
+    return vae
+
+
+def _flux2_transformer(guidance_embeds: bool) -> Any:
+    return _diffusers().Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def _flux2_dev() -> Any:
+    return _diffusers().Flux2Pipeline(
+        scheduler=_flow_euler(**_FLUX_SHIFT),
+        vae=_flux2_vae(),
+        text_encoder=_mistral3(31),
+        tokenizer=tokenizer(2048, eos=False),
+        transformer=_flux2_transformer(True),
+    )
+
+
+def _flux2_klein(is_distilled: bool) -> Any:
+    return _diffusers().Flux2KleinPipeline(
+        scheduler=_flow_euler(**_FLUX_SHIFT),
+        vae=_flux2_vae(),
+        text_encoder=_language("Qwen3ForCausalLM", 28),
+        tokenizer=tokenizer(2048, eos=False),
+        transformer=_flux2_transformer(False),
+        is_distilled=is_distilled,
+    )
+
+
+def _chroma() -> Any:
+    diffusers = _diffusers()
+    return diffusers.ChromaPipeline(
+        scheduler=_flow_euler(shift=1.0, use_beta_sigmas=False),
+        vae=_kl(16, 0.3611, 0.1159),
+        text_encoder=_t5(),
+        tokenizer=tokenizer(512),
+        transformer=diffusers.ChromaTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 6, 6),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+    )
+
+
+def _lumina2() -> Any:
+    diffusers = _diffusers()
+    return diffusers.Lumina2Pipeline(
+        scheduler=_flow_euler(shift=6.0),
+        vae=_kl(16, 0.3611, 0.1159),
+        text_encoder=_language("Gemma2", 2),
+        tokenizer=tokenizer(2048, bos=True, eos=False),
+        transformer=diffusers.Lumina2Transformer2DModel(
+            sample_size=128,
+            in_channels=16,
+            hidden_size=32,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 6, 6),
+            axes_lens=(300, 64, 64),
+            cap_feat_dim=16,
+        ),
+    )
+
+
+_SCALED_LINEAR = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+def _unet(context: int, **config: Any) -> Any:
+    return _diffusers().UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=context,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        **config,
+    )
+
+
+def _sdxl() -> Any:
+    diffusers = _diffusers()
+    return diffusers.StableDiffusionXLPipeline(
+        scheduler=diffusers.EulerDiscreteScheduler(**_SCALED_LINEAR),
+        vae=_kl(4, 0.13025, None, quant=True),
+        text_encoder=_clip(),
+        tokenizer=tokenizer(77, bos=True),
+        text_encoder_2=_clip(projected=True),
+        tokenizer_2=tokenizer(77, bos=True),
+        unet=_unet(
+            32,
+            sample_size=128,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=16 + 6 * 8,
+        ),
+        add_watermarker=False,
+    )
+
+
+def _sd15() -> Any:
+    diffusers = _diffusers()
+    return diffusers.StableDiffusionPipeline(
+        scheduler=diffusers.PNDMScheduler(**_SCALED_LINEAR, skip_prk_steps=True),
+        vae=_kl(4, 0.18215, None, quant=True),
+        text_encoder=_clip(),
+        tokenizer=tokenizer(77, bos=True),
+        unet=_unet(16, sample_size=64),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sana() -> Any:
+    diffusers = _diffusers()
+    widths = (8, 8, 8, 8, 16, 32)
+    return diffusers.SanaPipeline(
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+        ),
+        vae=diffusers.AutoencoderDC(
+            latent_channels=32,
+            attention_head_dim=4,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            encoder_layers_per_block=(1,) * 6,
+            decoder_layers_per_block=(1,) * 6,
+            encoder_qkv_multiscales=((),) * 6,
+            decoder_qkv_multiscales=((),) * 6,
+            scaling_factor=0.41407,
+        ),
+        text_encoder=_language("Gemma2", 1),
+        tokenizer=tokenizer(2048, bos=True, eos=False),
+        transformer=diffusers.SanaTransformer2DModel(
+            in_channels=32,
+            out_channels=32,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+            sample_size=32,
+        ),
+    )
+
+
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "flux1-dev": lambda: _flux1(True, **_FLUX_SHIFT),
     "flux1-schnell": lambda: _flux1(False, shift=1.0),
     "sd3": _sd3,
     "qwen-image": _qwen_image,
+    "z-image": lambda: _z_image(6.0),
+    "z-image-turbo": lambda: _z_image(3.0),
+    "flux2-dev": _flux2_dev,
+    "flux2-klein-base": lambda: _flux2_klein(False),
+    "flux2-klein": lambda: _flux2_klein(True),
+    "chroma": _chroma,
+    "lumina2": _lumina2,
+    "sdxl": _sdxl,
+    "sd15": _sd15,
+    "sana": _sana,
 }

@@ -1,4 +1,4 @@
-"""What differs between diffusers' text-to-image pipelines, one answer each: see `Layout`, and `find_layout` to get one."""
+"""What differs between diffusers' text-to-image pipelines: `find_layout` gives the `Layout` of one."""
 
 from mrflow_sched.engines.layouts.base import Layout
 from mrflow_sched.engines.layouts.find import find_layout

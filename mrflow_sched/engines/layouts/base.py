@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mrflow_sched.families import Family
 
-__all__ = ["Layout", "takes"]
+__all__ = ["Layout", "defaults", "takes"]
 
 # A VAE that overflows in float16 is float32 while it runs, as in diffusers; a second thread must not turn it back.
 _UPCAST = threading.Lock()
@@ -31,6 +31,12 @@ _UPCAST = threading.Lock()
 def takes(function: Any) -> frozenset[str]:
     """Names of the parameters that `function` can be given."""
     return frozenset(inspect.signature(function).parameters)
+
+
+def defaults(function: Any) -> dict[str, Any]:
+    """The parameters of `function` that have a default, with it."""
+    found = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in found if each.default is not inspect.Parameter.empty}
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,14 @@ class Layout:
 
     # What `pipe.encode_prompt` returns, in order, by the names that `pipe.__call__` takes; "" is not passed on.
     text_outputs: ClassVar[tuple[str, ...]] = ()
-    # The negative prompt where none is given and guidance needs one.
-    no_prompt: ClassVar[str] = ""
+
+    # Whether the pipeline brings given latents to its network's dtype by itself.
+    casts_latents: ClassVar[bool] = True
+
+    @property
+    def _network(self) -> Any:
+        transformer = getattr(self.pipe, "transformer", None)
+        return self.pipe.unet if transformer is None else transformer
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +86,12 @@ class Layout:
 
     def call_latents(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents as the pipeline's own argument `latents` wants them: mostly, but not always, packed."""
-        return self.pack(latents)
+        packed = self.pack(latents)
+        return packed if self.casts_latents else packed.to(self._network.dtype)
+
+    def view_attributes(self, guidance: float, width: int, height: int) -> dict[str, Any]:
+        """Attributes that a stage's own copy of the pipeline needs beside its scheduler; mostly none."""
+        return {}
 
     def _check_size(self, width: int, height: int) -> None:
         grid = self.family.grid
@@ -162,7 +179,7 @@ class Layout:
         known = takes(self.pipe.encode_prompt)
         given = {name: value for name, value in own.items() if name in known} | _lora_scale(own, known)
         firsts = None if prompts is None else list(prompts)
-        seconds = None if negative_prompts is None else [text or self.no_prompt for text in negative_prompts]
+        seconds = None if negative_prompts is None else list(negative_prompts)
         rows: list[int] | None = None
         # Several images of one prompt are one row of work; options that are lists belong to the rows as they stand.
         if firsts is not None and not any(isinstance(value, (list, tuple, Tensor)) for value in given.values()):
@@ -180,15 +197,20 @@ class Layout:
     ) -> dict[str, Any]:
         """`encode_text` without repeats: the pipeline's own `encode_prompt`, its results under the call's names."""
         known = takes(self.pipe.encode_prompt)
-        arguments: dict[str, Any] = {"prompt": prompts, "device": self.device, "num_images_per_prompt": 1, **options}
-        for name in ("prompt_2", "prompt_3", "prompt_4"):
-            arguments.setdefault(name, None)
-        if self._guided:
-            arguments["do_classifier_free_guidance"] = True
-            if "negative_prompt_embeds" not in options:
-                arguments["negative_prompt"] = negatives or [self.no_prompt] * len(prompts or options["prompt_embeds"])
-        elif "do_classifier_free_guidance" in known:
-            arguments["do_classifier_free_guidance"] = False
+        arguments: dict[str, Any] = {
+            # What the call would say itself: encode_prompt's own defaults differ from the call's in some pipelines.
+            **{name: value for name, value in defaults(self.pipe.__call__).items() if name in known},
+            "prompt": prompts,
+            "prompt_2": None,
+            "prompt_3": None,
+            "device": self.device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": self._guided,
+            "batch_size": None if prompts is None else len(prompts),
+            **options,
+        }
+        if self._guided and negatives is not None:
+            arguments["negative_prompt"] = negatives
         found = self.pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in known})
         return self._named(found)
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from mrflow_sched.engines.layouts import known
 from mrflow_sched.engines.layouts.base import Layout, takes
-from mrflow_sched.engines.layouts.known import FluxLayout, QwenImageLayout, Sd3Layout
 from mrflow_sched.engines.layouts.shift import is_flow, shift_rule
-from mrflow_sched.families import Family, ShiftRule, get_family
+from mrflow_sched.families import Family, Prediction, ShiftRule, get_family
 
 __all__ = ["find_layout"]
 
@@ -39,11 +39,40 @@ def _sd3(pipe: Any) -> str:
     return "sd35" if config.num_layers >= 38 else "sd3"
 
 
+def _z_image(pipe: Any) -> str:
+    # Same network, same class; the released schedulers differ: shift 3 is Turbo, 6 the base model.
+    return "z-image-turbo" if float(pipe.scheduler.config.get("shift") or 1.0) <= 3.0 else "z-image"
+
+
+def _klein(pipe: Any) -> str:
+    return "flux2-klein" if pipe.config.get("is_distilled") else "flux2-klein-base"
+
+
+def _named(name: str) -> Callable[[Any], str]:
+    return lambda pipe: name
+
+
 _KINDS = (
-    _Kind(r"Flux(ControlNet|Control|Kontext)?Pipeline", FluxLayout, _flux1),
-    _Kind(r"QwenImage(ControlNet)?Pipeline", QwenImageLayout, lambda pipe: "qwen-image"),
-    _Kind(r"StableDiffusion3(ControlNet|PAG)?Pipeline", Sd3Layout, _sd3, even_list=False),
+    _Kind(r"Flux(ControlNet|Control|Kontext)?Pipeline", known.FluxLayout, _flux1),
+    _Kind(r"Flux2Pipeline", known.Flux2Layout, _named("flux2-dev")),
+    _Kind(r"Flux2Klein(KV)?Pipeline", known.Flux2KleinLayout, _klein),
+    _Kind(r"QwenImage(ControlNet)?Pipeline", known.QwenImageLayout, _named("qwen-image")),
+    _Kind(r"StableDiffusion3(ControlNet|PAG)?Pipeline", known.Sd3Layout, _sd3, even_list=False),
+    _Kind(r"ZImage(ControlNet)?Pipeline", known.ZImageLayout, _z_image),
+    _Kind(r"ChromaPipeline", known.ChromaLayout, _named("chroma")),
+    _Kind(r"Lumina(2|2Text2Img)Pipeline", known.Lumina2Layout, _named("lumina2")),
+    _Kind(r"Sana(PAG|ControlNet)?Pipeline", known.SanaLayout, _named("sana")),
+    _Kind(
+        r"StableDiffusionXL(ControlNet|PAG|ControlNetPAG|Adapter)?Pipeline",
+        known.StableDiffusionXLLayout,
+        _named("sdxl"),
+    ),
+    _Kind(
+        r"StableDiffusion(ControlNet|PAG|ControlNetPAG|Adapter)?Pipeline", known.StableDiffusionLayout, _named("sd15")
+    ),
 )
+
+_UNETS = ("sdxl", "sd15")
 
 
 def find_layout(pipe: Any, family: str | None = None) -> Layout:
@@ -56,14 +85,16 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
     kind = _kind_of(pipe)
     if kind is None:
         raise ValueError(f"pipe is {type(pipe).__name__}, which is not known.")
+    found = get_family(family or kind.family(pipe))
+    if issubclass(kind.layout, known.StableDiffusionLayout) and not is_flow(pipe.scheduler):
+        return kind.layout(pipe, _measured(pipe, replace(found, prediction=_prediction(pipe)), found.shift), True)
     if not is_flow(pipe.scheduler):
         raise ValueError(
             f"pipe.scheduler is {type(pipe.scheduler).__name__}, which samples no flow; {type(pipe).__name__} needs a "
             f"flow scheduler such as FlowMatchEulerDiscreteScheduler."
         )
-    found = get_family(family or kind.family(pipe))
     rule = shift_rule(pipe.scheduler, found.shift, even_list=kind.even_list)
-    return kind.layout(pipe, _measured(pipe, found, rule))
+    return kind.layout(pipe, _measured(pipe, replace(found, prediction="flow"), rule), found.name in _UNETS)
 
 
 def _kind_of(pipe: Any) -> _Kind | None:
@@ -74,13 +105,31 @@ def _kind_of(pipe: Any) -> _Kind | None:
     return None
 
 
+def _prediction(pipe: Any) -> Prediction:
+    """What a U-Net of variance-exploding noise predicts, as its scheduler knows."""
+    said = pipe.scheduler.config.get("prediction_type", "epsilon")
+    kinds: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
+    if said not in kinds:
+        raise ValueError(
+            f"pipe.scheduler has prediction_type={said!r}; stages can be run for {' and '.join(kinds)} or a flow."
+        )
+    return kinds[said]
+
+
 def _measured(pipe: Any, family: Family, rule: ShiftRule) -> Family:
     """The family with the numbers of this very pipeline where they differ from the table's."""
     factor = int(pipe.vae_scale_factor)
-    own = replace(family, shift=rule, vae_factor=factor, grid=factor * family.patch)
+    config = pipe.vae.config
+    channels = int(getattr(config, "latent_channels", None) or getattr(config, "z_dim", None) or family.latent_channels)
+    own = replace(family, shift=rule, vae_factor=factor, grid=factor * family.patch, latent_channels=channels)
     if own == family:
         return family
-    sources = {**family.sources, "shift": "pipe.scheduler.config", "vae_factor": "pipe.vae_scale_factor"}
+    sources = {
+        **family.sources,
+        "shift": "pipe.scheduler.config",
+        "vae_factor": "pipe.vae_scale_factor",
+        "latent_channels": "pipe.vae.config",
+    }
     return replace(own, sources=MappingProxyType(sources))
 
 

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from mrflow_sched.engines.layouts.base import Layout
 
-__all__ = ["FluxLayout", "QwenImageLayout", "Sd3Layout"]
+__all__ = [
+    "ChromaLayout",
+    "Flux2KleinLayout",
+    "Flux2Layout",
+    "FluxLayout",
+    "Lumina2Layout",
+    "QwenImageLayout",
+    "SanaLayout",
+    "Sd3Layout",
+    "StableDiffusionLayout",
+    "StableDiffusionXLLayout",
+    "ZImageLayout",
+]
 
 PATCH = 2
 
@@ -58,14 +70,13 @@ class QwenImageLayout(PackedLayout):
     """Qwen-Image: true CFG, a video VAE with one frame, statistics per channel."""
 
     text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_embeds_mask")
-    no_prompt: ClassVar[str] = " "
 
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
         text = super()._encode_rows(prompts, None, options)
         own = {name: value for name, value in options.items() if not name.startswith("prompt_embeds")}
-        other = super()._encode_rows(negatives or [self.no_prompt] * len(text["prompt_embeds"]), None, own)
+        other = super()._encode_rows(negatives or [" "] * len(text["prompt_embeds"]), None, own)
         return text | {f"negative_{name}": value for name, value in other.items()}
 
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
@@ -103,3 +114,150 @@ class Sd3Layout(Layout):
         "pooled_prompt_embeds",
         "negative_pooled_prompt_embeds",
     )
+
+
+class ChromaLayout(PackedLayout):
+    """Chroma: FLUX.1's latents, T5 with masks, true CFG."""
+
+    text_outputs: ClassVar[tuple[str, ...]] = (
+        "prompt_embeds",
+        "",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "",
+        "negative_prompt_attention_mask",
+    )
+
+
+class Flux2Layout(Layout):
+    """FLUX.2 dev: 2x2 patches first, then the VAE's running statistics; a latent pixel is a token.
+
+    Latents are (128, H/16, W/16), the shape in which the pipeline draws its noise.
+    """
+
+    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "")
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """(4C, H/16, W/16): what is one channel of the VAE's latents is four here."""
+        self._check_size(width, height)
+        grid = self.family.grid
+        return (self.family.latent_channels * PATCH * PATCH, height // grid, width // grid)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """(B, 4C, h, w) latents as (B, h * w, 4C) tokens."""
+        return latents.flatten(2).transpose(1, 2)
+
+    def unpack(self, state: Tensor, width: int, height: int) -> Tensor:
+        """Inverse of `pack`."""
+        return state.transpose(1, 2).reshape(len(state), *self.latent_shape(width, height))
+
+    def call_latents(self, latents: Tensor) -> Tensor:
+        """As they are: the pipeline packs them itself."""
+        return latents
+
+    def _normalise(self, latents: Tensor) -> Tensor:
+        batch, channels, rows, columns = latents.shape
+        patches = latents.reshape(batch, channels, rows // PATCH, PATCH, columns // PATCH, PATCH)
+        merged = patches.permute(0, 1, 3, 5, 2, 4).reshape(batch, -1, rows // PATCH, columns // PATCH)
+        mean, std = self._statistics(latents)
+        return (merged - mean) / std
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        batch, channels, rows, columns = latents.shape
+        patches = (latents * std + mean).reshape(batch, channels // PATCH**2, PATCH, PATCH, rows, columns)
+        return patches.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, rows * PATCH, columns * PATCH)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        vae = self.pipe.vae
+        mean: Tensor = vae.bn.running_mean.view(1, -1, 1, 1).to(like)
+        power: Tensor = vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps
+        return mean, power.sqrt().to(like)
+
+
+class Flux2KleinLayout(Flux2Layout):
+    """FLUX.2 Klein, base (CFG) and distilled (none); the pipeline itself only knows the empty negative prompt."""
+
+    def _encode_rows(
+        self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        text = super()._encode_rows(prompts, None, options)
+        if not self._guided:
+            return text
+        own = {name: value for name, value in options.items() if name != "prompt_embeds"}
+        other = super()._encode_rows(negatives or [""] * len(text["prompt_embeds"]), None, own)
+        return text | {"negative_prompt_embeds": other["prompt_embeds"]}
+
+
+class ZImageLayout(Layout):
+    """Z-Image and Z-Image-Turbo: text as one tensor per image, and 0 is its word for guidance that is off.
+
+    The pipeline's scale g means p + g (p - n): its 5.0 is what others call a CFG scale of 6. Plans keep its numbers.
+    """
+
+    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
+
+    def plan_guidance(self, guidance: float) -> float:
+        """0 and below are off, which a plan calls 1."""
+        return 1.0 if guidance <= 0.0 else guidance
+
+    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
+        """The pipeline's scale; 0.0 for the plan's 1 (off)."""
+        return {"guidance_scale": 0.0 if guidance == 1.0 else guidance}
+
+    def _named(self, found: Any) -> dict[str, Any]:
+        return {name: value for name, value in super()._named(found).items() if value}
+
+
+class Lumina2Layout(Layout):
+    """Lumina-Image 2.0."""
+
+    casts_latents: ClassVar[bool] = False
+    text_outputs: ClassVar[tuple[str, ...]] = (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
+
+
+class SanaLayout(Layout):
+    """Sana: an autoencoder of factor 32 without a distribution, at the very size that is asked for."""
+
+    text_outputs: ClassVar[tuple[str, ...]] = Lumina2Layout.text_outputs
+
+    def stage_arguments(self, text: Any, guidance: float, width: int, height: int) -> dict[str, Any]:
+        """As the base class, without the pipeline's own choice of sizes and its default negative prompt."""
+        made = super().stage_arguments(text, guidance, width, height)
+        ready = {"negative_prompt": None} if "prompt_embeds" in text else {}
+        return {**ready, **made, "use_resolution_binning": False}
+
+
+class StableDiffusionLayout(Layout):
+    """Stable Diffusion 1.5 and its kin: a U-Net of variance-exploding noise, carried over by equal signal-to-noise."""
+
+    casts_latents: ClassVar[bool] = False
+    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
+
+    def _normalise(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        return (latents - mean) * self.pipe.vae.config.scaling_factor / std
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        return latents * std / self.pipe.vae.config.scaling_factor + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Per channel, where a VAE has them (Playground 2.5); 0 and 1 elsewhere."""
+        config = self.pipe.vae.config
+        pair = (getattr(config, "latents_mean", None), getattr(config, "latents_std", None))
+        if pair[0] is None or pair[1] is None:
+            return like.new_zeros(1), like.new_ones(1)
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(like) for values in pair)
+        return mean, std
+
+
+class StableDiffusionXLLayout(StableDiffusionLayout):
+    """Stable Diffusion XL."""
+
+    text_outputs: ClassVar[tuple[str, ...]] = Sd3Layout.text_outputs

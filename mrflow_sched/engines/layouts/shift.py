@@ -47,8 +47,10 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
     if known is not None and known.kind == "flux2":
         return replace(known, terminal=terminal)
     if config.get("time_shift_type", "exponential") != "exponential":
+        # Such models (CogView4) are told the unshifted time of a shifted sigma, which only their own lists know.
         raise ValueError(
-            f"pipe.scheduler has time_shift_type={config['time_shift_type']!r}, which no plan can follow; use exponential."
+            f"pipe.scheduler has time_shift_type={config['time_shift_type']!r}, which no plan can follow; models with "
+            f"'exponential' or a fixed shift can be run in stages."
         )
     return ShiftRule(
         "exponential",
