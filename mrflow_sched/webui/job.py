@@ -110,11 +110,15 @@ def change_known(run: Run, p: Any, name: str, value: Any) -> None:
 
 
 def override(run: Run, p: Any, host: HostApi, key: str, value: Any) -> None:
-    """Let the host set option `key` for this job; it restores the option itself."""
-    if key not in host.opts.data:
+    """Let the host set option `key`, if it knows it, for this job; it restores the option itself."""
+    settings: dict[str, Any] = p.override_settings or {}
+    if not hasattr(host.opts, key) or settings.get(key, getattr(host.opts, key)) == value:
         return
+    if key not in host.opts.data:
+        # The user never saved this option: hosts put back only what is written down.
+        host.opts.data[key] = getattr(host.opts, key)
     if "override_settings" not in run.originals:
-        change(run, p, "override_settings", dict(p.override_settings or {}))
+        change(run, p, "override_settings", dict(settings))
     run.settings[key] = p.override_settings.get(key, ABSENT), host.opts.data[key]
     p.override_settings[key] = value
 

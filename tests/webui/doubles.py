@@ -39,22 +39,23 @@ class State:
 
 
 class Opts:
-    """Attributes over a dict called `data`."""
+    """Attributes over `data`, a dict of what was saved; an option that is missing there has its default."""
 
     def __init__(self) -> None:
-        self.__dict__["data"] = {
+        self.__dict__["defaults"] = {
             "img2img_extra_noise": 0.0,
             "save_images_before_highres_fix": False,
             "always_discard_next_to_last_sigma": False,
             "use_old_hires_fix_width_height": False,
             "mrflow_when_refused": "go on without MrFlow",
         }
+        self.__dict__["data"] = dict(self.defaults)
 
     def __getattr__(self, key: str) -> Any:
-        try:
-            return self.__dict__["data"][key]
-        except KeyError:
-            raise AttributeError(key) from None
+        for values in (self.__dict__["data"], self.__dict__["defaults"]):
+            if key in values:
+                return values[key]
+        raise AttributeError(key)
 
     def __setattr__(self, key: str, value: Any) -> None:
         self.data[key] = value

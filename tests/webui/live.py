@@ -40,6 +40,8 @@ JOB_SECONDS = 900.0
 # override of a setting only where the setting was saved before.
 SETTINGS: Mapping[str, Any] = {
     "samples_save": False,
+    "outdir_samples": "",
+    "save_to_dirs": False,
     "grid_save": False,
     "save_txt": False,
     "live_previews_enable": False,
@@ -77,9 +79,14 @@ class Installation:
         ]
         flags += ["--ui-settings-file", str(folder / "config.json"), "--ui-config-file", str(folder / "ui-config.json")]
         if not self._has_cuda():
-            processor = ["--always-cpu", "--all-in-fp32"] if self.forge else ["--use-cpu", "all", "--no-half"]
-            flags += processor if self.forge else [*processor, "--precision", "full"]
+            flags += self._processor_flags()
         return [str(self.python), "launch.py", *flags, *self.arguments]
+
+    def _processor_flags(self) -> list[str]:
+        if not self.forge:
+            return ["--use-cpu", "all", "--no-half", "--precision", "full"]
+        known = (self.root / "backend" / "args.py").read_text("utf-8")
+        return ["--always-cpu", "--all-in-fp32"] if "--always-cpu" in known else ["--cpu", "--force-fp32"]
 
     def _has_cuda(self) -> bool:
         test = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 1)"
@@ -158,6 +165,7 @@ class Host:
         self._place(extensions)
         self._port = _free_port()
         settings = {**_read_settings(self.installation.root / "config.json"), **SETTINGS}
+        settings["outdir_txt2img_samples"] = str(self.saved)
         (self.folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         environment = {
             **os.environ,
@@ -223,10 +231,16 @@ class Host:
             self._placed.append(link)
             link.symlink_to(REPOSITORY, target_is_directory=True)
 
-    def _await_ready(self, seconds: float) -> None:
+    def reload(self) -> None:
+        """What the page's "Reload UI" does: all scripts are loaded anew by the same process."""
+        before = self.log().count(READY)
+        self.post("/mrflow-probe/reload", {})
+        self._await_ready(900.0, before + 1)
+
+    def _await_ready(self, seconds: float, times: int = 1) -> None:
         """Until the log says so: the port answers before the scripts' defaults exist."""
         end = time.monotonic() + seconds
-        while READY not in self.log():
+        while self.log().count(READY) < times:
             if self._process is None or self._process.poll() is not None:
                 raise RuntimeError(f"the WebUI ended while starting:\n{self.log()[-4000:]}")
             if time.monotonic() > end:
@@ -245,6 +259,11 @@ class Host:
     @property
     def probe_file(self) -> Path:
         return self.folder / "probe.jsonl"
+
+    @property
+    def saved(self) -> Path:
+        """Where pictures of jobs that save theirs lie."""
+        return self.folder / "saved"
 
     def log(self) -> str:
         path = self.folder / "host.log"

@@ -449,6 +449,29 @@ def test_stage_images_are_saved_on_request() -> None:
     assert ui.opts.save_images_before_highres_fix is False
 
 
+def test_stage_images_are_saved_where_the_option_was_never_saved() -> None:
+    """Hosts keep in `opts.data` what the settings file holds, and put back no other option."""
+    ui = webui("forge")
+    del ui.opts.data["save_images_before_highres_fix"]
+    ui.generate(ui.job(width=512, height=512), {"save_stages": True})
+    assert ui.saved == [(1, 3, 256, 256)]
+    ui.generate(ui.job(width=512, height=512), *ON)
+    assert ui.saved == [(1, 3, 256, 256)]
+
+
+def test_an_option_that_the_host_does_not_know_stays_as_it_was_sent() -> None:
+    ui = webui("neo")
+    for options in (ui.opts.data, ui.opts.defaults):
+        del options["img2img_extra_noise"]
+    p = ui.job(width=512, height=512, override_settings={"img2img_extra_noise": 0.2})
+    ui.args = ON
+    ui.hook("before_process", p)
+    assert p.override_settings == {"img2img_extra_noise": 0.2}
+    assert p.enable_hr
+    assert not p.comments
+    assert not ui.errors
+
+
 @pytest.mark.parametrize("kind", ["a1111", "forge", "neo"])
 def test_the_colour_guard_takes_a_cast_back(kind: str) -> None:
     def brightness(guard: str) -> torch.Tensor:

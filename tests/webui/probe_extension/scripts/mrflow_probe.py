@@ -3,7 +3,8 @@
 tests/webui/live.py copies this folder into a host's extensions for the length of a test run. Every event is one JSON
 line appended to the file that the environment variable MRFLOW_PROBE_FILE names; without the variable nothing is
 written. It changes a job only when its one argument, a line of JSON, asks for it: {"interrupt_at": n} interrupts before
-the n-th forward, {"upscale": path} makes the job the one that the gallery's upscale button starts for that picture.
+the n-th forward, {"skip_at": n} skips the picture there, and {"upscale": path} makes the job the one that the gallery's
+upscale button starts for that picture.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class _State:
     forward = 0
     current: Any = None
     interrupt_at = 0
+    skip_at = 0
     hooks: tuple[Any, ...] = ()
 
 
@@ -88,6 +90,8 @@ def _before_forward(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     _write("network", hires=bool(getattr(p, "is_hr_pass", False)), shape=list(x.shape), time=values)
     if _State.interrupt_at and _State.forward == _State.interrupt_at:
         shared.state.interrupt()
+    if _State.skip_at and _State.forward == _State.skip_at:
+        shared.state.skip()
 
 
 def _watch(p: Any) -> None:
@@ -172,6 +176,7 @@ class ProbeScript(scripts.Script):
         _State.forward = 0
         _State.current = p
         _State.interrupt_at = int(_asked(args).get("interrupt_at", 0))
+        _State.skip_at = int(_asked(args).get("skip_at", 0))
         _write("fingerprint", values=_fingerprint())
         _note("before_process", p)
 
@@ -215,4 +220,10 @@ class ProbeScript(scripts.Script):
         _State.current = None
 
 
+def _add_reload(_demo: Any, app: Any) -> None:
+    """A route for what the page's "Reload UI" button asks of the host."""
+    app.add_api_route("/mrflow-probe/reload", shared.state.request_restart, methods=["POST"])
+
+
 script_callbacks.on_cfg_denoiser(_sigma)
+script_callbacks.on_app_started(_add_reload)
