@@ -49,6 +49,8 @@ __all__ = [
     "FAMILIES",
     "Engine",
     "Family",
+    "MrFlow",
+    "MrFlowOutput",
     "MrFlowScheduler",
     "Preset",
     "ShiftRule",

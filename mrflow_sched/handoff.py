@@ -131,8 +131,9 @@ def within_memory(
 ) -> Tensor:
     """`work(engine, images)` for a whole batch; where memory runs out, image by image, then with a VAE in tiles.
 
-    `images` is the slice of the batch to work on; `tiles=False` is for work of which a VAE has no part. `warn` hears a sentence where tiles were needed, since they can leave
-    faint seams. Raises MemoryError naming `what` where nothing fits; other errors pass through.
+    `images` is the slice of the batch to work on; `tiles=False` is for work of which a VAE has no part. `warn` hears a
+    sentence where tiles were needed, since they can leave faint seams. Raises MemoryError naming `what` where nothing
+    fits; other errors pass through.
     """
     whole = _attempt(work, engine, slice(0, batch))
     if whole is not None:

@@ -7,9 +7,9 @@ import io
 import os
 import struct
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mrflow_sched.plan import MAX_SIDE
 
-__all__ = ["load_image", "open_image", "read_png_text", "save_png"]
+__all__ = ["from_pictures", "load_image", "open_image", "read_png_text", "save_png", "to_pil"]
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header, ends
@@ -97,6 +97,46 @@ def _pixels(image: Image.Image, dtype: torch.dtype, channels: int) -> Tensor:
     """Pillow's own bytes as a (channels, H, W) tensor."""
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=dtype)
     return flat.reshape(image.height, image.width, channels).permute(2, 0, 1)
+
+
+def from_pictures(pictures: Any) -> Tensor:
+    """What people hand over as a picture, or several of one size, as (B, C, H, W) float32 in [0, 1].
+
+    PIL images (grey, palette and CMYK become RGB, transparency stays as a last channel), arrays (H, W), (H, W, C) or
+    (B, H, W, C), tensors (C, H, W) or (B, C, H, W), 8 bits or floats in [0, 1], or a list of these. C is 1 or 3, and
+    one more with alpha. Raises ValueError for anything else.
+    """
+    if isinstance(pictures, (list, tuple)):
+        found = [from_pictures(each) for each in cast("Sequence[Any]", pictures)]
+        if not found or any(each.shape[1:] != found[0].shape[1:] for each in found):
+            raise ValueError("image must be a picture or a list of pictures of one size and mode.")
+        return torch.cat(found)
+    if isinstance(pictures, Image.Image):
+        clear = pictures.has_transparency_data if hasattr(pictures, "has_transparency_data") else False
+        mode = "RGBA" if clear or pictures.mode in ("RGBA", "LA", "PA") else "RGB"
+        return (_pixels(pictures.convert(mode), torch.uint8, len(mode)).float() / 255)[None]
+    if isinstance(pictures, Tensor):
+        values = pictures
+    elif hasattr(pictures, "__array__"):
+        values = torch.as_tensor(pictures)
+        values = values[..., None] if values.ndim == 2 else values
+        values = values.movedim(-1, -3)
+    else:
+        raise ValueError(f"image is {type(pictures).__name__}; give a PIL image, an array or a tensor.")
+    values = values if values.ndim == 4 else values[None]
+    if values.ndim != 4 or values.shape[1] not in (1, 2, 3, 4) or 0 in values.shape:
+        raise ValueError(f"image has shape {tuple(values.shape)}; give (H, W, C) as an array or (C, H, W) as a tensor.")
+    exact = values.float() / 255 if values.dtype == torch.uint8 else values.float()
+    if not (values.is_floating_point() or values.dtype == torch.uint8) or not bool(((exact >= 0) & (exact <= 1)).all()):
+        raise ValueError(f"image must hold floats from 0 to 1 or 8-bit values, got {values.dtype}; scale them first.")
+    return exact
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) or, with alpha, (4, H, W) float in [0, 1] -> an RGB or RGBA image of 8 bits, rounded."""
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    height, width, channels = pixels.shape
+    return Image.frombytes("RGB" if channels == 3 else "RGBA", (width, height), pixels.numpy().tobytes())
 
 
 def _to_8_bit(image: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Engines: what encodes text, predicts, encodes and decodes images for one model in one library.
 
-`Engine` is the role (a protocol); `FluxEngine` is FLUX.1 from a diffusers folder or pipeline; `GaussianFieldEngine` and
-`MixtureEngine` have closed-form answers, for tests and documents. `MrFlowScheduler` puts our lists and solvers into any
-diffusers pipeline.
+`Engine` is the role (a protocol); `FluxEngine` is FLUX.1 from a diffusers folder or pipeline; `PipelineEngine` is any
+text-to-image pipeline of diffusers; `GaussianFieldEngine` and `MixtureEngine` have closed-form answers, for tests and
+documents. `MrFlowScheduler` puts our lists and solvers into any diffusers pipeline.
 Importing this package imports neither torch nor any model library: names arrive when they are first asked for.
 """
 
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from mrflow_sched.engines.analytic import GaussianFieldEngine, MixtureEngine
     from mrflow_sched.engines.base import Engine
     from mrflow_sched.engines.flux import FluxEngine
+    from mrflow_sched.engines.pipeline import PipelineEngine
     from mrflow_sched.engines.scheduler import MrFlowScheduler
 
-__all__ = ["Engine", "FluxEngine", "GaussianFieldEngine", "MixtureEngine", "MrFlowScheduler"]
+__all__ = ["Engine", "FluxEngine", "GaussianFieldEngine", "MixtureEngine", "MrFlowScheduler", "PipelineEngine"]
 
 _HOMES = {
     "Engine": "mrflow_sched.engines.base",
     "FluxEngine": "mrflow_sched.engines.flux",
+    "PipelineEngine": "mrflow_sched.engines.pipeline",
     "GaussianFieldEngine": "mrflow_sched.engines.analytic",
     "MixtureEngine": "mrflow_sched.engines.analytic",
     "MrFlowScheduler": "mrflow_sched.engines.scheduler",
