@@ -540,6 +540,29 @@ _HUNYUAN_IMAGE = Family(
     ),
 )
 
+# Per block: attention 4, two of four experts and the shared one of half width, gated: 8 + 8 + 4.
+_HIDREAM_LINEAR, _HIDREAM_ATTENTION = _transformer_flop(2560, 16 + 32, matrices=24.0)
+_HIDREAM = Family(
+    name="hidream",
+    title="HiDream-I1",
+    shift=ShiftRule("static", shift=3.0),
+    guidance_kind="cfg",
+    guidance=5.0,
+    text_tokens=256,
+    native_steps=50,
+    presets=_ASSUMED_PRESETS,
+    solver="careful",
+    linear_cost=_HIDREAM_LINEAR,
+    attention_cost=_HIDREAM_ATTENTION,
+    sources=_sources(
+        "careful",
+        shift=f"{_SCHEDULER} of Full: flow_shift 3.0; recalled, not read again",
+        guidance=_DIFFUSERS,
+        text_tokens="128 each of T5 and Llama, diffusers HiDreamImagePipeline",
+        native_steps=_DIFFUSERS,
+    ),
+)
+
 _UNET_COST = "FLOP count of diffusers' UNet2DConditionModel at five sizes, least squares; within 8 %"
 _SDXL = Family(
     name="sdxl",
@@ -649,6 +672,7 @@ _ALL = (
     _SANA,
     _AURAFLOW,
     _HUNYUAN_IMAGE,
+    _HIDREAM,
     _SDXL,
     _SD15,
     _DEMO,

@@ -30,6 +30,12 @@ _CLASSES = {
     "sdxl": "StableDiffusionXLPipeline",
     "sd15": "StableDiffusionPipeline",
     "sana": "SanaPipeline",
+    "auraflow": "AuraFlowPipeline",
+    "hunyuan-image": "HunyuanImagePipeline",
+    "hidream": "HiDreamImagePipeline",
+    "ovis-image": "OvisImagePipeline",
+    "prx": "PRXPipeline",
+    "krea2": "Krea2Pipeline",
 }
 
 NAMES = tuple(_CLASSES)
@@ -116,14 +122,14 @@ def tokenizer(length: int, *, bos: bool = False, eos: bool = True, side: str = "
 # -------------------------------------------------------------------------------------------------------- text encoders
 
 
-def _clip(projected: bool = False) -> Any:
+def _clip(projected: bool = False, length: int = 77) -> Any:
     config = _transformers().CLIPTextConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=77,
+        max_position_embeddings=length,
         projection_dim=16,
         bos_token_id=1,
         eos_token_id=2,
@@ -153,9 +159,10 @@ _SMALL_LANGUAGE = {
 }
 
 
-def _qwen25_vl() -> Any:
-    """Qwen-Image's text encoder, with an image tower that nothing here uses."""
-    text = {**_SMALL_LANGUAGE, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+def _qwen25_vl(layers: int = 2) -> Any:
+    """The text encoder of Qwen-Image and HunyuanImage, with an image tower that nothing here uses."""
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    text = {**_SMALL_LANGUAGE, "num_hidden_layers": layers, "rope_scaling": rope}
     vision = {
         "depth": 1,
         "hidden_size": 16,
@@ -505,6 +512,175 @@ def _sana() -> Any:
     )
 
 
+def _auraflow() -> Any:
+    diffusers, library = _diffusers(), _transformers()
+    t5 = library.UMT5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return diffusers.AuraFlowPipeline(
+        scheduler=_flow_euler(shift=1.73),
+        vae=_kl(4, 0.13025, None, quant=True),
+        text_encoder=library.UMT5EncoderModel(t5),
+        tokenizer=tokenizer(512),
+        transformer=diffusers.AuraFlowTransformer2DModel(
+            sample_size=64,
+            in_channels=4,
+            out_channels=4,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            caption_projection_dim=16,
+            pos_embed_max_size=1024,
+        ),
+    )
+
+
+def _hunyuan_image() -> Any:
+    diffusers = _diffusers()
+    from diffusers.guiders import AdaptiveProjectedMixGuidance
+
+    return diffusers.HunyuanImagePipeline(
+        scheduler=_flow_euler(shift=5.0),
+        vae=diffusers.AutoencoderKLHunyuanImage(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=64,
+            block_out_channels=(32, 32, 32, 32, 32, 128),
+            layers_per_block=1,
+            spatial_compression_ratio=32,
+            sample_size=256,
+            scaling_factor=0.75289,
+        ),
+        text_encoder=_qwen25_vl(3),
+        tokenizer=tokenizer(2048, eos=False),
+        text_encoder_2=_t5(),
+        tokenizer_2=tokenizer(512),
+        transformer=diffusers.HunyuanImageTransformer2DModel(
+            in_channels=64,
+            out_channels=64,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            text_embed_2_dim=16,
+            rope_axes_dim=(8, 8),
+        ),
+        guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
+        ocr_guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
+    )
+
+
+def _hidream() -> Any:
+    diffusers = _diffusers()
+    return diffusers.HiDreamImagePipeline(
+        scheduler=_flow_euler(shift=3.0),
+        vae=_kl(16, 0.3611, 0.1159),
+        text_encoder=_clip(projected=True, length=248),
+        tokenizer=tokenizer(248, bos=True),
+        text_encoder_2=_clip(projected=True, length=248),
+        tokenizer_2=tokenizer(248, bos=True),
+        text_encoder_3=_t5(),
+        tokenizer_3=tokenizer(512),
+        text_encoder_4=_language("LlamaForCausalLM", 2),
+        tokenizer_4=tokenizer(512, bos=True, eos=False),
+        transformer=diffusers.HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_channels=[16, 16],
+            text_emb_dim=32,
+            num_routed_experts=2,
+            num_activated_experts=1,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(32, 32),
+            llama_layers=[0, 1],
+        ),
+    )
+
+
+def _ovis_image() -> Any:
+    diffusers = _diffusers()
+    return diffusers.OvisImagePipeline(
+        scheduler=_flow_euler(**_FLUX_SHIFT),
+        vae=_kl(16, 0.3611, 0.1159),
+        text_encoder=_language("Qwen3", 1),
+        tokenizer=tokenizer(2048, eos=False),
+        transformer=diffusers.OvisImageTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )
+
+
+def _prx() -> Any:
+    diffusers, library = _diffusers(), _transformers()
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
+
+    module = library.T5GemmaModuleConfig(**_SMALL_LANGUAGE)
+    config = library.T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False)
+    pipe = diffusers.PRXPipeline(
+        scheduler=_flow_euler(shift=3.0),
+        vae=_kl(16, 0.3611, 0.1159),
+        text_encoder=T5GemmaEncoder(config.encoder),
+        tokenizer=tokenizer(256),
+        transformer=diffusers.PRXTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            context_in_dim=16,
+            hidden_size=32,
+            num_heads=2,
+            depth=1,
+            axes_dim=[8, 8],
+        ),
+        default_sample_size=512,
+    )
+    # Cleaning prompts needs a package that nothing here is about.
+    pipe.text_preprocessor.clean_text = str
+    return pipe
+
+
+def _krea2() -> Any:
+    diffusers, library = _diffusers(), _transformers()
+    text = {**_SMALL_LANGUAGE, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16}
+    config = library.Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    return diffusers.Krea2Pipeline(
+        scheduler=_flow_euler(**_FLUX_SHIFT),
+        vae=diffusers.AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        text_encoder=library.Qwen3VLModel(config),
+        tokenizer=tokenizer(2048, eos=False),
+        transformer=diffusers.Krea2Transformer2DModel(
+            in_channels=64,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_layers=1,
+            intermediate_size=32,
+            timestep_embed_dim=16,
+            text_hidden_dim=16,
+            text_intermediate_size=32,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=1,
+            num_text_layers=2,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        text_encoder_select_layers=(1, 2),
+    )
+
+
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "flux1-dev": lambda: _flux1(True, **_FLUX_SHIFT),
     "flux1-schnell": lambda: _flux1(False, shift=1.0),
@@ -520,4 +696,10 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
     "sdxl": _sdxl,
     "sd15": _sd15,
     "sana": _sana,
+    "auraflow": _auraflow,
+    "hunyuan-image": _hunyuan_image,
+    "hidream": _hidream,
+    "ovis-image": _ovis_image,
+    "prx": _prx,
+    "krea2": _krea2,
 }

@@ -244,7 +244,12 @@ class Layout:
         """
         off = self._guided and guidance == 1.0
         kept = {name: value for name, value in text.items() if not (off and name.startswith("negative_"))}
-        return {**kept, **self.guidance_arguments(guidance), "width": width, "height": height}
+        fixed: dict[str, Any] = {}
+        if "use_resolution_binning" in self.call_names:
+            fixed["use_resolution_binning"] = False  # or the pipeline chooses a size of its own
+        if "negative_prompt" in self.call_names and "prompt" not in text:
+            fixed["negative_prompt"] = None  # where the call's default is text, embeddings beside it are refused
+        return {**fixed, **kept, **self.guidance_arguments(guidance), "width": width, "height": height}
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

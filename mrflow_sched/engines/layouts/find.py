@@ -10,6 +10,7 @@ from typing import Any
 
 from mrflow_sched.engines.layouts import known
 from mrflow_sched.engines.layouts.base import Layout, takes
+from mrflow_sched.engines.layouts.generic import generic_layout
 from mrflow_sched.engines.layouts.shift import is_flow, shift_rule
 from mrflow_sched.families import Family, Prediction, ShiftRule, get_family
 
@@ -61,6 +62,9 @@ _KINDS = (
     _Kind(r"ZImage(ControlNet)?Pipeline", known.ZImageLayout, _z_image),
     _Kind(r"ChromaPipeline", known.ChromaLayout, _named("chroma")),
     _Kind(r"Lumina(2|2Text2Img)Pipeline", known.Lumina2Layout, _named("lumina2")),
+    _Kind(r"AuraFlowPipeline", known.AuraFlowLayout, _named("auraflow"), even_list=False),
+    _Kind(r"HunyuanImagePipeline", known.HunyuanImageLayout, _named("hunyuan-image")),
+    _Kind(r"HiDreamImagePipeline", known.HiDreamLayout, _named("hidream"), even_list=False),
     _Kind(r"Sana(PAG|ControlNet)?Pipeline", known.SanaLayout, _named("sana")),
     _Kind(
         r"StableDiffusionXL(ControlNet|PAG|ControlNetPAG|Adapter)?Pipeline",
@@ -84,7 +88,12 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
     _check_pipeline(pipe)
     kind = _kind_of(pipe)
     if kind is None:
-        raise ValueError(f"pipe is {type(pipe).__name__}, which is not known.")
+        if not is_flow(pipe.scheduler):
+            raise ValueError(
+                f"pipe is {type(pipe).__name__} with {type(pipe.scheduler).__name__}, which is no flow; use a flow "
+                f"model, Stable Diffusion 1.5 or XL."
+            )
+        return generic_layout(pipe, family)
     found = get_family(family or kind.family(pipe))
     if issubclass(kind.layout, known.StableDiffusionLayout) and not is_flow(pipe.scheduler):
         return kind.layout(pipe, _measured(pipe, replace(found, prediction=_prediction(pipe)), found.shift), True)

@@ -13,16 +13,21 @@ from torch import Tensor
 from mrflow_sched.engines.layouts.base import Layout
 
 __all__ = [
+    "AuraFlowLayout",
     "ChromaLayout",
     "Flux2KleinLayout",
     "Flux2Layout",
     "FluxLayout",
+    "HiDreamLayout",
+    "HunyuanImageLayout",
     "Lumina2Layout",
+    "PackedLayout",
     "QwenImageLayout",
     "SanaLayout",
     "Sd3Layout",
     "StableDiffusionLayout",
     "StableDiffusionXLLayout",
+    "VideoVaeLayout",
     "ZImageLayout",
 ]
 
@@ -30,18 +35,20 @@ PATCH = 2
 
 
 class PackedLayout(Layout):
-    """Latents as rows of tokens: each token is a 2x2 patch, channel outermost (FLUX.1's order)."""
+    """Latents as rows of tokens: each token is a patch of p x p, channel outermost (FLUX.1's order)."""
 
     def pack(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) latents as (B, h/2 * w/2, 4C) tokens."""
+        """(B, C, h, w) latents as (B, h/p * w/p, p * p * C) tokens."""
+        patch = self.family.patch
         batch, channels, rows, columns = latents.shape
-        patches = latents.reshape(batch, channels, rows // PATCH, PATCH, columns // PATCH, PATCH)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH * PATCH)
+        patches = latents.reshape(batch, channels, rows // patch, patch, columns // patch, patch)
+        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
 
     def unpack(self, state: Tensor, width: int, height: int) -> Tensor:
         """Inverse of `pack`."""
+        patch = self.family.patch
         channels, rows, columns = self.latent_shape(width, height)
-        patches = state.reshape(len(state), rows // PATCH, columns // PATCH, channels, PATCH, PATCH)
+        patches = state.reshape(len(state), rows // patch, columns // patch, channels, patch, patch)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(state), channels, rows, columns)
 
 
@@ -66,23 +73,8 @@ class FluxLayout(PackedLayout):
         return made | ({"max_area": width * height} if "max_area" in self.call_names else {})
 
 
-class QwenImageLayout(PackedLayout):
-    """Qwen-Image: true CFG, a video VAE with one frame, statistics per channel."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_embeds_mask")
-
-    def _encode_rows(
-        self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
-    ) -> dict[str, Any]:
-        text = super()._encode_rows(prompts, None, options)
-        own = {name: value for name, value in options.items() if not name.startswith("prompt_embeds")}
-        other = super()._encode_rows(negatives or [" "] * len(text["prompt_embeds"]), None, own)
-        return text | {f"negative_{name}": value for name, value in other.items()}
-
-    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
-        """`true_cfg_scale`; a guidance-distilled network reads `guidance_scale` as well."""
-        embedded = {"guidance_scale": guidance} if self.pipe.transformer.config.guidance_embeds else {}
-        return {"true_cfg_scale": guidance, **embedded}
+class VideoVaeLayout(Layout):
+    """A video VAE with one frame and statistics per channel."""
 
     def _normalise(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
@@ -103,6 +95,25 @@ class QwenImageLayout(PackedLayout):
 
     def _from_vae_image(self, pixels: Tensor) -> Tensor:
         return pixels[:, :, 0]
+
+
+class QwenImageLayout(VideoVaeLayout, PackedLayout):
+    """Qwen-Image: true CFG, a video VAE with one frame, statistics per channel."""
+
+    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_embeds_mask")
+
+    def _encode_rows(
+        self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        text = super()._encode_rows(prompts, None, options)
+        own = {name: value for name, value in options.items() if not name.startswith("prompt_embeds")}
+        other = super()._encode_rows(negatives or [" "] * len(text["prompt_embeds"]), None, own)
+        return text | {f"negative_{name}": value for name, value in other.items()}
+
+    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
+        """`true_cfg_scale`; a guidance-distilled network reads `guidance_scale` as well."""
+        embedded = {"guidance_scale": guidance} if self.pipe.transformer.config.guidance_embeds else {}
+        return {"true_cfg_scale": guidance, **embedded}
 
 
 class Sd3Layout(Layout):
@@ -222,15 +233,85 @@ class Lumina2Layout(Layout):
 
 
 class SanaLayout(Layout):
-    """Sana: an autoencoder of factor 32 without a distribution, at the very size that is asked for."""
+    """Sana: an autoencoder of factor 32 without a distribution."""
 
     text_outputs: ClassVar[tuple[str, ...]] = Lumina2Layout.text_outputs
 
-    def stage_arguments(self, text: Any, guidance: float, width: int, height: int) -> dict[str, Any]:
-        """As the base class, without the pipeline's own choice of sizes and its default negative prompt."""
-        made = super().stage_arguments(text, guidance, width, height)
-        ready = {"negative_prompt": None} if "prompt_embeds" in text else {}
-        return {**ready, **made, "use_resolution_binning": False}
+
+class AuraFlowLayout(Layout):
+    """AuraFlow."""
+
+    text_outputs: ClassVar[tuple[str, ...]] = Lumina2Layout.text_outputs
+
+
+class HunyuanImageLayout(Layout):
+    """HunyuanImage 2.1: guidance is a component of the pipeline (base) or an input of the network (distilled)."""
+
+    text_outputs: ClassVar[tuple[str, ...]] = (
+        "prompt_embeds",
+        "prompt_embeds_mask",
+        "prompt_embeds_2",
+        "prompt_embeds_mask_2",
+    )
+
+    def _encode_rows(
+        self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        text = super()._encode_rows(prompts, None, options)
+        if not self._guided:
+            return text
+        own = {name: value for name, value in options.items() if not name.startswith("prompt_embeds")}
+        other = super()._encode_rows(negatives or [""] * len(text["prompt_embeds"]), None, own)
+        return text | {f"negative_{name}": value for name, value in other.items()}
+
+    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
+        """The embedded scale of a distilled network; elsewhere the guider has it: see `view_attributes`."""
+        return {} if self._guided else {"distilled_guidance_scale": guidance}
+
+    def view_attributes(self, guidance: float, width: int, height: int) -> dict[str, Any]:
+        """Guiders of its own for each stage: they count steps, and the scale is theirs."""
+        made: dict[str, Any] = {}
+        for name in ("guider", "ocr_guider"):
+            guider = getattr(self.pipe, name, None)
+            if guider is not None:
+                asked = {} if guidance == self.family.guidance else {"guidance_scale": guidance}
+                made[name] = guider.new(enabled=False) if guidance == 1.0 else guider.new(**asked)
+        return made
+
+
+class HiDreamLayout(Layout):
+    """HiDream-I1: four text encoders, at most the tokens that its network was made for."""
+
+    casts_latents: ClassVar[bool] = False
+    text_outputs: ClassVar[tuple[str, ...]] = (
+        "prompt_embeds_t5",
+        "negative_prompt_embeds_t5",
+        "prompt_embeds_llama3",
+        "negative_prompt_embeds_llama3",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    )
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """(C, h, w). Raises ValueError off the grid, and above the network's longest sequence."""
+        made = super().latent_shape(width, height)
+        longest, tokens = int(self.pipe.transformer.max_seq), made[1] * made[2] // self.family.patch**2
+        if tokens > longest:
+            raise ValueError(
+                f"size is {width}x{height}, which is {tokens} tokens; this HiDream reads at most {longest}: choose a "
+                f"smaller size."
+            )
+        return made
+
+    def select_text(self, text: Any, rows: Any) -> dict[str, Any]:
+        """As the base class; Llama's states are (layer, row, token, channel)."""
+        moved = {name: value.transpose(0, 1) if "llama3" in name else value for name, value in text.items()}
+        picked = super().select_text(moved, rows)
+        return {name: value.transpose(0, 1) if "llama3" in name else value for name, value in picked.items()}
+
+    def view_attributes(self, guidance: float, width: int, height: int) -> dict[str, Any]:
+        """The pipeline scales every size to the area of its default one: make that the stage's, and a hair more."""
+        return {"default_sample_size": (width * height) ** 0.5 / self.pipe.vae_scale_factor * (1 + 1e-6)}
 
 
 class StableDiffusionLayout(Layout):
