@@ -171,6 +171,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
             dict(config), **{**_WITHOUT_LIST_OPTIONS, "solver": solver, "prediction_type": prediction}
         )
         made._fixed = tuple(float(sigma) for sigma in sigmas)
+        if prediction == "flow" and max(made._fixed, default=0.0) > 1.0:
+            raise ValueError(f"sigmas must be at most 1 for flow models, got {made._fixed[0]!r}; 1 is pure noise.")
         made._start = start
         made._on_evaluation = on_evaluation
         made._set_levels(made._fixed, {}, None)
@@ -218,6 +220,10 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return int(self._options["num_train_timesteps"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (copy.copy, deepcopy, pickle) has the list and stands at its start: two must not share one run.
+        return {**self.__dict__, "_walk": None, "_step_index": None}
 
     # --- the list
 
