@@ -15,15 +15,15 @@ variance-exploding models (SD1.5, SDXL) it is x0 + sigma_ve · noise, as in diff
 from __future__ import annotations
 
 import math
+import operator
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from operator import mul
 from typing import Any, Literal, cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config  # pyright: ignore[reportUnknownVariableType]
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
@@ -145,7 +145,7 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
             # diffusers lists here what was left at the other class's default, to put this class's in its place.
             given = cast("dict[str, Any]", config)
             config = {name: value for name, value in given.items() if name != "_use_default_values"}
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        return super().from_config(config, return_unused_kwargs, **kwargs)  # pyright: ignore[reportUnknownMemberType]
 
     @classmethod
     def for_stage(
@@ -167,9 +167,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         the state moves, a dict of `i` (the step, from 0), `sigma` (float), `x` and `denoised`; it may raise
         `Cancelled`. Raises ValueError for a list that does not fall, a prediction without betas, or an unknown solver.
         """
-        made: MrFlowScheduler = cls.from_config(
-            dict(config), **{**_WITHOUT_LIST_OPTIONS, "solver": solver, "prediction_type": prediction}
-        )
+        overrides: dict[str, Any] = {**_WITHOUT_LIST_OPTIONS, "solver": solver, "prediction_type": prediction}
+        made: MrFlowScheduler = cls.from_config(dict(config), False, **overrides)
         made._fixed = tuple(float(sigma) for sigma in sigmas)
         if prediction == "flow" and max(made._fixed, default=0.0) > 1.0:
             raise ValueError(f"sigmas must be at most 1 for flow models, got {made._fixed[0]!r}; 1 is pure noise.")
@@ -563,7 +562,7 @@ def _ended(levels: Sequence[float]) -> Levels:
 
 def _training_levels(options: Mapping[str, Any]) -> Levels:
     """sigma_ve of every training step, rising: sqrt((1 - abar) / abar). Raises ValueError without betas."""
-    kept = list(accumulate((1.0 - beta for beta in _betas(options)), mul))
+    kept: list[float] = list(accumulate((1.0 - beta for beta in _betas(options)), operator.mul))
     if options["rescale_betas_zero_snr"]:
         # Lin et al. 2023, algorithm 1; the last is kept a little above 0, so that its level is finite.
         roots = [math.sqrt(each) for each in kept]
