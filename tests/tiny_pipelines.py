@@ -64,10 +64,11 @@ def make(name: str) -> Any:
 
 
 def _has(name: str) -> bool:
-    return hasattr(_diffusers(), _CLASSES[name])
+    return hasattr(diffusers(), _CLASSES[name])
 
 
-def _diffusers() -> Any:
+def diffusers() -> Any:
+    """The library, imported so that a torchvision that does not fit cannot break it."""
     from mrflow_sched._torchvision_ops import ensure_ops
 
     ensure_ops()
@@ -77,7 +78,7 @@ def _diffusers() -> Any:
 
 
 def _transformers() -> Any:
-    _diffusers()
+    diffusers()
     import transformers
 
     return transformers
@@ -200,7 +201,7 @@ def _mistral3(layers: int) -> Any:
 
 
 def _kl(channels: int, scaling: float, shift: float | None, *, quant: bool = False, levels: int = 4) -> Any:
-    return _diffusers().AutoencoderKL(
+    return diffusers().AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(8,) * levels,
@@ -219,7 +220,7 @@ def _kl(channels: int, scaling: float, shift: float | None, *, quant: bool = Fal
 
 
 def _flow_euler(**config: Any) -> Any:
-    return _diffusers().FlowMatchEulerDiscreteScheduler(**config)
+    return diffusers().FlowMatchEulerDiscreteScheduler(**config)
 
 
 _FLUX_SHIFT = {
@@ -233,15 +234,15 @@ _FLUX_SHIFT = {
 
 
 def _flux1(guidance_embeds: bool, **scheduler: Any) -> Any:
-    diffusers = _diffusers()
-    return diffusers.FluxPipeline(
+    library = diffusers()
+    return library.FluxPipeline(
         scheduler=_flow_euler(**scheduler),
         vae=_kl(16, 0.3611, 0.1159),
         text_encoder=_clip(),
         tokenizer=tokenizer(77, bos=True),
         text_encoder_2=_t5(),
         tokenizer_2=tokenizer(512),
-        transformer=diffusers.FluxTransformer2DModel(
+        transformer=library.FluxTransformer2DModel(
             in_channels=64,
             num_layers=1,
             num_single_layers=1,
@@ -256,8 +257,8 @@ def _flux1(guidance_embeds: bool, **scheduler: Any) -> Any:
 
 
 def _sd3() -> Any:
-    diffusers = _diffusers()
-    return diffusers.StableDiffusion3Pipeline(
+    library = diffusers()
+    return library.StableDiffusion3Pipeline(
         scheduler=_flow_euler(shift=3.0),
         vae=_kl(16, 1.5305, 0.0609),
         text_encoder=_clip(projected=True),
@@ -266,7 +267,7 @@ def _sd3() -> Any:
         tokenizer_2=tokenizer(77, bos=True),
         text_encoder_3=_t5(32),
         tokenizer_3=tokenizer(512),
-        transformer=diffusers.SD3Transformer2DModel(
+        transformer=library.SD3Transformer2DModel(
             sample_size=128,
             patch_size=2,
             in_channels=16,
@@ -283,15 +284,15 @@ def _sd3() -> Any:
 
 
 def _qwen_image() -> Any:
-    diffusers = _diffusers()
-    return diffusers.QwenImagePipeline(
+    library = diffusers()
+    return library.QwenImagePipeline(
         scheduler=_flow_euler(
             **{**_FLUX_SHIFT, "shift": 1.0, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
         ),
-        vae=diffusers.AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        vae=library.AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
         text_encoder=_qwen25_vl(),
         tokenizer=tokenizer(2048, eos=False),
-        transformer=diffusers.QwenImageTransformer2DModel(
+        transformer=library.QwenImageTransformer2DModel(
             in_channels=64,
             out_channels=16,
             num_layers=1,
@@ -304,13 +305,13 @@ def _qwen_image() -> Any:
 
 
 def _z_image(shift: float) -> Any:
-    diffusers = _diffusers()
-    return diffusers.ZImagePipeline(
+    library = diffusers()
+    return library.ZImagePipeline(
         scheduler=_flow_euler(shift=shift),
         vae=_kl(16, 0.3611, 0.1159),
         text_encoder=_language("Qwen3", 2),
         tokenizer=tokenizer(2048, eos=False),
-        transformer=diffusers.ZImageTransformer2DModel(
+        transformer=library.ZImageTransformer2DModel(
             in_channels=16,
             dim=32,
             n_layers=1,
@@ -327,7 +328,7 @@ def _z_image(shift: float) -> Any:
 def _flux2_vae() -> Any:
     import torch
 
-    vae = _diffusers().AutoencoderKLFlux2(
+    vae = diffusers().AutoencoderKLFlux2(
         block_out_channels=(8,) * 4,
         layers_per_block=1,
         latent_channels=32,
@@ -340,7 +341,7 @@ def _flux2_vae() -> Any:
 
 
 def _flux2_transformer(guidance_embeds: bool) -> Any:
-    return _diffusers().Flux2Transformer2DModel(
+    return diffusers().Flux2Transformer2DModel(
         in_channels=128,
         num_layers=1,
         num_single_layers=1,
@@ -354,7 +355,7 @@ def _flux2_transformer(guidance_embeds: bool) -> Any:
 
 
 def _flux2_dev() -> Any:
-    return _diffusers().Flux2Pipeline(
+    return diffusers().Flux2Pipeline(
         scheduler=_flow_euler(**_FLUX_SHIFT),
         vae=_flux2_vae(),
         text_encoder=_mistral3(31),
@@ -364,7 +365,7 @@ def _flux2_dev() -> Any:
 
 
 def _flux2_klein(is_distilled: bool) -> Any:
-    return _diffusers().Flux2KleinPipeline(
+    return diffusers().Flux2KleinPipeline(
         scheduler=_flow_euler(**_FLUX_SHIFT),
         vae=_flux2_vae(),
         text_encoder=_language("Qwen3ForCausalLM", 28),
@@ -375,13 +376,13 @@ def _flux2_klein(is_distilled: bool) -> Any:
 
 
 def _chroma() -> Any:
-    diffusers = _diffusers()
-    return diffusers.ChromaPipeline(
+    library = diffusers()
+    return library.ChromaPipeline(
         scheduler=_flow_euler(shift=1.0, use_beta_sigmas=False),
         vae=_kl(16, 0.3611, 0.1159),
         text_encoder=_t5(),
         tokenizer=tokenizer(512),
-        transformer=diffusers.ChromaTransformer2DModel(
+        transformer=library.ChromaTransformer2DModel(
             in_channels=64,
             num_layers=1,
             num_single_layers=1,
@@ -397,13 +398,13 @@ def _chroma() -> Any:
 
 
 def _lumina2() -> Any:
-    diffusers = _diffusers()
-    return diffusers.Lumina2Pipeline(
+    library = diffusers()
+    return library.Lumina2Pipeline(
         scheduler=_flow_euler(shift=6.0),
         vae=_kl(16, 0.3611, 0.1159),
         text_encoder=_language("Gemma2", 2),
         tokenizer=tokenizer(2048, bos=True, eos=False),
-        transformer=diffusers.Lumina2Transformer2DModel(
+        transformer=library.Lumina2Transformer2DModel(
             sample_size=128,
             in_channels=16,
             hidden_size=32,
@@ -429,7 +430,7 @@ _SCALED_LINEAR = {
 
 
 def _unet(context: int, **config: Any) -> Any:
-    return _diffusers().UNet2DConditionModel(
+    return diffusers().UNet2DConditionModel(
         in_channels=4,
         out_channels=4,
         block_out_channels=(8, 16),
@@ -444,9 +445,9 @@ def _unet(context: int, **config: Any) -> Any:
 
 
 def _sdxl() -> Any:
-    diffusers = _diffusers()
-    return diffusers.StableDiffusionXLPipeline(
-        scheduler=diffusers.EulerDiscreteScheduler(**_SCALED_LINEAR),
+    library = diffusers()
+    return library.StableDiffusionXLPipeline(
+        scheduler=library.EulerDiscreteScheduler(**_SCALED_LINEAR),
         vae=_kl(4, 0.13025, None, quant=True),
         text_encoder=_clip(),
         tokenizer=tokenizer(77, bos=True),
@@ -464,9 +465,9 @@ def _sdxl() -> Any:
 
 
 def _sd15() -> Any:
-    diffusers = _diffusers()
-    return diffusers.StableDiffusionPipeline(
-        scheduler=diffusers.PNDMScheduler(**_SCALED_LINEAR, skip_prk_steps=True),
+    library = diffusers()
+    return library.StableDiffusionPipeline(
+        scheduler=library.PNDMScheduler(**_SCALED_LINEAR, skip_prk_steps=True),
         vae=_kl(4, 0.18215, None, quant=True),
         text_encoder=_clip(),
         tokenizer=tokenizer(77, bos=True),
@@ -478,13 +479,13 @@ def _sd15() -> Any:
 
 
 def _sana() -> Any:
-    diffusers = _diffusers()
+    library = diffusers()
     widths = (8, 8, 8, 8, 16, 32)
-    return diffusers.SanaPipeline(
-        scheduler=diffusers.DPMSolverMultistepScheduler(
+    return library.SanaPipeline(
+        scheduler=library.DPMSolverMultistepScheduler(
             use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
         ),
-        vae=diffusers.AutoencoderDC(
+        vae=library.AutoencoderDC(
             latent_channels=32,
             attention_head_dim=4,
             encoder_block_out_channels=widths,
@@ -497,7 +498,7 @@ def _sana() -> Any:
         ),
         text_encoder=_language("Gemma2", 1),
         tokenizer=tokenizer(2048, bos=True, eos=False),
-        transformer=diffusers.SanaTransformer2DModel(
+        transformer=library.SanaTransformer2DModel(
             in_channels=32,
             out_channels=32,
             num_attention_heads=2,
@@ -513,14 +514,14 @@ def _sana() -> Any:
 
 
 def _auraflow() -> Any:
-    diffusers, library = _diffusers(), _transformers()
-    t5 = library.UMT5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    return diffusers.AuraFlowPipeline(
+    library, texts = diffusers(), _transformers()
+    t5 = texts.UMT5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return library.AuraFlowPipeline(
         scheduler=_flow_euler(shift=1.73),
         vae=_kl(4, 0.13025, None, quant=True),
-        text_encoder=library.UMT5EncoderModel(t5),
+        text_encoder=texts.UMT5EncoderModel(t5),
         tokenizer=tokenizer(512),
-        transformer=diffusers.AuraFlowTransformer2DModel(
+        transformer=library.AuraFlowTransformer2DModel(
             sample_size=64,
             in_channels=4,
             out_channels=4,
@@ -536,12 +537,12 @@ def _auraflow() -> Any:
 
 
 def _hunyuan_image() -> Any:
-    diffusers = _diffusers()
-    from diffusers.guiders import AdaptiveProjectedMixGuidance
+    library = diffusers()
+    from diffusers.guiders.adaptive_projected_guidance_mix import AdaptiveProjectedMixGuidance
 
-    return diffusers.HunyuanImagePipeline(
+    pipe = library.HunyuanImagePipeline(
         scheduler=_flow_euler(shift=5.0),
-        vae=diffusers.AutoencoderKLHunyuanImage(
+        vae=library.AutoencoderKLHunyuanImage(
             in_channels=3,
             out_channels=3,
             latent_channels=64,
@@ -555,7 +556,7 @@ def _hunyuan_image() -> Any:
         tokenizer=tokenizer(2048, eos=False),
         text_encoder_2=_t5(),
         tokenizer_2=tokenizer(512),
-        transformer=diffusers.HunyuanImageTransformer2DModel(
+        transformer=library.HunyuanImageTransformer2DModel(
             in_channels=64,
             out_channels=64,
             num_attention_heads=2,
@@ -570,11 +571,13 @@ def _hunyuan_image() -> Any:
         guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
         ocr_guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
     )
+    pipe.tokenizer_max_length = 256  # four times faster
+    return pipe
 
 
 def _hidream() -> Any:
-    diffusers = _diffusers()
-    return diffusers.HiDreamImagePipeline(
+    library = diffusers()
+    return library.HiDreamImagePipeline(
         scheduler=_flow_euler(shift=3.0),
         vae=_kl(16, 0.3611, 0.1159),
         text_encoder=_clip(projected=True, length=248),
@@ -585,7 +588,7 @@ def _hidream() -> Any:
         tokenizer_3=tokenizer(512),
         text_encoder_4=_language("LlamaForCausalLM", 2),
         tokenizer_4=tokenizer(512, bos=True, eos=False),
-        transformer=diffusers.HiDreamImageTransformer2DModel(
+        transformer=library.HiDreamImageTransformer2DModel(
             patch_size=2,
             in_channels=16,
             out_channels=16,
@@ -605,13 +608,13 @@ def _hidream() -> Any:
 
 
 def _ovis_image() -> Any:
-    diffusers = _diffusers()
-    return diffusers.OvisImagePipeline(
+    library = diffusers()
+    return library.OvisImagePipeline(
         scheduler=_flow_euler(**_FLUX_SHIFT),
         vae=_kl(16, 0.3611, 0.1159),
         text_encoder=_language("Qwen3", 1),
         tokenizer=tokenizer(2048, eos=False),
-        transformer=diffusers.OvisImageTransformer2DModel(
+        transformer=library.OvisImageTransformer2DModel(
             in_channels=64,
             num_layers=1,
             num_single_layers=1,
@@ -624,17 +627,17 @@ def _ovis_image() -> Any:
 
 
 def _prx() -> Any:
-    diffusers, library = _diffusers(), _transformers()
+    library, texts = diffusers(), _transformers()
     from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
-    module = library.T5GemmaModuleConfig(**_SMALL_LANGUAGE)
-    config = library.T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False)
-    pipe = diffusers.PRXPipeline(
+    module = texts.T5GemmaModuleConfig(**_SMALL_LANGUAGE)
+    config = texts.T5GemmaConfig(encoder=module, decoder=module, is_encoder_decoder=False)
+    pipe = library.PRXPipeline(
         scheduler=_flow_euler(shift=3.0),
         vae=_kl(16, 0.3611, 0.1159),
         text_encoder=T5GemmaEncoder(config.encoder),
         tokenizer=tokenizer(256),
-        transformer=diffusers.PRXTransformer2DModel(
+        transformer=library.PRXTransformer2DModel(
             patch_size=2,
             in_channels=16,
             context_in_dim=16,
@@ -651,16 +654,16 @@ def _prx() -> Any:
 
 
 def _krea2() -> Any:
-    diffusers, library = _diffusers(), _transformers()
+    library, texts = diffusers(), _transformers()
     text = {**_SMALL_LANGUAGE, "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16}
-    config = library.Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
-    return diffusers.Krea2Pipeline(
+    config = texts.Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    return library.Krea2Pipeline(
         scheduler=_flow_euler(**_FLUX_SHIFT),
-        vae=diffusers.AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        text_encoder=library.Qwen3VLModel(config),
+        vae=library.AutoencoderKLQwenImage(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        text_encoder=texts.Qwen3VLModel(config),
         tokenizer=tokenizer(2048, eos=False),
-        transformer=diffusers.Krea2Transformer2DModel(
+        transformer=library.Krea2Transformer2DModel(
             in_channels=64,
             attention_head_dim=16,
             num_attention_heads=2,

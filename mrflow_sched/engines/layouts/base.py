@@ -175,7 +175,7 @@ class Layout:
         "clip_skip", ready "prompt_embeds" in place of prompts ...); names that `encode_prompt` does not know are left
         out. Where a family guides by a second branch the negative prompt is encoded even if none is given.
         """
-        own = dict(options or {})
+        own = {name: value for name, value in dict(options or {}).items() if value is not None}
         known = takes(self.pipe.encode_prompt)
         given = {name: value for name, value in own.items() if name in known} | _lora_scale(own, known)
         firsts = None if prompts is None else list(prompts)
@@ -190,7 +190,13 @@ class Layout:
             seconds = None if seconds is None else [second for _, second in unique]
         with torch.no_grad():
             text = self._encode_rows(firsts, seconds, given)
-        return text if rows is None else self.select_text(text, rows)
+        if rows is not None:
+            text = self.select_text(text, rows)
+        # A ready negative branch that encode_prompt does not ask for, as the pipeline's call takes it.
+        ready = {name: own[name] for name in (self.call_names - known) & own.keys() if name.startswith("negative_")}
+        if ready:
+            text = {name: value for name, value in text.items() if not name.startswith("negative_")} | ready
+        return text
 
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
@@ -206,7 +212,6 @@ class Layout:
             "device": self.device,
             "num_images_per_prompt": 1,
             "do_classifier_free_guidance": self._guided,
-            "batch_size": None if prompts is None else len(prompts),
             **options,
         }
         if self._guided and negatives is not None:
@@ -215,8 +220,8 @@ class Layout:
         return self._named(found)
 
     def _named(self, found: Any) -> dict[str, Any]:
-        values = found if isinstance(found, tuple) else (found,)
-        pairs = zip(self.text_outputs, cast("tuple[Any, ...]", values), strict=True)
+        values = cast("tuple[Any, ...]", found if isinstance(found, tuple) else (found,))
+        pairs = zip(self.text_outputs, values, strict=True)
         return {name: value for name, value in pairs if name and value is not None}
 
     def select_text(self, text: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
@@ -263,8 +268,8 @@ def _number(module: Any, name: str, absent: float) -> float:
 
 def _latents_of(answer: Any, seed: int | None) -> Tensor:
     """The latents in what a VAE's `encode` returned, float32: centre of the distribution, or drawn from it."""
-    if not hasattr(answer, "latent_dist"):
-        plain: Tensor = answer.latent  # an autoencoder without a distribution (Sana's)
+    if not hasattr(answer, "latent_dist"):  # an autoencoder without a distribution: Sana's, or a tiny one
+        plain: Tensor = answer.latent if hasattr(answer, "latent") else answer.latents
         return plain.float()
     centre: Tensor = answer.latent_dist.mode().float()
     if seed is None:
@@ -287,7 +292,8 @@ def _input_device(pipe: Any, module: Any) -> torch.device:
 def _lora_scale(options: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
     """Pipelines take the scale of the text encoders' LoRA from the network's keyword arguments."""
     for name in ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"):
-        scale = (options.get(name) or {}).get("scale")
+        said: dict[str, Any] = options.get(name) or {}
+        scale = said.get("scale")
         if scale is not None and "lora_scale" in known:
             return {"lora_scale": scale}
     return {}

@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -151,11 +152,11 @@ def _drawn(pipe: Any, channels: int) -> Tensor:
     try:
         wanted = inspect.signature(pipe.prepare_latents).parameters.values()
         made: Any = pipe.prepare_latents(**{each.name: known[each.name] for each in wanted})
+        noise: Tensor = made if isinstance(made, Tensor) else made[0]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"pipe is {type(pipe).__name__}, whose prepare_latents cannot be asked for noise; ask for it to be added."
         ) from error
-    noise: Tensor = made[0] if isinstance(made, tuple) else made
     return noise
 
 
@@ -172,9 +173,9 @@ def _packs_alike(pipe: Any, shape: _Shape) -> bool:
 
 
 def _patch(pipe: Any) -> int | None:
-    size = getattr(_network(pipe).config, "patch_size", None)
-    size = size[-1] if isinstance(size, (list, tuple)) else size
-    return None if size is None else int(size)
+    said: Any = getattr(_network(pipe).config, "patch_size", None)
+    sizes: Sequence[int] = said if isinstance(said, (list, tuple)) else (said,)
+    return None if said is None else int(sizes[-1])
 
 
 def _network(pipe: Any) -> Any:
@@ -183,8 +184,11 @@ def _network(pipe: Any) -> Any:
 
 
 def _source(pipe: Any) -> str:
+    """The source of the pipeline's class, and of those below it down to the one that has the loop."""
+    bases = type(pipe).__mro__
+    last = next(number for number, base in enumerate(bases) if "__call__" in vars(base))
     try:
-        return inspect.getsource(type(pipe))
+        return "\n".join(inspect.getsource(base) for base in bases[: last + 1])
     except (OSError, TypeError) as error:
         raise ValueError(
             f"pipe is {type(pipe).__name__}, whose source cannot be read to learn its conventions; use a class of "
@@ -199,16 +203,17 @@ def _guidance_word(pipe: Any) -> str | None:
 
 def _off(pipe: Any) -> float:
     """The scale that turns CFG off: 1, or 0 where the pipeline guides from 0 on."""
-    guided = getattr(type(pipe), "do_classifier_free_guidance", None)
+    guided = getattr(cast("type[Any]", type(pipe)), "do_classifier_free_guidance", None)
     getter = guided.fget if isinstance(guided, property) else None
     return 0.0 if getter is not None and re.search(r">\s*0(\.0)?\b", inspect.getsource(getter)) else 1.0
 
 
 def _family(pipe: Any, shape: _Shape, rule: ShiftRule, name: str | None) -> Family:
     """A family from the pipeline's own numbers, or the named one with them."""
-    measured = {
+    grid = shape.factor * shape.patch
+    measured: dict[str, Any] = {
         "shift": rule,
-        "grid": shape.factor * shape.patch,
+        "grid": grid,
         "vae_factor": shape.factor,
         "patch": shape.patch,
         "latent_channels": shape.channels,
@@ -227,9 +232,8 @@ def _family(pipe: Any, shape: _Shape, rule: ShiftRule, name: str | None) -> Fami
     elif word and scale is not None and takes(pipe.__call__) & {"negative_prompt", "negative_prompt_embeds"}:
         kind = "cfg"
     side = int(getattr(pipe, "default_sample_size", None) or 0) * int(pipe.vae_scale_factor)
-    grid = measured["grid"]
     side = side // grid * grid if side >= 512 else like.native_size[0]
-    own = {
+    own: dict[str, Any] = {
         **measured,
         "name": "flow",
         "title": type(pipe).__name__.removesuffix("Pipeline"),

@@ -216,6 +216,19 @@ class ZImageLayout(Layout):
         """The pipeline's scale; 0.0 for the plan's 1 (off)."""
         return {"guidance_scale": 0.0 if guidance == 1.0 else guidance}
 
+    def _encode_rows(
+        self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        if prompts is not None:
+            return super()._encode_rows(prompts, negatives, options)
+        # Its encode_prompt cannot be without prompts.
+        text = {name: options[name] for name in self.text_outputs if name in options}
+        if self._guided and "negative_prompt_embeds" not in text:
+            own = {name: value for name, value in options.items() if name not in text}
+            other = super()._encode_rows(negatives or [""] * len(text["prompt_embeds"]), None, own)
+            text["negative_prompt_embeds"] = other["prompt_embeds"]
+        return text
+
     def _named(self, found: Any) -> dict[str, Any]:
         return {name: value for name, value in super()._named(found).items() if value}
 
@@ -257,11 +270,12 @@ class HunyuanImageLayout(Layout):
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
-        text = super()._encode_rows(prompts, None, options)
+        count = {"batch_size": len(options["prompt_embeds"] if prompts is None else prompts)}
+        text = super()._encode_rows(prompts, None, options | count)
         if not self._guided:
             return text
         own = {name: value for name, value in options.items() if not name.startswith("prompt_embeds")}
-        other = super()._encode_rows(negatives or [""] * len(text["prompt_embeds"]), None, own)
+        other = super()._encode_rows(negatives or [""] * count["batch_size"], None, own | count)
         return text | {f"negative_{name}": value for name, value in other.items()}
 
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:

@@ -17,9 +17,9 @@ _REFUSED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas")
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler samples a flow (velocity, x = (1 - sigma) x0 + sigma noise)."""
     config = _config(scheduler)
-    flow_class = "FlowMatch" in type(scheduler).__name__ or "MrFlow" in type(scheduler).__name__
     by_config = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") in ("flow", "flow_prediction")
-    return flow_class or by_config
+    # Our own scheduler says so itself; it also takes the configurations of other models.
+    return by_config or "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "prediction", None) == "flow"
 
 
 def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = True) -> ShiftRule:
@@ -34,7 +34,7 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
     for name in _REFUSED:
         if config.get(name):
             raise ValueError(f"pipe.scheduler has {name}={config[name]!r}, which no plan can follow; turn it off.")
-    if "flow_shift" in config:  # DPMSolverMultistep, UniPC and their kin, with use_flow_sigmas
+    if config.get("use_flow_sigmas") and "flow_shift" in config:  # DPMSolverMultistep, UniPC and their kin
         return _static(float(config["flow_shift"]), None, None)
     if config.get("use_beta_sigmas"):
         return ShiftRule("beta")

@@ -1,0 +1,571 @@
+"""Every layout against the pipeline that it describes: packing, scaling, text, guidance, schedule, refusals."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_pipelines
+import torch
+from torch import Tensor
+
+from mrflow_sched import make_native_plan
+from mrflow_sched.engines.layouts import Layout, find_layout
+from mrflow_sched.engines.layouts.shift import shift_rule
+
+NAMES = tiny_pipelines.NAMES
+GENERIC = ("ovis-image", "prx", "krea2")
+EMBEDDED = tuple(name for name in NAMES if name not in GENERIC)
+FLOWS = tuple(name for name in NAMES if name not in ("sdxl", "sd15"))
+PROMPTS, NEGATIVES = ["a red star", "hills"], ["rain", "blur and noise"]
+
+
+@functools.cache
+def tiny(name: str) -> Any:
+    """One pipeline of each name for all tests: none of them may change it."""
+    return tiny_pipelines.make(name)
+
+
+def layout_of(name: str) -> Layout:
+    return find_layout(tiny(name))
+
+
+def size_of(layout: Layout) -> tuple[int, int]:
+    """A small picture, wider than high, on the layout's grid."""
+    grid = max(layout.family.grid, 32)
+    return 3 * grid, 2 * grid
+
+
+def batch_of(name: str) -> int:
+    return 1 if name == "prx" else 2  # diffusers' PRXPipeline itself fails for a guided batch
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def view_of(layout: Layout, guidance: float) -> tuple[Any, list[Tensor]]:
+    """A copy of the pipeline that notes what its scheduler is given first and returns last."""
+    view, heard = copy.copy(layout.pipe), list[Tensor]()
+    view.scheduler = copy.deepcopy(layout.pipe.scheduler)
+    step = view.scheduler.step
+
+    def noted(model_output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
+        made = step(model_output, timestep, sample, **options)
+        heard[:] = [heard[0] if heard else sample.clone(), made[0] if isinstance(made, tuple) else made.prev_sample]
+        return made
+
+    view.scheduler.step = noted
+    for name, value in layout.view_attributes(guidance, *size_of(layout)).items():
+        setattr(view, name, value)
+    return view, heard
+
+
+def run(
+    layout: Layout, latents: Tensor, arguments: dict[str, Any], *, guidance: float | None = None
+) -> SimpleNamespace:
+    """Two steps of the pipeline's own loop from `latents`."""
+    view, heard = view_of(layout, layout.family.guidance if guidance is None else guidance)
+    made = view(**arguments, latents=layout.call_latents(latents), num_inference_steps=2, output_type="pt")
+    return SimpleNamespace(images=made.images, first=heard[0], last=heard[1], scheduler=view.scheduler)
+
+
+def start_for(layout: Layout, batch: int) -> Tensor:
+    return noise(batch, *layout.latent_shape(*size_of(layout)))
+
+
+# ------------------------------------------------------------------------------------------------ against the pipeline
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packing_and_decoding_are_the_pipelines(name: str) -> None:
+    layout, size = layout_of(name), size_of(layout_of(name))
+    latents = start_for(layout, batch_of(name))
+    text = layout.encode_text(PROMPTS[: len(latents)], NEGATIVES[: len(latents)])
+    made = run(layout, latents, layout.stage_arguments(text, layout.family.guidance, *size))
+    assert latents.shape[1] == noise(1, *layout.latent_shape(*size)).shape[1]
+    # The first state that the scheduler sees is the packed start (times what variance-exploding schedulers scale by).
+    scale = float(getattr(made.scheduler, "init_noise_sigma", 1.0))
+    assert torch.equal(made.first, layout.pack(latents) * scale)
+    assert torch.equal(layout.unpack(layout.pack(latents), *size), latents)
+    # The last one decodes to the pipeline's own images.
+    images = layout.decode(layout.unpack(made.last.float(), *size))
+    assert images.shape == (len(latents), 3, size[1], size[0])
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, made.images.float(), atol=1e-5, rtol=0)
+    assert images.std() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_encoding_undoes_the_scaling_of_decoding(name: str) -> None:
+    layout, size = layout_of(name), size_of(layout_of(name))
+    seen: list[Tensor] = []
+    vae = copy.copy(layout.pipe.vae)
+    images = noise(2, 3, size[1], size[0]).sigmoid()
+    decode = vae.decode
+    vae.decode = lambda z, **options: (seen.append(z), decode(z, **options))[1]
+    pipe = copy.copy(layout.pipe)
+    pipe.register_modules(vae=vae)
+    other = find_layout(pipe)
+    latents = other.encode(images)
+    assert latents.shape == (2, *layout.latent_shape(*size))
+    assert latents.dtype == torch.float32
+    other.decode(latents)
+    # What the decoder is given is what the encoder gave, before any scaling.
+    for image, z in zip(images, seen, strict=True):
+        pixels = (2 * image - 1)[None, :, None] if z.ndim == 5 else (2 * image - 1)[None]
+        answer = layout.pipe.vae.encode(pixels)
+        plain = answer.latent_dist.mode() if hasattr(answer, "latent_dist") else answer.latent
+        torch.testing.assert_close(z, plain, atol=1e-5, rtol=1e-4)
+
+
+def img2img(name: str, kind: str) -> Any:
+    """The family's image-to-image pipeline with a scheduler that adds no noise."""
+
+    def unchanged(sample: Tensor, *_: Any, **__: Any) -> Tensor:
+        return sample
+
+    pipe = getattr(tiny_pipelines.diffusers(), kind)(**tiny(name).components)
+    pipe.scheduler = copy.deepcopy(pipe.scheduler)
+    pipe.scheduler.scale_noise = pipe.scheduler.add_noise = unchanged
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("flux1-dev", "FluxImg2ImgPipeline"),
+        ("chroma", "ChromaImg2ImgPipeline"),
+        ("qwen-image", "QwenImageImg2ImgPipeline"),
+        ("sd3", "StableDiffusion3Img2ImgPipeline"),
+        ("z-image", "ZImageImg2ImgPipeline"),
+        ("sdxl", "StableDiffusionXLImg2ImgPipeline"),
+        ("sd15", "StableDiffusionImg2ImgPipeline"),
+    ],
+)
+def test_encoding_is_that_of_the_image_to_image_pipeline(name: str, kind: str) -> None:
+    layout, pipe, images = layout_of(name), img2img(name, kind), noise(2, 3, 64, 96).sigmoid()
+    ours = layout.encode(images, "sample", [5, 6])
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    pixels = 2 * images - 1
+    if hasattr(pipe, "_encode_vae_image"):
+        five = pixels[:, :, None] if name == "qwen-image" else pixels
+        theirs = pipe._encode_vae_image(image=five, generator=generators).view_as(ours)
+    else:
+        known = {
+            "image": pixels,
+            "timestep": torch.tensor([500.0]),
+            "batch_size": 2,
+            "num_images_per_prompt": 1,
+            "num_channels_latents": ours.shape[1],
+            "height": 64,
+            "width": 96,
+            "dtype": torch.float32,
+            "device": torch.device("cpu"),
+            "generator": generators,
+        }
+        wanted = inspect.signature(pipe.prepare_latents).parameters
+        theirs = pipe.prepare_latents(**{key: value for key, value in known.items() if key in wanted})
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(ours, layout.encode(images), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["flux2-dev", "flux2-klein-base"])
+def test_flux2_encodes_as_its_reference_images(name: str) -> None:
+    layout, images = layout_of(name), noise(1, 3, 64, 96).sigmoid()
+    theirs = layout.pipe._encode_vae_image(2 * images - 1, torch.Generator())
+    torch.testing.assert_close(layout.encode(images), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_embeddings_made_once_are_as_good_as_the_prompts(name: str) -> None:
+    layout, size = layout_of(name), size_of(layout_of(name))
+    latents, guidance = start_for(layout, batch_of(name)), layout.family.guidance
+    prompts, negatives = PROMPTS[: len(latents)], NEGATIVES[: len(latents)]
+    takes_negatives = "negative_prompt" in layout.call_names
+    text = layout.encode_text(prompts, negatives if takes_negatives else None)
+    assert ("prompt" in text) == (name in GENERIC)
+    ours = run(layout, latents, layout.stage_arguments(text, guidance, *size)).last
+    said: dict[str, Any] = {"prompt": list(prompts)}
+    if takes_negatives:
+        said["negative_prompt"] = list(negatives)
+    fixed = {"use_resolution_binning": False} if "use_resolution_binning" in layout.call_names else {}
+    plain = {**said, **fixed, **layout.guidance_arguments(guidance), "width": size[0], "height": size[1]}
+    theirs = run(layout, latents, plain).last
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    # The prompt matters, so that equality means something.
+    other = layout.encode_text(["the word flow"] * len(latents), negatives if takes_negatives else None)
+    assert not torch.equal(ours, run(layout, latents, layout.stage_arguments(other, guidance, *size)).last)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_plan_follows_the_pipelines_own_schedule(name: str) -> None:
+    layout = layout_of(name)
+    size, steps = size_of(layout), 5
+    text = layout.encode_text(PROMPTS[:1])
+    view, _ = view_of(layout, layout.family.guidance)
+    arguments = layout.stage_arguments(text, layout.family.guidance, *size)
+    view(**arguments, num_inference_steps=steps, output_type="latent")
+    planned = make_native_plan(layout.family, *size, steps=steps).stages[0].sigmas
+    # Sana's scheduler starts at 0.999 where ours starts at 1.
+    tolerance = 2e-3 if name == "sana" else 1e-5
+    assert [float(sigma) for sigma in view.scheduler.sigmas] == pytest.approx(planned, abs=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def rows(name: str, value: Any) -> Any:
+    """An argument with one entry per image: Llama's states have the layers first."""
+    return value.transpose(0, 1) if "llama3" in name else value
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_rows_of_text_are_what_single_prompts_give(name: str) -> None:
+    layout = layout_of(name)
+    prompts = ["a red star", "hills", "a red star"]
+    text = layout.encode_text(prompts, ["rain", "fog", "rain"])
+    again = layout.select_text(text, [2, 1, 0])
+    for row, prompt in ((0, "a red star"), (1, "hills")):
+        single = layout.encode_text([prompt], [["rain", "fog"][row]])
+        picked = layout.select_text(text, [row])
+        assert set(single) <= set(picked)
+        for key, value in single.items():
+            ours, value = rows(key, picked[key]), rows(key, value)
+            if isinstance(value, list):
+                torch.testing.assert_close(ours[0], value[0], atol=1e-5, rtol=1e-4)
+            elif ours.shape == value.shape:
+                torch.testing.assert_close(ours, value, atol=1e-5, rtol=1e-4)
+            else:  # padded to the longest of the batch, behind what counts
+                torch.testing.assert_close(ours[:, : value.shape[1]], value, atol=1e-5, rtol=1e-4)
+                assert not ours[:, value.shape[1] :].any()
+    for key, value in text.items():
+        assert torch.equal(rows(key, again[key])[0], rows(key, value)[2]), key
+
+
+def test_equal_prompts_are_encoded_once() -> None:
+    layout = layout_of("flux1-dev")
+    seen: list[int] = []
+    handle = layout.pipe.text_encoder_2.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        text = layout.encode_text(["hills"] * 3 + ["stars"])
+    finally:
+        handle.remove()
+    assert seen == [2]
+    assert len(text["prompt_embeds"]) == len(text["pooled_prompt_embeds"]) == 4
+    assert torch.equal(text["prompt_embeds"][0], text["prompt_embeds"][2])
+    assert not torch.equal(text["prompt_embeds"][0], text["prompt_embeds"][3])
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_ready_embeddings_pass_unchanged(name: str) -> None:
+    layout = layout_of(name)
+    text = layout.encode_text(PROMPTS, NEGATIVES)
+    again = layout.encode_text(None, None, text)
+    assert set(again) == set(text)
+    for key, value in text.items():
+        for mine, given in zip(again[key], value, strict=True):
+            assert torch.equal(mine, given), key
+
+
+def test_text_options_reach_the_pipelines_encoder() -> None:
+    layout = layout_of("flux1-dev")
+    short = layout.encode_text(
+        PROMPTS, None, {"max_sequence_length": 64, "prompt_2": ["x", "y"], "guidance_scale": 2.0}
+    )
+    assert short["prompt_embeds"].shape[1] == 64
+    other = layout.encode_text(PROMPTS, None, {"max_sequence_length": 64})
+    assert torch.equal(short["pooled_prompt_embeds"], other["pooled_prompt_embeds"])
+    assert not torch.equal(short["prompt_embeds"], other["prompt_embeds"])
+    assert layout_of("ovis-image").encode_text(["a"], None, {"max_sequence_length": 64})["max_sequence_length"] == 64
+
+
+# ------------------------------------------------------------------------------------------------------------ guidance
+
+
+def test_guidance_in_each_pipelines_words() -> None:
+    words = {
+        "flux1-dev": {"guidance_scale": 3.0},
+        "qwen-image": {"true_cfg_scale": 3.0},
+        "z-image": {"guidance_scale": 3.0},
+        "sana": {"guidance_scale": 3.0},
+        "hunyuan-image": {},
+        "krea2": {"guidance_scale": 3.0},
+    }
+    assert {name: layout_of(name).guidance_arguments(3.0) for name in words} == words
+    off = {name: layout_of(name).guidance_arguments(1.0) for name in ("sd3", "z-image", "z-image-turbo", "krea2")}
+    assert off == {
+        "sd3": {"guidance_scale": 1.0},
+        "z-image": {"guidance_scale": 0.0},
+        "z-image-turbo": {"guidance_scale": 0.0},
+        "krea2": {"guidance_scale": 0.0},
+    }
+    plans = [
+        ("z-image", 0.0, 1.0),
+        ("z-image", 4.0, 4.0),
+        ("sd3", 0.0, 1.0),
+        ("sd3", 7.0, 7.0),
+        ("flux1-dev", 0.5, 0.5),
+    ]
+    for name, given, planned in plans:
+        assert layout_of(name).plan_guidance(given) == planned
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_guidance_that_is_off_costs_one_forward(name: str) -> None:
+    layout, size = layout_of(name), size_of(layout_of(name))
+    if layout.family.guidance_kind != "cfg":
+        pytest.skip("has no second branch")
+    latents = start_for(layout, 1)
+    network = layout.pipe.unet if getattr(layout.pipe, "transformer", None) is None else layout.pipe.transformer
+    counted: dict[float, int] = {}
+    for guidance in (layout.family.guidance, 1.0):
+        seen: list[int] = []
+
+        def note(_: Any, args: Any, kwargs: Any, seen: list[int] = seen) -> None:
+            seen.append(len(kwargs.get("hidden_states", args[0] if args else None)))
+
+        handle = network.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            text = layout.encode_text(PROMPTS[:1], NEGATIVES[:1] if "negative_prompt" in layout.call_names else None)
+            run(layout, latents, layout.stage_arguments(text, guidance, *size), guidance=guidance)
+        finally:
+            handle.remove()
+        counted[guidance] = sum(seen)
+    assert counted[layout.family.guidance] == 2 * counted[1.0] > 0
+
+
+def test_hunyuan_guiders_stay_as_they_are() -> None:
+    layout = layout_of("hunyuan-image")
+    before = copy.deepcopy(layout.pipe.guider.get_state())
+    size = size_of(layout)
+    text = layout.encode_text(PROMPTS[:1])
+    start = start_for(layout, 1)
+    made = [
+        run(layout, start, layout.stage_arguments(text, guidance, *size), guidance=guidance).last
+        for guidance in (3.5, 6.0)
+    ]
+    assert layout.pipe.guider.get_state() == before
+    assert not torch.allclose(made[0], made[1], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- families and shifts
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_family_is_found_from_the_pipeline(name: str) -> None:
+    layout = layout_of(name)
+    assert layout.family.name == name
+    assert layout.experimental == (name in ("sdxl", "sd15"))
+    assert layout.family.sources["shift"]
+    assert layout.family.grid == layout.family.vae_factor * layout.family.patch
+
+
+def test_an_unknown_flow_gets_a_family_of_its_own_numbers() -> None:
+    layout = layout_of("krea2")
+    family = layout.family
+    assert (family.name, family.title, family.guidance_kind, family.guidance) == ("flow", "Krea2", "cfg", 4.5)
+    assert (family.grid, family.vae_factor, family.patch, family.latent_channels) == (16, 8, 2, 16)
+    assert family.native_steps == 28
+    assert layout.experimental
+    assert family.linear_cost > 0
+    named = find_layout(tiny("krea2"), family="qwen-image").family
+    assert (named.name, named.title, named.shift.max_shift) == ("qwen-image", "Qwen-Image", 1.15)
+
+
+def with_scheduler(name: str, scheduler: Any = None, **config: Any) -> Any:
+    """A copy of a pipeline with another scheduler, or its own with other settings."""
+    pipe = copy.copy(tiny(name))
+    pipe.scheduler = (
+        type(pipe.scheduler).from_config(pipe.scheduler.config, **config) if scheduler is None else scheduler
+    )
+    return pipe
+
+
+def test_the_users_scheduler_decides_the_shift() -> None:
+    fixed = find_layout(with_scheduler("flux1-dev", use_dynamic_shifting=False, shift=2.5)).family
+    assert (fixed.shift.kind, fixed.shift.shift) == ("static", 2.5)
+    steep = find_layout(with_scheduler("flux1-dev", max_shift=2.0, shift_terminal=0.1)).family
+    assert (steep.shift.kind, steep.shift.max_shift, steep.shift.terminal) == ("exponential", 2.0, 0.1)
+    assert find_layout(with_scheduler("z-image", shift=3.0)).family.name == "z-image-turbo"
+    assert find_layout(with_scheduler("sdxl", prediction_type="v_prediction")).family.prediction == "v"
+
+
+def test_our_own_scheduler_is_read_like_the_one_it_was_made_from() -> None:
+    from mrflow_sched.engines.scheduler import MrFlowScheduler
+
+    for name in ("flux1-dev", "sana", "sd3", "sdxl"):
+        own = with_scheduler(name, MrFlowScheduler.from_config(tiny(name).scheduler.config))
+        assert find_layout(own).family == layout_of(name).family
+
+
+def test_a_flow_on_a_unet_is_a_flow() -> None:
+    layout = find_layout(with_scheduler("sdxl", tiny_pipelines.diffusers().FlowMatchEulerDiscreteScheduler(shift=2.0)))
+    assert (layout.family.prediction, layout.family.shift.kind, layout.experimental) == ("flow", "static", True)
+
+
+def test_kontext_renders_the_size_it_is_asked_for() -> None:
+    layout = find_layout(tiny_pipelines.diffusers().FluxKontextPipeline(**tiny("flux1-dev").components))
+    layout.pipe.set_progress_bar_config(disable=True)
+    size = size_of(layout)
+    text = layout.encode_text(PROMPTS[:1])
+    made = run(layout, start_for(layout, 1), layout.stage_arguments(text, 2.5, *size))
+    assert made.images.shape == (1, 3, size[1], size[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+def test_a_vae_that_overflows_in_half_precision_runs_in_single() -> None:
+    pipe = tiny_pipelines.make("sdxl")
+    pipe.vae.half()
+    layout, latents = find_layout(pipe), noise(1, 4, 8, 12)
+    wanted = find_layout(tiny_pipelines.make("sdxl"))
+    wanted.pipe.vae.half().float()
+    assert torch.equal(layout.decode(latents), wanted.decode(latents))
+    assert torch.equal(layout.encode(wanted.decode(latents)), wanted.encode(wanted.decode(latents)))
+    assert pipe.vae.dtype == torch.float16
+    pipe.vae.register_to_config(force_upcast=False)
+    assert not torch.equal(layout.decode(latents), wanted.decode(latents))
+
+
+@pytest.mark.parametrize("name", ["lumina2", "sdxl", "hidream", "krea2"])
+def test_latents_come_in_the_dtype_that_the_network_needs(name: str) -> None:
+    pipe = tiny_pipelines.make(name).to(torch.bfloat16)
+    layout = find_layout(pipe)
+    size, latents = size_of(layout), start_for(layout, 1)
+    text = layout.encode_text(PROMPTS[:1])
+    made = run(layout, latents, layout.stage_arguments(text, layout.family.guidance, *size))
+    assert layout.call_latents(latents).dtype == torch.bfloat16
+    assert layout.decode(layout.unpack(made.last.float(), *size)).dtype == torch.float32
+
+
+def test_gradients_are_kept_where_they_are_asked_for() -> None:
+    layout = layout_of("sd3")
+    latents = noise(1, 16, 4, 6).requires_grad_()
+    layout.decode(latents).sum().backward()
+    assert latents.grad is not None
+    assert latents.grad.abs().sum() > 0
+    assert not layout.decode(latents.detach()).requires_grad
+
+
+def test_an_autoencoder_without_a_distribution_has_one_answer() -> None:
+    layout, images = layout_of("sana"), noise(1, 3, 64, 64).sigmoid()
+    assert torch.equal(layout.encode(images, "sample", [1]), layout.encode(images))
+    pipe = copy.copy(tiny("flux1-dev"))
+    widths: dict[str, Any] = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    blocks: dict[str, Any] = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    pipe.register_modules(vae=tiny_pipelines.diffusers().AutoencoderTiny(latent_channels=16, **widths, **blocks))
+    assert find_layout(pipe).encode(images).shape == (1, 16, 8, 8)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_arguments_that_do_not_fit_get_one_sentence() -> None:
+    layout, images = layout_of("flux1-dev"), noise(2, 3, 32, 32)
+    for side in (0, 24, 40):
+        with pytest.raises(ValueError, match=f"size is {side}x64; FLUX.1-dev makes positive multiples of 16"):
+            layout.latent_shape(side, 64)
+    with pytest.raises(ValueError, match="posterior is 'mean'; use mode or sample"):
+        layout.encode(images, "mean")
+    with pytest.raises(ValueError, match=r"seeds is \[1\].* each of 2 images"):
+        layout.encode(images, "sample", [1])
+    with pytest.raises(ValueError, match="288 tokens; this HiDream reads at most 256"):
+        layout_of("hidream").latent_shape(288, 256)
+
+
+class Bare:
+    """The outline of a pipeline, to take things away from."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.components = self.__dict__ | parts
+        self.__dict__.update(parts)
+
+    def __call__(self, prompt: str, width: int, height: int, num_inference_steps: int) -> None:
+        raise NotImplementedError
+
+
+def test_what_is_no_text_to_image_pipeline_is_refused_in_one_sentence() -> None:
+    flux = tiny("flux1-dev")
+    without = copy.copy(flux)
+    without.register_modules(vae=None)
+    cases = [
+        ("text", "pipe is str; give a loaded diffusers text-to-image pipeline"),
+        (without, "pipe is FluxPipeline without vae; load it"),
+        (Bare(vae=1, scheduler=1), "pipe is Bare without transformer or unet"),
+        (Bare(vae=1, scheduler=1, transformer=1), "pipe is Bare, whose call takes no latents"),
+        (
+            tiny_pipelines.diffusers().FluxImg2ImgPipeline(**flux.components),
+            "FluxImg2ImgPipeline, which starts from an image",
+        ),
+        (
+            with_scheduler("flux1-dev", tiny_pipelines.diffusers().DDIMScheduler()),
+            "pipe.scheduler is DDIMScheduler, which samples no flow",
+        ),
+        (
+            with_scheduler("krea2", tiny_pipelines.diffusers().DDIMScheduler()),
+            "Krea2Pipeline with DDIMScheduler, which is no flow",
+        ),
+        (with_scheduler("sd15", prediction_type="sample"), "pipe.scheduler has prediction_type='sample'"),
+        (with_scheduler("sd3", invert_sigmas=True), "pipe.scheduler has invert_sigmas=True"),
+        (with_scheduler("flux1-dev", time_shift_type="linear"), "pipe.scheduler has time_shift_type='linear'"),
+    ]
+    for pipe, sentence in cases:
+        with pytest.raises(ValueError, match=sentence) as caught:
+            find_layout(pipe)
+        assert str(caught.value).endswith(".")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="family 'flux9' is unknown"):
+        find_layout(flux, family="flux9")
+
+
+def test_conventions_that_cannot_be_seen_are_refused() -> None:
+    kind = type(tiny("krea2"))
+
+    class OddNoise(kind):  # type: ignore[misc, valid-type]
+        def prepare_latents(self, height: int, width: int) -> Tensor:
+            return noise(1, 3, 5)
+
+    class OddPacking(kind):  # type: ignore[misc, valid-type]
+        def _pack_latents(self, latents: Tensor, *rest: Any) -> Tensor:
+            return super()._pack_latents(latents.flip(1), *rest)
+
+    class OddCall(kind):  # type: ignore[misc, valid-type]
+        def prepare_latents(self, frames: int) -> Tensor:
+            return noise(frames, 3, 5)
+
+    class OddScaling(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, prompt: str, width: int, height: int, num_inference_steps: int, latents: Tensor) -> None:
+            raise NotImplementedError
+
+    class OddTimes(kind):  # type: ignore[misc, valid-type]
+        def times(self, timesteps: Any, sigmas: Any) -> None:
+            self.scheduler.set_timesteps(timesteps, sigmas)
+
+    sentences = {
+        OddNoise: r"latents of shape \(1, 3, 5\) are not known",
+        OddPacking: r"latents of shape \(1, 96, 64\) are not known",
+        OddCall: "whose prepare_latents cannot be asked for noise",
+        OddScaling: "whose scaling of latents is not known",
+        OddTimes: "tells its network other times than its sigmas",
+    }
+    for odd, sentence in sentences.items():
+        pipe = copy.copy(tiny("krea2"))
+        pipe.__class__ = odd
+        with pytest.raises(ValueError, match=sentence):
+            find_layout(pipe)
+
+
+def test_a_schedulers_own_list_ends_at_its_smallest_step() -> None:
+    scheduler = tiny_pipelines.diffusers().FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert shift_rule(scheduler, None, even_list=False).sigma_min == pytest.approx(0.002994, abs=1e-6)
+    assert shift_rule(scheduler, None).sigma_min is None
+    beta = SimpleNamespace(config={**scheduler.config, "use_beta_sigmas": True})  # diffusers' own needs scipy for it
+    assert shift_rule(beta, None).kind == "beta"
+    dynamic = tiny_pipelines.diffusers().FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    assert shift_rule(dynamic, None, even_list=False).sigma_min == 1e-3
