@@ -6,6 +6,7 @@ import copy
 import pickle
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -685,3 +686,61 @@ def test_a_pipeline_is_saved_and_loaded_with_it(tmp_path: Any) -> None:
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
     assert isinstance(loaded.scheduler, MrFlowScheduler)
     assert (loaded.scheduler.config.solver, loaded.scheduler.config.sigma) == ("careful", 0.2)
+
+
+def timesteps_of(network: Any) -> list[float]:
+    """A list that fills with what the network is told at each evaluation."""
+    heard: list[float] = []
+
+    def hear(_module: Any, _args: Any, named: dict[str, Any]) -> None:
+        heard.append(float(named["timestep"].flatten()[0]))
+
+    network.register_forward_pre_hook(hear, with_kwargs=True)
+    return heard
+
+
+def test_the_example_of_the_documentation_runs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_pipelines import make
+
+    make("flux1-dev").save_pretrained(tmp_path / "FLUX.1-dev")
+    page = (Path(__file__).parents[1] / "docs" / "library.md").read_text(encoding="utf-8")
+    code = page.split("## Our lists and solvers in any diffusers pipeline")[1].split("```python\n")[1].split("```")[0]
+    small = code.replace("512", "64").replace("1024", "128")
+    monkeypatch.chdir(tmp_path)
+    before, after = small.split("image = pipe(")
+    names: dict[str, Any] = {}
+    exec(before, names)
+    heard = timesteps_of(names["pipe"].transformer)
+    exec("image = pipe(" + after, names)
+    assert names["sharp"].size == (128, 128)
+    assert len(heard) == 13
+    assert heard[0] == 1.0
+    assert heard[-1] == pytest.approx(0.12)
+
+
+def test_a_modular_pipeline_walks_a_stage() -> None:
+    if not hasattr(diffusers, "ModularPipeline"):
+        pytest.skip("the installed diffusers has no modular pipelines")
+    from tiny_pipelines import make
+
+    from mrflow_sched.engines.modular import StageTimesteps
+
+    flux = make("flux1-dev")
+    blocks = import_module("diffusers.modular_pipelines").FluxAutoBlocks()
+    core = blocks.sub_blocks["denoise"].sub_blocks
+    core.insert("stage_timesteps", StageTimesteps(), list(core).index("denoise"))
+    pipe = blocks.init_pipeline()
+    pipe.update_components(**{name: part for name, part in flux.components.items() if name in pipe.component_names})
+    asked = {"prompt": "a red cube", "width": 64, "height": 64, "num_inference_steps": 3, "output": "latents"}
+
+    def run(**more: Any) -> Tensor:
+        return pipe(**asked, max_sequence_length=32, generator=torch.Generator().manual_seed(1), **more)
+
+    theirs = run()
+    with pytest.raises(ValueError, match="scheduler is a FlowMatchEulerDiscreteScheduler; update_components"):
+        run(stage_sigmas=[0.12, 0.0])
+    pipe.update_components(scheduler=MrFlowScheduler.from_config(flux.scheduler.config, solver="euler"))
+    torch.testing.assert_close(run(), theirs, rtol=1e-3, atol=1e-3)
+    heard = timesteps_of(flux.transformer)
+    run(latents=noise(1, 16, 64), stage_sigmas=[0.12, 0.05, 0.0])
+    assert heard == pytest.approx([0.12, 0.05])

@@ -169,11 +169,9 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         overrides: dict[str, Any] = {**_WITHOUT_LIST_OPTIONS, "solver": solver, "prediction_type": prediction}
         made: MrFlowScheduler = cls.from_config(dict(config), False, **overrides)
-        made._fixed = tuple(float(sigma) for sigma in sigmas)
-        if prediction == "flow" and max(made._fixed, default=0.0) > 1.0:
-            raise ValueError(f"sigmas must be at most 1 for flow models, got {made._fixed[0]!r}; 1 is pure noise.")
         made._start = start
         made._on_evaluation = on_evaluation
+        made._fixed = tuple(float(sigma) for sigma in sigmas)
         made._set_levels(made._fixed, {}, None)
         return made
 
@@ -264,10 +262,19 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         self._set_levels(levels, times, device)
         self.num_inference_steps = len(levels) - 1
 
+    def set_stage(self, sigmas: Sequence[float], device: str | torch.device | None = None) -> None:
+        """Walk exactly `sigmas` next, in the measure of `for_stage`; `set_timesteps` makes another list again.
+
+        Raises ValueError for a list that does not fall, or of flow levels above 1.
+        """
+        self._set_levels(tuple(float(sigma) for sigma in sigmas), {}, device)
+        self.num_inference_steps = len(self._levels) - 1
+
     def _set_levels(self, levels: Levels, times: Mapping[float, float], device: str | torch.device | None) -> None:
         """Take `levels` as the list, `times` as what the network is told where that is not `_time`; forget any run."""
-        solver = self._options["solver"]
-        self._evaluations = evaluation_sigmas(solver, levels)
+        self._evaluations = evaluation_sigmas(self._options["solver"], levels)
+        if self.prediction == "flow" and levels[0] > 1.0:
+            raise ValueError(f"sigmas must be at most 1 for flow models, got {levels[0]!r}; 1 is pure noise.")
         self._levels = levels
         told = [times[level] if level in times else self._time(level) for level in self._evaluations]
         self.timesteps = torch.tensor(told, dtype=torch.float32, device=device)
