@@ -318,6 +318,19 @@ def test_one_step_to_the_terminal_has_nothing_to_stretch() -> None:
     assert scheduler.sigmas.tolist() == [1.0, 0.0]
 
 
+def test_a_list_that_ends_in_0_twice_ends_in_it_once() -> None:
+    """Z-Image of diffusers 0.36 sets sigma_min to 0: nine steps are eight, and no network is run at 0."""
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = MrFlowScheduler.from_config(theirs.config)
+    for each in (ours, theirs):
+        each.sigma_min = 0.0
+    theirs_times = np.linspace(1000.0, 0.0, 9)  # what that scheduler makes of it
+    theirs.set_timesteps(sigmas=theirs_times / 1000)
+    ours.set_timesteps(9)
+    assert len(ours.timesteps) == 8
+    assert theirs.sigmas.tolist() == pytest.approx([*ours.sigmas.tolist(), 0.0])
+
+
 @pytest.mark.parametrize("config", [{"shift": 3.0}, SDXL])
 def test_beta_spacing_is_diffusers(config: dict[str, Any]) -> None:
     pytest.importorskip("scipy")
@@ -580,6 +593,8 @@ def test_stages_refuse_what_cannot_be_meant() -> None:
         MrFlowScheduler.for_stage(FLOW, (14.6, 0.0), "euler", prediction="epsilon")
     with pytest.raises(ValueError, match="solver 'rk4' is unknown"):
         MrFlowScheduler.for_stage(FLOW, (0.5, 0.0), "rk4")
+    with pytest.raises(ValueError, match="prediction_type 'trigflow', which is neither"):
+        MrFlowScheduler.for_stage({"prediction_type": "trigflow"}, (0.5, 0.0), "euler")  # Sana-Sprint
 
 
 def test_a_stage_does_not_mind_options_that_shape_other_lists() -> None:

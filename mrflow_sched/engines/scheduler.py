@@ -167,6 +167,11 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         the state moves, a dict of `i` (the step, from 0), `sigma` (float), `x` and `denoised`; it may raise
         `Cancelled`. Raises ValueError for a list that does not fall, a prediction without betas, or an unknown solver.
         """
+        if config.get("prediction_type") not in _ALLOWED["prediction_type"]:
+            raise ValueError(
+                f"config has prediction_type {config['prediction_type']!r}, which is neither flow, epsilon nor v; "
+                "this pipeline cannot be run in stages."
+            )
         overrides: dict[str, Any] = {**_WITHOUT_LIST_OPTIONS, "solver": solver, "prediction_type": prediction}
         made: MrFlowScheduler = cls.from_config(dict(config), False, **overrides)
         made._start = start
@@ -239,26 +244,23 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         step; flow models that get them (CogView4) are told the time before the shift, here too. Raises ValueError where
         nothing says how many steps, or the counts disagree.
         """
-        options = self._options
-        told_times = self.prediction == "flow" and timesteps is not None
-        times: dict[float, float] = {}
+        options, times = self._options, dict[float, float]()
         if self._fixed is not None:
             levels = self._fixed
-            if told_times:
-                times = {level: len(self) * unshift_sigma(level, _shift_in_force(options, mu)) for level in levels}
-        elif options["stage"] == "refine":
-            count = _count(num_inference_steps, sigmas, timesteps)
-            refine = refine_sigmas(options["sigma"], count, options["refine_curve"])
-            levels = model_sigmas(refine, self.prediction)
-            if told_times:
-                times = {level: len(self) * unshift_sigma(level, _shift_in_force(options, mu)) for level in levels}
-        elif self.prediction == "flow":
-            count = _count(num_inference_steps, sigmas, timesteps)
-            levels = _flow_levels(options, count, sigmas, timesteps, mu, self.sigma_min)
-            times = {} if timesteps is None else dict(zip(levels, map(float, timesteps), strict=False))
         else:
             count = _count(num_inference_steps, sigmas, timesteps)
-            levels, times = _ve_levels(options, self._table, count, sigmas, timesteps)
+            if options["stage"] == "refine":
+                refine = refine_sigmas(options["sigma"], count, options["refine_curve"])
+                levels = model_sigmas(refine, self.prediction)
+            elif self.prediction == "flow":
+                levels = _flow_levels(options, count, sigmas, timesteps, mu, self.sigma_min)
+                times = {} if timesteps is None else dict(zip(levels, map(float, timesteps), strict=False))
+            else:
+                levels, times = _ve_levels(options, self._table, count, sigmas, timesteps)
+        if timesteps is not None and self.prediction == "flow" and not times:
+            # The times that came belong to levels of another list; what they say is that the shift is to be undone.
+            shift = _shift_in_force(options, mu)
+            times = {level: len(self) * unshift_sigma(level, shift) for level in levels}
         self._set_levels(levels, times, device)
         self.num_inference_steps = len(levels) - 1
 
@@ -387,12 +389,12 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("noise is None; give noise in the shape of sample, as nothing is drawn here.")
         if self._step_index is not None or self._begin_index is not None:
             # A pipeline that says where it begins, or is under way, means that level (image-to-image, inpainting).
-            index = self._begin_index if self._step_index is None else self._step_index
-            level = torch.full((1,), float(self.sigmas[index or 0]))
+            indices = [(self._begin_index if self._step_index is None else self._step_index) or 0]
         else:
-            told = torch.as_tensor(timestep).reshape(-1)
-            level = torch.stack([self.sigmas[self.index_for_timestep(each)] for each in told])
-        level = level.to(sample.device, torch.float32).reshape(-1, *([1] * (sample.ndim - 1)))
+            indices = [self.index_for_timestep(each) for each in torch.as_tensor(timestep).reshape(-1)]
+        levels = (*self._evaluations, self._levels[-1])
+        level = torch.tensor([levels[index] for index in indices], device=sample.device)
+        level = level.reshape(-1, *([1] * (sample.ndim - 1)))
         keep = 1.0 - level if self.prediction == "flow" else 1.0
         return (keep * sample.float() + level * noise.to(sample.device).float()).to(sample.dtype)
 
