@@ -25,6 +25,7 @@ from mrflow_sched._errors import first_line
 from mrflow_sched.engines.flux import folder_fingerprint, prepare_imports, quiet_loading, resolve_dtype
 from mrflow_sched.engines.layouts import Layout, find_layout
 from mrflow_sched.engines.layouts.base import takes
+from mrflow_sched.engines.layouts.known import FluxLayout
 from mrflow_sched.families import Family
 from mrflow_sched.handoff import posterior_seed, within_memory
 from mrflow_sched.solvers import Cancelled
@@ -32,8 +33,8 @@ from mrflow_sched.upscale import resize_lanczos
 
 __all__ = ["HINT", "PipelineEngine", "PipelineText", "given_embeddings", "load_pipeline"]
 
-_T5_TOKENS = 256
-"""No released pipeline pads T5's tokens to less."""
+_T5_TOKENS = 512
+"""What FLUX.1's pipelines pad T5's tokens to, unless told otherwise."""
 
 HINT = "control_image"
 """The ControlNet hint: the one argument that is made anew for every stage."""
@@ -138,7 +139,7 @@ class PipelineEngine:
         """Embeddings for a batch of `len(prompts)` images; embeddings among the engine's arguments take their place."""
         own = self._arguments
         longest = getattr(getattr(self._pipe, "tokenizer_2", None), "model_max_length", None)
-        if "max_sequence_length" in self._layout.call_names and longest is not None and longest < _T5_TOKENS:
+        if isinstance(self._layout, FluxLayout) and longest is not None and longest < _T5_TOKENS:
             own = {"max_sequence_length": int(longest), **own}  # a network made for shorter texts than the default
         try:
             given = given_embeddings(own)
@@ -146,6 +147,7 @@ class PipelineEngine:
                 text = self._layout.encode_text(prompts, negative_prompts, own)
             else:
                 text = self._layout.encode_text(None, negative_prompts, own)
+                text |= {name: value for name, value in own.items() if _is_embedding(name) and value is not None}
                 if len(prompts) % given:
                     raise ValueError(f"prompt_embeds holds {given} prompts, which do not make {len(prompts)} images.")
                 text = self._layout.select_text(text, [row * given // len(prompts) for row in range(len(prompts))])
@@ -251,7 +253,7 @@ class PipelineEngine:
             start=layout.pack(latents),
             on_evaluation=heard,
         )
-        view = _view(layout.pipe, scheduler=scheduler)
+        view = _view(layout.pipe, scheduler=scheduler, **layout.view_attributes(guidance, width, height))
         try:
             view(**self._call(latents, sigmas, text, guidance, rows, width, height))
         except BaseException:
@@ -281,7 +283,8 @@ class PipelineEngine:
         layout, names = self._layout, self._layout.call_names
         chosen = range(len(text))[rows]
         arguments = text.arguments if len(chosen) == len(text) else layout.select_text(text.arguments, chosen)
-        own = {name: value for name, value in self._arguments.items() if name not in takes(layout.pipe.encode_prompt)}
+        said = takes(layout.pipe.encode_prompt)  # is in the embeddings already
+        own = {name: value for name, value in self._arguments.items() if name not in said and not _is_embedding(name)}
         if own.get(HINT) is not None:
             own[HINT] = _hint(own[HINT], width, height, chosen, len(text))
         seeds = self._seeds or range(len(text))
@@ -378,6 +381,10 @@ def given_embeddings(arguments: Mapping[str, Any]) -> int:
     """How many prompts the ready embeddings among `arguments` stand for; 0 where there are none."""
     found = (value for name, value in arguments.items() if name.startswith("prompt_embeds") and value is not None)
     return next((len(value) for value in found if not isinstance(value, dict)), 0)
+
+
+def _is_embedding(name: str) -> bool:
+    return "prompt_embeds" in name
 
 
 def _interrupted(pipe: Any) -> bool:
