@@ -540,6 +540,26 @@ _HUNYUAN_IMAGE = Family(
     ),
 )
 
+_HUNYUAN_IMAGE_DISTILLED = replace(
+    _HUNYUAN_IMAGE,
+    name="hunyuan-image-distilled",
+    title="HunyuanImage 2.1 (distilled)",
+    guidance_kind="embedded",
+    guidance=3.25,
+    native_steps=8,
+    presets=(Preset("8+1", 8, 1, 0.12, "not measured"),),
+    default_preset="8+1",
+    solver="euler",
+    sources=MappingProxyType(
+        {
+            **_HUNYUAN_IMAGE.sources,
+            "guidance": _DIFFUSERS,
+            "native_steps": _CARD,
+            "solver": _SOLVER_SOURCES["euler"],
+        }
+    ),
+)
+
 # Per block: attention 4, two of four experts and the shared one of half width, gated: 8 + 8 + 4.
 _HIDREAM_LINEAR, _HIDREAM_ATTENTION = _transformer_flop(2560, 16 + 32, matrices=24.0)
 _HIDREAM = Family(
@@ -560,6 +580,27 @@ _HIDREAM = Family(
         guidance=_DIFFUSERS,
         text_tokens="128 each of T5 and Llama, diffusers HiDreamImagePipeline",
         native_steps=_DIFFUSERS,
+    ),
+)
+
+_HIDREAM_DEV = replace(
+    _HIDREAM,
+    name="hidream-dev",
+    title="HiDream-I1 Dev and Fast",
+    shift=ShiftRule("static", shift=6.0),
+    guidance_kind="none",
+    guidance=1.0,
+    native_steps=28,
+    presets=(Preset("12+1", 12, 1, 0.12, "not measured"), Preset("20+1", 20, 1, 0.15, "not measured")),
+    solver="euler",
+    sources=MappingProxyType(
+        {
+            **_HIDREAM.sources,
+            "shift": "Dev's scheduler: 6.0, Fast's 3.0; recalled, not read again",
+            "guidance": "guidance is distilled away (0.0 in diffusers means off; here off is 1)",
+            "native_steps": _CARD,
+            "solver": _SOLVER_SOURCES["euler"],
+        }
     ),
 )
 
@@ -672,7 +713,9 @@ _ALL = (
     _SANA,
     _AURAFLOW,
     _HUNYUAN_IMAGE,
+    _HUNYUAN_IMAGE_DISTILLED,
     _HIDREAM,
+    _HIDREAM_DEV,
     _SDXL,
     _SD15,
     _DEMO,

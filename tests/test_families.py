@@ -16,7 +16,8 @@ IDS = list(FAMILIES)
 def test_the_families_of_the_documentation_are_all_there() -> None:
     wanted = (
         "flux1-dev flux1-schnell flux1-krea qwen-image sd3 sd35 z-image z-image-turbo flux2-klein-base flux2-klein "
-        "flux2-dev chroma lumina2 sana auraflow hunyuan-image hidream sdxl sd15 demo"
+        "flux2-dev chroma lumina2 sana auraflow hunyuan-image hunyuan-image-distilled hidream hidream-dev sdxl sd15 "
+        "demo"
     )
     assert list(FAMILIES) == wanted.split()
 

@@ -32,10 +32,13 @@ _CLASSES = {
     "sana": "SanaPipeline",
     "auraflow": "AuraFlowPipeline",
     "hunyuan-image": "HunyuanImagePipeline",
+    "hunyuan-image-distilled": "HunyuanImagePipeline",
     "hidream": "HiDreamImagePipeline",
+    "hidream-dev": "HiDreamImagePipeline",
     "ovis-image": "OvisImagePipeline",
     "prx": "PRXPipeline",
     "krea2": "Krea2Pipeline",
+    "lumina": "LuminaPipeline",
 }
 
 NAMES = tuple(_CLASSES)
@@ -56,6 +59,9 @@ def make(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(20)
         pipe = _BUILDERS[name]()
+        for weight in (pipe.unet if hasattr(pipe, "unet") else pipe.transformer).parameters():
+            if not weight.any():  # left at 0 by design, it would hide what comes before it: text, say
+                torch.nn.init.normal_(weight, std=0.1)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
@@ -429,6 +435,9 @@ _SCALED_LINEAR = {
 }
 
 
+_FLOW_SIGMAS: dict[str, Any] = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+
+
 def _unet(context: int, **config: Any) -> Any:
     return diffusers().UNet2DConditionModel(
         in_channels=4,
@@ -482,9 +491,7 @@ def _sana() -> Any:
     library = diffusers()
     widths = (8, 8, 8, 8, 16, 32)
     return library.SanaPipeline(
-        scheduler=library.DPMSolverMultistepScheduler(
-            use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
-        ),
+        scheduler=library.DPMSolverMultistepScheduler(**_FLOW_SIGMAS),
         vae=library.AutoencoderDC(
             latent_channels=32,
             attention_head_dim=4,
@@ -536,7 +543,7 @@ def _auraflow() -> Any:
     )
 
 
-def _hunyuan_image() -> Any:
+def _hunyuan_image(distilled: bool) -> Any:
     library = diffusers()
     from diffusers.guiders.adaptive_projected_guidance_mix import AdaptiveProjectedMixGuidance
 
@@ -564,21 +571,23 @@ def _hunyuan_image() -> Any:
             num_layers=1,
             num_single_layers=1,
             num_refiner_layers=1,
+            guidance_embeds=distilled,
+            use_meanflow=distilled,
             text_embed_dim=16,
             text_embed_2_dim=16,
             rope_axes_dim=(8, 8),
         ),
-        guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
-        ocr_guider=AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
+        guider=None if distilled else AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
+        ocr_guider=None if distilled else AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
     )
     pipe.tokenizer_max_length = 256  # four times faster
     return pipe
 
 
-def _hidream() -> Any:
+def _hidream(scheduler: Any) -> Any:
     library = diffusers()
     return library.HiDreamImagePipeline(
-        scheduler=_flow_euler(shift=3.0),
+        scheduler=scheduler,
         vae=_kl(16, 0.3611, 0.1159),
         text_encoder=_clip(projected=True, length=248),
         tokenizer=tokenizer(248, bos=True),
@@ -684,6 +693,30 @@ def _krea2() -> Any:
     )
 
 
+def _lumina() -> Any:
+    import torch
+
+    library = diffusers()
+    transformer = library.LuminaNextDiT2DModel(
+        sample_size=32,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=16,
+    )
+    torch.nn.init.zeros_(transformer.pad_token)  # left as memory was found
+    return library.LuminaPipeline(
+        scheduler=_flow_euler(),
+        vae=_kl(4, 0.13025, None, quant=True),
+        text_encoder=_language("Gemma", 2),
+        tokenizer=tokenizer(2048, bos=True, eos=False),
+        transformer=transformer,
+    )
+
+
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "flux1-dev": lambda: _flux1(True, **_FLUX_SHIFT),
     "flux1-schnell": lambda: _flux1(False, shift=1.0),
@@ -700,9 +733,12 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
     "sd15": _sd15,
     "sana": _sana,
     "auraflow": _auraflow,
-    "hunyuan-image": _hunyuan_image,
-    "hidream": _hidream,
+    "hunyuan-image": lambda: _hunyuan_image(False),
+    "hunyuan-image-distilled": lambda: _hunyuan_image(True),
+    "hidream": lambda: _hidream(diffusers().UniPCMultistepScheduler(**_FLOW_SIGMAS)),
+    "hidream-dev": lambda: _hidream(diffusers().FlowMatchLCMScheduler(shift=6.0)),
     "ovis-image": _ovis_image,
     "prx": _prx,
     "krea2": _krea2,
+    "lumina": _lumina,
 }

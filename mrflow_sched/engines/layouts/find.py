@@ -49,6 +49,15 @@ def _klein(pipe: Any) -> str:
     return "flux2-klein" if pipe.config.get("is_distilled") else "flux2-klein-base"
 
 
+def _hunyuan(pipe: Any) -> str:
+    return "hunyuan-image-distilled" if pipe.transformer.config.guidance_embeds else "hunyuan-image"
+
+
+def _hidream(pipe: Any) -> str:
+    # The distilled ones are released with the scheduler of consistency models.
+    return "hidream-dev" if "LCM" in type(pipe.scheduler).__name__ else "hidream"
+
+
 def _named(name: str) -> Callable[[Any], str]:
     return lambda pipe: name
 
@@ -63,8 +72,8 @@ _KINDS = (
     _Kind(r"ChromaPipeline", known.ChromaLayout, _named("chroma")),
     _Kind(r"Lumina(2|2Text2Img)Pipeline", known.Lumina2Layout, _named("lumina2")),
     _Kind(r"AuraFlowPipeline", known.AuraFlowLayout, _named("auraflow"), even_list=False),
-    _Kind(r"HunyuanImagePipeline", known.HunyuanImageLayout, _named("hunyuan-image")),
-    _Kind(r"HiDreamImagePipeline", known.HiDreamLayout, _named("hidream"), even_list=False),
+    _Kind(r"HunyuanImagePipeline", known.HunyuanImageLayout, _hunyuan),
+    _Kind(r"HiDreamImagePipeline", known.HiDreamLayout, _hidream, even_list=False),
     _Kind(r"Sana(PAG|ControlNet)?Pipeline", known.SanaLayout, _named("sana")),
     _Kind(
         r"StableDiffusionXL(ControlNet|PAG|ControlNetPAG|Adapter)?Pipeline",

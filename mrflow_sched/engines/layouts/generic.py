@@ -86,7 +86,7 @@ class _Shape:
 def generic_layout(pipe: Any, family: str | None) -> Layout:
     """The layout of a flow pipeline of a class that is not known. Raises ValueError for what cannot be found out."""
     source = _source(pipe)
-    if re.search(r"timesteps\s*,\s*sigmas", source):
+    if re.search(r"sigmas\s*=\s*timesteps\s*/", source):
         raise ValueError(
             f"pipe is {type(pipe).__name__}, which tells its network other times than its sigmas: no plan can."
         )
@@ -174,8 +174,9 @@ def _packs_alike(pipe: Any, shape: _Shape) -> bool:
 
 def _patch(pipe: Any) -> int | None:
     said: Any = getattr(_network(pipe).config, "patch_size", None)
-    sizes: Sequence[int] = said if isinstance(said, (list, tuple)) else (said,)
-    return None if said is None else int(sizes[-1])
+    if said is None:
+        return None
+    return int(cast("Sequence[int]", said)[-1]) if isinstance(said, (list, tuple)) else int(said)
 
 
 def _network(pipe: Any) -> Any:

@@ -323,6 +323,10 @@ class HiDreamLayout(Layout):
         picked = super().select_text(moved, rows)
         return {name: value.transpose(0, 1) if "llama3" in name else value for name, value in picked.items()}
 
+    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
+        """0 where the plan says 1: either is off."""
+        return {"guidance_scale": 0.0 if guidance == 1.0 else guidance}
+
     def view_attributes(self, guidance: float, width: int, height: int) -> dict[str, Any]:
         """The pipeline scales every size to the area of its default one: make that the stage's, and a hair more."""
         return {"default_sample_size": (width * height) ** 0.5 / self.pipe.vae_scale_factor * (1 + 1e-6)}
@@ -333,6 +337,14 @@ class StableDiffusionLayout(Layout):
 
     casts_latents: ClassVar[bool] = False
     text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Black where the pipeline has a safety checker that says so."""
+        if getattr(self.pipe, "safety_checker", None) is None:
+            return images
+        with torch.no_grad():
+            found = self.pipe.run_safety_checker(2 * images - 1, self.device, self.pipe.unet.dtype)[1]
+        return torch.stack([image * (not bad) for image, bad in zip(images, found, strict=True)])
 
     def _normalise(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
@@ -356,3 +368,11 @@ class StableDiffusionXLLayout(StableDiffusionLayout):
     """Stable Diffusion XL."""
 
     text_outputs: ClassVar[tuple[str, ...]] = Sd3Layout.text_outputs
+
+    def finish(self, images: Tensor) -> Tensor:
+        """With the pipeline's invisible watermark, where it has one."""
+        watermark = getattr(self.pipe, "watermark", None)
+        if watermark is None:
+            return images
+        marked: Tensor = watermark.apply_watermark(2 * images.cpu() - 1)
+        return (marked.to(images) / 2 + 0.5).clamp(0, 1)
