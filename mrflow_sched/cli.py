@@ -1,6 +1,8 @@
-"""The `mrflow` command: `plan` shows the numbers of a run, `generate` makes pictures, `compare` measures both ways.
+"""The `mrflow` command: `plan` shows the numbers of a run, `generate` makes pictures, `compare` measures both ways,
+`doctor` says what would run here.
 
-Results go to standard output, everything said on the way to standard error. Exit codes: 0 done, 2 a request that cannot
+Results go to standard output, everything said on the way to standard error. Exit codes: 0 done, 1 (`doctor` only)
+something would fail, 2 a request that cannot
 be met (one sentence says why and what to do), 130 stopped by Ctrl-C. `plan` runs without torch, so torch comes late.
 """
 
@@ -19,7 +21,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mrflow_sched.engines.flux import FluxEngine
+    from mrflow_sched.engines.pipeline import PipelineEngine
+    from mrflow_sched.families import Family
     from mrflow_sched.sampler import Progress, StagedResult
     from mrflow_sched.upscale import PixelUpscaler
 
@@ -41,6 +45,7 @@ EMBEDDED = "embedded"
 """What a record calls the model that ships with the package."""
 
 LANCZOS = "lanczos"
+AILING = 1
 STOPPED = 130
 REFUSED = 2
 _SEED_END = 2**63 - 2**20
@@ -144,14 +149,22 @@ def _machine() -> _Parser:
     """Options that choose the model and what it runs on."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("the model and the machine")
-    group.add_argument("--model", metavar="DIR", help="local diffusers FLUX.1 folder (default: the embedded model)")
+    group.add_argument(
+        "--model",
+        metavar="DIR",
+        help="local folder of a diffusers text-to-image pipeline (default: the embedded model)",
+    )
     group.add_argument("--family", metavar="NAME", help="family of --model, where the folder does not say (flux1-krea)")
     group.add_argument(
         "--upscaler", metavar="FILE", help=f"ESRGAN-type file, .safetensors or .pth; or {LANCZOS}, which adds no detail"
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    group.add_argument("--offload-text", action="store_true", help="keep the text encoders off the device when idle")
+    group.add_argument(
+        "--offload-text",
+        action="store_true",
+        help="keep the text encoders off the device when idle (other models than FLUX.1: every part)",
+    )
     group.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures (default out)"
     )
@@ -196,6 +209,13 @@ def build_parser() -> _Parser:
     compare.add_argument("prompt", type=_prompt, metavar="PROMPT")
     compare.add_argument("--repeats", type=_whole(1, 100), default=1, metavar="N", help="runs of each, median counts")
     compare.set_defaults(run=_compare)
+
+    doctor = commands.add_parser(
+        "doctor", parents=[common], allow_abbrev=False, help="say what is installed, what would run and what would fail"
+    )
+    doctor.add_argument("--model", metavar="DIR", help="a local diffusers folder to look at; no weights are read")
+    doctor.add_argument("--upscaler", metavar="FILE", help="an ESRGAN-type file to look at")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -211,7 +231,7 @@ _STAGED_WORDS = (
 )
 
 
-def _make_plan(args: argparse.Namespace, family: str, **overrides: Any) -> StagedPlan:
+def _make_plan(args: argparse.Namespace, family: str | Family, **overrides: Any) -> StagedPlan:
     """The plan that the given options ask for; everything not given is left to `make_plan`."""
     given = {word: getattr(args, word) for word in _PLAN_WORDS if getattr(args, word) is not None} | overrides
     native = bool(getattr(args, "native", False))
@@ -243,8 +263,8 @@ def _check_meaning(given: dict[str, Any]) -> None:
         )
 
 
-def _default_size(family: str, native: bool) -> tuple[int, int]:
-    known = get_family(family)
+def _default_size(family: str | Family, native: bool) -> tuple[int, int]:
+    known = get_family(family) if isinstance(family, str) else family
     return known.native_size if native else known.default_size or known.native_size
 
 
@@ -326,7 +346,7 @@ def _generate(args: argparse.Namespace) -> int:
         )
     else:
         print("\n".join(str(path) for path in paths))
-    return STOPPED if result.cancelled else REFUSED if lost else 0
+    return STOPPED if result.cancelled else REFUSED if lost or result.unfinished else 0
 
 
 def _new_job(args: argparse.Namespace) -> _Job:
@@ -334,7 +354,7 @@ def _new_job(args: argparse.Namespace) -> _Job:
         raise ValueError(
             'the prompt is missing; say what the picture shows, as in mrflow generate "a blue star" --out DIR.'
         )
-    plan = _make_plan(args, _family_name(args))
+    plan = _make_plan(args, _family(args))
     return _Job(plan, args.prompt, args.negative, args.batch, tuple(range(args.batch)))
 
 
@@ -369,17 +389,31 @@ def _read_record(path: Path) -> RunRecord:
     return RunRecord.from_json(text)
 
 
-def _family_name(args: argparse.Namespace) -> str:
+def _family(args: argparse.Namespace) -> str | Family:
+    """The family to plan for, found before anything large is loaded."""
     if args.model is None:
         if args.family not in (None, "demo"):
             raise ValueError(
                 f"--family is {args.family!r}, but the embedded model is of family demo; give --model DIR."
             )
         return "demo"
-    from mrflow_sched.engines.flux import read_family
+    if _is_flux(args.model):
+        from mrflow_sched.engines.flux import read_family
 
-    found = read_family(args.model)
-    return args.family or found
+        found = read_family(args.model)
+        return args.family or found
+    from mrflow_sched.engines.pipeline import read_layout
+
+    return read_layout(args.model, args.family).family
+
+
+def _is_flux(folder: str) -> bool:
+    """Whether a model folder is of FLUX.1, or of nothing that can be named, of which that engine tells best."""
+    try:
+        index: Any = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
+        return index.get("_class_name", "FluxPipeline") == "FluxPipeline"
+    except (OSError, ValueError, AttributeError):
+        return True
 
 
 def _upscaler_path(args: argparse.Namespace, source: RunRecord | None = None) -> Path | None:
@@ -400,7 +434,9 @@ def _upscaler_path(args: argparse.Namespace, source: RunRecord | None = None) ->
     return path
 
 
-def _load(args: argparse.Namespace, job: _Job, upscaler_path: Path | None) -> tuple[FluxEngine, PixelUpscaler | None]:
+def _load(
+    args: argparse.Namespace, job: _Job, upscaler_path: Path | None
+) -> tuple[FluxEngine | PipelineEngine, PixelUpscaler | None]:
     from mrflow_sched.upscale import load_upscaler
 
     device, dtype = args.device, args.dtype
@@ -433,20 +469,29 @@ def _use_threads(record: RunRecord) -> None:
         torch.set_num_threads(record.threads)
 
 
-def _load_engine(args: argparse.Namespace, device: str, dtype: str, family: str | None) -> FluxEngine:
+def _load_engine(args: argparse.Namespace, device: str, dtype: str, family: str | None) -> FluxEngine | PipelineEngine:
     if args.model is None:
         from mrflow_sched import demo
 
         if args.offload_text:
             _say("--offload-text has no effect on the embedded model, whose text encoders are small.")
         return demo.load_engine(device=device, dtype=dtype)
+    if not _is_flux(args.model):
+        from mrflow_sched.engines.pipeline import PipelineEngine
+
+        known = family if family in FAMILIES else None  # a family made from a configuration is made from it again
+        engine = PipelineEngine.from_folder(
+            args.model, device=device, dtype=dtype, family=known, offload=args.offload_text
+        )
+        engine.pipe.set_progress_bar_config(disable=True)
+        return engine
     from mrflow_sched.engines.flux import FluxEngine
 
     return FluxEngine.from_folder(args.model, device=device, dtype=dtype, family=family, offload_text=args.offload_text)
 
 
 def _sample(
-    engine: FluxEngine,
+    engine: FluxEngine | PipelineEngine,
     job: _Job,
     upscaler: PixelUpscaler | None,
     callback: Callable[[Progress], None],
@@ -469,7 +514,11 @@ def _sample(
 
 
 def _record(
-    args: argparse.Namespace, job: _Job, engine: FluxEngine, upscaler: PixelUpscaler | None, upscaler_path: Path | None
+    args: argparse.Namespace,
+    job: _Job,
+    engine: FluxEngine | PipelineEngine,
+    upscaler: PixelUpscaler | None,
+    upscaler_path: Path | None,
 ) -> RunRecord:
     import torch
 
@@ -545,8 +594,8 @@ def _save_images(
             lost.append(path.name)
         return good
 
-    ending = "-unfinished" if result.cancelled else ""
-    record = replace(record, unfinished=result.cancelled)
+    ending = "-unfinished" if result.unfinished else ""
+    record = replace(record, unfinished=result.unfinished)
     paths: list[Path] = []
     for number in job.images:
         text = {KEY: replace(record, image=number).to_json()}
@@ -581,7 +630,7 @@ def _free_stem(folder: Path, stem: str) -> str:
 
 def _compare(args: argparse.Namespace) -> int:
     solver = {} if args.solver else {"solver": "euler"}
-    plan = _make_plan(args, _family_name(args), **solver)
+    plan = _make_plan(args, _family(args), **solver)
     from mrflow_sched.compare import compare, native_plan_of
 
     upscaler_path = _upscaler_path(args)
@@ -628,6 +677,22 @@ def _compare_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"outside the network: {found['overhead_share']:.1%} of the staged time"
     yield f"peak memory: {found['peak_memory_ratio']:.2f} times native"
     yield f"picture: {found['sheet']}"
+
+
+# --- mrflow doctor ----------------------------------------------------------------------------
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from mrflow_sched.doctor import examine
+
+    findings = list(examine(args.model, args.upscaler))
+    healthy = all(finding.good for finding in findings)
+    if args.json:
+        _print_json({"ok": healthy, "findings": [asdict(finding) for finding in findings]})
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.good else 'FAIL'} {finding.name}: {finding.text}")
+    return 0 if healthy else AILING
 
 
 # --- around every command ---------------------------------------------------------------------

@@ -12,6 +12,7 @@ diffusers is imported when a folder is loaded or a stage is run, never when this
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from mrflow_sched.handoff import posterior_seed, within_memory
 from mrflow_sched.solvers import Cancelled
 from mrflow_sched.upscale import resize_lanczos
 
-__all__ = ["HINT", "PipelineEngine", "PipelineText", "given_embeddings", "load_pipeline"]
+__all__ = ["HINT", "PipelineEngine", "PipelineText", "given_embeddings", "load_pipeline", "read_layout"]
 
 _T5_TOKENS = 512
 """What FLUX.1's pipelines pad T5's tokens to, unless told otherwise."""
@@ -361,6 +362,46 @@ def load_pipeline(
         pipe.enable_model_cpu_offload(device=where)
         return pipe
     return pipe.to(where)
+
+
+def read_layout(path: str | Path, family: str | None = None) -> Layout:
+    """The layout of the pipeline in a local folder, from its configurations alone: networks are built without memory.
+
+    So a plan can be made, and a folder judged, before gigabytes are read. Text encoders are left out, so the layout is
+    for questions and not for sampling. Raises ValueError, one sentence, for a folder that is of no such pipeline.
+    """
+    prepare_imports()
+    import diffusers
+
+    folder, library = Path(path), cast("Any", diffusers)
+    try:
+        index = cast("dict[str, Any]", json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+        kind = getattr(library, str(index["_class_name"]))
+        parts: dict[str, Any] = {}
+        for name, value in index.items():
+            if name.startswith("_"):
+                continue
+            parts[name] = value
+            if isinstance(value, list):
+                origin, made_by = cast("list[Any]", value)
+                parts[name] = (
+                    _without_memory(getattr(library, made_by), folder / name) if origin == "diffusers" else None
+                )
+        pipe = kind(**parts)
+    except Exception as error:  # whatever building a network from a damaged configuration may raise
+        raise ValueError(
+            f"model is {str(folder)!r}, whose configuration cannot be read ({first_line(error)}); give a local "
+            "diffusers folder that this version of diffusers knows."
+        ) from error
+    return find_layout(pipe, family)
+
+
+def _without_memory(kind: Any, folder: Path) -> Any:
+    config = kind.load_config(folder, local_files_only=True)
+    if not issubclass(kind, torch.nn.Module):
+        return kind.from_config(config)
+    with torch.device("meta"):
+        return kind.from_config(config)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

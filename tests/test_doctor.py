@@ -1,0 +1,147 @@
+"""`mrflow doctor`, and `mrflow generate` and `compare` on folders of other pipelines than FLUX.1."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_pipelines
+
+from mrflow_sched import cli, demo
+from mrflow_sched.doctor import examine
+from mrflow_sched.engines.layouts import find_layout
+from mrflow_sched.engines.pipeline import read_layout
+from mrflow_sched.images import read_png_text
+from mrflow_sched.plan import StagedPlan
+
+SMALL = ("--size", "64x64", "--low-steps", "2", "--device", "cpu", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "sd3"
+    tiny_pipelines.make("sd3").save_pretrained(folder)
+    return folder
+
+
+def doctor(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
+    code = cli.main(["doctor", "--json", *words])
+    found = json.loads(capsys.readouterr().out)
+    return code, {finding["name"]: finding for finding in found["findings"]} | {"ok": found["ok"]}
+
+
+def test_a_healthy_installation(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    code, found = doctor(capsys, "--model", str(demo.weights_path()), "--upscaler", str(demo.upscaler_path()))
+    assert (code, found["ok"]) == (0, True)
+    assert found["torch"]["text"].startswith(torch.__version__.split("+")[0])
+    assert "threads" in found["cpu"]["text"]
+    assert "FLUX.1" in found["families"]["text"]
+    assert found[f"model {demo.weights_path()}"]["text"].startswith("FluxPipeline, family demo")
+    assert found[f"upscaler {demo.upscaler_path()}"]["text"] == "ESRGAN, x2"
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("ok   ") for line in lines)
+
+
+def test_what_would_fail_is_said_and_makes_the_code_1(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, sd3_folder: Path
+) -> None:
+    no_upscaler = tmp_path / "x.pth"
+    no_upscaler.write_bytes(b"nothing")
+    folder = Path(shutil.copytree(sd3_folder, tmp_path / "model"))
+    shutil.rmtree(folder / "text_encoder_2")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    code, found = doctor(capsys, "--model", str(folder), "--upscaler", str(no_upscaler))
+    assert (code, found["ok"]) == (1, False)
+    text = found[f"model {folder}"]["text"]
+    assert "text_encoder_2" in text
+    assert "vae/*.safetensors" in text
+    assert not found[f"upscaler {no_upscaler}"]["good"]
+    assert cli.main(["doctor", "--model", str(tmp_path / "nowhere")]) == 1
+    assert "FAIL model" in capsys.readouterr().out
+
+
+def test_pipelines_that_cannot_be_run_are_named(sd3_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sd3_folder, tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    for kind, sentence in (("StableDiffusion3Img2ImgPipeline", "cannot be run"), ("NoSuchPipeline", "does not have")):
+        (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
+        last = list(examine(str(folder)))[-1]
+        assert not last.good
+        assert sentence in last.text
+
+
+def test_a_missing_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mrflow_sched.doctor as room
+
+    inner = room._version
+    monkeypatch.setattr(room, "_version", lambda name: None if name in ("spandrel", "peft") else inner(name))
+    found = {finding.name: finding for finding in examine()}
+    assert not found["spandrel"].good
+    assert "LoRA" in found["peft"].text
+    assert found["peft"].good
+    monkeypatch.setattr(room, "_version", lambda name: None)
+    assert next(finding.name for finding in examine() if not finding.good) == "torch"
+
+
+def test_operators_that_clash_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mrflow_sched._torchvision_ops as operators
+
+    def clash() -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(operators, "ensure_ops", clash)
+    found = {finding.name: finding for finding in examine()}
+    assert not found["torchvision operators"].good
+    assert "torchvision::nms" in found["torchvision operators"].text
+
+
+@pytest.mark.parametrize("name", tiny_pipelines.available())
+def test_a_layout_is_read_without_weights(name: str, tmp_path: Path) -> None:
+    pipe = tiny_pipelines.make(name)
+    pipe.save_pretrained(tmp_path / "model")
+    for weights in (tmp_path / "model").rglob("*.safetensors"):
+        weights.unlink()
+    assert read_layout(tmp_path / "model").family == find_layout(pipe).family
+
+
+def test_generate_and_compare_take_any_folder(
+    sd3_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model", str(sd3_folder), *SMALL, "--out", str(tmp_path), "--upscaler", "lanczos", "--json")
+    assert cli.main(["generate", "a cat", *words, "--negative", "blue", "--seed", "5", "--batch", "2"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    plan = StagedPlan.from_string(made["plan"])
+    assert (plan.family, plan.seed, len(made["images"])) == ("sd3", 5, 2)
+    record = json.loads(read_png_text(made["images"][1])["mrflow"])
+    assert (record["model"], record["image"], len(record["model_fingerprint"])) == ("sd3", 1, 16)
+    first = Path(made["images"][1])
+    assert cli.main(["generate", "--from", str(first), "--model", str(sd3_folder), "--out", str(tmp_path / "2")]) == 0
+    capsys.readouterr()
+    (second,) = (tmp_path / "2").glob("*.png")
+    assert _pixels(second) == _pixels(first)
+    assert cli.main(["compare", "a cat", *words, "--steps", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["speedup"] > 0
+
+
+def _pixels(path: Path) -> bytes:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_a_folder_of_no_known_pipeline_is_refused(
+    sd3_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(sd3_folder, tmp_path / "model"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "NoSuchPipeline"}))
+    assert cli.main(["generate", "a cat", "--model", str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert "whose configuration cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
