@@ -71,12 +71,13 @@ class MrFlowSchedulerOutput(BaseOutput):
 class MrFlowScheduler(SchedulerMixin, ConfigMixin):
     """A diffusers scheduler that walks our lists with our solvers, for flow and for variance-exploding models.
 
-    `solver`: a name of `mrflow_sched.solvers.SOLVERS`. `stage`: "sample" makes the list that the scheduler this one was
-    configured from would make; "refine" makes `refine_sigmas(sigma, steps, refine_curve)`, `sigma` being the flow
-    noise fraction at which the stage starts, and nothing shifts it. All other arguments are named and meant as in
-    FlowMatchEulerDiscreteScheduler, in the `use_flow_sigmas` mode of DPMSolverMultistepScheduler (`flow_shift`), and in
-    EulerDiscreteScheduler (`beta_start` to `interpolation_type`); giving betas without a `prediction_type` means
-    "epsilon", giving neither means flow. Lists always end at 0.
+    `solver`: a name of `mrflow_sched.solvers.SOLVERS`. `stage`: "sample" makes the list that diffusers' Euler scheduler
+    for such a model would make of the same configuration; "refine" makes `refine_sigmas(sigma, steps, refine_curve)`,
+    `sigma` being the flow noise fraction at which the stage starts, and nothing shifts it. All other arguments are named
+    and meant as in FlowMatchEulerDiscreteScheduler, in the `use_flow_sigmas` mode of DPMSolverMultistepScheduler
+    (`flow_shift`; the list starts at exactly 1 here, theirs up to 1/num_train_timesteps below, before the shift), and in
+    EulerDiscreteScheduler (`beta_start` to `timestep_type`). Betas without a `prediction_type` mean "epsilon", neither
+    means flow. Lists always end at 0.
 
     Raises ValueError for options that would need noise or another direction of time, and for words it does not know.
     """
