@@ -73,9 +73,9 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
 
     `solver`: a name of `mrflow_sched.solvers.SOLVERS`. `stage`: "sample" makes the list that diffusers' Euler scheduler
     for such a model would make of the same configuration; "refine" makes `refine_sigmas(sigma, steps, refine_curve)`,
-    `sigma` being the flow noise fraction at which the stage starts, and nothing shifts it. All other arguments are named
-    and meant as in FlowMatchEulerDiscreteScheduler, in the `use_flow_sigmas` mode of DPMSolverMultistepScheduler
-    (`flow_shift`; the list starts at exactly 1 here, theirs up to 1/num_train_timesteps below, before the shift), and in
+    `sigma` being the flow noise fraction at which the stage starts, and nothing shifts it. All other arguments are
+    named and meant as in FlowMatchEulerDiscreteScheduler, in the `use_flow_sigmas` mode of DPMSolverMultistepScheduler
+    (`flow_shift`; its list starts up to 1/num_train_timesteps below 1 before the shift, ours at 1), and in
     EulerDiscreteScheduler (`beta_start` to `timestep_type`). Betas without a `prediction_type` mean "epsilon", neither
     means flow. Lists always end at 0.
 
