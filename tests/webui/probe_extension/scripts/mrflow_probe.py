@@ -121,8 +121,8 @@ def _fingerprint() -> dict[str, str]:
         for name, value in vars(owner).items():
             if callable(value):
                 found[f"{owner.__name__}.{name}"] = f"{type(value).__name__} {id(value):x}"
-    for name, value in sorted(shared.opts.data.items()):
-        found[f"opts.{name}"] = repr(value)
+    for name in sorted({*shared.opts.data_labels, *shared.opts.data}):
+        found[f"opts.{name}"] = repr(getattr(shared.opts, name, None))
     for sampler in sd_samplers_kdiffusion.samplers_data_k_diffusion:
         found[f"sampler.{sampler.name}"] = f"{id(sampler.constructor):x} {sampler.options!r}"
     return found
