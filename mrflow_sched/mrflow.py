@@ -274,9 +274,9 @@ def _seeds(
     if seed is None:
         first = secrets.randbelow(_DRAWN_SEEDS)
         return tuple(range(first, first + batch))
-    if isinstance(seed, int):
-        return tuple(range(seed, seed + batch))
-    return _one_per_image(list(seed), "seed", batch)
+    if isinstance(seed, Sequence):
+        return _one_per_image(list(seed), "seed", batch)
+    return tuple(range(int(seed), int(seed) + batch))
 
 
 def _one_per_image(values: list[int], name: str, batch: int) -> tuple[int, ...]:

@@ -42,13 +42,14 @@ def run(engine: Engine, plan: StagedPlan | None = None, prompt: Any = "a cat", *
 _TIMES: dict[str, Callable[[float], float]] = {
     "sd3": lambda s: 1000 * s,
     "sana": lambda s: 1000 * s,
-    "auraflow": lambda s: s,
     "z-image": lambda s: 1 - s,
     "z-image-turbo": lambda s: 1 - s,
     "lumina2": lambda s: 1 - s,
+    "lumina": lambda s: 1 - s,
     "hidream": lambda s: 1000 * s,
+    "hidream-dev": lambda s: 1000 * s,
     "hunyuan-image": lambda s: 1000 * s,
-    "cogview4": lambda s: 1000 * s,
+    "hunyuan-image-distilled": lambda s: 1000 * s,
 }
 
 

@@ -16,6 +16,7 @@ from mrflow_sched.noise import draw_noise
 from mrflow_sched.plan import StagedPlan, make_native_plan, make_plan
 from mrflow_sched.sampler import Progress, StagedResult, sample_staged
 from mrflow_sched.solvers import Cancelled
+from mrflow_sched.upscale import upscale_to
 
 ENGINE = GaussianFieldEngine(means={"red": (2.0, -1.0, -1.0), "blue": (-1.0, -1.0, 2.0)})
 FAMILY = ENGINE.family
@@ -286,6 +287,94 @@ def test_progress_says_where_it_is_and_shows_the_estimate() -> None:
 
 def test_a_run_with_and_without_a_listener_is_the_same() -> None:
     assert torch.equal(run().images, run(callback=lambda _: None, cancel=lambda: False, keep_stages=True).images)
+
+
+# ------------------------------------------------------------------------------------- seeds, a picture to begin from
+
+
+def test_every_image_may_have_a_seed_of_its_own() -> None:
+    both = run(prompt=["red", "blue"], seeds=[5, 90])
+    assert both.seeds == (5, 90)
+    for number, (prompt, seed) in enumerate((("red", 5), ("blue", 90))):
+        alone = run(plan=plan_of(seed=seed), prompt=prompt)
+        torch.testing.assert_close(alone.images[0], both.images[number], rtol=0, atol=1e-6)
+    assert torch.equal(run(batch=2, seeds=[11, 12]).images, run(batch=2).images)
+    with pytest.raises(ValueError, match="seeds must hold one seed per image, got 1 for a batch of 2"):
+        run(batch=2, seeds=[1])
+
+
+def test_stage_1_may_begin_at_a_picture() -> None:
+    picture = torch.rand((3, 24, 24), generator=torch.Generator().manual_seed(3))
+    plan = plan_of()
+    engine = Recording()
+    result = run(engine, plan, image=picture, start_sigma=0.5)
+    levels = [call[1][1] for call in engine.calls if call[0] == "denoise"]
+    below = [sigma for sigma in plan.stages[0].sigmas if 0 < sigma < 0.49]
+    assert levels == pytest.approx([0.5, *below, 0.2], abs=1e-6)
+    assert result.forwards == len(levels)
+    assert [name for name, _ in engine.calls][:2] == ["text", "encode"]
+    low = run(plan=plan, image=picture, start_sigma=0.01, keep_stages=True).stages[0].image
+    torch.testing.assert_close(low, upscale_to(picture[None], 16, 16), rtol=0, atol=0.05)
+    noise = run(plan=plan, image=picture, start_sigma=1.0)
+    torch.testing.assert_close(noise.images, run(plan=plan).images, rtol=0, atol=1e-6)
+    events: list[Progress] = []
+    run(plan=plan, image=picture, start_sigma=0.5, callback=events.append)
+    fractions = [event.fraction for event in events]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"start_sigma": 0.5}, "start_sigma=0.5 needs an image to start from"),
+        ({"start_sigma": 0.0, "image": torch.zeros(3, 8, 8)}, "start_sigma must be above 0 and at most 1, got 0.0"),
+    ],
+)
+def test_a_start_that_cannot_be_is_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        run(**changes)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(("part", "side"), [("encode", 32), ("denoise", 32), ("decode", 32), ("upscale", 16)])
+def test_memory_that_runs_out_after_stage_1_gives_the_best_picture_so_far(part: str, side: int) -> None:
+    class Full(Recording):
+        def _fill(self, name: str, large: bool) -> None:
+            if name == part and large:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        def denoise(self, x, sigma, text, *, guidance):
+            self._fill("denoise", x.shape[-1] > 4)
+            return super().denoise(x, sigma, text, guidance=guidance)
+
+        def encode(self, images, *, posterior="mode", seeds=None):
+            self._fill("encode", True)
+            return super().encode(images, posterior=posterior, seeds=seeds)
+
+        def decode(self, latents):
+            self._fill("decode", latents.shape[-1] > 4)
+            return super().decode(latents)
+
+    def fill() -> None:
+        if part == "upscale":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    result = run(Full(), upscaler=Doubler(fill))
+    assert result.images.shape == (1, 3, side, side)
+    assert result.unfinished
+    assert not result.cancelled
+    assert sum("Memory ran out in" in warning for warning in result.warnings) == 1
+
+
+def test_memory_that_runs_out_before_there_is_a_picture_is_an_error() -> None:
+    def fill(_count: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Recording(on_denoise=fill))
 
 
 # --------------------------------------------------------------------------------------------------------- cancelling
