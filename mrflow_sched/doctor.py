@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -88,7 +89,8 @@ def _devices() -> Iterator[Finding]:
     for device in places:
         what = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
         if device.type == "cuda":
-            what += f", {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
+            cuda = cast("Any", torch.cuda)
+            what += f", {cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
         fast = "bfloat16 in hardware" if has_bfloat16(device) else "no bfloat16 in hardware: float32 is used"
         yield Finding(str(device), f"{what}, {fast}")
 
@@ -99,7 +101,7 @@ def _operators() -> Finding:
 
     try:
         ensure_ops()
-        import torchvision  # pyright: ignore[reportUnusedImport] # noqa: F401
+        import_module("torchvision")
     except Exception as error:
         return Finding(
             "torchvision operators",

@@ -168,6 +168,11 @@ def test_embeddings_given_in_place_of_prompts_make_the_same_picture(name: str) -
     said = run(pipe, ["a cat", "blue"], num_images_per_prompt=2)
     given = run(pipe, None, num_images_per_prompt=2, **{**mask, **text})
     torch.testing.assert_close(given.images, said.images, rtol=0, atol=1e-4)
+    if name == "sd3":
+        own = {key: value for key, value in text.items() if not key.startswith("negative")}
+        said = run(pipe, ["a cat", "blue"], num_images_per_prompt=2, negative_prompt=["red", "x"])
+        given = run(pipe, None, num_images_per_prompt=2, negative_prompt=["red", "x"], **own)
+        torch.testing.assert_close(given.images, said.images, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="prompt and prompt_embeds are both given"):
         run(pipe, "a cat", **text)
 

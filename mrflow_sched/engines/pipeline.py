@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,9 @@ __all__ = ["HINT", "PipelineEngine", "PipelineText", "given_embeddings", "load_p
 
 _T5_TOKENS = 512
 """What FLUX.1's pipelines pad T5's tokens to, unless told otherwise."""
+
+# A fast tokenizer keeps truncation and padding of the call at work in itself: two threads must not be in it at once.
+_TEXT = threading.Lock()
 
 HINT = "control_image"
 """The ControlNet hint: the one argument that is made anew for every stage."""
@@ -142,15 +146,17 @@ class PipelineEngine:
         longest = getattr(getattr(self._pipe, "tokenizer_2", None), "model_max_length", None)
         if isinstance(self._layout, FluxLayout) and longest is not None and longest < _T5_TOKENS:
             own = {"max_sequence_length": int(longest), **own}  # a network made for shorter texts than the default
+        given = given_embeddings(own)
+        if given and len(prompts) % given:
+            raise ValueError(f"prompt_embeds holds {given} prompts, which do not make {len(prompts)} images.")
+        told = negative_prompts
+        if given and told is not None:
+            told = told[:: len(prompts) // given]
         try:
-            given = given_embeddings(own)
-            if not given:
-                text = self._layout.encode_text(prompts, negative_prompts, own)
-            else:
-                text = self._layout.encode_text(None, negative_prompts, own)
+            with _TEXT:
+                text = self._layout.encode_text(None if given else prompts, told, own)
+            if given:
                 text |= {name: value for name, value in own.items() if _is_embedding(name) and value is not None}
-                if len(prompts) % given:
-                    raise ValueError(f"prompt_embeds holds {given} prompts, which do not make {len(prompts)} images.")
                 text = self._layout.select_text(text, [row * given // len(prompts) for row in range(len(prompts))])
         finally:
             self._free()
@@ -397,11 +403,11 @@ def read_layout(path: str | Path, family: str | None = None) -> Layout:
 
 
 def _without_memory(kind: Any, folder: Path) -> Any:
-    config = kind.load_config(folder, local_files_only=True)
-    if not issubclass(kind, torch.nn.Module):
-        return kind.from_config(config)
-    with torch.device("meta"):
-        return kind.from_config(config)
+    cls: Any = kind
+    config = cls.load_config(folder, local_files_only=True)
+    network = issubclass(kind, torch.nn.Module)
+    with torch.device("meta" if network else "cpu"):
+        return cls.from_config(config)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
