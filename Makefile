@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
 PIP_ARGS ?=
-PROMPT ?= a smooth pink sky over blue waves with a sun on the left
+PROMPT ?= a red striped circle and a blue star over green hills under an orange sky, the word FLOW
 WORK ?= runs/demo
 
 BIN := $(VENV)/bin

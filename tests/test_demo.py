@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan, sample_staged
-from mrflow_sched.demo.scenes import COLOURS, caption, random_scene, render
+from mrflow_sched.demo.glyphs import LETTERS
+from mrflow_sched.demo.scenes import COLOURS, Scene, caption, random_scene, render, word_boxes
 from mrflow_sched.engines.flux import FluxEngine
 from mrflow_sched.upscale import resize_lanczos
 
@@ -86,15 +88,63 @@ def test_the_upscaler_beats_lanczos_on_decoded_pictures(engine: FluxEngine) -> N
     assert psnr(upscaler(low), high) > psnr(resize_lanczos(low, 256, 256), high) + 1
 
 
-@pytest.mark.parametrize("wall", ["blue", "red", "black"])
-def test_a_wall_has_the_colour_that_is_asked_for(engine: FluxEngine, wall: str) -> None:
-    plan = make_plan("demo", 256, 256, "8+1", seed=4)
+def draw(engine: FluxEngine, prompt: str, *, seed: int = 4, native: bool = False) -> torch.Tensor:
+    """(3, 256, 256): eight steps natively, or eight at 128x128 and one at 256x256."""
+    plan = make_native_plan("demo", 256, 256, steps=8, seed=seed) if native else make_plan("demo", 256, 256, "8+1")
     upscaler = load_upscaler(demo.upscaler_path(), device="cpu")
-    result = sample_staged(engine, plan, f"the word FLOW in white letters on a {wall} wall", upscaler=upscaler)
-    corners = result.images[0][:, :32].mean((1, 2))
-    distance = {name: float((corners - torch.tensor(colour)).norm()) for name, colour in COLOURS.items()}
-    assert min(distance, key=distance.__getitem__) == wall
+    result = sample_staged(engine, replace(plan, seed=seed), prompt, upscaler=upscaler)
     assert not result.warnings
+    return result.images[0]
+
+
+def nearest_colour(pixels: torch.Tensor) -> str:
+    """Name of the colour nearest to the mean of pixels (3, ...)."""
+    mean = pixels.flatten(1).mean(1)
+    distance = {name: float((mean - torch.tensor(colour)).norm()) for name, colour in COLOURS.items()}
+    return min(distance, key=distance.__getitem__)
+
+
+@pytest.mark.parametrize("wall", list(COLOURS))
+def test_a_wall_has_the_colour_that_is_asked_for(engine: FluxEngine, wall: str) -> None:
+    ink = "black" if wall == "white" else "white"
+    picture = draw(engine, f"the word FLOW in {ink} letters on a {wall} wall")
+    assert nearest_colour(picture[:, :32]) == wall
+
+
+@pytest.mark.parametrize("colour", ["red", "yellow", "purple"])
+@pytest.mark.parametrize("native", [False, True], ids=["staged", "native"])
+def test_a_shape_has_its_colour_and_outline(engine: FluxEngine, colour: str, native: bool) -> None:
+    where = "over white snow under a blue sky"
+    disc = draw(engine, f"a {colour} circle {where}", native=native)
+    ring = draw(engine, f"a {colour} ring {where}", native=native)
+    centre = (slice(None), slice(94, 110), slice(120, 136))  # of the place of a single thing
+    assert nearest_colour(disc[centre]) == colour
+    assert nearest_colour(ring[centre]) != colour, "a ring is open in the middle"
+    rim = (slice(None), slice(96, 108), slice(164, 172))
+    assert nearest_colour(ring[rim]) == colour
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["staged", "native"])
+def test_words_show_some_of_their_letters(engine: FluxEngine, native: bool) -> None:
+    """Letters of three words, read by comparison with all drawn ones; far more are right than by chance."""
+    right = total = 0
+    for seed, word in enumerate(("MAGIC", "FLOW", "SKY")):
+        scene = Scene("letters", word=word, ink="white", wall="blue")
+        picture = draw(engine, caption(scene), seed=seed, native=native).mean(0)
+        for index, box in enumerate(word_boxes(scene)):
+            rows, columns = slice(round(box[1] * 256), round(box[3] * 256)), slice(*(round(e * 256) for e in box[::2]))
+            candidates = {
+                letter: render(replace(scene, word=word[:index] + letter + word[index + 1 :]), 256, 0)[rows, columns]
+                for letter in LETTERS
+            }
+            seen = picture[rows, columns]
+            distance = {
+                name: float((seen - torch.from_numpy(drawn.mean(-1))).abs().mean())
+                for name, drawn in candidates.items()
+            }
+            right += min(distance, key=distance.__getitem__) == word[index]
+            total += 1
+    assert right >= total / 4
 
 
 def test_native_and_staged_agree_on_sky_and_ground(engine: FluxEngine) -> None:

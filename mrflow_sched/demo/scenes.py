@@ -52,6 +52,9 @@ MAX_LETTERS = 5
 SIGN_GLYPH_HEIGHT = 0.125
 SIGN_CENTRE = 0.87
 WALL_GLYPH_HEIGHT = 0.18
+SCATTER = 0.012  # of the centre of a thing, in picture sides: captions fix where things are, seeds only nudge them
+TURN = 0.05  # radians
+GROWTH = 0.04  # of a thing's radius, relative
 
 _SKY_COLOURS = {
     "blue": ((0.36, 0.62, 0.92), (0.80, 0.90, 0.98)),
@@ -357,6 +360,14 @@ def _draw_thing(
     canvas.paint(where, alpha, tones)
 
 
+def _place_thing(
+    canvas: _Canvas, thing: Thing, cx: float, cy: float, radius: float, rng: np.random.Generator
+) -> None:
+    nudge = rng.uniform(-SCATTER, SCATTER, 2)
+    grown = radius * (1 + rng.uniform(-GROWTH, GROWTH))
+    _draw_thing(canvas, thing, cx + nudge[0], cy + nudge[1], grown, rng.uniform(-TURN, TURN), rng)
+
+
 def letter_boxes(word: str, cx: float, cy: float, height: float) -> list[tuple[float, float, float, float]]:
     """Left, top, right and bottom of every letter of a word centred at (cx, cy) with glyphs of this height."""
     unit = height / GRID_HEIGHT
@@ -369,7 +380,7 @@ def letter_boxes(word: str, cx: float, cy: float, height: float) -> list[tuple[f
 
 
 def word_boxes(scene: Scene) -> list[tuple[float, float, float, float]]:
-    """Where the letters of a scene's word are drawn on average over all seeds; see :func:`letter_boxes`."""
+    """Where the letters of a scene's word are drawn, whatever the seed; see :func:`letter_boxes`."""
     if scene.category == "letters":
         return letter_boxes(scene.word, 0.5, 0.5, WALL_GLYPH_HEIGHT)
     return letter_boxes(scene.word, 0.5, SIGN_CENTRE, SIGN_GLYPH_HEIGHT)
@@ -467,8 +478,8 @@ def _draw_ground(canvas: _Canvas, ground: str, rng: np.random.Generator) -> None
         _draw_city(canvas, rng)
 
 
-def _draw_sign(canvas: _Canvas, word: str, rng: np.random.Generator) -> None:
-    cx, cy = 0.5 + rng.uniform(-0.02, 0.02), SIGN_CENTRE
+def _draw_sign(canvas: _Canvas, word: str) -> None:
+    cx, cy = 0.5, SIGN_CENTRE
     unit = SIGN_GLYPH_HEIGHT / GRID_HEIGHT
     half = ((GRID_WIDTH + 1.7) * unit * len(word)) / 2 + 0.02
     where = canvas.box(cx, cy, half + 0.03, 0.12)
@@ -484,18 +495,16 @@ def _draw_objects(canvas: _Canvas, scene: Scene, rng: np.random.Generator) -> No
     centres = (0.5,) if len(scene.things) == 1 else (0.27, 0.73)
     radius = 0.23 if len(scene.things) == 1 else 0.19
     for cx, thing in zip(centres, scene.things, strict=True):
-        spot = (cx + rng.uniform(-0.035, 0.035), 0.40 + rng.uniform(-0.06, 0.06))
-        _draw_thing(canvas, thing, *spot, radius * rng.uniform(0.85, 1.1), rng.uniform(-0.15, 0.15), rng)
+        _place_thing(canvas, thing, cx, 0.40, radius, rng)
     if scene.word:
-        _draw_sign(canvas, scene.word, rng)
+        _draw_sign(canvas, scene.word)
 
 
 def _draw_letters(canvas: _Canvas, scene: Scene, rng: np.random.Generator) -> None:
     wall = _tint(scene.wall, rng)
     light = 1.0 + 0.10 * (canvas.y - 0.5)[..., None] * rng.choice((-1, 1))
     canvas.pixels[:] = _clip(wall * light, 0, 1)
-    cy = 0.5 + rng.uniform(-0.12, 0.12)
-    _draw_word(canvas, scene.word, 0.5 + rng.uniform(-0.015, 0.015), cy, WALL_GLYPH_HEIGHT, _tint(scene.ink, rng))
+    _draw_word(canvas, scene.word, 0.5, 0.5, WALL_GLYPH_HEIGHT, _tint(scene.ink, rng))
 
 
 def _draw_tiles(canvas: _Canvas, ink: Array, wall: Array, rng: np.random.Generator) -> None:
@@ -549,14 +558,13 @@ def _draw_detail(canvas: _Canvas, scene: Scene, rng: np.random.Generator) -> Non
     painters = {"tiles": _draw_tiles, "flowers": _draw_flowers, "windows": _draw_windows, "bricks": _draw_bricks}
     painters[scene.detail](canvas, ink, wall, rng)
     for thing in scene.things:
-        spot = (0.5 + rng.uniform(-0.04, 0.04), 0.5 + rng.uniform(-0.04, 0.04))
-        _draw_thing(canvas, thing, *spot, 0.24 * rng.uniform(0.9, 1.1), rng.uniform(-0.15, 0.15), rng)
+        _place_thing(canvas, thing, 0.5, 0.5, 0.24, rng)
 
 
 def _draw_smooth(canvas: _Canvas, scene: Scene, rng: np.random.Generator) -> None:
     _draw_sky(canvas, scene.sky, rng)
-    cx = (0.25 if scene.side == "left" else 0.75) + rng.uniform(-0.06, 0.06)
-    cy, radius = rng.uniform(0.2, 0.34), rng.uniform(0.07, 0.10)
+    cx = (0.25 if scene.side == "left" else 0.75) + rng.uniform(-SCATTER, SCATTER)
+    cy, radius = 0.27 + rng.uniform(-SCATTER, SCATTER), 0.085 * (1 + rng.uniform(-GROWTH, GROWTH))
     canvas.mark("light", 0, (cx - radius, cy - radius, cx + radius, cy + radius))
     away = np.hypot(canvas.x - cx, canvas.y - cy)
     colour = (1.0, 0.90, 0.45) if scene.light == "sun" else (0.93, 0.94, 0.98)
