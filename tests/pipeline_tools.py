@@ -30,7 +30,8 @@ def listening(pipe: Any) -> Iterator[Heard]:
     heard = Heard()
 
     def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = kwargs.get("hidden_states", kwargs.get("sample", kwargs.get("x", args[0] if args else None)))
+        named = [kwargs[name] for name in ("hidden_states", "sample", "x") if name in kwargs]
+        state: Any = named[0] if named else args[0]
         rest = [value for value in args if value is not state]
         timestep = next(
             (kwargs[name] for name in ("timestep", "timesteps", "t") if name in kwargs), rest[0] if rest else None

@@ -404,7 +404,8 @@ class _Int8(torch.nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+        weight, scale = self.get_buffer("weight"), self.get_buffer("scale")
+        return torch.nn.functional.linear(x, weight.to(x.dtype) * scale.to(x.dtype), self.bias)
 
 
 def test_a_network_of_8_bit_weights_runs_in_both_stages() -> None:

@@ -50,7 +50,8 @@ class UpscalerSettings:
 
 @torch.inference_mode()
 def decoded_low(work: Path, count: int) -> np.ndarray:
-    """The first ``count`` low-size scenes after encoding and decoding, uint8 (count, 128, 128, 3); kept in a file."""
+    """The first ``count`` low-size scenes, or all there are, after encoding and decoding, uint8 (count, 128, 128, 3);
+    kept in a file."""
     path = work / "decoded128.npy"
     if path.exists():
         return np.load(path, mmap_mode="r")
@@ -58,6 +59,7 @@ def decoded_low(work: Path, count: int) -> np.ndarray:
     model.load_state_dict(torch.load(work / "vae.pt", weights_only=False)["vae"])
     decoder: Any = model.decoder
     latents = np.load(work / "latents128.npy", mmap_mode="r")
+    count = min(count, len(latents))
     out = np.empty((count, data.LOW, data.LOW, 3), np.uint8)
     for first in range(0, count, 20):
         z = torch.from_numpy(latents[first : first + 20].astype(np.float32))
