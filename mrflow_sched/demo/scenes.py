@@ -360,9 +360,7 @@ def _draw_thing(
     canvas.paint(where, alpha, tones)
 
 
-def _place_thing(
-    canvas: _Canvas, thing: Thing, cx: float, cy: float, radius: float, rng: np.random.Generator
-) -> None:
+def _place_thing(canvas: _Canvas, thing: Thing, cx: float, cy: float, radius: float, rng: np.random.Generator) -> None:
     nudge = rng.uniform(-SCATTER, SCATTER, 2)
     grown = radius * (1 + rng.uniform(-GROWTH, GROWTH))
     _draw_thing(canvas, thing, cx + nudge[0], cy + nudge[1], grown, rng.uniform(-TURN, TURN), rng)
