@@ -1,7 +1,9 @@
 # make demo   sets up .venv and makes a picture: native and staged sampling side by side, on the embedded model
 # make test   sets up .venv and runs everything that must hold: lint, types, tests, coverage
 #
-# Both need Python 3.10 or newer and make; PYTHON=python3.12 chooses one, PIP_ARGS="--index-url ..." goes to pip.
+# make oldest tests what touches diffusers with the oldest version that is supported, in an environment that is kept
+#
+# All need Python 3.10 or newer and make; PYTHON=python3.12 chooses one, PIP_ARGS="--index-url ..." goes to pip.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,11 +12,15 @@ PIP_ARGS ?=
 PROMPT ?= a red striped circle and a blue star over green hills under an orange sky, the word FLOW
 WORK ?= runs/demo
 
+CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mrflow
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 CORE_COVERAGE := 95
+# Holds no code of ours, so it serves every checkout until a pin or the Python changes.
+OLDEST := $(CACHE)/oldest-$(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d-%08x" % (*sys.version_info[:2], zlib.crc32(open("requirements-oldest.txt", "rb").read())))')
 
-.PHONY: demo test lint types train figures clean
+.PHONY: demo test oldest lint types train figures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mrflow compare "$(PROMPT)" --out $(OUT)
@@ -22,6 +28,17 @@ demo: $(VENV)/.demo
 
 test: lint types
 	$(BIN)/python -m pytest --cov=mrflow_sched --cov-report=term --cov-fail-under=$(CORE_COVERAGE) $(PYTEST_ARGS)
+
+# Everything but the WebUI, whose hosts bring diffusers of their own or none, and the building of packages.
+oldest: $(OLDEST)/.made
+	PYTHONPATH=. $(OLDEST)/bin/python -m pytest -p no:cacheprovider --ignore=tests/webui --ignore=tests/test_packaging.py $(PYTEST_ARGS)
+
+$(OLDEST)/.made:
+	@echo "Installing into $(OLDEST); the first time takes some minutes."
+	rm -rf $(OLDEST)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -r requirements-oldest.txt
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ The image comes in decoded, since the sampler shows and keeps it anyway. Everyth
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from mrflow_sched.plan import Stage
     from mrflow_sched.upscale import PixelUpscaler
 
-__all__ = ["PARTS", "HandoffResult", "encode_images", "handoff", "posterior_seed", "within_memory"]
+__all__ = ["PARTS", "HandoffResult", "encode_images", "handoff", "stage_noise", "within_memory"]
 
 PARTS = ("upscale", "encode", "noise")
 
@@ -58,13 +57,14 @@ def handoff(
 ) -> HandoffResult:
     """Carry finished `images` (B, 3, h, w, float32 in [0, 1]) to the start of `stage`: upscale, encode, add noise.
 
-    x = (1 - start_sigma) E(U(image)) + start_sigma noise (arXiv 2607.01642, section 1.2 of the specification). `seeds`
-    holds one noise seed per image, already those of this stage (`noise.stage_seed`). `upscaler` None means Lanczos.
-    `posterior` "sample" draws from the encoder's distribution with seeds derived from `seeds`, never the noise stream
-    itself. `on_part(name)` is called as each of `PARTS` begins, `on_image` with the upscaled picture as soon as it is
-    there; `cancel` is polled between parts, images and tiles, and where it answers True the handoff raises
-    `solvers.Cancelled`. A stage without sigmas keeps the upscaled image: no encode. Raises ValueError for arguments
-    that do not fit and MemoryError where even one image at a time, in tiles where the engine has them, does not fit.
+    x = (1 - start_sigma) E(U(image)) + start_sigma noise (arXiv 2607.01642, section 1.2 of the specification).
+    `seeds` holds one noise seed per image, already those of this stage (`noise.stage_seed`). `upscaler` None means
+    Lanczos. `posterior` "sample" draws from the encoder's distribution with the first numbers of each seed, and the
+    noise is the numbers after them, as in the official scripts. `on_part(name)` is called as each of `PARTS`
+    begins, `on_image` with the upscaled picture as soon as it is there; `cancel` is polled between parts, images
+    and tiles, and where it answers True the handoff raises `solvers.Cancelled`. A stage without sigmas keeps the
+    upscaled image: no encode. Raises ValueError for arguments that do not fit and MemoryError where even one image
+    at a time, in tiles where the engine has them, does not fit.
     """
     if len(seeds) != images.shape[0]:
         raise ValueError(f"seeds must hold one seed per image, got {len(seeds)} for {images.shape[0]} images.")
@@ -83,18 +83,19 @@ def handoff(
     encoded = encode_images(engine, enlarged, posterior, seeds, cancel=cancel, warn=warnings.append)
     begin("noise")
     stop_if(cancel)
-    noise = draw_noise(encoded.shape[1:], seeds, device=encoded.device)
+    noise = stage_noise(encoded.shape[1:], posterior, seeds, device=encoded.device)
     latents = add_noise(encoded, noise, stage.sigmas[0], engine.family.prediction)
     return HandoffResult(latents, enlarged, encoded, tuple(warnings))
 
 
-def posterior_seed(seed: int) -> int:
-    """The seed for the encoder's own draw beside noise seed `seed`: 63 bits of BLAKE2.
+def stage_noise(
+    shape: Sequence[int], posterior: str, seeds: Sequence[int], *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Noise (B, *shape) for latents that were encoded with the same `posterior` and `seeds`.
 
-    It must differ: latents and noise have one shape, so one seed would give one and the same tensor for both.
+    Latents and noise have one shape, so a posterior that was drawn took the very numbers that the noise would be.
     """
-    digest = hashlib.blake2b(f"posterior/{seed}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return draw_noise(shape, seeds, after=1 if posterior == "sample" else 0, device=device)
 
 
 def encode_images(
@@ -106,8 +107,8 @@ def encode_images(
     cancel: Callable[[], bool] | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> Tensor:
-    """Latents (B, *latent_shape, float32) of `images` within memory; "sample" draws with seeds derived from `seeds`."""
-    draws = [posterior_seed(seed) for seed in seeds] if posterior == "sample" else None
+    """Latents (B, *latent_shape, float32) of `images` within memory; "sample" draws with `seeds`, one per image."""
+    draws = seeds if posterior == "sample" else None
     height, width = images.shape[-2:]
     return within_memory(
         lambda able, part: able.encode(images[part], posterior=posterior, seeds=draws and draws[part]),

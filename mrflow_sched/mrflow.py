@@ -333,7 +333,7 @@ def _give(result: StagedResult, alpha: Tensor | None, output_type: str, engine: 
     if output_type == "latent":
         latents = engine.encode(result.images) if result.latents is None else result.latents
         return engine.layout.pack(latents).to(engine.dtype)
-    images = result.images.nan_to_num()
+    images = engine.finish(result.images.nan_to_num())
     if alpha is not None:
         fitted = _fit(alpha.to(images), images.shape[-1], images.shape[-2]).expand(len(images), -1, -1, -1)
         images = torch.cat([images, fitted], dim=1)

@@ -151,18 +151,24 @@ def draw_noise(
     shape: Sequence[int],
     seeds: Sequence[int],
     *,
+    after: int = 0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normal noise (B, *shape), one sample per seed, each from its own generator.
 
     Drawn on the CPU in float32 and then moved, so a batch equals its images made one by one, and every device sees the
-    same numbers. No global random state is read or changed.
+    same numbers. No global random state is read or changed. `after` tensors of this shape are drawn and left out
+    before: those that somebody else took from the same seed.
     """
-    generators = (torch.Generator("cpu").manual_seed(seed) for seed in seeds)
-    samples = [torch.randn(tuple(shape), generator=generator, dtype=torch.float32) for generator in generators]
-    if not samples:
+    if not seeds:
         raise ValueError("seeds must hold at least one seed, got none; give one seed per image.")
+    samples: list[Tensor] = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(after):
+            torch.randn(tuple(shape), generator=generator)
+        samples.append(torch.randn(tuple(shape), generator=generator, dtype=torch.float32))
     return torch.stack(samples).to(device=device, dtype=dtype)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mrflow_sched.engines.base import StageEngine
-from mrflow_sched.handoff import encode_images, handoff, within_memory
+from mrflow_sched.handoff import encode_images, handoff, stage_noise, within_memory
 from mrflow_sched.noise import add_noise, draw_noise, model_sigmas, stage_seed
 from mrflow_sched.schedule import explicit_recipe
 from mrflow_sched.solvers import Cancelled, get_solver, solver_forwards
@@ -164,11 +164,14 @@ def _encode_text(run: _Run, prompts: Sequence[str], negative_prompt: str | Seque
 def _first_state(run: _Run, image: Tensor | None) -> Tensor:
     """Where the first stage starts: pure noise at its size, one stream per image, or a given image with noise in it."""
     stage, engine = run.stages[0], run.engine
-    noise = draw_noise(engine.latent_shape(stage.width, stage.height), run.seeds(0), device=engine.device)
-    clean = torch.zeros_like(noise)
-    if image is not None:
+    shape, seeds, posterior = engine.latent_shape(stage.width, stage.height), run.seeds(0), run.plan.posterior
+    if image is None:
+        noise = draw_noise(shape, seeds, device=engine.device)
+        clean = torch.zeros_like(noise)
+    else:
+        noise = stage_noise(shape, posterior, seeds, device=engine.device)
         fitted = upscale_to(image, stage.width, stage.height)
-        clean = encode_images(engine, fitted, run.plan.posterior, run.seeds(0), warn=run.warnings.append)
+        clean = encode_images(engine, fitted, posterior, seeds, warn=run.warnings.append)
     return add_noise(clean, noise, stage.start_sigma, engine.family.prediction)
 
 

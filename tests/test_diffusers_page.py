@@ -20,6 +20,7 @@ MODELS = {
     "black-forest-labs/FLUX.1-dev": "flux1-dev",
     "black-forest-labs/FLUX.1-schnell": "flux1-schnell",
     "black-forest-labs/FLUX.1-Krea-dev": "flux1-dev",
+    "black-forest-labs/FLUX.1-Kontext-dev": "flux1-kontext",
     "black-forest-labs/FLUX.2-dev": "flux2-dev",
     "black-forest-labs/FLUX.2-klein-base-4B": "flux2-klein-base",
     "black-forest-labs/FLUX.2-klein-4B": "flux2-klein",
@@ -31,6 +32,8 @@ MODELS = {
     "Alpha-VLLM/Lumina-Image-2.0": "lumina2",
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana",
     "fal/AuraFlow-v0.3": "auraflow",
+    "hunyuanvideo-community/HunyuanImage-2.1-Diffusers": "hunyuan-image",
+    "HiDream-ai/HiDream-I1-Full": "hidream",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
 }
@@ -55,6 +58,7 @@ def tiny(block: str) -> tuple[str, dict[str, Any]]:
     pipe = tiny_pipelines.make(MODELS[found[2]])
     assert type(pipe).__name__ == found[1]
     code = LOADING.sub("pipe = loaded", block)
+    code = code.replace('.to("cuda")', "")
     code = re.sub(r"(width|height)=(\d+)", lambda side: f"{side[1]}={int(side[2]) // 16}", code)
     return code, {"loaded": pipe, "torch": torch, "MrFlow": MrFlow}
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from mrflow_sched.engines import flux
 from mrflow_sched.engines.flux import FluxEngine, FluxText
 
+NEWER = tuple(int(part) for part in version("diffusers").split(".")[:2]) >= (0, 32)
+newer = pytest.mark.skipif(not NEWER, reason="FluxPipeline takes sigmas from diffusers 0.32 on")
 PROMPTS = ["a red striped circle", "the word FLOW over blue hills"]
 
 
@@ -59,6 +62,7 @@ def test_text_is_what_the_pipeline_encodes(pipeline: Any, tiny_engine: FluxEngin
     assert not torch.allclose(text.tokens[0], text.tokens[1])
 
 
+@newer
 def test_the_network_sees_the_pipelines_inputs_and_the_loop_gives_its_latents(
     pipeline: Any, tiny_engine: FluxEngine, text: FluxText
 ) -> None:
@@ -97,6 +101,7 @@ def test_the_network_sees_the_pipelines_inputs_and_the_loop_gives_its_latents(
     torch.testing.assert_close(flux.pack(x), theirs, atol=1e-5, rtol=1e-5)
 
 
+@newer
 def test_decode_is_the_pipelines(pipeline: Any, tiny_engine: FluxEngine, text: FluxText) -> None:
     latents = noise(1, 16, 4, 4)
     theirs = pipeline(
@@ -306,7 +311,7 @@ def _lose_a_weight(folder: Path) -> None:
         (_cut("text_encoder/model.safetensors"), "whose text_encoder cannot be read"),
         (_write("vae/config.json", "no"), "whose vae cannot be read"),
         (_write("tokenizer_2/tokenizer.json", "no"), "whose tokenizer_2 cannot be read"),
-        (_lose_a_weight, "lacks 1 weights, first 'decoder.conv_out.bias'"),
+        (_lose_a_weight, "lacks 1 weights, first 'decoder.conv_out.bias'" if NEWER else "whose vae cannot be read"),
     ],
 )
 def test_a_damaged_folder_gets_one_sentence(tiny_copy: Path, damage: Any, sentence: str) -> None:

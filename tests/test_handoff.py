@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mrflow_sched.engines.analytic import GaussianFieldEngine
-from mrflow_sched.handoff import PARTS, handoff, posterior_seed
-from mrflow_sched.noise import draw_noise, sigma_to_ve
+from mrflow_sched.handoff import PARTS, handoff
+from mrflow_sched.noise import add_noise, draw_noise, sigma_to_ve
 from mrflow_sched.plan import Stage
 from mrflow_sched.solvers import Cancelled
 from mrflow_sched.upscale import NO_MODEL, upscale_to
@@ -86,16 +86,21 @@ def test_a_batch_equals_its_images_one_by_one() -> None:
         assert torch.allclose(one.latents, both.latents[index : index + 1], atol=1e-6)
 
 
-def test_the_posterior_is_drawn_from_a_stream_of_its_own() -> None:
+def test_a_posterior_takes_the_first_numbers_of_a_seed_and_the_noise_the_next() -> None:
     engine = limited()
-    handoff(engine, pictures(), stage(), None, seeds=[7, 8], posterior="sample")
-    handoff(engine, pictures(), stage(), None, seeds=[7, 8])
-    assert engine.asked == [(2, "sample", [posterior_seed(7), posterior_seed(8)]), (2, "mode", None)]
-    assert len({7, 8, posterior_seed(7), posterior_seed(8)}) == 4
-    assert all(0 <= posterior_seed(seed) < 2**63 for seed in (0, 7, 2**63 - 1))
-    shape = ENGINE.latent_shape(64, 64)
-    noise, posterior = (draw_noise(shape, [seed]).flatten() for seed in (7, posterior_seed(7)))
-    assert abs(float(torch.corrcoef(torch.stack([noise, posterior]))[0, 1])) < 0.05
+    sampled = handoff(engine, pictures(), stage(), None, seeds=[7, 8], posterior="sample")
+    centred = handoff(engine, pictures(), stage(), None, seeds=[7, 8])
+    assert engine.asked == [(2, "sample", [7, 8]), (2, "mode", None)]
+    for result, after in ((sampled, 1), (centred, 0)):
+        assert result.latents is not None
+        assert result.encoded is not None
+        noise = draw_noise(ENGINE.latent_shape(32, 32), [7, 8], after=after)
+        assert torch.equal(result.latents, add_noise(result.encoded, noise, 0.12))
+    # One generator, asked twice, as the official scripts do.
+    generator = torch.Generator().manual_seed(7)
+    for after in range(2):
+        expected = torch.randn(ENGINE.latent_shape(32, 32), generator=generator)
+        assert torch.equal(draw_noise(expected.shape, [7], after=after)[0], expected)
 
 
 def test_parts_are_announced_in_order() -> None:

@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _CLASSES = {
     "flux1-dev": "FluxPipeline",
     "flux1-schnell": "FluxPipeline",
+    "flux1-kontext": "FluxKontextPipeline",
     "sd3": "StableDiffusion3Pipeline",
     "qwen-image": "QwenImagePipeline",
     "z-image": "ZImagePipeline",
@@ -123,6 +124,7 @@ def tokenizer(length: int, *, bos: bool = False, eos: bool = True, side: str = "
         unk_token="<unk>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
         chat_template=_CHAT,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
@@ -720,6 +722,7 @@ def _lumina() -> Any:
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "flux1-dev": lambda: _flux1(True, **_FLUX_SHIFT),
     "flux1-schnell": lambda: _flux1(False, shift=1.0),
+    "flux1-kontext": lambda: diffusers().FluxKontextPipeline(**_flux1(True, **_FLUX_SHIFT).components),
     "sd3": _sd3,
     "qwen-image": _qwen_image,
     "z-image": lambda: _z_image(6.0),

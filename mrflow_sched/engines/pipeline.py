@@ -12,6 +12,7 @@ diffusers is imported when a folder is loaded or a stage is run, never when this
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,8 @@ from mrflow_sched.engines.layouts import Layout, find_layout
 from mrflow_sched.engines.layouts.base import takes
 from mrflow_sched.engines.layouts.known import FluxLayout
 from mrflow_sched.families import Family
-from mrflow_sched.handoff import posterior_seed, within_memory
+from mrflow_sched.handoff import within_memory
+from mrflow_sched.noise import stage_seed
 from mrflow_sched.solvers import Cancelled
 from mrflow_sched.upscale import resize_lanczos
 
@@ -39,7 +41,7 @@ _T5_TOKENS = 512
 """What FLUX.1's pipelines pad T5's tokens to, unless told otherwise."""
 
 # A fast tokenizer keeps truncation and padding of the call at work in itself: two threads must not be in it at once.
-_TEXT = threading.Lock()
+_TEXT = threading.RLock()
 
 HINT = "control_image"
 """The ControlNet hint: the one argument that is made anew for every stage."""
@@ -176,6 +178,13 @@ class PipelineEngine:
         finally:
             self._free()
 
+    def finish(self, images: Tensor) -> Tensor:
+        """Final images in [0, 1] with what the pipeline does to its own: safety checker, watermark."""
+        try:
+            return self._layout.finish(images)
+        finally:
+            self._free()
+
     def in_tiles(self) -> PipelineEngine | None:
         """This engine with its VAE in tiles, or None where it cannot; the pipeline's own VAE keeps its setting."""
         vae = self._layout.pipe.vae
@@ -261,6 +270,7 @@ class PipelineEngine:
             on_evaluation=heard,
         )
         view = _view(layout.pipe, scheduler=scheduler, **layout.view_attributes(guidance, width, height))
+        object.__setattr__(view, "encode_prompt", _one_at_a_time(view.encode_prompt))
         try:
             view(**self._call(latents, sigmas, text, guidance, rows, width, height))
         except BaseException:
@@ -296,7 +306,7 @@ class PipelineEngine:
             own[HINT] = _hint(own[HINT], width, height, chosen, len(text))
         seeds = self._seeds or range(len(text))
         # A pipeline without a generator would draw from the global one.
-        generators = [torch.Generator().manual_seed(posterior_seed(seeds[row])) for row in chosen]
+        generators = [torch.Generator().manual_seed(stage_seed(seeds[row], 0, 0, "hash")) for row in chosen]
         always = {
             "num_inference_steps": len(sigmas) - 1,
             "latents": layout.call_latents(latents),
@@ -383,9 +393,9 @@ def read_layout(path: str | Path, family: str | None = None) -> Layout:
     try:
         index = cast("dict[str, Any]", json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
         kind = getattr(library, str(index["_class_name"]))
-        parts: dict[str, Any] = {}
+        known, parts = takes(kind.__init__), dict[str, Any]()
         for name, value in index.items():
-            if name.startswith("_"):
+            if name.startswith("_") or name not in known:  # known: a newer diffusers may have written the folder
                 continue
             parts[name] = value
             if isinstance(value, list):
@@ -422,6 +432,17 @@ def _view(pipe: Any, **parts: Any) -> Any:
     for name, part in parts.items():
         object.__setattr__(view, name, part)
     return view
+
+
+def _one_at_a_time(encode_prompt: Any) -> Any:
+    """`encode_prompt` behind the lock of tokenizers, for pipelines that are given their prompts as text."""
+
+    @functools.wraps(encode_prompt)
+    def locked(*values: Any, **named: Any) -> Any:
+        with _TEXT:
+            return encode_prompt(*values, **named)
+
+    return locked
 
 
 def given_embeddings(arguments: Mapping[str, Any]) -> int:

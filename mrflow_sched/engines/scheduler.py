@@ -14,6 +14,7 @@ variance-exploding models (SD1.5, SDXL) it is x0 + sigma_ve · noise, as in diff
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from bisect import bisect_right
@@ -174,7 +175,10 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
                 "this pipeline cannot be run in stages."
             )
         overrides: dict[str, Any] = {**_WITHOUT_LIST_OPTIONS, "solver": solver, "prediction_type": prediction}
-        made: MrFlowScheduler = cls.from_config(dict(config), False, **overrides)
+        # What this class does not know would be warned about at every stage.
+        words = inspect.signature(cls.__init__).parameters
+        known = {name: value for name, value in config.items() if name in words}
+        made: MrFlowScheduler = cls.from_config(known, False, **overrides)
         made._start = start
         made._on_evaluation = on_evaluation
         made._fixed = tuple(float(sigma) for sigma in sigmas)

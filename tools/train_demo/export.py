@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from train_demo import flow, text, vae
 
@@ -48,6 +48,7 @@ def export(work: Path, folder: Path) -> None:
     )
     shutil.rmtree(folder, ignore_errors=True)
     pipe.save_pretrained(folder)
+    _name_as_released(folder / "text_encoder" / "model.safetensors")
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "text" / "tokenizer" / name, folder / "tokenizer" / name)
     index = json.loads((folder / "model_index.json").read_text())
@@ -59,6 +60,12 @@ def export(work: Path, folder: Path) -> None:
     save_file({key: value.half().contiguous() for key, value in state.items()}, folder / "upscaler" / "x2.safetensors")
     for path in folder.rglob("*.json"):
         path.write_text(_without_paths(path.read_text()))
+
+
+def _name_as_released(path: Path) -> None:
+    """CLIP's weights under the names of all released checkpoints: transformers 5 reads both, and 4 only these."""
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _without_paths(document: str) -> str:

@@ -136,8 +136,10 @@ def _prediction(pipe: Any) -> Prediction:
 
 def _measured(pipe: Any, family: Family, rule: ShiftRule) -> Family:
     """The family with the numbers of this very pipeline where they differ from the table's."""
-    factor = int(pipe.vae_scale_factor)
     config = pipe.vae.config
+    # Where the VAE tells by itself: FluxPipeline's number was twice as large up to diffusers 0.31.
+    plain = type(pipe.vae).__name__ == "AutoencoderKL"
+    factor = 2 ** (len(config.block_out_channels) - 1) if plain else int(pipe.vae_scale_factor)
     channels = int(getattr(config, "latent_channels", None) or getattr(config, "z_dim", None) or family.latent_channels)
     own = replace(family, shift=rule, vae_factor=factor, grid=factor * family.patch, latent_channels=channels)
     if own == family:
@@ -145,7 +147,7 @@ def _measured(pipe: Any, family: Family, rule: ShiftRule) -> Family:
     sources = {
         **family.sources,
         "shift": "pipe.scheduler.config",
-        "vae_factor": "pipe.vae_scale_factor",
+        "vae_factor": "pipe.vae",
         "latent_channels": "pipe.vae.config",
     }
     return replace(own, sources=MappingProxyType(sources))

@@ -61,7 +61,8 @@ class FluxLayout(PackedLayout):
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
         text = super()._encode_rows(prompts, None, options)
-        if negatives is not None:  # used where the caller also gives true_cfg_scale
+        # Used where the caller also gives true_cfg_scale, which FluxPipeline takes from diffusers 0.32 on.
+        if negatives is not None and "negative_prompt_embeds" in self.call_names:
             own = {name: value for name, value in options.items() if not name.endswith("prompt_embeds")}
             other = super()._encode_rows(negatives, None, own)
             text |= {f"negative_{name}": value for name, value in other.items()}
@@ -109,6 +110,12 @@ class QwenImageLayout(VideoVaeLayout, PackedLayout):
         own = {name: value for name, value in options.items() if not name.startswith("prompt_embeds")}
         other = super()._encode_rows(negatives or [" "] * len(text["prompt_embeds"]), None, own)
         return text | {f"negative_{name}": value for name, value in other.items()}
+
+    def _named(self, found: Any) -> dict[str, Any]:
+        """A mask that hides nothing comes back as none, which the call would warn about."""
+        text = super()._named(found)
+        embeds: Tensor = text["prompt_embeds"]
+        return {"prompt_embeds_mask": torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device), **text}
 
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
         """`true_cfg_scale`; a guidance-distilled network reads `guidance_scale` as well."""
