@@ -272,7 +272,7 @@ def upscale_to(
 def _apply(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None, say: Warn) -> Tensor:
     if isinstance(upscaler, ModelUpscaler):
         return upscaler.run(images, cancel=cancel, warn=say)
-    result = upscaler(images)
+    result = _whole_or_one_by_one(upscaler, images, cancel)
     expected = (*images.shape[:2], *(side * upscaler.scale for side in images.shape[-2:]))
     if result.shape != expected:
         raise ValueError(
@@ -280,6 +280,26 @@ def _apply(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None, say: 
             f"asks for {expected}; correct its scale."
         )
     return result.to(images)
+
+
+def _whole_or_one_by_one(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None) -> Tensor:
+    """Somebody else's upscaler: a batch that does not fit into memory goes through image by image."""
+    for size in dict.fromkeys((len(images), 1)):
+        try:
+            done: list[Tensor] = []
+            for part in images.split(size):
+                stop_if(cancel)
+                done.append(upscaler(part))
+            return torch.cat(done)
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+        free_memory(images.device)
+    height, width = images.shape[-2:]
+    raise MemoryError(
+        f"memory ran out while the upscaler {upscaler.name} enlarged {width}x{height} pixels; free memory, or choose a "
+        "smaller size or upscaler."
+    )
 
 
 def _passes(factor: float, scale: int) -> int:

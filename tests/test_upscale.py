@@ -739,3 +739,27 @@ def test_channels_come_last_only_where_that_is_known_to_be_safe(
     plain, other = results()
     assert (last, plain) == (False, True)
     assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("fits", [2, 1, 0])
+def test_somebody_elses_upscaler_takes_image_by_image_what_it_cannot_take_at_once(fits: int) -> None:
+    asked: list[int] = []
+
+    class Small:
+        name, scale = "small", 2
+
+        def __call__(self, images: Tensor) -> Tensor:
+            asked.append(len(images))
+            if len(images) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return images.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    images = torch.rand((2, 3, 4, 6), generator=torch.Generator().manual_seed(0))
+    if fits:
+        expected = images.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        assert torch.equal(upscale_to(images, 12, 8, Small()), expected)
+        assert asked == ([2] if fits == 2 else [2, 1, 1])
+    else:
+        with pytest.raises(MemoryError, match="the upscaler small enlarged 6x4 pixels; free memory, or choose"):
+            upscale_to(images, 12, 8, Small())
+        assert asked == [2, 1]

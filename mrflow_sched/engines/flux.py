@@ -439,23 +439,29 @@ def _load(folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> 
     return model.to(memory_format=torch.channels_last) if part == "vae" else model
 
 
+def dtype_word(library: Any) -> str:
+    """The word by which a loader of diffusers or transformers is told the dtype; the old one warns once it is old."""
+    renamed = {"diffusers": (0, 42), "transformers": (4, 56)}[library.__name__]
+    return "dtype" if tuple(int(part) for part in library.__version__.split(".")[:2]) >= renamed else "torch_dtype"
+
+
 def _model_class(part: str) -> tuple[Any, str]:
     """The class that a component is of, and the word by which its loader is told the dtype."""
     prepare_imports()
+    import diffusers
+    import transformers
+
     if part == "transformer":
         from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-        return FluxTransformer2DModel, "torch_dtype"
+        return FluxTransformer2DModel, dtype_word(diffusers)
     if part == "vae":
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-        return AutoencoderKL, "torch_dtype"
-    import transformers
-
-    # Renamed in transformers 4.56; the old word warns from then on.
-    version = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-    word = "dtype" if version >= (4, 56) else "torch_dtype"
-    return (transformers.CLIPTextModel if part == "text_encoder" else transformers.T5EncoderModel), word
+        return AutoencoderKL, dtype_word(diffusers)
+    return (transformers.CLIPTextModel if part == "text_encoder" else transformers.T5EncoderModel), dtype_word(
+        transformers
+    )
 
 
 def _load_tokenizer(folder: Path, part: str) -> Any:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mrflow_sched._device import resolve_device
 from mrflow_sched._errors import first_line
-from mrflow_sched.engines.flux import folder_fingerprint, prepare_imports, quiet_loading, resolve_dtype
+from mrflow_sched.engines.flux import dtype_word, folder_fingerprint, prepare_imports, quiet_loading, resolve_dtype
 from mrflow_sched.engines.layouts import Layout, find_layout
 from mrflow_sched.engines.layouts.base import takes
 from mrflow_sched.engines.layouts.known import FluxLayout
@@ -355,6 +355,7 @@ def load_pipeline(
     incomplete, damaged or of no pipeline.
     """
     prepare_imports()
+    import diffusers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     folder = Path(path)
@@ -367,9 +368,8 @@ def load_pipeline(
     loader: Any = DiffusionPipeline
     try:
         with quiet_loading():
-            pipe = loader.from_pretrained(
-                folder, torch_dtype=resolve_dtype(dtype, where), local_files_only=True, use_safetensors=True
-            )
+            told = {dtype_word(diffusers): resolve_dtype(dtype, where)}
+            pipe = loader.from_pretrained(folder, **told, local_files_only=True, use_safetensors=True)
     except Exception as error:  # whatever a reader of a damaged file may raise: several libraries are involved
         raise ValueError(
             f"model is {str(folder)!r}, which cannot be loaded ({first_line(error)}); download it again whole."

@@ -1,0 +1,68 @@
+"""The official scripts' procedure, as bench/reference.py runs it, and ours are one where their choices are one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+BENCH = Path(__file__).parent.parent / "bench" / "reference.py"
+PROMPT = "the word MAGIC in white letters on a blue wall"
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[ModuleType]:
+    found = importlib.util.spec_from_file_location("bench_reference", BENCH)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    yield module
+    del sys.modules[found.name]
+
+
+def test_with_the_references_choices_the_pictures_are_the_references(
+    reference: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "LOW_STEPS", 3)
+    ways = reference.ways(128)
+    made = {name: np.array(make(PROMPT, 5)).astype(int) for name, make in ways.items() if name != "native"}
+    expected = made["reference"]
+    assert expected.shape == (128, 128, 3)
+    assert expected.std() > 10
+    away = {name: np.abs(picture - expected) for name, picture in made.items()}
+    # Rounded at the same places: what is left is the order of sums in float32, at the edge between two levels.
+    assert away["MrFlow, its choices, rounded"].max() <= 1
+    assert away["MrFlow, its choices, rounded"].mean() < 0.01
+    # In float: what 8 bits leave out, and the truncation, half a level on average.
+    assert away["MrFlow, its choices, float"].max() <= 8
+    assert 0.01 < away["MrFlow, its choices, float"].mean() < 1
+    # Our own choices are another picture, so the equality above means something.
+    assert away["MrFlow"].mean() > 0.5
+
+
+def test_tiles_cover_the_picture_and_join_without_a_seam(reference: ModuleType) -> None:
+    class Doubler:
+        scale = 2
+
+        @staticmethod
+        def model(images: torch.Tensor) -> torch.Tensor:
+            assert images.shape[-2:] == (240, 240)
+            return double(images)
+
+    images = torch.rand((2, 3, 200, 330), generator=torch.Generator().manual_seed(0))
+    large = reference.Tiles(Doubler())(images)
+    assert torch.equal(large, double(images))
+    rounded = reference.Tiles(Doubler(), rounded=True)(images)
+    assert torch.allclose(rounded, large, atol=0.51 / 255)
+
+
+def double(images: torch.Tensor) -> torch.Tensor:
+    return images.repeat_interleave(2, -1).repeat_interleave(2, -2)
