@@ -191,26 +191,40 @@ def _fit(model: nn.Module, loss_of_batch: Callable[[], Tensor], seconds: float, 
     return curve
 
 
-@torch.inference_mode()
-def accuracy(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Share of attributes, by group and over all, that the judge reads as the caption says; pictures (N, 3, H, W) in
-    [0, 1]."""
-    judge.eval()
+def at_reading_size(pictures: Tensor) -> Tensor:
+    """Pictures (N, 3, H, W) as the judge looks at them: averaged down to 128 pixels."""
     if pictures.shape[-1] != data.LOW:
         pictures = nn.functional.interpolate(pictures, (data.LOW, data.LOW), mode="area")
-    pictures = pictures.float()
+    return pictures.float()
+
+
+@torch.inference_mode()
+def hits(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> list[dict[str, list[bool]]]:
+    """For every picture (N, 3, H, W) in [0, 1], by group: whether each attribute reads as its scene says."""
+    judge.eval()
+    pictures = at_reading_size(pictures)
     logits = [judge.whole(part) for part in pictures.split(50)]
     truth = [labels(scene) for scene in scenes]
-    hits: dict[str, list[bool]] = {group: [] for group in GROUPS}
+    found: list[dict[str, list[bool]]] = [{} for _ in scenes]
     for group, fields in GROUPS.items():
         for field in fields:
-            wanted = torch.tensor([row[field] for row in truth])
-            found = torch.cat([part[field].argmax(-1) for part in logits])
-            hits[group] += (found == wanted)[wanted >= 0].tolist()
+            read = torch.cat([part[field].argmax(-1) for part in logits]).tolist()
+            for row, wanted in enumerate(each[field] for each in truth):
+                if wanted >= 0:
+                    found[row].setdefault(group, []).append(read[row] == wanted)
     if any(scene.word for scene in scenes):
         cut, letters = strips(pictures, scenes)
-        read = torch.cat([judge.letters(part).argmax(-1) for part in cut.split(200)])
-        hits["letters"] = (read == letters).tolist()
-    out = {group: float(np.mean(values)) for group, values in hits.items() if values}
-    out["all"] = float(np.mean([hit for values in hits.values() for hit in values]))
+        right = iter((torch.cat([judge.letters(part).argmax(-1) for part in cut.split(200)]) == letters).tolist())
+        for row, scene in enumerate(scenes):
+            if scene.word:
+                found[row]["letters"] = [next(right) for _ in scene.word]
+    return found
+
+
+def accuracy(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of attributes, by group and over all, that the judge reads as the caption says."""
+    found = hits(judge, pictures, scenes)
+    groups = [group for group in (*GROUPS, "letters") if any(group in row for row in found)]
+    out = {group: float(np.mean([hit for row in found for hit in row.get(group, [])])) for group in groups}
+    out["all"] = float(np.mean([hit for row in found for values in row.values() for hit in values]))
     return out

@@ -1,0 +1,188 @@
+"""What does staged sampling cost in quality, and where? On the embedded model, whose scenes are known exactly.
+
+    python bench/quality --out DIR                   the ways at equal cost (about 15 minutes on two CPU cores)
+    python bench/quality --sweep sigma --out DIR     one number at a time; `--sweep all` for all sweeps
+    python bench/quality --quick                     a few scenes, prints only
+
+Writes quality.json, quality.md, trade-off.png and pictures-*.png (or the same for a sweep). Scenes, seeds and
+resamples are fixed, and no part of the model was trained on the scenes. The composite and its weights: scores.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor
+
+from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption, render
+from mrflow_sched.engines.flux import prepare_imports
+
+prepare_imports()
+
+from quality import metrics, report, scores, sweeps, ways  # noqa: E402
+
+TEST_STREAM, FIRST_SEED = 3, 1000
+
+
+def scenes_of(each: int) -> list[Scene]:
+    """`each` scenes of every category, of a stream that nothing was trained on."""
+    from train_demo import data
+
+    found: dict[str, list[Scene]] = {category: [] for category in CATEGORIES}
+    index = 0
+    while min(len(rows) for rows in found.values()) < each:
+        scene = data.scene_at(index, TEST_STREAM)
+        if len(found[scene.category]) < each:
+            found[scene.category].append(scene)
+        index += 1
+    return [scene for rows in found.values() for scene in rows]
+
+
+def true_pictures(scenes: Sequence[Scene], size: int) -> Tensor:
+    """The scenes as they are drawn, (N, 3, size, size)."""
+    drawn = [torch.from_numpy(render(scene, size, seed=FIRST_SEED + row)) for row, scene in enumerate(scenes)]
+    return torch.stack(drawn).permute(0, 3, 1, 2).float().contiguous()
+
+
+def sample(model: ways.Model, way: ways.Way, prompts: Sequence[str], batch: int) -> tuple[ways.Made, float]:
+    """All pictures of a way, and seconds per picture; the first batch is made twice and counts once."""
+    seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
+    way.make(model, prompts[:1], seeds[:1])
+    parts: list[ways.Made] = []
+    begin = time.perf_counter()
+    for first in range(0, len(prompts), batch):
+        parts.append(way.make(model, prompts[first : first + batch], seeds[first : first + batch]))
+    seconds = (time.perf_counter() - begin) / len(prompts)
+
+    def joined(name: str) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else torch.cat(found)
+
+    images = joined("images")
+    assert images is not None
+    return ways.Made(images, joined("low"), joined("enlarged")), seconds
+
+
+def measure(
+    chosen: Sequence[ways.Way],
+    base: str,
+    *,
+    size: int,
+    each: int,
+    count: int,
+    batch: int = 8,
+    tell: Callable[[str], object] = print,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """All ways on all scenes: the record, and the pictures by way ("true" among them). `count` bootstrap samples."""
+    scenes = scenes_of(each)
+    prompts = [caption(scene) for scene in scenes]
+    model = ways.Model.load(size)
+    truth = scores.Truth(scenes, true_pictures(scenes, size))
+    measured: dict[str, scores.Measured] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for way in chosen:
+        made, seconds = sample(model, way, prompts, batch)
+        measured[way.name] = truth.measure(made.images)
+        rows[way.name] = {"kind": way.kind, "cost": way.cost, "seconds": seconds, **_stages(model, truth, made)}
+        tell(f"{way.name}: {seconds:.2f} s a picture, composite {truth.parts(measured[way.name])['composite']:.3f}")
+    groups = [truth.rows_of(category).tolist() for category in CATEGORIES]
+    samples = metrics.resamples(count, len(scenes), groups)
+    compared = scores.compared(truth, measured, base, samples)
+    for name, each_measured in measured.items():
+        rows[name] |= compared[name]
+        rows[name]["groups"] = truth.groups(each_measured)
+        rows[name]["categories"] = {
+            category: truth.parts(each_measured, truth.rows_of(category)) for category in CATEGORIES
+        }
+        rows[name]["letters by height"] = truth.letters_by_height(each_measured)
+        rows[name][f"to {base}"] = scores.against(each_measured, measured[base])
+    floor = truth.measure(true_pictures(scenes, size).flip(3))
+    record = {
+        "scenes": len(scenes),
+        "size": size,
+        "base": base,
+        "weights": dict(scores.WEIGHTS),
+        "resamples": count,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "true pictures": truth.parts(truth.true),
+        "true pictures mirrored": truth.parts(floor),
+        "ways": rows,
+    }
+    pictures = {"true": truth.true.pictures, **{name: each_m.pictures for name, each_m in measured.items()}}
+    return record, pictures
+
+
+def _stages(model: ways.Model, truth: scores.Truth, made: ways.Made) -> dict[str, Any]:
+    """What each part of a staged way does to the colours, and how near the result stays to the low picture."""
+    if made.low is None or made.enlarged is None:
+        return {}
+    engine = model.engine
+    with torch.no_grad():
+        round_trip = torch.cat([engine.decode(engine.encode(part)) for part in made.enlarged.split(8)])
+    chain = {"low": made.low, "enlarged": made.enlarged, "round trip": round_trip, "final": made.images}
+    colours = {name: metrics.colour(images) for name, images in chain.items()}
+    names = list(chain)
+    drift = {
+        f"{before} to {after}": {
+            "mean": float((colours[after] - colours[before])[:, :3].mean() * 255),
+            "absolute": float((colours[after] - colours[before])[:, :3].abs().mean() * 255),
+            "saturation": float((colours[after] - colours[before])[:, 3].mean() * 255),
+        }
+        for before, after in [*pairwise(names), ("low", "final")]
+    }
+    small = torch.nn.functional.interpolate(made.images, made.low.shape[-2:], mode="area")
+    return {"colour drift": drift, "psnr of the layout": float(metrics.psnr(small, made.low).clamp(max=100).mean())}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", type=int, default=256, help="final side in pixels (default 256)")
+    parser.add_argument("--scenes", type=int, default=24, help="scenes per category (default 24)")
+    parser.add_argument("--resamples", type=int, default=200, help="bootstrap samples (default 200)")
+    parser.add_argument("--sweep", choices=[*sweeps.SWEEPS, "all"], help="sweep one number in place of the comparison")
+    parser.add_argument("--quick", action="store_true", help="two scenes per category and few ways")
+    parser.add_argument("--out", type=Path, help="folder for what is written")
+    options = parser.parse_args(arguments)
+    each, count = (2, 20) if options.quick else (options.scenes, options.resamples)
+    base = "native 50"
+    jobs: dict[str, list[ways.Way]] = {}
+    if options.sweep is None:
+        every = ways.equal_cost(options.size)
+        jobs["quality"] = [every[0], ways.staged(options.size)] if options.quick else every
+    else:
+        names = list(sweeps.SWEEPS) if options.sweep == "all" else [options.sweep]
+        base = "staged 12+1"
+        for name in names:
+            swept = sweeps.SWEEPS[name].ways(options.size)
+            jobs[f"sweep-{name}"] = [ways.staged(options.size), *(swept[:2] if options.quick else swept)]
+    for name, chosen in jobs.items():
+        record, pictures = measure(
+            chosen,
+            base,
+            size=options.size,
+            each=each,
+            count=count,
+            tell=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        print(report.to_markdown(record), flush=True)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+            (options.out / f"{name}.md").write_text(report.to_markdown(record) + "\n")
+            report.plot(record, options.out / f"{name}.png", sweep=options.sweep is not None)
+            report.sheet(record, pictures, scenes_of(each), options.out / f"{name}-pictures.png")
+
+
+if __name__ == "__main__":
+    main()

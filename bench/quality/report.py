@@ -1,0 +1,112 @@
+"""Tables, the trade-off plot and sheets of pictures of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from mrflow_sched.demo.scenes import Scene
+from mrflow_sched.images import to_pil
+
+PARTS = ("attributes", "letters", "local structure", "look", "spectrum")
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """Three tables: composite and cost, its parts, and by category."""
+    base = record["base"]
+    head = f"| way | cost | s | composite (95 %) | to {base} (95 %) |"
+    first = [head, "| --- | ---: | ---: | --- | --- |"]
+    second = [
+        "| way | " + " | ".join(PARTS) + f" | PSNR, SSIM to {base} | colour drift |",
+        "| --- |" + " ---: |" * (len(PARTS) + 2),
+    ]
+    categories = list(next(iter(record["ways"].values()))["categories"])
+    third = [
+        "| way | " + " | ".join(categories) + " | letters by height |",
+        "| --- |" + " ---: |" * (len(categories) + 1),
+    ]
+    for name, row in record["ways"].items():
+        low, high = row["interval"]
+        gap_low, gap_high = row["to base, interval"]
+        own = f"{row['composite']:.3f} ({low:.3f} to {high:.3f})"
+        gap = f"{row['to base']:+.3f} ({gap_low:+.3f} to {gap_high:+.3f})"
+        first.append(f"| {name} | {row['cost']:.2f} | {row['seconds']:.2f} | {own} | {gap} |")
+        near = row[f"to {base}"]
+        parts = " | ".join(f"{row[part]:.3f}" if part in row else "" for part in PARTS)
+        second.append(f"| {name} | {parts} | {near['psnr']:.1f}, {near['ssim']:.3f} | {near['colour drift']:.2f} |")
+        heights = ", ".join(f"{height} px {share:.2f}" for height, share in row["letters by height"].items())
+        each = " | ".join(f"{row['categories'][category]['composite']:.3f}" for category in categories)
+        third.append(f"| {name} | {each} | {heights} |")
+    return "\n\n".join("\n".join(table) for table in (first, second, third))
+
+
+def plot(record: Mapping[str, Any], path: Path, *, sweep: bool = False) -> None:
+    """Composite against seconds a picture (or, for a sweep, by value), with intervals."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 6) if not sweep else (8, 4.5), layout="constrained")
+    rows = record["ways"]
+    if sweep:
+        names = list(rows)
+        for index, name in enumerate(names):
+            row = rows[name]
+            _bar(axes, index, row, f"C{int(name == record['base'])}")
+        axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
+    else:
+        kinds = list(dict.fromkeys(row["kind"] for row in rows.values()))
+        for name, row in rows.items():
+            _bar(axes, row["seconds"], row, f"C{kinds.index(row['kind'])}")
+            axes.annotate(
+                name, (row["seconds"], row["composite"]), xytext=(5, 3), textcoords="offset points", fontsize=7
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("seconds a picture")
+        for index, kind in enumerate(kinds):
+            axes.plot([], [], "o", color=f"C{index}", label=kind)
+        axes.legend()
+    axes.set_ylabel("composite")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bar(axes: Any, x: float, row: Mapping[str, Any], colour: str) -> None:
+    low, high = row["interval"]
+    middle = row["composite"]
+    edges = [[max(middle - low, 0)], [max(high - middle, 0)]]
+    axes.errorbar([x], [middle], yerr=edges, fmt="o", color=colour, capsize=2, markersize=5)
+
+
+def sheet(
+    record: Mapping[str, Any], pictures: Mapping[str, Tensor], scenes: Sequence[Scene], path: Path, each: int = 2
+) -> None:
+    """The true pictures and every way's, `each` scenes of every category side by side, a line per way."""
+    shown: list[int] = []
+    for category in dict.fromkeys(scene.category for scene in scenes):
+        shown += [row for row, scene in enumerate(scenes) if scene.category == category][:each]
+    side, left = 160, 190
+    out = Image.new("RGB", (left + side * len(shown), side * len(pictures)), (250, 249, 246))
+    pen = ImageDraw.Draw(out)
+    for line, (name, images) in enumerate(pictures.items()):
+        pen.multiline_text((8, line * side + 8), _wrapped(name), fill=(28, 30, 34))
+        for column, row in enumerate(shown):
+            small = to_pil(images[row]).resize((side, side), Image.Resampling.LANCZOS)
+            out.paste(small, (left + column * side, line * side))
+    out.save(path)
+
+
+def _wrapped(text: str, width: int = 28) -> str:
+    lines, line = [], ""
+    for word in text.split():
+        if len(line) + len(word) >= width:
+            lines.append(line)
+            line = ""
+        line = f"{line} {word}".strip()
+    return "\n".join([*lines, line])

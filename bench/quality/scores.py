@@ -1,0 +1,145 @@
+"""One number for a set of pictures, and the parts that it is made of.
+
+The composite was fixed before anything was measured with it:
+
+    0.40 attributes + 0.25 letters + 0.15 local structure + 0.10 look + 0.10 spectrum
+
+attributes       share of the caption's attributes but letters that the judge reads in the picture
+letters          share of its word's letters
+local structure  1 - d / d(blank), mean over the pyramid's levels; d: sliced Wasserstein distance to the true pictures
+look             1 - sqrt(d / d(blank)); d: Frechet distance of the judge's features to the true pictures'
+spectrum         1 - d / 10 dB; d: root mean square difference of the power spectrum to the true pictures'
+
+"Blank" pictures have the true ones' mean colour and nothing else. Parts are cut off at 0. Where no picture has a word,
+the other weights are scaled up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrflow_sched.demo.scenes import Scene
+
+from . import judge, metrics
+
+WEIGHTS: Mapping[str, float] = {
+    "attributes": 0.40,
+    "letters": 0.25,
+    "local structure": 0.15,
+    "look": 0.10,
+    "spectrum": 0.10,
+}
+DECIBEL = 10.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What all scores of a set of pictures are computed from."""
+
+    pictures: Tensor
+    hits: Sequence[Mapping[str, Sequence[bool]]]
+    projected: metrics.Projected
+    features: Tensor
+    spectrum: Tensor
+    maps: Sequence[Tensor]
+
+
+class Truth:
+    """The true pictures of the scenes, and all that sets of sampled pictures are held against."""
+
+    def __init__(self, scenes: Sequence[Scene], pictures: Tensor) -> None:
+        self.scenes = list(scenes)
+        self._scale = metrics.Scale.of(pictures)
+        self._basis = metrics.Basis.of(judge.features(pictures))
+        self.true = self.measure(pictures)
+        blank = self.measure(pictures.mean((2, 3), keepdim=True).expand_as(pictures).contiguous())
+        self._blank_levels = metrics.sliced_wasserstein(blank.projected, self.true.projected)
+        self._blank_look = metrics.frechet(blank.features, self.true.features)
+
+    def measure(self, pictures: Tensor) -> Measured:
+        """All that is needed to score `pictures` (N, 3, H, W), one per scene, as they are saved: in 8 bits."""
+        saved = (pictures.clamp(0, 1) * 255).round() / 255
+        return Measured(
+            saved,
+            judge.hits(saved, self.scenes),
+            metrics.project(saved, self._scale),
+            self._basis(judge.features(saved)),
+            metrics.spectrum(saved),
+            judge.maps(saved),
+        )
+
+    def parts(self, measured: Measured, rows: Tensor | None = None) -> dict[str, float]:
+        """The parts of the composite, over the pictures `rows`, and "composite" itself."""
+        chosen = range(len(self.scenes)) if rows is None else rows.tolist()
+        every = [measured.hits[row] for row in chosen]
+        attributes = [hit for each in every for group, values in each.items() if group != "letters" for hit in values]
+        letters = [hit for each in every for hit in each.get("letters", ())]
+        levels = metrics.sliced_wasserstein(measured.projected, self.true.projected, rows) / self._blank_levels
+        look = metrics.frechet(measured.features, self.true.features, rows) / self._blank_look
+        apart = metrics.spectrum_distance(measured.spectrum, self.true.spectrum, rows)
+        found = {
+            "attributes": sum(attributes) / len(attributes),
+            **({"letters": sum(letters) / len(letters)} if letters else {}),
+            "local structure": max(0.0, 1.0 - float(levels.mean())),
+            "look": max(0.0, 1.0 - look**0.5),
+            "spectrum": max(0.0, 1.0 - apart / DECIBEL),
+        }
+        weight = sum(WEIGHTS[name] for name in found)
+        return {"composite": sum(WEIGHTS[name] * value for name, value in found.items()) / weight, **found}
+
+    def groups(self, measured: Measured) -> dict[str, float]:
+        """Share of attributes read right, by kind of attribute."""
+        names = dict.fromkeys(name for each in measured.hits for name in each)
+        hits = {name: [hit for each in measured.hits for hit in each.get(name, ())] for name in names}
+        return {name: sum(values) / len(values) for name, values in hits.items()}
+
+    def letters_by_height(self, measured: Measured) -> dict[int, float]:
+        """Share of letters read right, by the height of the glyphs in pixels."""
+        from mrflow_sched.demo.scenes import word_boxes
+
+        found: dict[int, list[bool]] = {}
+        for scene, hits in zip(self.scenes, measured.hits, strict=True):
+            if scene.word:
+                _, top, _, bottom = word_boxes(scene)[0]
+                height = round((bottom - top) * measured.pictures.shape[-2])
+                found.setdefault(height, []).extend(hits["letters"])
+        return {height: sum(values) / len(values) for height, values in sorted(found.items())}
+
+    def rows_of(self, category: str) -> Tensor:
+        """Numbers of the pictures of one category."""
+        return torch.tensor([row for row, scene in enumerate(self.scenes) if scene.category == category])
+
+
+def against(measured: Measured, other: Measured) -> dict[str, float]:
+    """Mean distances of pictures to others of the same scenes and seeds."""
+    shift = metrics.colour(measured.pictures) - metrics.colour(other.pictures)
+    return {
+        "psnr": float(metrics.psnr(measured.pictures, other.pictures).clamp(max=100).mean()),
+        "ssim": float(metrics.ssim(measured.pictures, other.pictures).mean()),
+        "perceptual": float(metrics.perceptual(measured.maps, other.maps).mean()),
+        "colour drift": float(shift[:, :3].abs().mean() * 255),
+        "saturation drift": float(shift[:, 3].mean() * 255),
+    }
+
+
+def compared(
+    truth: Truth, ways: Mapping[str, Measured], base: str, samples: Sequence[Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Composite of every way with its interval, and of its difference to `base` on the same resampled scenes."""
+    drawn = {name: [truth.parts(each, rows)["composite"] for rows in samples] for name, each in ways.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for name, each in ways.items():
+        parts = truth.parts(each)
+        gaps = [mine - theirs for mine, theirs in zip(drawn[name], drawn[base], strict=True)]
+        found[name] = {
+            **parts,
+            "interval": metrics.interval(drawn[name]),
+            "to base": parts["composite"] - truth.parts(ways[base])["composite"],
+            "to base, interval": metrics.interval(gaps),
+        }
+    return found

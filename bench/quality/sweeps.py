@@ -1,0 +1,64 @@
+"""Sweeps: one number of the staged way at a time, everything else as the family's 12+1. Each answers a question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .ways import Way, staged
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """`ways(size)`, and the question that comparing them answers."""
+
+    question: str
+    ways: Callable[[int], list[Way]]
+
+
+def _each(name: str, values: tuple[object, ...], **fixed: object) -> Callable[[int], list[Way]]:
+    def ways(size: int) -> list[Way]:
+        return [staged(size, "12+1", f"{name} {value}", **{name: value}, **fixed) for value in values]  # type: ignore[arg-type]
+
+    return ways
+
+
+def _refine_steps(size: int) -> list[Way]:
+    made = [staged(size, "12+1", "refine_steps 0", refine_steps=0), staged(size, "12+1", "refine_steps 1")]
+    for steps in (2, 3, 4):
+        made += [
+            staged(size, "12+1", f"refine_steps {steps} {curve}", refine_steps=steps, refine_curve=curve)
+            for curve in ("linear", "shifted")
+        ]
+    return [*made, staged(size, "12+1", "refine_steps 2, careful", refine_steps=2, solver="careful")]
+
+
+def _seed_rules(size: int) -> list[Way]:
+    return [staged(size, "12+1", f"seed_rule {rule}", seed_rule=rule) for rule in ("offset", "hash")]
+
+
+def _precision(size: int) -> list[Way]:
+    return [
+        staged(size, "12+1", "float"),
+        staged(size, "12+1", "8 bits and tiles", enlarger="reference"),
+    ]
+
+
+SWEEPS: dict[str, Sweep] = {
+    "sigma": Sweep(
+        "Which start sigma?", _each("sigma", (0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.2, 0.25, 0.3, 0.4, 0.6))
+    ),
+    "low_steps": Sweep("How many steps at the low size?", _each("low_steps", (4, 5, 6, 7, 8, 10, 12, 16, 20, 30))),
+    "refine_steps": Sweep("How many refine steps, and on which curve?", _refine_steps),
+    "factor": Sweep("How much smaller may stage 1 be?", _each("factor", (1.25, 1.5, 2.0, 3.0, 4.0))),
+    "enlarger": Sweep(
+        "Does the enlarger have to be a network?",
+        lambda size: [staged(size, "12+1", f"enlarger {kind}", enlarger=kind) for kind in ("SR", "Lanczos")],
+    ),
+    "refine_guidance": Sweep("Guidance in the refine step?", _each("refine_guidance", (1.0, 2.0, 3.5, 5.0))),
+    "shift_tokens": Sweep("Whose shift for stage 1?", _each("shift_tokens", ("low", "final"))),
+    "posterior": Sweep("The encoder's centre, or a draw?", _each("posterior", ("mode", "sample"))),
+    "seed_rule": Sweep("Which noise for the refine step?", _seed_rules),
+    "precision": Sweep("Float, or 8 bits between the stages?", _precision),
+    "solver": Sweep("Which solver at 12+1?", _each("solver", ("euler", "multistep", "careful", "dpmpp_2m"))),
+}

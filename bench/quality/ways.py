@@ -1,0 +1,202 @@
+"""Ways of making a picture, each as a function of prompts and seeds: native, staged, and what people do instead."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
+from mrflow_sched.noise import add_noise, draw_noise
+from mrflow_sched.plan import StagedPlan
+from mrflow_sched.sampler import sample_staged
+from mrflow_sched.schedule import native_sigmas, shift_sigma, unshift_sigma
+from mrflow_sched.solvers import get_solver
+from mrflow_sched.upscale import LanczosUpscaler, upscale_to
+
+FAMILY = "demo"
+
+
+@dataclass(frozen=True)
+class Model:
+    """The embedded model and its enlargers, loaded once; `size` is the final side in pixels."""
+
+    engine: Any
+    enlargers: dict[str, Any]
+    size: int
+
+    @classmethod
+    def load(cls, size: int) -> Model:
+        gan = load_upscaler(demo.upscaler_path())
+        return cls(demo.load_engine(), {"SR": gan, "Lanczos": LanczosUpscaler()}, size)
+
+    @property
+    def guidance(self) -> float:
+        return self.engine.family.guidance
+
+
+@dataclass(frozen=True)
+class Made:
+    """Final pictures (N, 3, H, W) and, where there are any, those of the low stage and the enlarged ones."""
+
+    images: Tensor
+    low: Tensor | None = None
+    enlarged: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way. `cost` is its work in the network, in forwards at the final size; `kind` groups it in the plot."""
+
+    name: str
+    kind: str
+    cost: float
+    make: Callable[[Model, Sequence[str], Sequence[int]], Made]
+
+
+def planned(name: str, kind: str, plan: StagedPlan, enlarger: str = "SR") -> Way:
+    """A way that the sampler runs."""
+
+    def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
+        enlarge = _enlarger(model, enlarger)
+        done = sample_staged(model.engine, plan, prompts, upscaler=enlarge, seeds=seeds, keep_stages=True)
+        on_the_way = {stage.name: stage.image for stage in done.stages}
+        return Made(done.images, on_the_way.get("stage 1"), on_the_way.get("stage 2 upscaled"))
+
+    return Way(name, kind, sum(plan.stage_costs()), make)
+
+
+def _enlarger(model: Model, name: str) -> Any:
+    if name == "reference":
+        return _reference().Tiles(model.enlargers["SR"], rounded=True)
+    return model.enlargers[name]
+
+
+def _reference() -> Any:
+    """bench/reference.py, where the official scripts' super-resolution is."""
+    path = Path(__file__).parents[1] / "reference.py"
+    spec = importlib.util.spec_from_file_location("bench_reference", path)
+    assert spec is not None
+    assert spec.loader is not None
+    import sys
+
+    if "bench_reference" not in sys.modules:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["bench_reference"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["bench_reference"]
+
+
+def native(size: int, steps: int, solver: str = "euler") -> Way:
+    """Plain sampling at the final size."""
+    plan = make_native_plan(FAMILY, size, size, steps=steps, solver=solver)
+    return planned(f"native {steps}" + ("" if solver == "euler" else f" {solver}"), "native", plan)
+
+
+def staged(size: int, preset: str = "12+1", name: str = "", enlarger: str = "SR", **numbers: Any) -> Way:
+    """Our method, with `numbers` of `make_plan`."""
+    plan = make_plan(FAMILY, size, size, preset, **numbers)
+    return planned(name or f"staged {plan.preset}", "staged", plan, enlarger)
+
+
+def hires_fix(size: int, steps: int, hires_steps: int, denoise: float, latent: bool) -> Way:
+    """What WebUIs call hires fix, at half size first: the host's fixed shift in both passes, and the second pass's
+    start where denoising strength and that shift put it.
+
+    In pixels the picture is enlarged by the same network, through 8 bits; in latents, bilinearly. The second pass has
+    the first one's seed.
+    """
+    rule = host_mu()
+    shift = math.exp(rule)
+    walked = int(hires_steps / denoise)
+    tail = [shift_sigma((hires_steps - i) / walked, shift) for i in range(hires_steps)] + [0.0]
+    share = _share(size)
+
+    @torch.no_grad()
+    def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
+        engine, text = model.engine, model.engine.encode_text(prompts)
+        first = _walk(model, text, draw_noise(engine.latent_shape(size // 2, size // 2), seeds), first_list)
+        if latent:
+            clean = functional.interpolate(first, scale_factor=2, mode="bilinear", align_corners=False)
+        else:
+            eight_bits = (engine.decode(first) * 255).floor() / 255
+            large = (upscale_to(eight_bits, size, size, model.enlargers["SR"]) * 255).floor() / 255
+            clean = engine.encode(large)
+        start = add_noise(clean, draw_noise(clean.shape[1:], seeds), tail[0])
+        return Made(engine.decode(_walk(model, text, start, tail)))
+
+    first_list = list(native_sigmas(steps, mu=rule))
+    word = "latent" if latent else "pixel"
+    name = f"hires fix, {word}, {steps}+{hires_steps}, denoise {denoise:g} (sigma {tail[0]:.2f})"
+    return Way(name, "hires fix", steps * share + hires_steps, make)
+
+
+def midway(size: int, steps: int, until: int, high_steps: int) -> Way:
+    """Latents enlarged on the way, in the manner of Bottleneck Sampling and RALU: `until` of `steps` low steps, the
+    clean estimate enlarged (nearest), noise at the level that was reached, then `high_steps` at the final size."""
+    low, high = (make_native_plan(FAMILY, side, side, steps=steps) for side in (size // 2, size))
+    sigmas = list(low.stages[0].sigmas)
+    level = sigmas[until]
+    mu = high.stages[0].mu or 0.0
+    begin = unshift_sigma(level, math.exp(mu))
+    tail = [shift_sigma(begin * (1 - i / high_steps), math.exp(mu)) for i in range(high_steps)] + [0.0]
+
+    @torch.no_grad()
+    def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
+        engine, text = model.engine, model.engine.encode_text(prompts)
+        noise = draw_noise(engine.latent_shape(size // 2, size // 2), seeds)
+        kept: list[Tensor] = []
+        walked = sigmas[: until + 1]
+        _walk(model, text, noise, walked, lambda told: kept.append(told["denoised"]))
+        clean = functional.interpolate(kept[-1], scale_factor=2, mode="nearest")
+        begun = add_noise(clean, draw_noise(clean.shape[1:], [seed + 1 for seed in seeds]), tail[0])
+        return Made(engine.decode(_walk(model, text, begun, tail)))
+
+    name = f"latents enlarged midway, {until} low + {high_steps} (sigma {level:.2f})"
+    return Way(name, "midway", until * _share(size) + high_steps, make)
+
+
+def host_mu() -> float:
+    """mu of WebUI hosts: that of the model's full size, whatever the picture's."""
+    return make_native_plan(FAMILY, 256, 256, steps=1).stages[0].mu or 0.0
+
+
+def _share(size: int) -> float:
+    """Cost of a forward at half size, in forwards at the final one."""
+    plan = make_plan(FAMILY, size, size)
+    return plan.stage_costs()[0] / plan.stages[0].forwards
+
+
+def _walk(model: Model, text: Any, start: Tensor, sigmas: Sequence[float], hear: Any = None) -> Tensor:
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return model.engine.denoise(x, sigma, text, guidance=model.guidance)
+
+    return get_solver("euler")(denoise, start, sigmas, callback=hear)
+
+
+def equal_cost(size: int) -> list[Way]:
+    """What the trade-off plot compares."""
+    return [
+        *(native(size, steps) for steps in (50, 20, 12, 8, 4)),
+        *(native(size, steps, "multistep") for steps in (20, 12, 8, 4)),
+        *(staged(size, preset) for preset in ("20+1", "12+1", "8+1", "6+1")),
+        staged(size, low_steps=4),
+        *(staged(size, "12+1", f"staged 12+1 {solver}", solver=solver) for solver in ("euler", "careful", "dpmpp_2m")),
+        staged(size, "12+1", "staged 6+1 heun", solver="heun", low_steps=6),
+        staged(size, "12+1", "no refine, 12+0", refine_steps=0),
+        staged(size, "12+1", "no SR network, 12+1", enlarger="Lanczos"),
+        staged(size, "12+1", "reference procedure, 12+1", enlarger="reference", solver="euler", posterior="sample"),
+        hires_fix(size, 12, 1, 0.12, latent=False),
+        hires_fix(size, 12, 4, 0.12, latent=False),
+        hires_fix(size, 12, 1, 0.12, latent=True),
+        hires_fix(size, 12, 4, 0.5, latent=True),
+        midway(size, 12, 8, 2),
+        midway(size, 12, 6, 4),
+    ]
