@@ -110,7 +110,12 @@ class Tiles:
         side, scale = TILE + 2 * MARGIN, self.scale
         tiles = torch.cat([room[..., y : y + side, x : x + side] for y in rows for x in columns])
         inner = slice(MARGIN * scale, (MARGIN + TILE) * scale)
-        made = torch.cat([self.upscaler.model(part)[..., inner, inner] for part in tiles.split(TOGETHER)])
+        made = torch.cat(
+            [
+                self.upscaler.model(part.to(self.upscaler.dtype)).float()[..., inner, inner]
+                for part in tiles.split(TOGETHER)
+            ]
+        )
         lines = [torch.cat(tuple(line.unsqueeze(1)), -1) for line in made.split(len(columns))]
         whole = torch.cat(lines, -2)
         edge = FRAME * scale

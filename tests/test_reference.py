@@ -50,7 +50,7 @@ def test_with_the_references_choices_the_pictures_are_the_references(
 
 def test_tiles_cover_the_picture_and_join_without_a_seam(reference: ModuleType) -> None:
     class Doubler:
-        scale = 2
+        scale, dtype = 2, torch.float32
 
         @staticmethod
         def model(images: torch.Tensor) -> torch.Tensor:

@@ -433,7 +433,34 @@ def test_the_gallerys_upscale_button(host: Host, plain: Answer, upscaler: str) -
     check_nothing_left(answer)
 
 
+def test_a_job_within_the_job(host: Host, plain: Answer, upscaler: str) -> None:
+    """What detailers do after every picture: a job of their own with the same scripts, and the hooks on a copy."""
+    usual = host.txt2img(staged(upscaler), **job(host), n_iter=2)
+    answer = host.txt2img(staged(upscaler), probe={"detail": True}, **job(host), n_iter=2)
+    assert [entry["size"] for entry in answer.of("detail")] == [[128, 128]] * 2
+    assert all(entry["left"] == {"shadows": [], "names": []} for entry in answer.of("detail"))
+    for before, after in zip(usual.images[-2:], answer.images[-2:], strict=True):
+        assert after.size == SIZE
+        assert not same(before.crop((0, 0, 128, 128)), after.crop((0, 0, 128, 128)))
+        rest = (128, 128, *SIZE)
+        assert same(before.crop(rest), after.crop(rest))
+    assert close(answer.sigmas(hires=True), usual.sigmas(hires=True))
+    assert close(answer.sigmas(hires=False), usual.sigmas(hires=False))
+    check_nothing_left(answer)
+    assert same(off(host).images[0], plain.images[0])
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_refiner_is_refused_and_the_picture_is_the_hosts_own(host: Host, plain: Answer, upscaler: str) -> None:
+    refined: dict[str, Any] = {"refiner_checkpoint": host.checkpoint, "refiner_switch_at": 0.5}
+    answer = host.txt2img(staged(upscaler), **job(host), **refined)
+    assert "refiner" in answer.comments
+    usual = host.txt2img([False], **job(host), **refined)
+    assert same(answer.images[0], usual.images[0])
+    assert answer.infotext == usual.infotext
+    check_nothing_left(answer)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 tests/webui/live.py copies this folder into a host's extensions for the length of a test run. Every event is one JSON
 line appended to the file that the environment variable MRFLOW_PROBE_FILE names; without the variable nothing is
 written. It changes a job only when its one argument, a line of JSON, asks for it: {"interrupt_at": n} interrupts before
-the n-th forward, {"skip_at": n} skips the picture there, and {"upscale": path} makes the job the one that the gallery's
-upscale button starts for that picture.
+the n-th forward, {"skip_at": n} skips the picture there, {"upscale": path} makes the job the one that the gallery's
+upscale button starts for that picture, and {"detail": true} draws a corner of every picture anew with a job of its own,
+as detailers do.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
@@ -148,6 +150,46 @@ def _axes() -> list[str]:
     return []
 
 
+def _draw_corner_anew(p: Any, picture: Any) -> Any:
+    """`picture` with its upper left 128 pixels through img2img, in a job with the same scripts and arguments."""
+    corner = picture.crop((0, 0, 128, 128))
+    inner = processing.StableDiffusionProcessingImg2Img(
+        init_images=[corner],
+        denoising_strength=0.5,
+        prompt=p.prompt,
+        seed=7,
+        steps=4,
+        width=128,
+        height=128,
+        cfg_scale=p.cfg_scale,
+        sampler_name=p.sampler_name,
+        batch_size=1,
+        n_iter=1,
+        outpath_samples=p.outpath_samples,
+        outpath_grids=p.outpath_grids,
+        do_not_save_samples=True,
+        do_not_save_grid=True,
+    )
+    inner.scripts = copy.copy(p.scripts)
+    inner.scripts.alwayson_scripts = [each for each in p.scripts.alwayson_scripts if not isinstance(each, ProbeScript)]
+    inner.script_args = p.script_args
+    _State.current, outer = None, _State.current
+    try:
+        drawn = processing.process_images(inner).images[0]
+    finally:
+        _State.current = outer
+    # Detailers run the outer job's hooks again, on a copy.
+    others = copy.copy(p.scripts)
+    others.alwayson_scripts = inner.scripts.alwayson_scripts
+    again = copy.copy(p)
+    others.before_process(again)
+    others.process(again)
+    _write("detail", size=list(drawn.size), left=_left_on(inner))
+    result = picture.copy()
+    result.paste(drawn.resize(corner.size), (0, 0))
+    return result
+
+
 class ProbeScript(scripts.Script):
     def title(self) -> str:
         return "mrflow probe"
@@ -213,6 +255,8 @@ class ProbeScript(scripts.Script):
 
     def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
         _note("postprocess_image", p, size=list(pp.image.size))
+        if _asked(args).get("detail"):
+            pp.image = _draw_corner_anew(p, pp.image)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         comments = getattr(processed, "comments", "") or ""

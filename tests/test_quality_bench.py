@@ -1,0 +1,212 @@
+"""bench/quality: its metrics answer as their definitions say, and its ways are what they are called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mrflow_sched.demo.scenes import CATEGORIES
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    """The modules of bench/quality, as its own command imports them."""
+    before = list(sys.path)
+    sys.path.insert(0, str(ROOT / "bench"))
+    from mrflow_sched.engines.flux import prepare_imports
+
+    prepare_imports()
+    from quality import judge, metrics, report, scores, sweeps, ways  # pyright: ignore[reportMissingImports]
+
+    yield SimpleNamespace(judge=judge, metrics=metrics, report=report, scores=scores, sweeps=sweeps, ways=ways)
+    sys.path[:] = before
+
+
+@pytest.fixture(scope="module")
+def main(bench: Any) -> Any:
+    import runpy
+
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "bench" / "quality" / "__main__.py"), run_name="quality_main"))
+
+
+@pytest.fixture(scope="module")
+def truth(bench: Any, main: Any) -> Any:
+    scenes = main.scenes_of(4)
+    return bench.scores.Truth(scenes, main.true_pictures(scenes, 256))
+
+
+def blurred(pictures: Tensor) -> Tensor:
+    half = torch.nn.functional.interpolate(pictures, scale_factor=0.5, mode="area")
+    return torch.nn.functional.interpolate(half, scale_factor=2.0, mode="bicubic").clamp(0, 1)
+
+
+def test_pictures_are_nearest_to_themselves(bench: Any, truth: Any) -> None:
+    true = truth.true.pictures
+    soft = blurred(true)
+    assert torch.allclose(bench.metrics.ssim(true, true), torch.ones(len(true)))
+    assert bool((bench.metrics.ssim(soft, true) < 0.999).all())
+    assert bool(bench.metrics.psnr(true, true).isinf().all())
+    assert float(bench.metrics.psnr(true, true + 0.1).mean()) == pytest.approx(20.0, abs=1e-3)
+    maps = bench.judge.maps(true)
+    assert float(bench.metrics.perceptual(maps, maps).max()) == 0
+    assert float(bench.metrics.perceptual(bench.judge.maps(soft), maps).min()) > 0
+    grey = torch.full((1, 3, 8, 8), 0.5)
+    assert bench.metrics.colour(grey).tolist() == [[0.5, 0.5, 0.5, 0.0]]
+
+
+def test_ssim_is_that_of_its_authors_formula(bench: Any) -> None:
+    """For two plain pictures only the brightness term is left: (2ab + c1) / (a² + b² + c1)."""
+    a, b = torch.full((1, 3, 16, 16), 0.3), torch.full((1, 3, 16, 16), 0.6)
+    expected = (2 * 0.3 * 0.6 + 1e-4) / (0.3**2 + 0.6**2 + 1e-4)
+    assert float(bench.metrics.ssim(a, b)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_pyramid_adds_up_and_bands_are_where_they_belong(bench: Any) -> None:
+    x = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    bands = bench.metrics.pyramid(x)
+    assert [band.shape[-1] for band in bands] == [64, 32, 16, 8]
+    image = bands[-1]
+    for band in reversed(bands[:-1]):
+        image = band + torch.nn.functional.interpolate(image, band.shape[-2:], mode="bilinear", align_corners=False)
+    assert torch.allclose(image, x, atol=1e-6)
+
+
+def test_what_a_blur_takes_is_the_finest_level(bench: Any, truth: Any) -> None:
+    same = bench.metrics.sliced_wasserstein(truth.true.projected, truth.true.projected)
+    assert same.tolist() == [0.0] * bench.metrics.LEVELS
+    soft = truth.measure(blurred(truth.true.pictures))
+    levels = bench.metrics.sliced_wasserstein(soft.projected, truth.true.projected)
+    assert levels[0] > 2 * levels[1] > 0
+    assert bench.metrics.spectrum_distance(truth.true.spectrum, truth.true.spectrum) == 0
+    assert bench.metrics.spectrum_distance(soft.spectrum, truth.true.spectrum) > 3
+
+
+def test_frechet_is_the_distance_of_gaussians(bench: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((4000, 3), generator=generator, dtype=torch.float64)
+    assert bench.metrics.frechet(x, x) == pytest.approx(0, abs=1e-9)
+    moved = 2 * x + torch.tensor([1.0, 0.0, -2.0])
+    # |m|² + (2 - 1)² in each of three directions, up to the sample's own moments.
+    assert bench.metrics.frechet(moved, x) == pytest.approx(5 + 3, rel=0.1)
+
+
+def test_a_flat_spectrum_is_flat_and_a_wave_is_one_ring(bench: Any) -> None:
+    noise = torch.rand((64, 3, 64, 64), generator=torch.Generator().manual_seed(2))
+    power = bench.metrics.spectrum(noise).mean(0)
+    assert float(power[2:].std() / power[2:].mean()) < 0.1
+    axis = torch.arange(64) / 64
+    wave = torch.sin(2 * torch.pi * 16 * axis).expand(1, 3, 64, 64)  # half of the Nyquist limit
+    assert int(bench.metrics.spectrum(wave).argmax()) == bench.metrics.BANDS // 2
+
+
+def test_resamples_stay_within_their_groups_and_repeat(bench: Any) -> None:
+    groups = [[0, 1, 2], [3, 4, 5, 6]]
+    drawn = bench.metrics.resamples(5, 7, groups)
+    for rows in drawn:
+        assert (sum(row < 3 for row in rows.tolist()), len(rows)) == (3, 7)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, bench.metrics.resamples(5, 7, groups), strict=True))
+    assert bench.metrics.interval(list(range(101))) == pytest.approx((2.5, 97.5))
+
+
+def test_the_judge_reads_true_scenes_and_no_others(bench: Any, truth: Any) -> None:
+    found = truth.groups(truth.true)
+    assert truth.parts(truth.true)["attributes"] > 0.97
+    assert min(found.values()) > 0.85  # of few scenes
+    turned = truth.measure(truth.true.pictures.flip(0))
+    assert truth.parts(turned)["attributes"] < 0.7
+    heights = truth.letters_by_height(truth.true)
+    assert set(heights) <= {32, 46}
+    assert min(heights.values()) >= 0.9
+
+
+def test_the_composite_is_one_for_the_truth_and_falls_with_every_fault(bench: Any, truth: Any) -> None:
+    assert sum(bench.scores.WEIGHTS.values()) == pytest.approx(1)
+    best = truth.parts(truth.true)
+    assert best["composite"] > 0.97
+    assert (best["local structure"], best["spectrum"]) == (1.0, 1.0)
+    assert best["look"] == pytest.approx(1, abs=1e-4)
+    true = truth.true.pictures
+    soft = truth.parts(truth.measure(blurred(true)))
+    blank = truth.parts(truth.measure(true.mean((2, 3), keepdim=True).expand_as(true)))
+    assert best["composite"] > soft["composite"] > blank["composite"]
+    assert blank["local structure"] == pytest.approx(0, abs=0.02)
+    smooth = truth.rows_of("smooth")
+    assert "letters" not in truth.parts(truth.true, smooth)
+    assert truth.parts(truth.true, smooth)["composite"] > 0.97
+
+
+def test_intervals_hold_the_value_and_a_gap_of_nothing_is_nothing(bench: Any, truth: Any) -> None:
+    soft = truth.measure(blurred(truth.true.pictures))
+    groups = [truth.rows_of(category).tolist() for category in CATEGORIES]
+    samples = bench.metrics.resamples(20, len(truth.scenes), groups)
+    found = bench.scores.compared(truth, {"true": truth.true, "soft": soft}, "true", samples)
+    assert found["true"]["to base, interval"] == (0.0, 0.0)
+    low, high = found["soft"]["to base, interval"]
+    assert low <= found["soft"]["to base"] + 0.02
+    assert high < 0
+
+
+def test_hires_fix_starts_where_webuis_start(bench: Any) -> None:
+    """0.12 on FLUX's full-size shift is 0.301 with twelve steps and 0.311 with one, as seen on real hosts."""
+    assert bench.ways.host_mu() == pytest.approx(1.15)
+    names = [bench.ways.hires_fix(256, 12, steps, 0.12, latent=False).name for steps in (12, 1)]
+    assert ["sigma 0.30" in names[0], "sigma 0.31" in names[1]] == [True, True]
+
+
+def test_costs_are_in_forwards_at_the_final_size(bench: Any) -> None:
+    ways = bench.ways
+    assert ways.native(256, 20).cost == pytest.approx(20)
+    share = (ways.staged(256).cost - 1) / 12
+    assert 0.15 < share < 0.25
+    assert ways.hires_fix(256, 12, 4, 0.5, latent=True).cost == pytest.approx(12 * share + 4)
+    assert ways.midway(256, 12, 8, 2).cost == pytest.approx(8 * share + 2)
+    every = ways.equal_cost(256)
+    assert len({way.name for way in every}) == len(every) > 20
+    swept = [way for sweep in bench.sweeps.SWEEPS.values() for way in sweep.ways(256)]
+    assert len(swept) > 40
+
+
+@pytest.mark.parametrize("kind", ["hires pixel", "hires latent", "midway", "staged", "reference"])
+def test_a_way_makes_pictures_of_the_size(bench: Any, kind: str) -> None:
+    ways = bench.ways
+    made = {
+        "hires pixel": lambda: ways.hires_fix(128, 1, 1, 0.5, latent=False),
+        "hires latent": lambda: ways.hires_fix(128, 1, 1, 0.5, latent=True),
+        "midway": lambda: ways.midway(128, 2, 1, 1),
+        "staged": lambda: ways.staged(128, low_steps=1),
+        "reference": lambda: ways.staged(128, low_steps=1, enlarger="reference", posterior="sample"),
+    }[kind]()
+    result = made.make(ways.Model.load(128), ["a smooth pink sky over blue waves with a sun on the left"], [3])
+    assert result.images.shape == (1, 3, 128, 128)
+    assert float(result.images.std()) > 0.01
+    if kind in ("staged", "reference"):
+        assert (result.low.shape[-1], result.enlarged.shape[-1]) == (64, 128)
+
+
+def test_the_command_writes_tables_a_plot_and_pictures(main: Any, tmp_path: Path, capsys: Any) -> None:
+    from mrflow_sched import make_native_plan
+
+    assert make_native_plan("demo", 128, 128).width == 128
+    ways = sys.modules["quality.ways"]
+    pair = [ways.native(64, 1), ways.staged(64, low_steps=1)]
+    record, pictures = main.measure(pair, "native 1", size=64, each=2, count=3, tell=lambda line: None)
+    report = sys.modules["quality.report"]
+    text = report.to_markdown(record)
+    assert text.count("| staged 1+1 |") == 3
+    report.plot(record, tmp_path / "plot.png")
+    report.plot(record, tmp_path / "sweep.png", sweep=True)
+    report.sheet(record, pictures, main.scenes_of(2), tmp_path / "sheet.png")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("plot.png", "sweep.png", "sheet.png"))
+    drift = record["ways"]["staged 1+1"]["colour drift"]
+    assert set(drift) == {"low to enlarged", "enlarged to round trip", "round trip to final", "low to final"}
+    assert np.isfinite(record["ways"]["staged 1+1"]["psnr of the layout"])
