@@ -287,9 +287,9 @@ def _whole_or_one_by_one(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel
     for size in dict.fromkeys((len(images), 1)):
         try:
             done: list[Tensor] = []
-            for part in images.split(size):
+            for first in range(0, len(images), size):
                 stop_if(cancel)
-                done.append(upscaler(part))
+                done.append(upscaler(images[first : first + size]))
             return torch.cat(done)
         except Exception as error:
             if not is_memory_error(error):
