@@ -1,5 +1,5 @@
 """The `mrflow` command: `plan` shows the numbers of a run, `generate` makes pictures, `compare` measures both ways,
-`doctor` says what would run here.
+`calibrate` measures what suits a model, `doctor` says what would run here.
 
 Results go to standard output, everything said on the way to standard error. Exit codes: 0 done, 1 (`doctor` only)
 something would fail, 2 a request that cannot
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from mrflow_sched.calibrate import Calibration
     from mrflow_sched.engines.flux import FluxEngine
     from mrflow_sched.engines.pipeline import PipelineEngine
     from mrflow_sched.families import Family
@@ -142,6 +143,9 @@ def _numbers() -> _Parser:
     group.add_argument("--seed-rule", choices=("offset", "hash"), help="how seeds of stages and batch images differ")
     group.add_argument("--posterior", choices=("mode", "sample"), help="what to take from the VAE's encoder")
     group.add_argument("--steps", type=_whole(1, 1000), metavar="N", help="steps of native sampling")
+    group.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="what `mrflow calibrate` wrote: its preset is the default"
+    )
     return parser
 
 
@@ -210,6 +214,24 @@ def build_parser() -> _Parser:
     compare.add_argument("--repeats", type=_whole(1, 100), default=1, metavar="N", help="runs of each, median counts")
     compare.set_defaults(run=_compare)
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        parents=[machine, common],
+        allow_abbrev=False,
+        help="measure which start sigma and how many steps suit a model and an upscaler",
+    )
+    calibrate.add_argument(
+        "prompts", nargs="*", type=_prompt, metavar="PROMPT", help="a picture each (default: four of different kinds)"
+    )
+    calibrate.add_argument("--size", type=_size, metavar="WxH", help="size of the pictures to measure")
+    calibrate.add_argument("--factor", type=float, metavar="F", help="enlargement between stages, 1.25 to 4")
+    calibrate.add_argument("--steps", type=_whole(1, 1000), metavar="N", help="steps of the native pictures")
+    calibrate.add_argument(
+        "--images", type=Path, nargs="+", metavar="IMAGE", help="pictures to measure in place of native ones"
+    )
+    calibrate.add_argument("--seed", type=_whole(0, _SEED_END), default=0, help="seed of the first picture (default 0)")
+    calibrate.set_defaults(run=_calibrate)
+
     doctor = commands.add_parser(
         "doctor", parents=[common], allow_abbrev=False, help="say what is installed, what would run and what would fail"
     )
@@ -272,7 +294,7 @@ def _default_size(family: str | Family, native: bool) -> tuple[int, int]:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    plan = _make_plan(args, args.family)
+    plan = _make_plan(args, _calibrated(args, args.family))
     if args.json:
         _print_json(plan.to_dict())
     else:
@@ -354,7 +376,7 @@ def _new_job(args: argparse.Namespace) -> _Job:
         raise ValueError(
             'the prompt is missing; say what the picture shows, as in mrflow generate "a blue star" --out DIR.'
         )
-    plan = _make_plan(args, _family(args))
+    plan = _make_plan(args, _calibrated(args, _family(args)))
     return _Job(plan, args.prompt, args.negative, args.batch, tuple(range(args.batch)))
 
 
@@ -362,7 +384,7 @@ def _repeat_job(args: argparse.Namespace) -> _Job:
     """The run that a picture remembers. The whole batch runs again, because a batch's size reaches the last bits."""
     given = [
         word
-        for word in (*_PLAN_WORDS, "size", "steps", "prompt", "negative", "family")
+        for word in (*_PLAN_WORDS, "size", "steps", "prompt", "negative", "family", "calibration")
         if getattr(args, word) is not None
     ]
     given += [word for word in ("native",) if getattr(args, word)] + (["batch"] if args.batch != 1 else [])
@@ -405,6 +427,21 @@ def _family(args: argparse.Namespace) -> str | Family:
     from mrflow_sched.engines.pipeline import read_layout
 
     return read_layout(args.model, args.family).family
+
+
+def _calibrated(args: argparse.Namespace, family: str | Family) -> str | Family:
+    """The family with the preset of --calibration, where that is given."""
+    if args.calibration is None:
+        return family
+    from mrflow_sched.calibrate import Calibration
+
+    try:
+        text = args.calibration.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--calibration is {str(args.calibration)!r}, which cannot be read; give a file of mrflow calibrate."
+        ) from error
+    return Calibration.from_json(text).apply(get_family(family) if isinstance(family, str) else family)
 
 
 def _is_flux(folder: str) -> bool:
@@ -630,7 +667,7 @@ def _free_stem(folder: Path, stem: str) -> str:
 
 def _compare(args: argparse.Namespace) -> int:
     solver = {} if args.solver else {"solver": "euler"}
-    plan = _make_plan(args, _family(args), **solver)
+    plan = _make_plan(args, _calibrated(args, _family(args)), **solver)
     from mrflow_sched.compare import compare, native_plan_of
 
     upscaler_path = _upscaler_path(args)
@@ -677,6 +714,107 @@ def _compare_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"outside the network: {found['overhead_share']:.1%} of the staged time"
     yield f"peak memory: {found['peak_memory_ratio']:.2f} times native"
     yield f"picture: {found['sheet']}"
+
+
+# --- mrflow calibrate -------------------------------------------------------------------------
+
+# Wide, detailed, lettered, smooth.
+_PROMPTS = (
+    "a harbour at dawn with fishing boats, mountains behind it",
+    "a crowded market street, many small stalls and signs, detailed photograph",
+    'a shop window with the words "OPEN TODAY" painted on it',
+    "a portrait of an old fisherman, soft light",
+)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from mrflow_sched.calibrate import calibrate
+    from mrflow_sched.upscale import load_upscaler
+
+    family = _family(args)
+    width, height = args.size or _default_size(family, native=False)
+    make_plan(family, width, height, factor=args.factor)  # a bad size or factor is told before anything is loaded
+    upscaler_path = _upscaler_path(args)
+    pictures, prompts = _measured_pictures(args, width, height)
+    with _writable(args.out), _saying_warnings():
+        engine = _load_engine(args, args.device, args.dtype, args.family)
+        upscaler = None if upscaler_path is None else load_upscaler(upscaler_path, device=engine.device)
+        found = calibrate(
+            engine,
+            upscaler,
+            prompts=prompts,
+            width=width,
+            height=height,
+            factor=args.factor,
+            images=pictures,
+            native_steps=args.steps,
+            seed=args.seed,
+            tell=None if args.progress is False else lambda what: _say(f"measuring: {what}"),
+        )
+        path = _write_new(args.out, f"calibration-{found.family}", found.to_json())
+    if args.json:
+        _print_json({"file": str(path), "calibration": json.loads(found.to_json())})
+    else:
+        print("\n".join(_calibration_lines(found)))
+        print(path)
+    return 0
+
+
+def _measured_pictures(args: argparse.Namespace, width: int, height: int) -> tuple[Tensor | None, tuple[str, ...]]:
+    """The pictures of --images, filled and cropped to the size, and a prompt for each; or only prompts."""
+    if not args.images:
+        if args.prompts or args.model is not None:
+            return None, tuple(args.prompts or _PROMPTS)
+        from mrflow_sched import demo
+
+        return None, demo.example_prompts()
+    if args.steps is not None:
+        raise ValueError("--images are measured in place of native pictures, so --steps has no meaning; leave one out.")
+    if args.prompts and len(args.prompts) != len(args.images):
+        raise ValueError(
+            f"there are {len(args.prompts)} prompts for {len(args.images)} --images; give one each, or none."
+        )
+    import torch
+
+    from mrflow_sched.images import load_image
+    from mrflow_sched.upscale import upscale_to
+
+    loaded = [upscale_to(load_image(path)[None], width, height) for path in args.images]
+    return torch.cat(loaded), tuple(args.prompts or [""] * len(args.images))
+
+
+def _calibration_lines(found: Calibration) -> Iterator[str]:
+    yield (
+        f"{found.family} with {found.upscaler}: {_count(found.pictures, 'picture')} of {found.width}x{found.height}, "
+        f"factor {found.factor:g}"
+    )
+    yield f"fine detail of the model's own pictures: power {found.clean_power:.3g}, bound sigma {found.bound:.3f}"
+    yield (
+        f"error of the upscaler: power {found.error_power:.3g} in fine detail, {found.error_power_low:.3g} below it, "
+        f"bound sigma {found.error_bound:.3f}"
+    )
+    yield "refining from   steps   detail to the model's own   PSNR"
+    for row in found.sweep:
+        yield f"  sigma {row.sigma:<7g} {row.refine_steps:>5}   {row.detail_db:>+17.2f} dB   {row.psnr:>10.2f} dB"
+    yield "distance of stage 1 to its converged picture: " + ", ".join(
+        f"{solver} {steps}: {distance:.3f}" for solver, steps, distance in found.low_steps_distance
+    )
+    yield f"recommended: low steps {found.low_steps}, refine steps {found.refine_steps}, sigma {found.sigma:g}"
+
+
+def _write_new(folder: Path, stem: str, text: str) -> Path:
+    """`stem`.json in `folder`, whole or not at all, and never over an old file."""
+    names = (stem if count == 1 else f"{stem}-{count}" for count in range(1, 1_000_000))
+    path = next(path for name in names if not (path := folder / f"{name}.json").exists())
+    draft = path.with_suffix(".part")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise ValueError(f"{str(path)!r} cannot be written ({_reason(error)}); give another --out.") from error
+    return path
 
 
 # --- mrflow doctor ----------------------------------------------------------------------------

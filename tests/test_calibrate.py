@@ -1,0 +1,267 @@
+"""Calibration: the spectra, the bounds and the choice; the command; the entry that plans read."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mrflow_sched import cli, demo, get_family, make_plan
+from mrflow_sched.calibrate import (
+    NEAR_DB,
+    Calibration,
+    SweepRow,
+    _enough,  # pyright: ignore[reportPrivateUsage]
+    _spread,  # pyright: ignore[reportPrivateUsage]
+    band_power,
+    bound,
+    calibrate,
+    choose,
+)
+from mrflow_sched.engines.analytic import GaussianFieldEngine
+from mrflow_sched.solvers import Cancelled
+
+FIELD = GaussianFieldEngine(
+    family=replace(GaussianFieldEngine().family, vae_factor=1, patch=8, grid=8, latent_channels=3), contrast=0.05
+)
+SAMPLE = Calibration(
+    family="demo",
+    upscaler="x2",
+    width=256,
+    height=256,
+    factor=2.0,
+    pictures=2,
+    clean_power=0.3,
+    error_power=0.03,
+    error_power_low=0.06,
+    bound=0.354,
+    error_bound=0.148,
+    sweep=(SweepRow(0.12, 1, -0.5, 30.0), SweepRow(0.15, 1, 0.1, 29.5)),
+    low_steps_distance=(("euler", 20, 0.06), ("multistep", 12, 0.05)),
+    sigma=0.15,
+    low_steps=11,
+    refine_steps=1,
+)
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_white_noise_has_power_one_in_both_bands() -> None:
+    noise = torch.randn((8, 4, 64, 48), generator=torch.Generator().manual_seed(0))
+    for factor in (1.5, 2.0, 4.0):
+        assert band_power(noise, factor) == pytest.approx((1, 1), rel=0.05)
+    assert band_power(3 * noise, 2.0) == pytest.approx((9, 9), rel=0.05)
+
+
+@pytest.mark.parametrize(("waves", "band"), [(7, 0), (15, 0), (16, 1), (20, 1), (32, 1)])
+def test_a_wave_counts_in_the_band_that_it_lies_in(waves: int, band: int) -> None:
+    """Of 64 samples, a grid twice as coarse holds up to 15 waves; the 16th is its Nyquist frequency."""
+    axis = torch.arange(64) / 64
+    wave = torch.cos(2 * torch.pi * waves * axis).expand(1, 1, 64, 64)
+    powers = band_power(5 + wave, 2.0)  # the mean is nobody's detail
+    assert powers[1 - band] == pytest.approx(0, abs=1e-6)
+    assert powers[band] > 0.1
+
+
+def test_the_bound_is_the_level_at_which_noise_is_as_strong_as_the_detail() -> None:
+    assert bound(0.0) == 0
+    assert bound(1.0) == 0.5
+    for power in (0.012, 0.031, 0.5):
+        level = bound(power)
+        assert level**2 == pytest.approx((1 - level) ** 2 * power)
+    with pytest.raises(ValueError, match="power must not be negative, got -1"):
+        bound(-1.0)
+
+
+def test_the_least_noise_with_the_models_own_detail_is_chosen() -> None:
+    rows = [SweepRow(level, 1, detail, 30.0) for level, detail in ((0.05, -0.2), (0.1, -1.5), (0.2, -0.8), (0.3, 0.1))]
+    assert choose(rows, 0.0).sigma == 0.05
+    assert choose(rows, 0.08).sigma == 0.2
+    assert choose(rows, 0.1).sigma == 0.2
+    assert choose([SweepRow(0.1, 1, -4.0, 30.0), SweepRow(0.2, 1, -2.0, 30.0)], 0.0).sigma == 0.2
+    assert choose(rows, 0.9).sigma == 0.05  # a bound above all that was swept: the sweep decides
+
+
+def test_low_steps_are_the_fewest_that_are_as_true_as_the_papers() -> None:
+    assert (
+        _enough((("euler", 20, 0.06), ("multistep", 8, 0.09), ("multistep", 12, 0.05), ("multistep", 16, 0.04))) == 12
+    )
+    assert _enough((("euler", 20, 0.01), ("multistep", 20, 0.02))) == 20
+
+
+def test_patches_in_channels_are_unfolded_before_frequencies_are_counted() -> None:
+    family = get_family("flux2-dev")
+    pixels = torch.randn((2, 32, 8, 12), generator=torch.Generator().manual_seed(1))
+    folded = pixels.reshape(2, 32, 4, 2, 6, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 128, 4, 6)
+    assert torch.equal(_spread(folded, family), pixels)
+    assert _spread(pixels, family) is pixels
+
+
+# --------------------------------------------------------------------------------------------------- a model in numbers
+
+
+def test_on_a_field_of_known_power_the_power_is_found() -> None:
+    """Sampled natively to the end and encoded, the detail has the power that the field's formula has there."""
+    said: list[str] = []
+    found = calibrate(FIELD, None, prompts=["a"] * 6, width=64, height=64, native_steps=200, seed=3, tell=said.append)
+    rows, columns = (torch.fft.fftfreq(64).abs() for _ in range(2))
+    above = torch.maximum(rows[:, None], columns[None]) >= 0.25
+    expected = float(FIELD.spectrum(64, 64)[above].mean())
+    assert found.clean_power == pytest.approx(expected, rel=0.1)
+    assert found.bound == pytest.approx(bound(found.clean_power))
+    # Lanczos makes no detail: its error there is the detail that is missing.
+    assert found.error_power == pytest.approx(found.clean_power, rel=0.1)
+    assert found.error_power_low < found.error_power
+    # One step to the mean of what is possible gives most detail from about the bound: the paper's claim, in numbers.
+    once = [row for row in found.sweep if row.refine_steps == 1]
+    best = max(once, key=lambda row: row.detail_db)
+    assert abs(best.sigma - found.bound) < 0.04
+    assert best.detail_db < -NEAR_DB
+    assert found.sigma == best.sigma
+    # The second step brings back what one step averages away.
+    assert found.sweep[-1].detail_db > best.detail_db + NEAR_DB
+    assert found.refine_steps == 2
+    assert (found.pictures, found.upscaler, found.factor) == (6, "Lanczos", FIELD.family.factor)
+    assert len(said) == len(found.sweep) + 3
+
+
+def test_given_pictures_are_measured_in_place_of_native_ones() -> None:
+    images = torch.rand((2, 3, 48, 64), generator=torch.Generator().manual_seed(4)) * 0.2 + 0.4
+    found = calibrate(FIELD, None, prompts=["a", "b"], width=64, height=64, images=images)
+    assert found.pictures == 2
+    with pytest.raises(ValueError, match="images must be one per prompt, got 2 for 1 prompts"):
+        calibrate(FIELD, None, prompts=["a"], width=64, height=64, images=images)
+    with pytest.raises(ValueError, match="prompts holds no text"):
+        calibrate(FIELD, None, prompts=[], width=64, height=64)
+
+
+def test_a_calibration_that_is_stopped_gives_nothing() -> None:
+    with pytest.raises(Cancelled):
+        calibrate(FIELD, None, prompts=["a"], width=64, height=64, cancel=lambda: True)
+
+
+# ------------------------------------------------------------------------------------------------------------ the entry
+
+
+def test_an_entry_reads_back_exactly_and_becomes_the_default_preset() -> None:
+    again = Calibration.from_json(SAMPLE.to_json())
+    assert again == SAMPLE
+    family = again.apply(get_family("demo"))
+    plan = make_plan(family, 256, 256)
+    assert (plan.preset, plan.stages[0].steps, plan.stages[1].start_sigma) == ("calibrated", 11, 0.15)
+    assert make_plan(family, 256, 256, "12+1").stages[0].steps == 12
+    assert len(again.apply(family).presets) == len(family.presets)
+    with pytest.raises(ValueError, match="the calibration is of family demo, not sd3; calibrate this model"):
+        again.apply(get_family("sd3"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "mrflow-calibration-1"}',
+        SAMPLE.to_json().replace('"sigma": 0.15,\n  "low', '"sigma": 1.5,\n  "low'),
+        SAMPLE.to_json().replace('"family"', '"model"'),
+    ],
+)
+def test_what_is_no_entry_is_one_sentence(text: str) -> None:
+    with pytest.raises(ValueError, match=r"this is no calibration .*make one with mrflow calibrate") as caught:
+        Calibration.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def mrflow(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(list(words))
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_command_writes_an_entry_that_plans_use(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small = ("--size", "64x64", "--steps", "2", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path))
+    code, out, err = mrflow(capsys, "calibrate", "a blue star over green hills", *small)
+    assert code == 0
+    assert "recommended: low steps" in out
+    assert "measuring: 1 native" in err
+    path = tmp_path / "calibration-demo.json"
+    assert out.splitlines()[-1] == str(path)
+    entry = Calibration.from_json(path.read_text())
+    code, out, _ = mrflow(capsys, "plan", "--family", "demo", "--calibration", str(path), "--json")
+    plan = json.loads(out)
+    assert (code, plan["preset"]) == (0, "calibrated")
+    assert math.isclose(plan["stages"][1]["sigmas"][0], entry.sigma)
+    # A picture of one's own, and nothing is written over.
+    Image.effect_noise((80, 70), 60).convert("RGB").save(tmp_path / "own.png")
+    words = ("calibrate", "--images", str(tmp_path / "own.png"), "--json", "--no-progress")
+    code, out, err = mrflow(capsys, *words, "--size", "64x64", "--device", "cpu", "--out", str(tmp_path))
+    assert (code, err) == (0, "")
+    assert json.loads(out)["file"] == str(tmp_path / "calibration-demo-2.json")
+    assert Calibration.from_json(path.read_text()) == entry
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--images", "none.png"), "there is no image file 'none.png'"),
+        (("--images", "none.png", "--steps", "3"), "--steps has no meaning"),
+        (("a", "b", "--images", "none.png"), "there are 2 prompts for 1 --images"),
+        (("--factor", "9"), "factor"),
+        (("--size", "0x8"), "is not a size"),
+        (("--upscaler", "none.pth"), "which is not a file"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Any, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mrflow(capsys, "calibrate", *words)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert sentence in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(SAMPLE.to_json())
+    other = str(demo.weights_path() / "model_index.json")
+    for words, sentence in (
+        (("plan", "--family", "sd3", "--calibration", str(path)), "of family demo, not sd3"),
+        (("plan", "--family", "demo", "--calibration", str(tmp_path)), "cannot be read"),
+        (
+            ("plan", "--family", "demo", "--calibration", str(demo.weights_path() / "model_index.json")),
+            "no calibration",
+        ),
+        (("generate", "--from", "x.png", "--calibration", str(path)), "--calibration has no place"),
+    ):
+        code, _, err = mrflow(capsys, *words)
+        assert code == 2
+        assert sentence in err
+
+
+def test_a_full_disk_leaves_no_half_entry(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrflow_sched import calibrate as module
+
+    monkeypatch.setattr(module, "calibrate", lambda *given, **named: SAMPLE)
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli.os, "replace", full)
+    code, _, err = mrflow(capsys, "calibrate", "--device", "cpu", "--out", str(tmp_path))
+    assert code == 2
+    assert "the disk is full" in err
+    assert list(tmp_path.iterdir()) == []
