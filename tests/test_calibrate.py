@@ -235,7 +235,6 @@ def test_what_cannot_be_calibrated_is_one_sentence(
 def test_a_calibration_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "c.json"
     path.write_text(SAMPLE.to_json())
-    other = str(demo.weights_path() / "model_index.json")
     for words, sentence in (
         (("plan", "--family", "sd3", "--calibration", str(path)), "of family demo, not sd3"),
         (("plan", "--family", "demo", "--calibration", str(tmp_path)), "cannot be read"),
