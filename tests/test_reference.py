@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from mrflow_sched.engines.flux import prepare_imports
+
 BENCH = Path(__file__).parent.parent / "bench" / "reference.py"
 PROMPT = "the word MAGIC in white letters on a blue wall"
 
@@ -32,6 +34,7 @@ def reference() -> Iterator[ModuleType]:
 def test_with_the_references_choices_the_pictures_are_the_references(
     reference: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    prepare_imports()
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     if "sigmas" not in inspect.signature(FluxPipeline.__call__).parameters:
