@@ -60,7 +60,7 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-# Trains the embedded model again, from nothing, in about two hours on two CPU cores; WORK needs 12 GB.
+# Trains the embedded model again, from nothing, in six to seven hours on two CPU cores; WORK needs 12 GB.
 train: $(VENV)/.dev
 	$(BIN)/python tools/train.py --work $(WORK)
 

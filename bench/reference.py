@@ -138,7 +138,7 @@ def from_picture(picture: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One way. Levels are 8-bit steps over all pixels and channels; PSNR in dB, the mean over the pictures."""
+    """One way. Levels are 8-bit steps over all pixels and channels; PSNR in dB, of all pictures as one."""
 
     name: str
     seconds: float
@@ -204,17 +204,17 @@ def measure(size: int, prompts: Sequence[str], seeds: Sequence[int], tell: Calla
             statistics.fmean(
                 float(np.abs(a - b).mean()) for a, b in zip(pictures[name], pictures["reference"], strict=True)
             ),
-            *(
-                statistics.fmean(_psnr(a, b) for a, b in zip(pictures[name], pictures[to], strict=True))
-                for to in ("reference", "native")
-            ),
+            *(_psnr(pictures[name], pictures[to]) for to in ("reference", "native")),
         )
         for name in every
     ]
 
 
-def _psnr(a: np.ndarray, b: np.ndarray) -> float:
-    error = float(np.square((a - b).astype(np.float64)).mean())
+def _psnr(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
+    """Of the mean square error over all pictures."""
+    error = statistics.fmean(
+        float(np.square((a - b).astype(np.float64)).mean()) for a, b in zip(some, others, strict=True)
+    )
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 

@@ -29,17 +29,17 @@ GUIDANCE_RANGE = (1.0, 5.0)
 
 @dataclass(frozen=True)
 class FlowSettings:
-    seconds: float = 13800.0  # budget of the base training on this machine
-    tiny_until: float = 0.18  # share of the budget spent at 64 pixels only
-    low_until: float = 0.68  # share after which 256 pixels join 128
-    high_share: float = 0.80  # share of steps at 256 pixels after that
+    seconds: float = 19600.0  # budget of the base training on this machine
+    tiny_until: float = 0.13  # share of the budget spent at 64 pixels only
+    low_until: float = 0.48  # share after which 256 pixels join 128
+    high_share: float = 0.65  # share of steps at 256 pixels after that
     batch_tiny: int = 48
     batch_low: int = 16
     batch_high: int = 4
     muon_lr: float = 0.02
     adam_lr: float = 1.5e-3
     text_lr: float = 5e-4
-    flat_until: float = 0.80  # share of the budget at full rates, falling linearly to 2 per cent after it
+    flat_until: float = 0.86  # share of the budget at full rates, falling linearly to 2 per cent after it
     warmup_steps: int = 150
     ema: float = 0.9985
     meaning_weight: float = 0.10  # of the auxiliary loss at the start; falls linearly to a fifth
