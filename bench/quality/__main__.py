@@ -55,7 +55,7 @@ def true_pictures(scenes: Sequence[Scene], size: int) -> Tensor:
 
 
 def sample(model: ways.Model, way: ways.Way, prompts: Sequence[str], batch: int) -> tuple[ways.Made, float]:
-    """All pictures of a way, and seconds per picture; the first batch is made twice and counts once."""
+    """All pictures of a way, and seconds per picture; one picture is made before, to warm up."""
     seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
     way.make(model, prompts[:1], seeds[:1])
     parts: list[ways.Made] = []
@@ -106,7 +106,6 @@ def measure(
         }
         rows[name]["letters by height"] = truth.letters_by_height(each_measured)
         rows[name][f"to {base}"] = scores.against(each_measured, measured[base])
-    floor = truth.measure(true_pictures(scenes, size).flip(3))
     record = {
         "scenes": len(scenes),
         "size": size,
@@ -116,7 +115,6 @@ def measure(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "true pictures": truth.parts(truth.true),
-        "true pictures mirrored": truth.parts(floor),
         "ways": rows,
     }
     pictures = {"true": truth.true.pictures, **{name: each_m.pictures for name, each_m in measured.items()}}

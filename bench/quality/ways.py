@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import reference
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -75,23 +74,8 @@ def planned(name: str, kind: str, plan: StagedPlan, enlarger: str = "SR") -> Way
 
 def _enlarger(model: Model, name: str) -> Any:
     if name == "reference":
-        return _reference().Tiles(model.enlargers["SR"], rounded=True)
+        return reference.Tiles(model.enlargers["SR"], rounded=True)
     return model.enlargers[name]
-
-
-def _reference() -> Any:
-    """bench/reference.py, where the official scripts' super-resolution is."""
-    path = Path(__file__).parents[1] / "reference.py"
-    spec = importlib.util.spec_from_file_location("bench_reference", path)
-    assert spec is not None
-    assert spec.loader is not None
-    import sys
-
-    if "bench_reference" not in sys.modules:
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["bench_reference"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["bench_reference"]
 
 
 def native(size: int, steps: int, solver: str = "euler") -> Way:
@@ -113,8 +97,8 @@ def hires_fix(size: int, steps: int, hires_steps: int, denoise: float, latent: b
     In pixels the picture is enlarged by the same network, through 8 bits; in latents, bilinearly. The second pass has
     the first one's seed.
     """
-    rule = host_mu()
-    shift = math.exp(rule)
+    shift = math.exp(host_mu())
+    first_list = native_sigmas(steps, mu=host_mu())
     walked = int(hires_steps / denoise)
     tail = [shift_sigma((hires_steps - i) / walked, shift) for i in range(hires_steps)] + [0.0]
     share = _share(size)
@@ -132,7 +116,6 @@ def hires_fix(size: int, steps: int, hires_steps: int, denoise: float, latent: b
         start = add_noise(clean, draw_noise(clean.shape[1:], seeds), tail[0])
         return Made(engine.decode(_walk(model, text, start, tail)))
 
-    first_list = list(native_sigmas(steps, mu=rule))
     word = "latent" if latent else "pixel"
     name = f"hires fix, {word}, {steps}+{hires_steps}, denoise {denoise:g} (sigma {tail[0]:.2f})"
     return Way(name, "hires fix", steps * share + hires_steps, make)
