@@ -26,9 +26,10 @@ def bench() -> Iterator[Any]:
     from mrflow_sched.engines.flux import prepare_imports
 
     prepare_imports()
-    from quality import judge, metrics, report, scores, sweeps, ways  # pyright: ignore[reportMissingImports]
+    from quality import ideas, judge, metrics, report, scores, sweeps, ways  # pyright: ignore[reportMissingImports]
 
-    yield SimpleNamespace(judge=judge, metrics=metrics, report=report, scores=scores, sweeps=sweeps, ways=ways)
+    modules = {"judge": judge, "metrics": metrics, "report": report, "scores": scores, "sweeps": sweeps, "ways": ways}
+    yield SimpleNamespace(ideas=ideas, **modules)
     sys.path[:] = before
 
 
@@ -191,6 +192,83 @@ def test_a_way_makes_pictures_of_the_size(bench: Any, kind: str) -> None:
     assert float(result.images.std()) > 0.01
     if kind in ("staged", "reference"):
         assert (result.low.shape[-1], result.enlarged.shape[-1]) == (64, 128)
+
+
+PROMPTS = ["the word MAGIC in white letters on a blue wall", "a smooth pink sky over blue waves with a sun on the left"]
+
+
+@pytest.fixture(scope="module")
+def small(bench: Any) -> Any:
+    return bench.ways.Model.load(128)
+
+
+@pytest.fixture(scope="module")
+def plain(bench: Any, small: Any) -> Any:
+    return bench.ideas.opened(128, "plain").make(small, PROMPTS, [3, 8])
+
+
+def test_the_staged_way_laid_open_is_the_staged_way(bench: Any, small: Any, plain: Any) -> None:
+    staged = bench.ways.staged(128).make(small, PROMPTS, [3, 8])
+    assert torch.equal(plain.images, staged.images)
+    same = bench.ideas.Parts(sigma=lambda model, low: torch.full((len(low),), 0.12))
+    again = bench.ideas.opened(128, "same", same).make(small, PROMPTS, [3, 8])
+    assert torch.allclose(again.images, plain.images, atol=1e-5)
+
+
+def test_nested_noise_is_white_and_the_final_noise_made_coarse(bench: Any) -> None:
+    noise = bench.ideas.nested_noise(None, range(4), (16, 32, 32))
+    assert float(noise.std()) == pytest.approx(1, abs=0.02)
+    from mrflow_sched.noise import draw_noise
+
+    large = draw_noise((16, 64, 64), range(4))
+    coarse = torch.nn.functional.interpolate(large, scale_factor=0.5, mode="area")
+    assert torch.allclose(noise, 2 * coarse, atol=1e-6)
+    # The refine stage's seeds are one above stage 1's.
+    assert torch.equal(bench.ideas.native_noise(None, [6], (16, 64, 64)), draw_noise((16, 64, 64), [5]))
+
+
+def test_every_picture_gets_its_own_sigma_and_a_flat_one_the_least(bench: Any, small: Any) -> None:
+    flat = torch.full((1, 3, 64, 64), 0.5)
+    busy = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    levels = bench.ideas.sigma_of_error(small, torch.cat([flat, busy]))
+    assert 0.0499 < float(levels[0]) < float(levels[1]) < 0.4001
+
+
+def test_colour_guards_bring_back_the_low_pictures_colours(bench: Any, plain: Any) -> None:
+    shifted = (plain.images * 0.9 + 0.05).clamp(0, 1)
+    means = plain.low.mean((2, 3))
+    for guard in (bench.ideas.whole_colours, bench.ideas.local_colours):
+        before = (shifted.mean((2, 3)) - means).abs().mean()
+        after = (guard(plain.low, plain.enlarged, shifted).mean((2, 3)) - means).abs().mean()
+        assert after < 0.2 * before
+
+
+def test_what_does_not_vary_is_not_refined(bench: Any) -> None:
+    enlarged = torch.full((1, 3, 64, 64), 0.5)
+    enlarged[..., 32:, :] = torch.rand((1, 3, 32, 64), generator=torch.Generator().manual_seed(1))
+    refined = enlarged + 0.1
+    kept = bench.ideas.where_it_varies(enlarged, enlarged, refined)
+    assert torch.equal(kept[..., :24, :], enlarged[..., :24, :])
+    assert torch.allclose(kept[..., 44:, :], refined[..., 44:, :])
+
+
+def test_corrections_bring_enlarged_latents_nearer_to_true_ones(
+    bench: Any, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.ideas, "FITTED_ON", 8)
+    made, true = bench.ideas._pairs(small)
+    plain = (made - true).square().mean()
+    one, three = ((bench.ideas.least_squares(side)(small, made) - true).square().mean() for side in (1, 3))
+    assert plain > one > three
+    power = [each.square().mean((0, 2, 3)) for each in (made, true, bench.ideas.same_power(small, made))]
+    assert float((power[2] / power[1]).log().abs().mean()) < float((power[0] / power[1]).log().abs().mean())
+
+
+def test_all_ideas_have_names_and_costs_near_12_and_1(bench: Any) -> None:
+    tried = bench.ideas.ideas(256)
+    assert len({way.name for way in tried}) == len(tried) > 12
+    plain = bench.ways.staged(256).cost
+    assert all(way.cost <= 2.5 * plain for way in tried)
 
 
 def test_the_command_writes_tables_a_plot_and_pictures(main: Any, tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
     python bench/quality --out DIR                   the ways at equal cost (about 15 minutes on two CPU cores)
     python bench/quality --sweep sigma --out DIR     one number at a time; `--sweep all` for all sweeps
+    python bench/quality --ideas --out DIR           what might do better than the plain recipe
     python bench/quality --quick                     a few scenes, prints only
 
 Writes quality.json, quality.md, trade-off.png and pictures-*.png (or the same for a sweep). Scenes, seeds and
@@ -29,7 +30,7 @@ from mrflow_sched.engines.flux import prepare_imports
 
 prepare_imports()
 
-from quality import metrics, report, scores, sweeps, ways  # noqa: E402
+from quality import ideas, metrics, report, scores, sweeps, ways  # noqa: E402
 
 TEST_STREAM, FIRST_SEED = 3, 1000
 
@@ -95,6 +96,7 @@ def measure(
         measured[way.name] = truth.measure(made.images)
         rows[way.name] = {"kind": way.kind, "cost": way.cost, "seconds": seconds, **_stages(model, truth, made)}
         tell(f"{way.name}: {seconds:.2f} s a picture, composite {truth.parts(measured[way.name])['composite']:.3f}")
+    natives = [way.name for way in chosen if way.kind == "native"]
     groups = [truth.rows_of(category).tolist() for category in CATEGORIES]
     samples = metrics.resamples(count, len(scenes), groups)
     compared = scores.compared(truth, measured, base, samples)
@@ -105,7 +107,8 @@ def measure(
             category: truth.parts(each_measured, truth.rows_of(category)) for category in CATEGORIES
         }
         rows[name]["letters by height"] = truth.letters_by_height(each_measured)
-        rows[name][f"to {base}"] = scores.against(each_measured, measured[base])
+        for held in dict.fromkeys((base, *natives[:1])):
+            rows[name][f"to {held}"] = scores.against(each_measured, measured[held])
     record = {
         "scenes": len(scenes),
         "size": size,
@@ -149,13 +152,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=24, help="scenes per category (default 24)")
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap samples (default 200)")
     parser.add_argument("--sweep", choices=[*sweeps.SWEEPS, "all"], help="sweep one number in place of the comparison")
+    parser.add_argument("--ideas", action="store_true", help="compare ideas with the plain recipe")
     parser.add_argument("--quick", action="store_true", help="two scenes per category and few ways")
     parser.add_argument("--out", type=Path, help="folder for what is written")
     options = parser.parse_args(arguments)
     each, count = (2, 20) if options.quick else (options.scenes, options.resamples)
     base = "native 50"
     jobs: dict[str, list[ways.Way]] = {}
-    if options.sweep is None:
+    if options.ideas:
+        tried = ideas.ideas(options.size)[: 2 if options.quick else None]
+        jobs["ideas"] = [ways.staged(options.size), ways.native(options.size, 20, "multistep"), *tried]
+        base = "staged 12+1"
+    elif options.sweep is None:
         every = ways.equal_cost(options.size)
         jobs["quality"] = [every[0], ways.staged(options.size)] if options.quick else every
     else:

@@ -23,7 +23,7 @@ from mrflow_sched.upscale import LanczosUpscaler, upscale_to
 FAMILY = "demo"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """The embedded model and its enlargers, loaded once; `size` is the final side in pixels."""
 

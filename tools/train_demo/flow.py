@@ -20,6 +20,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
+from mrflow_sched.demo import scenes
 from mrflow_sched.demo.scenes import caption
 from mrflow_sched.engines.flux import pack, unpack
 from train_demo import data, text
@@ -36,6 +37,10 @@ class FlowSettings:
     batch_tiny: int = 48
     batch_low: int = 16
     batch_high: int = 4
+    band_share: float = 0.0  # share of steps at 256 pixels that see a band of half the height, two for the price of one
+    batch_band: int = 8
+    word_share: float = 0.0  # share of pictures at 256 pixels that are drawn among those with a word
+    letter_weight: float = 1.0  # of the loss where letters are, at 256 pixels
     muon_lr: float = 0.02
     adam_lr: float = 1.5e-3
     text_lr: float = 5e-4
@@ -74,14 +79,16 @@ def make_transformer() -> FluxTransformer2DModel:
     return model
 
 
-def position_ids(h: int, w: int) -> Tensor:
+def position_ids(h: int, w: int, top: int = 0) -> Tensor:
     ids = torch.zeros(h // 2, w // 2, 3)
-    ids[..., 1], ids[..., 2] = torch.arange(h // 2)[:, None], torch.arange(w // 2)[None]
+    ids[..., 1], ids[..., 2] = top + torch.arange(h // 2)[:, None], torch.arange(w // 2)[None]
     return ids.reshape(-1, 3)
 
 
-def velocity(model: Any, x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor, guidance: Tensor) -> Tensor:
-    """x (B,16,h,w) → v of the same shape."""
+def velocity(
+    model: Any, x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor, guidance: Tensor, top: int = 0
+) -> Tensor:
+    """x (B,16,h,w) → v of the same shape. `top`: row of tokens that x begins at, where it is a band of a picture."""
     h, w = x.shape[-2:]
     out = model(
         hidden_states=pack(x),
@@ -89,7 +96,7 @@ def velocity(model: Any, x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tenso
         pooled_projections=pooled,
         timestep=sigma,
         guidance=guidance,
-        img_ids=position_ids(h, w),
+        img_ids=position_ids(h, w, top),
         txt_ids=torch.zeros(tokens.shape[1], 3),
         return_dict=False,
     )[0]
@@ -130,6 +137,13 @@ class TextToVelocity(nn.Module):
         return self.t5(ids).last_hidden_state, self.clip(clip_ids).pooler_output
 
 
+def is_letter(part: Any) -> Any:
+    """Where an array of parts (the first of :data:`train_demo.data.MEANINGS`) shows letters."""
+    names = data.MEANINGS["part"]
+    first = names.index(scenes.LETTERS[0])
+    return (part >= first) & (part < first + len(scenes.LETTERS))
+
+
 class Batches:
     """Random batches of (latents, T5 ids, CLIP ids) at either size."""
 
@@ -139,21 +153,43 @@ class Batches:
         self.t5_tokenizer, _, self.clip_tokenizer, _ = text.load(work)
         cache = work / "tokens.pt"
         if not cache.exists():
-            scenes = data.load_scenes(work)
-            texts = [caption(scene, name_sky=named) for named in (True, False) for scene in scenes]
-            torch.save((self.tokenise([*texts, ""]), len(scenes)), cache)
+            drawn = data.load_scenes(work)
+            texts = [caption(scene, name_sky=named) for named in (True, False) for scene in drawn]
+            torch.save((self.tokenise([*texts, ""]), len(drawn)), cache)
         (self.ids, self.clip_ids), self.count = torch.load(cache)
         self.settings = settings
         self.rng = np.random.default_rng(settings.seed)
+        self.with_words, self.first_row, self.last_row = self._words()
+
+    def _words(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Numbers of the pictures that hold a word, and the first and last row of tokens of each word at 256 pixels."""
+        has = np.concatenate([is_letter(part[:, 0]).any(2) for part in np.array_split(self.meanings[data.HIGH], 50)])
+        found = np.flatnonzero(has.any(1))
+        return found, has[found].argmax(1), has.shape[1] - 1 - has[found, ::-1].argmax(1)
+
+    def draw_band(self) -> tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """First row of tokens, and a batch of bands from there: half the height at 256 pixels, each with its word."""
+        height = data.HIGH // data.TOKEN // 2
+        one = self.rng.integers(len(self.with_words))
+        top = int(self.rng.integers(max(0, self.last_row[one] - height + 1), min(height, self.first_row[one]) + 1))
+        fits = self.with_words[(self.first_row >= top) & (self.last_row < top + height)]
+        x0, ids, clip_ids, shown = self.draw(data.HIGH, self.settings.batch_band, among=fits)
+        width = shown.shape[-1] // (2 * height)
+        shown = shown.unflatten(2, (2 * height, width))[:, :, top : top + height].flatten(2)
+        return top, (x0[:, :, 2 * top : 2 * (top + height)].contiguous(), ids, clip_ids, shown)
 
     def tokenise(self, texts: list[str], length: int = text.LENGTH) -> tuple[Tensor, Tensor]:
         pad = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         ids = self.t5_tokenizer(texts, max_length=length, **pad).input_ids
         return ids, self.clip_tokenizer(texts, max_length=48, **pad).input_ids
 
-    def draw(self, size: int, count: int, *, long_text: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def draw(
+        self, size: int, count: int, *, long_text: bool = False, among: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents (B, 16, h, w), T5 ids, CLIP ids, and what each token shows (B, 3, tokens)."""
-        rows = np.sort(self.rng.integers(0, self.count, count))
+        if among is None and size == data.HIGH and self.rng.random() < self.settings.word_share:
+            among = self.with_words
+        rows = np.sort(self.rng.integers(0, self.count, count) if among is None else self.rng.choice(among, count))
         x0 = torch.from_numpy(self.latents[size][rows].astype(np.float32))
         shown = torch.from_numpy(self.meanings[size][rows].astype(np.int64)).flatten(2)
         rows = np.where(self.rng.random(count) < self.settings.skip_sky, rows + self.count, rows)
@@ -239,7 +275,9 @@ def train(
         long_text = batches.rng.random() < settings.long_text
         if long_text:
             size, count = min(size, data.LOW), 4
-        x0, ids, clip_ids, shown = batches.draw(size, count, long_text=long_text)
+        band = size == data.HIGH and done < settings.flat_until and batches.rng.random() < settings.band_share
+        top, drawn = batches.draw_band() if band else (0, batches.draw(size, count, long_text=long_text))
+        x0, ids, clip_ids, shown = drawn
         sigma = draw_sigma(len(x0), SHIFTS[size], 0.15 if size < data.HIGH else 0.25)
         noise = torch.randn_like(x0)
         s = sigma.view(-1, 1, 1, 1)
@@ -248,11 +286,17 @@ def train(
         with torch.autocast("cpu", torch.bfloat16):
             tokens, pooled = model.encode(ids, clip_ids)
             v = velocity(
-                model.transformer if long_text else fast, (1 - s) * x0 + s * noise, sigma, tokens, pooled, guidance
+                model.transformer if long_text else fast, (1 - s) * x0 + s * noise, sigma, tokens, pooled, guidance, top
             )
             naming = model.naming_loss(features[0], shown)
-        error = (v - (noise - x0)).square().mean()
-        loss = error + settings.meaning_weight * (1 - 0.8 * done) * naming
+        squares = (v - (noise - x0)).square()
+        error = squares.mean()
+        weight = torch.ones_like(squares[:, :1])
+        if size == data.HIGH:
+            letters = is_letter(shown[:, 0]).view(len(x0), 1, x0.shape[2] // 2, -1)
+            wide = letters.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            weight = torch.where(wide, settings.letter_weight, weight)
+        loss = (squares * weight).mean() / weight.mean() + settings.meaning_weight * (1 - 0.8 * done) * naming
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:

@@ -1,0 +1,204 @@
+"""Ideas to do better than the plain staged recipe, each as a way at the cost of 12+1 (or near it).
+
+`opened` is the staged way with its parts laid open, one place to change each; without changes it gives the pictures of
+`ways.staged` to the bit. An idea goes into the package only where this benchmark says that it is worth it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mrflow_sched import make_plan
+from mrflow_sched.calibrate import band_power, bound
+from mrflow_sched.noise import add_noise, draw_noise, stage_seed
+from mrflow_sched.plan import StagedPlan
+from mrflow_sched.solvers import get_solver
+from mrflow_sched.upscale import upscale_to
+
+from .ways import FAMILY, Made, Model, Way, staged
+
+FITTED_ON = 64  # training scenes that corrections are fitted on
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What may be changed. Every function is given the model first.
+
+    `low_noise(seeds, shape)`: noise of stage 1, and `high_noise(seeds, shape)` of the refine stage. `encoded(latents)`:
+    the enlarged picture's latents, corrected. `sigma(low)`: start level of each picture, (B,). `final(low, enlarged,
+    refined)`: the picture that is kept.
+    """
+
+    low_noise: Callable[[Model, Sequence[int], Sequence[int]], Tensor] | None = None
+    high_noise: Callable[[Model, Sequence[int], Sequence[int]], Tensor] | None = None
+    encoded: Callable[[Model, Tensor], Tensor] | None = None
+    sigma: Callable[[Model, Tensor], Tensor] | None = None
+    final: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+def opened(size: int, name: str, parts: Parts | None = None, **numbers: object) -> Way:
+    """The staged way of `make_plan(..., "12+1", **numbers)` with `parts` put in."""
+    plan = make_plan(FAMILY, size, size, "12+1", **numbers)  # type: ignore[arg-type]
+    changed = parts or Parts()
+
+    @torch.no_grad()
+    def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
+        return _walked(model, plan, changed, prompts, seeds)
+
+    return Way(name, "ideas", sum(plan.stage_costs()), make)
+
+
+def _walked(model: Model, plan: StagedPlan, parts: Parts, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
+    engine, (first, last) = model.engine, plan.stages
+    text = engine.encode_text(prompts)
+    solver = get_solver(first.solver)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return engine.denoise(x, sigma, text, guidance=first.guidance)
+
+    shape = engine.latent_shape(first.width, first.height)
+    own = parts.low_noise or _own_noise
+    low = engine.decode(solver(denoise, own(model, seeds, shape), first.sigmas))
+    enlarged = upscale_to(low, last.width, last.height, model.enlargers["SR"])
+    clean = engine.encode(enlarged)
+    if parts.encoded is not None:
+        clean = parts.encoded(model, clean)
+    own = parts.high_noise or _own_noise
+    noise = own(model, [stage_seed(seed, 0, 1, plan.seed_rule) for seed in seeds], clean.shape[1:])
+    if parts.sigma is None:
+        latents = get_solver(last.solver)(denoise, add_noise(clean, noise, last.sigmas[0]), last.sigmas)
+    else:
+        level = parts.sigma(model, low)
+        latents = denoise(add_noise(clean, noise, level), level)  # one step to 0 is the clean estimate
+    refined = engine.decode(latents)
+    final = refined if parts.final is None else parts.final(low, enlarged, refined)
+    return Made(final, low, enlarged)
+
+
+def _own_noise(model: Model, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    return draw_noise(shape, seeds)
+
+
+# ---------------------------------------------------------------------------------------------------------- the ideas
+
+
+def nested_noise(model: Model, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The final size's noise, averaged over 2x2 and scaled back to deviation 1, for the low size: a native picture
+    of the same seed starts from the same coarse noise."""
+    channels, rows, columns = shape
+    return 2 * functional.avg_pool2d(draw_noise((channels, 2 * rows, 2 * columns), seeds), 2)
+
+
+def native_noise(model: Model, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The noise that a native picture of the same seed starts from, at the refine stage too."""
+    return draw_noise(shape, [seed - 1 for seed in seeds])
+
+
+def sigma_of_error(model: Model, low: Tensor) -> Tensor:
+    """A start level for every picture: that whose noise is as strong as the enlarger's error in the latents, measured
+    where the truth is known: half the low picture, enlarged again."""
+    half = functional.interpolate(low, scale_factor=0.5, mode="area")
+    again = upscale_to(half, low.shape[-1], low.shape[-2], model.enlargers["SR"])
+    wrong = model.engine.encode(again) - model.engine.encode(low)
+    return torch.tensor([min(max(bound(band_power(each[None], 2)[1]), 0.05), 0.4) for each in wrong])
+
+
+def whole_colours(low: Tensor, enlarged: Tensor, refined: Tensor) -> Tensor:
+    """The refined picture with the low picture's mean of every colour channel."""
+    return (refined + low.mean((2, 3), keepdim=True) - refined.mean((2, 3), keepdim=True)).clamp(0, 1)
+
+
+def local_colours(low: Tensor, enlarged: Tensor, refined: Tensor) -> Tensor:
+    """The refined picture with the low picture's colours, coarser than an eighth of the low side's pixels."""
+    coarse = functional.avg_pool2d(low, 8) - functional.avg_pool2d(refined, 8 * refined.shape[-1] // low.shape[-1])
+    shift = functional.interpolate(coarse, refined.shape[-2:], mode="bilinear", align_corners=False)
+    return (refined + shift).clamp(0, 1)
+
+
+def where_it_varies(low: Tensor, enlarged: Tensor, refined: Tensor) -> Tensor:
+    """Refined where the enlarged picture varies within 9x9 pixels, the enlarged picture elsewhere, softly."""
+    grey = enlarged.mean(1, keepdim=True)
+    mean, square = (functional.avg_pool2d(each, 9, 1, 4, count_include_pad=False) for each in (grey, grey**2))
+    variance = (square - mean**2).clamp(min=0)
+    share = (variance.sqrt() / 0.04).clamp(0, 1)
+    return share * refined + (1 - share) * enlarged
+
+
+@cache
+def _pairs(model: Model) -> tuple[Tensor, Tensor]:
+    """Latents of training scenes that were made small and enlarged, and of the scenes themselves, (N, C, h, w)."""
+    from train_demo import data
+
+    engine = model.engine
+    scenes = [torch.from_numpy(data.picture_at(index, size=model.size)) for index in range(FITTED_ON)]
+    large = torch.stack(scenes).permute(0, 3, 1, 2).float().contiguous()
+    small = functional.interpolate(large, scale_factor=0.5, mode="area")
+    low = torch.cat([engine.decode(engine.encode(part)) for part in small.split(8)])
+    enlarged = [upscale_to(part, model.size, model.size, model.enlargers["SR"]) for part in low.split(8)]
+    return torch.cat([engine.encode(part) for part in enlarged]), engine.encode(large)
+
+
+@cache
+def _least_squares(model: Model, side: int) -> tuple[Tensor, Tensor]:
+    """The convolution (C, C, side, side) and shift (C,) that bring enlarged latents nearest to true ones."""
+    made, true = _pairs(model)
+    channels = made.shape[1]
+    rows = functional.unfold(made, side, padding=side // 2).transpose(1, 2).flatten(0, 1).double()
+    rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+    wanted = true.flatten(2).transpose(1, 2).flatten(0, 1).double()
+    gram = rows.T @ rows + 1e-4 * len(rows) * torch.eye(rows.shape[1], dtype=torch.float64)
+    fitted = torch.linalg.solve(gram, rows.T @ wanted).float()
+    return fitted[:-1].T.reshape(channels, channels, side, side).contiguous(), fitted[-1].contiguous()
+
+
+def least_squares(side: int) -> Callable[[Model, Tensor], Tensor]:
+    """Enlarged latents through a convolution that was fitted on training scenes."""
+
+    def corrected(model: Model, latents: Tensor) -> Tensor:
+        kernel, shift = _least_squares(model, side)
+        return functional.conv2d(latents, kernel, shift, padding=side // 2)
+
+    return corrected
+
+
+@cache
+def _gains(model: Model) -> Tensor:
+    """Factor of every channel and frequency (C, h, w / 2 + 1) that gives enlarged latents the true ones' mean power, at
+    most 2."""
+    made, true = (torch.fft.rfft2(each).abs().square().mean(0) for each in _pairs(model))
+    ratio = functional.avg_pool2d(true, 5, 1, 2) / functional.avg_pool2d(made, 5, 1, 2).clamp(min=1e-9)
+    return ratio.sqrt().clamp(0.5, 2.0)
+
+
+def same_power(model: Model, latents: Tensor) -> Tensor:
+    """Enlarged latents with the true ones' mean power at every frequency."""
+    return torch.fft.irfft2(torch.fft.rfft2(latents) * _gains(model), s=latents.shape[-2:])
+
+
+def ideas(size: int) -> list[Way]:
+    """All ideas; numbers that `make_plan` knows already are here where they are meant to do better."""
+    return [
+        opened(size, "nested noise", Parts(low_noise=nested_noise)),
+        opened(size, "nested noise in both stages", Parts(low_noise=nested_noise, high_noise=native_noise)),
+        opened(size, "sigma per picture", Parts(sigma=sigma_of_error)),
+        opened(size, "colour guard, whole picture", Parts(final=whole_colours)),
+        opened(size, "colour guard, local", Parts(final=local_colours)),
+        opened(size, "refined where it varies", Parts(final=where_it_varies)),
+        opened(size, "latents corrected, 1x1 fit", Parts(encoded=least_squares(1))),
+        opened(size, "latents corrected, 3x3 fit", Parts(encoded=least_squares(3))),
+        opened(size, "latents corrected, same power", Parts(encoded=same_power)),
+        staged(size, "12+1", "8+2, euler", low_steps=8, refine_steps=2, solver="euler"),
+        staged(size, "12+1", "8+2, careful", low_steps=8, refine_steps=2, solver="careful"),
+        staged(size, "12+1", "8+2, multistep, shifted", low_steps=8, refine_steps=2, refine_curve="shifted"),
+        staged(size, "12+1", "8+2 from 0.3", low_steps=8, refine_steps=2, sigma=0.3),
+        staged(size, "12+1", "8+2 from 0.45", low_steps=8, refine_steps=2, sigma=0.45),
+        staged(size, "12+1", "6+4 from 0.6", low_steps=6, refine_steps=4, sigma=0.6),
+        staged(size, "12+1", "6+4 from 0.6, shifted", low_steps=6, refine_steps=4, sigma=0.6, refine_curve="shifted"),
+        staged(size, "12+1", "6+6 from 0.75, shifted", low_steps=6, refine_steps=6, sigma=0.75, refine_curve="shifted"),
+    ]
