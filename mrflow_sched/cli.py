@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import mrflow_sched
+from mrflow_sched._errors import first_line
+from mrflow_sched.cost import Speeds, part_costs, peak_memory, work_ratio
 from mrflow_sched.families import FAMILIES, get_family
 from mrflow_sched.plan import SOLVER_NAMES, StagedPlan, make_plan
 from mrflow_sched.record import KEY, MAX_BATCH, RunRecord, library_versions
@@ -190,6 +192,9 @@ def build_parser() -> _Parser:
     plan = commands.add_parser("plan", parents=[numbers, common], allow_abbrev=False, help="show the numbers of a run")
     plan.add_argument("--family", required=True, metavar="NAME", help=", ".join(FAMILIES))
     plan.add_argument("--native", action="store_true", help="plan ordinary one-stage sampling")
+    plan.add_argument(
+        "--timings", type=Path, metavar="FILE", help="what compare --json printed: expect seconds on that machine"
+    )
     plan.set_defaults(run=_plan)
 
     generate = commands.add_parser(
@@ -295,22 +300,62 @@ def _default_size(family: str | Family, native: bool) -> tuple[int, int]:
 
 def _plan(args: argparse.Namespace) -> int:
     plan = _make_plan(args, _calibrated(args, args.family))
+    seconds = None if args.timings is None else _predicted(plan, args.timings)
     if args.json:
-        _print_json(plan.to_dict())
+        more = {} if seconds is None else {"seconds": [{"name": name, "seconds": value} for name, value in seconds]}
+        _print_json({**plan.to_dict(), "work_ratio": work_ratio(plan), "work": _work(plan), **more})
     else:
-        print("\n".join(_plan_lines(plan)))
+        print("\n".join(_plan_lines(plan, seconds)))
     return 0
+
+
+def _work(plan: StagedPlan) -> list[dict[str, Any]]:
+    return [{"name": part.name, "calls": part.calls, "flop": part.flop} for part in part_costs(plan) or ()]
+
+
+def _predicted(plan: StagedPlan, path: Path) -> tuple[tuple[str, float], ...]:
+    """(part, seconds) of `plan` on the machine that `mrflow compare --json` was run on."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        measured = StagedPlan.from_string(found["plan"])
+        seconds = {str(part["name"]): float(part["seconds"]) for part in found["stages"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--timings {path} cannot be read ({first_line(error)}); give what mrflow compare --json printed."
+        ) from error
+    if measured.family != plan.family:
+        raise ValueError(f"--timings {path} is of family {measured.family}, not {plan.family}; compare this model.")
+    return Speeds.measured(measured, seconds).predict(plan)
+
+
+def _tera(flop: float) -> str:
+    return f"{flop / 1e12:.3g}"
 
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _plan_lines(plan: StagedPlan) -> Iterator[str]:
+def _plan_lines(plan: StagedPlan, seconds: Sequence[tuple[str, float]] | None = None) -> Iterator[str]:
     size, forwards = f"{plan.width}x{plan.height}", _count(plan.forwards, "forward")
     yield f"{plan.family} {plan.preset}: {size}, {forwards}, seed {plan.seed}"
     if len(plan.stages) > 1:
         yield f"expected network work: {plan.native_steps} native steps cost {plan.cost_ratio:.2f} times as much"
+    parts, peak = part_costs(plan), peak_memory(plan)
+    if parts is not None:
+        share = ", ".join(f"{part.name} {_tera(part.flop)}" for part in parts)
+        counted = any(part.name.endswith("decode") for part in parts)
+        what = "VAE and upscaler" if counted else "upscaler, without the VAE, which was not counted"
+        whole = f"work with {what}: {_tera(sum(part.flop for part in parts))} TFLOP a picture ({share})"
+        yield whole if len(plan.stages) == 1 else f"{whole}; native {work_ratio(plan):.2f} times as much"
+    if peak is not None:
+        yield (
+            f"memory in 16 bits: about {peak.total / 2**30:.1f} GiB, most of it in {peak.name}, "
+            f"{peak.weights / 2**30:.1f} of it weights"
+        )
+    if seconds is not None:
+        share = ", ".join(f"{name} {value:.2f}" for name, value in seconds)
+        yield f"expected seconds on the measured machine: {sum(value for _, value in seconds):.2f} ({share})"
     for number, stage in enumerate(plan.stages, 1):
         shift = "no shift" if stage.mu is None else f"mu {stage.mu:.4g}"
         yield (

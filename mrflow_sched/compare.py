@@ -64,6 +64,7 @@ class Comparison:
     staged: Run
     sheet: Path
     repeats: int
+    plan: StagedPlan
 
     @property
     def speedup(self) -> float:
@@ -90,6 +91,7 @@ class Comparison:
         return {
             "native_seconds": self.native.seconds,
             "staged_seconds": self.staged.seconds,
+            "plan": self.plan.to_string(),
             "speedup": self.speedup,
             "overhead_share": self.overhead_share,
             "peak_memory_ratio": self.peak_memory_ratio,
@@ -149,7 +151,7 @@ def compare(
         native, staged = (_median_run(runs[name]) for name in ("native", "staged"))
         sheet = _write_sheet(prompt, native, staged, draft / "compare.png")
     native, staged = (replace(run, path=out / run.path.name) for run in (native, staged))
-    return Comparison(native, staged, out / sheet.name, repeats)
+    return Comparison(native, staged, out / sheet.name, repeats, staged_plan)
 
 
 def native_plan_of(plan: StagedPlan, steps: int | None = None, *, family: Family | None = None) -> StagedPlan:

@@ -661,7 +661,7 @@ _SD15 = replace(
 )
 
 # The embedded model. Its cost depends on the width of the shipped network: change both here and nowhere else.
-_DEMO_LINEAR, _DEMO_ATTENTION = _transformer_flop(256, 12)
+_DEMO_LINEAR, _DEMO_ATTENTION = _transformer_flop(256, 6)
 _DEMO = Family(
     name="demo",
     title="embedded demo model",

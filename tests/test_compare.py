@@ -114,7 +114,7 @@ STAGED = a_run(
 
 
 def test_the_figures_follow_from_the_seconds() -> None:
-    found = Comparison(NATIVE, STAGED, Path("sheet"), 1)
+    found = Comparison(NATIVE, STAGED, Path("sheet"), 1, make_plan("demo", 256, 256))
     assert found.speedup == pytest.approx(5.0)
     assert found.overhead_share == pytest.approx(1.25 / 2.0)
     assert found.peak_memory_ratio == pytest.approx(1.1)

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from mrflow_sched.cost import work_ratio
 from mrflow_sched.families import Family, Preset
 from mrflow_sched.noise import model_sigmas
 from mrflow_sched.plan import StagedPlan, make_plan
 from mrflow_sched.schedule import refine_sigmas, sigmas_from_recipe
 from mrflow_sched.webui.controls import AUTOMATIC, Controls
 from mrflow_sched.webui.host import ModelInfo
-from mrflow_sched.webui.upscaler import MARK, pick_automatic
+from mrflow_sched.webui.upscaler import MARK, pick_automatic, scale_in_name
 
 __all__ = ["Recipe", "fit_sizes", "make_recipe"]
 
@@ -271,9 +272,16 @@ def _line(recipe: Recipe) -> str:
     parts = [
         f"{recipe.low_width}×{recipe.low_height} ×{recipe.low_steps} → {_spoken(recipe.upscaler)} ×{scale:.3g} → "
         f"{recipe.width}×{recipe.height} ×{recipe.refine_steps} @ σ {recipe.sigma:.4g}",
-        f"≈ {recipe.plan.cost_ratio:.2g}× fewer FLOPs",
+        f"≈ {work_ratio(recipe.plan, upscaler=_work_of(recipe.upscaler)):.2g}× fewer FLOPs",
     ]
     return " · ".join([*parts, "experimental"] if recipe.experimental else parts)
+
+
+def _work_of(upscaler: str) -> str:
+    """Which of the cost model's upscalers comes nearest to the one of this name."""
+    if upscaler in ("None", "Lanczos", "Nearest"):
+        return "lanczos"
+    return "x4" if scale_in_name(upscaler) == 4 else "x2"
 
 
 def _spoken(upscaler: str) -> str:

@@ -1,0 +1,110 @@
+"""bench/speed: true-size networks are what they are called, and the cost model's numbers are theirs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mrflow_sched import cost, demo, get_family
+
+ROOT = Path(__file__).parent.parent
+FAMILIES = ("flux1-dev", "qwen-image", "z-image", "sd35", "sdxl")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    """The modules of bench/speed, as its own command imports them."""
+    before = list(sys.path)
+    sys.path.insert(0, str(ROOT / "bench"))
+    from speed import count, networks  # pyright: ignore[reportMissingImports]
+
+    yield SimpleNamespace(count=count, networks=networks)
+    sys.path[:] = before
+
+
+def test_a_count_is_that_of_a_layer_done_by_hand(bench: Any) -> None:
+    """A linear layer of 64 to 256 on 10 rows: 2 x 10 x 64 x 256 FLOP, its result alive in 16 bits."""
+    found = bench.count.count(lambda: torch.nn.Linear(64, 256), lambda m: m(torch.zeros(10, 64)))
+    assert found.flop == 2 * 10 * 64 * 256
+    assert found.weights == 2 * (64 * 256 + 256)
+    assert found.peak == 2 * 10 * 256 + 2 * 10 * 64
+
+    def attend(_model: Any) -> None:
+        q = torch.zeros(1, 4, 100, 32)
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    assert bench.count.count(torch.nn.Identity, attend).flop == 4 * 4 * 100 * 100 * 32
+
+
+def test_what_is_gone_is_not_counted(bench: Any) -> None:
+    def three_in_turn(_model: Any) -> None:
+        for _ in range(3):
+            torch.zeros(1000)
+
+    assert bench.count.count(torch.nn.Identity, three_in_turn).peak == 2000
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_cost_model_has_the_numbers_of_the_real_classes(bench: Any, name: str) -> None:
+    """Within 2 % (the U-Net, which is no polynomial in its tokens: 8 %), at two sizes."""
+    family, network = get_family(name), cost._NETWORKS[name]
+    within = 0.08 if name == "sdxl" else 0.02
+    for side in (1024, 2048):
+        tokens = (side // family.grid) ** 2
+        found = bench.count.forward(name, side, side)
+        assert family.forward_cost(tokens) == pytest.approx(found.flop, rel=within)
+        assert network.weights == pytest.approx(found.weights / 2, rel=0.01)
+        assert network.alive * (tokens + family.text_tokens) == pytest.approx(found.peak, rel=0.06)
+
+
+def test_the_cost_model_has_the_numbers_of_the_embedded_model(bench: Any) -> None:
+    import diffusers
+
+    family, network, vae = get_family("demo"), cost._NETWORKS["demo"], cost._vae("demo")
+    assert vae is not None
+
+    def built(part: str) -> Any:
+        kind: Any = getattr(diffusers, {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL"}[part])
+        return kind.from_config(kind.load_config(demo.weights_path() / part))
+
+    for side in (128, 256):
+        tokens = (side // 8) ** 2
+        forward = bench.count.flux_forward(tokens, family.text_tokens)
+        found = bench.count.count(lambda: built("transformer"), forward)
+        assert family.forward_cost(tokens) == pytest.approx(found.flop, rel=0.02)
+        assert network.alive * (tokens + family.text_tokens) == pytest.approx(found.peak, rel=0.03)
+        assert network.weights == pytest.approx(found.weights / 2, rel=0.02)
+        decode = bench.count.count(lambda: built("vae"), lambda m: m.decode(torch.zeros(1, 16, side // 4, side // 4)))  # noqa: B023
+        encode = bench.count.count(lambda: built("vae"), lambda m: m.encode(torch.zeros(1, 3, side, side)))  # noqa: B023
+        assert vae.decode.flop(side * side) == pytest.approx(decode.flop, rel=0.01)
+        assert vae.encode.flop(side * side) == pytest.approx(encode.flop, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["flux1-dev", "qwen-image"])
+def test_the_cost_model_has_the_numbers_of_the_real_vaes(bench: Any, name: str) -> None:
+    vae = cost._vae(name)
+    assert vae is not None
+    for side in (512, 1024):
+        pixels = side * side
+        decode, encode = bench.count.decode(name, side, side), bench.count.encode(name, side, side)
+        assert (vae.decode.flop(pixels), vae.encode.flop(pixels)) == (
+            pytest.approx(decode.flop, rel=0.01),
+            pytest.approx(encode.flop, rel=0.01),
+        )
+        assert (vae.decode.alive * pixels, vae.encode.alive * pixels) == (
+            pytest.approx(decode.peak, rel=0.01),
+            pytest.approx(encode.peak, rel=0.01),
+        )
+
+
+def test_the_upscaler_costs_what_it_is_said_to(bench: Any) -> None:
+    found = bench.count.upscale(256, 256)
+    assert cost.UPSCALER_FLOP["x2"] * 256**2 == pytest.approx(found.flop, rel=0.01)
+    assert cost._UPSCALER_ALIVE * 512**2 == pytest.approx(found.peak, rel=0.01)
+    assert cost._UPSCALER_WEIGHTS * 2 == pytest.approx(found.weights, rel=0.01)
