@@ -144,6 +144,7 @@ def _numbers() -> _Parser:
     group.add_argument("--seed", type=_whole(0, _SEED_END), help="seed of the first picture's noise (default 0)")
     group.add_argument("--seed-rule", choices=("offset", "hash"), help="how seeds of stages and batch images differ")
     group.add_argument("--posterior", choices=("mode", "sample"), help="what to take from the VAE's encoder")
+    group.add_argument("--tile", type=_whole(0, 32768), metavar="PIXELS", help="refine larger pictures in such tiles")
     group.add_argument("--steps", type=_whole(1, 1000), metavar="N", help="steps of native sampling")
     group.add_argument(
         "--calibration", type=Path, metavar="FILE", help="what `mrflow calibrate` wrote: its preset is the default"
@@ -248,13 +249,13 @@ def build_parser() -> _Parser:
 
 _PLAN_WORDS = (
     *("preset", "low_steps", "refine_steps", "sigma", "solver", "factor", "stages", "refine_curve", "shift_tokens"),
-    *("mu", "guidance", "refine_guidance", "seed", "seed_rule", "posterior"),
+    *("mu", "guidance", "refine_guidance", "seed", "seed_rule", "posterior", "tile"),
 )
 
 
 _STAGED_WORDS = (
     *("preset", "low_steps", "refine_steps", "sigma", "factor", "stages", "refine_curve", "shift_tokens"),
-    "refine_guidance",
+    *("refine_guidance", "tile"),
 )
 
 

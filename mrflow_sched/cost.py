@@ -10,14 +10,13 @@ what a forward costs before its first FLOP.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from mrflow_sched.families import FAMILIES, Family
 from mrflow_sched.plan import Stage, StagedPlan
 
-__all__ = ["PartCost", "Peak", "Speeds", "UPSCALER_FLOP", "part_costs", "peak_memory", "work_ratio"]
+__all__ = ["UPSCALER_FLOP", "PartCost", "Peak", "Speeds", "part_costs", "peak_memory", "work_ratio"]
 
 UPSCALER_FLOP: Mapping[str, float] = {"x2": 8.966e6, "x4": 3.5854e7, "demo": 2.76e5, "lanczos": 0.0}
 """FLOP per pixel of the small picture: RRDBNet of 23 blocks (RealESRGAN x2plus, x4plus), the embedded model's, none."""
@@ -102,8 +101,8 @@ def part_costs(
 ) -> tuple[PartCost, ...] | None:
     """The parts of `plan` for one picture, in order; None for a family that is not in the table.
 
-    `upscaler`: a name of `UPSCALER_FLOP` (left out, a x2 model), or FLOP per pixel of the small picture. A VAE that was never counted is left
-    out. Raises ValueError for an unknown name.
+    `upscaler`: a name of `UPSCALER_FLOP` (left out, a x2 model), or FLOP per pixel of the small picture. A VAE that was
+    never counted is left out. Raises ValueError for an unknown name.
     """
     known = FAMILIES.get(plan.family) if family is None else family
     if known is None:
@@ -118,7 +117,7 @@ def part_costs(
             if stage.sigmas and vae is not None:
                 parts.append(_pixel_part("encode", vae.encode, stage))
         if stage.sigmas:
-            parts.append(_sampling(f"stage {number} sample", stage, known))
+            parts.append(_sampling(f"stage {number} sample", stage, plan.tile_tokens(number - 1), known))
             if vae is not None:
                 parts.append(_pixel_part(f"stage {number} decode", vae.decode, stage))
     return tuple(parts)
@@ -162,7 +161,6 @@ def peak_memory(
     offload: bool = False,
     vae_tile: int | None = None,
     upscaler_tile: int | None = None,
-    refine_tile: int | None = None,
 ) -> Peak | None:
     """The most memory on the device of a run in 16 bits; None for a family whose network was not counted.
 
@@ -182,7 +180,7 @@ def peak_memory(
     found: list[Peak] = []
     for part in parts:
         kind = "sample" if part.name.endswith("sample") else "upscale" if part.name == "upscale" else "vae"
-        tile = {"sample": refine_tile, "upscale": upscaler_tile, "vae": vae_tile}[kind]
+        tile = {"sample": None, "upscale": upscaler_tile, "vae": vae_tile}[kind]
         pixels = part.pixels if tile is None else min(part.pixels, tile**2)
         alive = (part.alive or 0.0) * pixels / part.pixels * (1 if kind == "vae" else batch)
         kept = batch * part.pixels * 3 * 4 * 2  # pictures in float32: the one before and the one after
@@ -224,7 +222,9 @@ class Speeds:
         """
         parts = part_costs(plan, family, upscaler=upscaler)
         if parts is None:
-            raise ValueError(f"nothing is known of what family {plan.family} costs; measure with a family of the table.")
+            raise ValueError(
+                f"nothing is known of what family {plan.family} costs; measure with a family of the table."
+            )
         missing = [part.name for part in parts if part.name not in seconds]
         if missing:
             raise ValueError(f"seconds has no {missing[0]!r}; give every part of the plan that was run.")
@@ -282,11 +282,11 @@ def _upscaler_flop(upscaler: str | float) -> float:
     return upscaler
 
 
-def _sampling(name: str, stage: Stage, family: Family) -> PartCost:
+def _sampling(name: str, stage: Stage, tiles: Sequence[int], family: Family) -> PartCost:
     network = _NETWORKS.get(family.name)
-    alive = None if network is None else network.alive * (stage.tokens + family.text_tokens)
-    flop = stage.forwards * family.forward_cost(stage.tokens)
-    return PartCost(name, stage.forwards, flop, stage.width * stage.height, alive)
+    alive = None if network is None else network.alive * (max(tiles) + family.text_tokens)
+    flop = stage.forwards * sum(map(family.forward_cost, tiles))
+    return PartCost(name, stage.forwards * len(tiles), flop, stage.width * stage.height, alive)
 
 
 def _pixel_part(name: str, part: _Pixels, stage: Stage) -> PartCost:

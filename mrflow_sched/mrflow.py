@@ -173,6 +173,8 @@ class MrFlow:
         if scale is not None:
             numbers["guidance"] = scale
         plan = make_plan(layout.family, wide, high, preset, seed=seeds[0], **numbers)
+        if plan.tile and arguments.get(HINT) is not None:
+            raise ValueError(f"tile={plan.tile} would give every tile the whole {HINT}; leave one of the two out.")
         engine = PipelineEngine(self.pipe, family=self._family, arguments=arguments, seeds=seeds)
         result = sample_staged(
             engine,

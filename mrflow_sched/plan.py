@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from mrflow_sched.families import FAMILIES, Family, ShiftRule, get_family
 from mrflow_sched.schedule import MAX_MU, explicit_recipe, mu_flux2, mu_for_tokens, sigmas_from_recipe, validate_sigmas
+from mrflow_sched.tiles import tile_sides
 
 __all__ = [
     "SOLVER_NAMES",
@@ -38,6 +39,7 @@ Number = TypeVar("Number", int, float)
 SOLVER_NAMES = ("euler", "heun", "multistep", "careful", "dpmpp_2m")
 MIN_FACTOR, MAX_FACTOR = 1.25, 4.0
 MAX_SIDE = 32768
+LEAST_TILE = 64
 MAX_STEPS = 1000
 MAX_SEED = 2**63 - 1
 # Start levels outside this range have only been seen to go wrong (spec 5.1): a note says so.
@@ -107,7 +109,8 @@ class StagedPlan:
     `requested_width` and `requested_height` are what was asked for, `width` and `height` what is made.
     `posterior`: take the mode of the VAE encoder's distribution or a sample of it. `native_steps` and `native_forwards`
     describe plain sampling at the final size, to which costs are compared. One forward on n tokens, text included,
-    costs n (1 + `attention` n) in units that cancel. `notes` are sentences for the user; they are no part of equality.
+    costs n (1 + `attention` n) in units that cancel. `tile`: side in pixels of the tiles that the network sees in later
+    stages larger than that, 0 for whole pictures. `notes` are sentences for the user; they are no part of equality.
     """
 
     family: str
@@ -122,6 +125,7 @@ class StagedPlan:
     native_forwards: int = 50
     text_tokens: int = 0
     attention: float = 0.0
+    tile: int = 0
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -140,6 +144,7 @@ class StagedPlan:
         _check_finite(self.attention, "attention")
         if self.attention < 0:
             raise ValueError(f"attention must not be negative, got {self.attention!r}.")
+        _check_tile(self.tile)
 
     @property
     def width(self) -> int:
@@ -164,7 +169,20 @@ class StagedPlan:
     def stage_costs(self) -> tuple[float, ...]:
         """Network cost of each stage in native forwards, that is, in evaluations at the final size."""
         final = self._forward_weight(self.stages[-1].tokens)
-        return tuple(stage.forwards * (self._forward_weight(stage.tokens) / final) for stage in self.stages)
+        weights = (sum(map(self._forward_weight, self.tile_tokens(index))) for index in range(len(self.stages)))
+        return tuple(stage.forwards * (weight / final) for stage, weight in zip(self.stages, weights, strict=True))
+
+    def tiled(self, index: int) -> bool:
+        """Whether the network sees stage `index` (0 is the first, which is always whole) in tiles."""
+        return index > 0 and 0 < self.tile < max(self.stages[index].width, self.stages[index].height)
+
+    def tile_tokens(self, index: int) -> tuple[int, ...]:
+        """Image tokens of each forward that one evaluation of stage `index` takes: one, or one for every tile."""
+        stage = self.stages[index]
+        if not self.tiled(index):
+            return (stage.tokens,)
+        grid = round(math.sqrt(stage.width * stage.height / stage.tokens))
+        return tuple(wide * high // grid**2 for wide, high in tile_sides(stage.width, stage.height, self.tile, grid))
 
     def _forward_weight(self, tokens: int) -> float:
         total = tokens + self.text_tokens
@@ -178,7 +196,7 @@ class StagedPlan:
             self.preset,
             f"{self.requested_width}x{self.requested_height}",
             f"seed {self.seed} {self.seed_rule}",
-            self.posterior,
+            f"{self.posterior} tile {self.tile}" if self.tile else self.posterior,
             f"native {self.native_steps} {self.native_forwards}",
             f"cost {self.text_tokens} {self.attention!r}",
             *(_stage_to_string(stage) for stage in self.stages),
@@ -198,6 +216,7 @@ class StagedPlan:
             seed_value, seed_rule = _words(seed, "seed", 2)
             native_steps, native_forwards = _words(native, "native", 2)
             text_tokens, attention = _words(cost, "cost", 2)
+            posterior, _, tile = posterior.partition(" tile ")
             plan = cls(
                 family=family,
                 preset=preset,
@@ -211,6 +230,7 @@ class StagedPlan:
                 native_forwards=int(native_forwards),
                 text_tokens=int(text_tokens),
                 attention=float(attention),
+                tile=int(tile or 0),
             )
         except ValueError as error:
             raise ValueError(f"plan string {_shorten(text)!r} cannot be read: {error}") from error
@@ -233,6 +253,7 @@ class StagedPlan:
             "requested": {"width": self.requested_width, "height": self.requested_height},
             "forwards": self.forwards,
             **{name: getattr(self, name) for name in _PLAN_NUMBERS},
+            "tile": self.tile,
             "notes": list(self.notes),
         }
 
@@ -252,6 +273,7 @@ class StagedPlan:
                 requested_height=data["requested"]["height"],
                 stages=tuple(_stage_from_dict(stage) for stage in data["stages"]),
                 **{name: data[name] for name in _PLAN_NUMBERS},
+                tile=data.get("tile", 0),
                 notes=tuple(str(note) for note in data["notes"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -284,6 +306,7 @@ def make_plan(
     seed: int = 0,
     seed_rule: SeedRule = "offset",
     posterior: Posterior = "mode",
+    tile: int = 0,
     stages: int | None = None,
     native: bool = False,
     steps: int | None = None,
@@ -297,13 +320,15 @@ def make_plan(
     and 1) take one value, or one per later stage. `solver`: one of SOLVER_NAMES. `refine_curve`: "linear" or
     "shifted". `shift_tokens`: the token count that sets mu of stage 1 ("low": its own, as diffusers does; "final"; or
     a number); `mu` sets it outright. `guidance`, `refine_guidance`: scales of stage 1 and of later stages; 1 turns CFG
-    off and halves the cost. `native=True` with `steps` plans plain sampling at the final size (`make_native_plan`).
+    off and halves the cost. `tile` lets the network see later stages in tiles of that many pixels a side, where they
+    are larger: less work and memory at sizes far above the model's own. `native=True` with `steps` plans plain sampling
+    at the final size (`make_native_plan`).
     Sizes are rounded to the family's grid; `notes` of the plan say what was rounded. Raises ValueError, one sentence,
     for anything out of range.
     """
     known = family if isinstance(family, Family) else get_family(family)
     if native:
-        given = (preset, factor, factors, low_steps, refine_steps, sigma, refine_guidance, stages)
+        given = (preset, factor, factors, low_steps, refine_steps, sigma, refine_guidance, stages, tile or None)
         shaped = refine_curve != "linear" or shift_tokens != "low"
         if shaped or any(value is not None for value in given):
             raise ValueError("native=True plans one stage and takes steps, solver, mu, guidance and seed only.")
@@ -335,7 +360,12 @@ def make_plan(
     for size, count, start in zip(sizes[1:], refine, starts, strict=True):
         made.append(_refine_stage(known, size, count, start, refine_curve, solver, high_guidance))
     name = chosen.name if low_steps is None and refine_steps is None else "+".join(map(str, (low, *refine)))
-    return _assemble(known, name, width, height, made, low_guidance, None, seed, seed_rule, posterior)
+    plan = _assemble(known, name, width, height, made, low_guidance, None, seed, seed_rule, posterior)
+    if tile:
+        _check_tile(tile, known)
+        plan = replace(plan, tile=tile)
+        plan = replace(plan, notes=_notes(plan, known))
+    return plan
 
 
 def make_native_plan(
@@ -778,6 +808,14 @@ def _check_side(value: object, name: str) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_tile(tile: int, family: Family | None = None) -> None:
+    """A tile is a side in pixels, or 0; with a `family`, one that its network can see something in."""
+    _check_whole(tile, "tile", 0, MAX_SIDE)
+    least = LEAST_TILE if family is None else max(LEAST_TILE, round(family.min_low_side / 2))
+    if 0 < tile < least:
+        raise ValueError(f"tile must be 0 (none) or {least} pixels and more a side, got {tile!r}.")
 
 
 def _check_finite(value: object, name: str) -> None:

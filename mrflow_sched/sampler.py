@@ -23,6 +23,7 @@ from mrflow_sched.handoff import encode_images, handoff, stage_noise, within_mem
 from mrflow_sched.noise import add_noise, draw_noise, model_sigmas, stage_seed
 from mrflow_sched.schedule import explicit_recipe
 from mrflow_sched.solvers import Cancelled, get_solver, solver_forwards
+from mrflow_sched.tiles import TiledEngine
 from mrflow_sched.upscale import is_memory_error, upscale_to
 
 if TYPE_CHECKING:
@@ -213,7 +214,9 @@ def _sample(run: _Run, index: int, latents: Tensor, text: Any) -> Tensor:
         after_evaluation(state)
 
     sigmas = model_sigmas(stage.sigmas, engine.family.prediction)
-    if isinstance(engine, StageEngine):
+    if run.plan.tiled(index):
+        engine = TiledEngine(engine, run.plan.tile, cancel=run.stop_if_cancelled)
+    elif isinstance(engine, StageEngine):
         return engine.sample_stage(stage.solver, latents, sigmas, text, guidance=stage.guidance, callback=count_too)
     return get_solver(stage.solver)(denoise, latents, sigmas, callback=after_evaluation)
 

@@ -16,7 +16,7 @@ import pickle
 import re
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -30,6 +30,7 @@ from mrflow_sched._errors import first_line
 from mrflow_sched._torchvision_ops import ensure_ops
 from mrflow_sched.plan import fit_box
 from mrflow_sched.solvers import Cancelled
+from mrflow_sched.tiles import feathered, spans
 
 if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor, ModelBase
@@ -195,13 +196,13 @@ class ModelUpscaler:
         """One image through overlapping tiles, blended with weights that fall linearly across each overlap."""
         height, width = image.shape[-2:]
         multiple = self.model.size_requirements.multiple_of
-        rows = _spans(height, side, self.overlap, multiple)
-        columns = _spans(width, side, self.overlap, multiple)
+        rows = spans(height, side, self.overlap, multiple)
+        columns = spans(width, side, self.overlap, multiple)
         scale = self.scale
         total = image.new_zeros((1, 3, height * scale, width * scale))
         weight = image.new_zeros((1, 1, height * scale, width * scale))
-        for (top, bottom), down in _feathered(rows, scale):
-            for (left, right), across in _feathered(columns, scale):
+        for (top, bottom), down in feathered(rows, scale):
+            for (left, right), across in feathered(columns, scale):
                 stop_if(cancel)
                 piece = self._piece(image[..., top:bottom, left:right])
                 mask = (down[:, None] * across).to(image.device)
@@ -363,42 +364,6 @@ def _lanczos_taps(source: int, target: int) -> tuple[Tensor, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- tiles
-
-
-def _spans(length: int, side: int, overlap: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """Evenly spread (start, stop) of at most `side` that cover `length`, neighbours sharing about `overlap` or more.
-
-    Starts are multiples of `multiple`, so that models which fold pixels into channels fold every tile alike.
-    """
-    if length <= side:
-        return [(0, length)]
-    side = max(side // multiple, 1) * multiple
-    shared = min(overlap, side // 2)
-    count = math.ceil((length - shared) / (side - shared))
-    starts = [math.ceil(index * (length - side) / (count - 1) / multiple) * multiple for index in range(count)]
-    return [(start, min(start + side, length)) for start in starts]
-
-
-def _feathered(spans: list[tuple[int, int]], scale: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Each span with its weights (span * scale): 1 inside, falling to 0 across what it shares with its neighbours."""
-    for index, (start, stop) in enumerate(spans):
-        weight = torch.ones((stop - start) * scale)
-        if index > 0:
-            ramp = _ramp((spans[index - 1][1] - start) * scale)
-            weight[: len(ramp)] *= ramp
-        if index + 1 < len(spans):
-            ramp = _ramp((stop - spans[index + 1][0]) * scale)
-            weight[len(weight) - len(ramp) :] *= ramp.flip(0)
-        yield (start, stop), weight
-
-
-def _ramp(length: int) -> Tensor:
-    """From 0 to 1 over the middle half of `length`; the outer quarters are 0 and 1.
-
-    A tile's outermost pixels are the ones that miss their surroundings, so they do not count at all. A ramp and its
-    mirror image sum to 1.
-    """
-    return (((torch.arange(length) + 0.5) / max(length, 1) - 0.25) * 2).clamp(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------ memory, cancel

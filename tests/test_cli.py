@@ -21,8 +21,9 @@ from PIL import Image
 
 import mrflow_sched
 from mrflow_sched import cli
+from mrflow_sched.cost import part_costs
 from mrflow_sched.images import read_png_text
-from mrflow_sched.plan import StagedPlan
+from mrflow_sched.plan import StagedPlan, make_plan
 from mrflow_sched.record import RunRecord
 
 SMALL = ("--size", "32x32", "--low-steps", "3", "--refine-steps", "1", "--dtype", "float32", "--device", "cpu")
@@ -73,6 +74,42 @@ def test_plan_json_has_the_stable_keys_and_numbers(mrflow: Any) -> None:
     assert last["sigmas"] == [0.12, 0.0]
     assert found["cost_ratio"] > 8
     assert StagedPlan.from_string(found["plan"]).stages[1].width == 1024
+
+
+def test_plan_tells_work_memory_and_tiles(mrflow: Any) -> None:
+    _, out, _ = mrflow("plan", "--family", "flux1-dev", "--json")
+    found = json.loads(out)
+    assert found["work_ratio"] == pytest.approx(10.58, abs=0.02)
+    assert [part["name"] for part in found["work"]][2:4] == ["upscale", "encode"]
+    _, out, _ = mrflow("plan", "--family", "flux1-dev")
+    assert "native 10.58 times as much" in out
+    assert "memory in 16 bits: about 23.9 GiB, most of it in stage 2 decode" in out
+    _, out, _ = mrflow("plan", "--family", "hunyuan-image")
+    assert "without the VAE, which was not counted" in out
+    assert "memory" not in out
+    code, out, _ = mrflow("plan", "--family", "flux1-dev", "--size", "4096x4096", "--stages", "3", "--tile", "1024")
+    assert (code, "tile 1024" in out) == (0, True)
+    code, _, err = mrflow("plan", "--family", "flux1-dev", "--native", "--tile", "1024")
+    assert (code, "--tile has no meaning" in err) == (2, True)
+
+
+def test_plan_foretells_seconds_from_a_comparison(mrflow: Any, tmp_path: Path) -> None:
+    plan = make_plan("flux1-dev", 1024, 1024)
+    parts = part_costs(plan) or ()
+    file = tmp_path / "timings.json"
+    stages = [{"name": part.name, "seconds": part.flop * 1e-12} for part in parts]
+    file.write_text(json.dumps({"plan": plan.to_string(), "stages": stages}))
+    _, out, _ = mrflow("plan", "--family", "flux1-dev", "--native", "--timings", str(file), "--json")
+    told = {part["name"]: part["seconds"] for part in json.loads(out)["seconds"]}
+    assert told["stage 1 sample"] == pytest.approx(50 * 74.36, rel=1e-3)
+    _, out, _ = mrflow("plan", "--family", "flux1-dev", "--timings", str(file))
+    assert "expected seconds on the measured machine: 352." in out
+    code, _, err = mrflow("plan", "--family", "sd35", "--timings", str(file))
+    assert (code, "is of family flux1-dev, not sd35" in err) == (2, True)
+    for text in ("no json", "{}", '{"plan": "x", "stages": []}'):
+        file.write_text(text)
+        code, _, err = mrflow("plan", "--family", "flux1-dev", "--timings", str(file))
+        assert (code, "cannot be read" in err, err.count("\n")) == (2, True, 1)
 
 
 def test_plan_text_says_the_same(mrflow: Any) -> None:

@@ -338,6 +338,8 @@ def test_a_control_hint_is_made_for_every_stage(form: str) -> None:
     assert asked == ([(32, 32), (64, 64)] if form == "function" else [])
     without = run(pipe, control_image=hint, controlnet_conditioning_scale=0.0)
     assert float((result.images - without.images).abs().max()) > 1e-3
+    with pytest.raises(ValueError, match="every tile the whole control_image"):
+        run(pipe, control_image=hint, tile=256)
 
 
 def test_what_a_pipeline_draws_besides_noise_is_seeded() -> None:

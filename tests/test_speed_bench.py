@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,5 +107,63 @@ def test_the_cost_model_has_the_numbers_of_the_real_vaes(bench: Any, name: str) 
 def test_the_upscaler_costs_what_it_is_said_to(bench: Any) -> None:
     found = bench.count.upscale(256, 256)
     assert cost.UPSCALER_FLOP["x2"] * 256**2 == pytest.approx(found.flop, rel=0.01)
-    assert cost._UPSCALER_ALIVE * 512**2 == pytest.approx(found.peak, rel=0.01)
-    assert cost._UPSCALER_WEIGHTS * 2 == pytest.approx(found.weights, rel=0.01)
+    assert pytest.approx(found.peak, rel=0.01) == cost._UPSCALER_ALIVE * 512**2
+    assert pytest.approx(found.weights, rel=0.01) == cost._UPSCALER_WEIGHTS * 2
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def main(bench: Any) -> Any:
+    import runpy
+
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "bench" / "speed" / "__main__.py"), run_name="speed_main"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_small_networks_run_every_way_without_text_encoders(main: Any, name: str) -> None:
+    made = main.Bench.of(name, torch.device("cpu"), small=True, repeats=1)
+    found = main.compare_ways(made, name, 128, 2, ["2+1"], counted=False)["ways"]
+    assert found["native"]["forwards"] == 2 * (found["2+1"]["forwards"] // 3)
+    assert set(found["2+1"]["parts"]) >= {"stage 1 sample", "stage 1 decode", "upscale", "encode", "stage 2 sample"}
+    assert found["2+1"]["speedup"] == pytest.approx(found["native"]["seconds"] / found["2+1"]["seconds"])
+    assert sum(found["2+1"]["parts"].values()) <= found["2+1"]["seconds"]
+
+
+def test_the_command_writes_numbers_a_table_and_a_plot(main: Any, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["--demo", "--size", "128", "--native-steps", "2", "--presets", "2+1", "12+1", "--repeats", "1"]
+    main.main([*words, "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "speed-demo.json").read_text())
+    ways = record["families"]["demo"]["ways"]
+    assert list(ways) == ["native", "2+1", "12+1"]
+    assert abs(ways["12+1"]["foretold off by"]) < 0.05  # what it was learnt from
+    assert ways["2+1"]["limit"] < ways["2+1"]["network limit"]
+    assert (tmp_path / "speed-demo.png").stat().st_size > 1000
+    assert "| native 2 |" in (tmp_path / "speed-demo.md").read_text()
+    words = [
+        "--demo",
+        "--scale",
+        "--sides",
+        "128",
+        "256",
+        "--tile",
+        "128",
+        "--batches",
+        "1",
+        "--repeats",
+        "1",
+        "--size",
+        "64",
+    ]
+    main.main([*words, "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "scale-demo.json").read_text())["families"]["demo"]["sizes"]
+    assert [(row["side"], row["tile"]) for row in rows] == [(128, 0), (256, 0), (256, 128)]
+    assert (tmp_path / "scale-demo.png").stat().st_size > 1000
+
+
+def test_true_sizes_without_a_gpu_get_one_sentence(main: Any, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main.main(["--device", "cpu"])
+    assert "need a GPU; add --small or --demo" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from mrflow_sched import upscale
+from mrflow_sched import tiles, upscale
 from mrflow_sched._torchvision_ops import ensure_ops
 from mrflow_sched.solvers import Cancelled
 from mrflow_sched.upscale import (
@@ -229,7 +229,7 @@ def test_a_tile_larger_than_the_picture_changes_nothing() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 500), st.integers(16, 200), st.integers(0, 120), st.sampled_from([1, 2, 4, 8]))
 def test_spans_cover_the_length(length: int, side: int, overlap: int, multiple: int) -> None:
-    spans = upscale._spans(length, side, overlap, multiple)
+    spans = tiles.spans(length, side, overlap, multiple)
     assert (spans[0][0], spans[-1][1]) == (0, length)
     assert all(0 < stop - start <= side for start, stop in spans)
     if len(spans) > 1:
@@ -239,17 +239,17 @@ def test_spans_cover_the_length(length: int, side: int, overlap: int, multiple: 
         assert start < after <= stop
         assert stop - after > wanted - multiple
     total = torch.zeros(length)
-    for (start, stop), weight in upscale._feathered(spans, 1):
+    for (start, stop), weight in tiles.feathered(spans):
         assert weight.min() >= 0
         total[start:stop] += weight
     assert total.min() > 0
 
 
 def test_ramps_sum_to_one_and_ignore_the_edge() -> None:
-    ramp = upscale._ramp(32)
+    ramp = tiles._ramp(32)
     assert torch.allclose(ramp + ramp.flip(0), torch.ones(32))
     assert ramp[:8].max() == 0
-    assert len(upscale._ramp(0)) == 0
+    assert len(tiles._ramp(0)) == 0
 
 
 def test_a_model_that_discourages_tiles_gets_them_with_a_warning() -> None:

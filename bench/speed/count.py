@@ -88,7 +88,7 @@ def count(make: Callable[[], Any], call: Callable[[Any], Any], dtype: torch.dtyp
     return Count(counter.get_total_flops(), alive.peak, weights)
 
 
-# ------------------------------------------------------------------------------------------------- the calls of a family
+# ------------------------------------------------------------------------------------------------ the calls of a family
 
 
 def forward(name: str, width: int, height: int, *, small: bool = False, batch: int = 1) -> Count:

@@ -40,8 +40,8 @@ _DYNAMIC: Arguments = {"use_dynamic_shifting": True, "shift": 3.0}
 class Recipe:
     """How one family is built: classes of diffusers by name, their true arguments, and what shrinks them.
 
-    `text(batch, device, dtype)` gives the keyword arguments of the pipeline's call that stand for the prompt; the widths
-    of text follow the network's own arguments.
+    `text(config, batch, device, dtype)` gives the keyword arguments of the pipeline's call that stand for the prompt;
+    the widths of text follow the network's own arguments.
     """
 
     pipeline: str
@@ -225,6 +225,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
 }
 
+
 def make_network(name: str, *, small: bool = False) -> Any:
     """The network alone, on the default device and in the default dtype."""
     recipe = RECIPES[name]
@@ -266,7 +267,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype, *, small: bool = 
     kind = getattr(diffusers, recipe.pipeline)
     wanted = {"text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"}
     known = set(kind.__init__.__code__.co_varnames)
-    pipe = kind(**parts, **{part: None for part in wanted & known})
+    pipe = kind(**parts, **dict.fromkeys(wanted & known))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

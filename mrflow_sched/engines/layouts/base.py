@@ -192,12 +192,12 @@ class Layout:
             rows = [unique.index(pair) for pair in pairs]
             firsts = [first for first, _ in unique]
             seconds = None if seconds is None else [second for _, second in unique]
-        with torch.no_grad():
-            text = self._encode_rows(firsts, seconds, given)
-        if rows is not None:
-            text = self.select_text(text, rows)
         # A ready negative branch that encode_prompt does not ask for, as the pipeline's call takes it.
         ready = {name: own[name] for name in (self.call_names - known) & own.keys() if name.startswith("negative_")}
+        with torch.no_grad():
+            text = self._encode_rows(firsts, seconds, {**given, **ready})
+        if rows is not None:
+            text = self.select_text(text, rows)
         if ready:
             text = {name: value for name, value in text.items() if not name.startswith("negative_")} | ready
         return text

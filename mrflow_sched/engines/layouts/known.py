@@ -107,6 +107,8 @@ class QwenImageLayout(VideoVaeLayout, PackedLayout):
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
         text = super()._encode_rows(prompts, None, options)
+        if "negative_prompt_embeds" in options:
+            return text  # ready, and its text encoder may be gone
         own = {name: value for name, value in options.items() if not name.startswith("prompt_embeds")}
         other = super()._encode_rows(negatives or [" "] * len(text["prompt_embeds"]), None, own)
         return text | {f"negative_{name}": value for name, value in other.items()}
@@ -200,7 +202,7 @@ class Flux2KleinLayout(Flux2Layout):
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
         text = super()._encode_rows(prompts, None, options)
-        if not self._guided:
+        if not self._guided or "negative_prompt_embeds" in options:
             return text
         own = {name: value for name, value in options.items() if name != "prompt_embeds"}
         other = super()._encode_rows(negatives or [""] * len(text["prompt_embeds"]), None, own)
@@ -279,7 +281,7 @@ class HunyuanImageLayout(Layout):
     ) -> dict[str, Any]:
         count = {"batch_size": len(options["prompt_embeds"] if prompts is None else prompts)}
         text = super()._encode_rows(prompts, None, options | count)
-        if not self._guided:
+        if not self._guided or "negative_prompt_embeds" in options:
             return text
         own = {name: value for name, value in options.items() if not name.startswith("prompt_embeds")}
         other = super()._encode_rows(negatives or [""] * count["batch_size"], None, own | count)

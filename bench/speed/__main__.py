@@ -1,0 +1,273 @@
+"""How near does a staged run come to its arithmetic? Every figure is a ratio within one run.
+
+    python bench/speed --out DIR                  true-size networks with random weights on the GPU, in bfloat16
+    python bench/speed --small --out DIR          the same on networks of a few channels, on any machine
+    python bench/speed --demo --out DIR           the embedded model on this machine
+    python bench/speed --scale --demo --out DIR   time and memory against size and batch
+
+Measured: native sampling, staged presets, every part alone, the highest memory; after a warm-up of every way at its own
+sizes. Beside them: the arithmetic limit (`mrflow_sched.cost`), and what the cost model foretells from one staged run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
+from mrflow_sched._memory import PeakMemory
+from mrflow_sched.compare import shortest
+from mrflow_sched.cost import Speeds, part_costs, peak_memory, work_ratio
+from mrflow_sched.engines.pipeline import PipelineEngine
+from mrflow_sched.families import get_family
+from mrflow_sched.plan import StagedPlan
+from mrflow_sched.sampler import sample_staged
+from speed import networks, report
+
+PRESETS = ("20+1", "12+1", "8+1", "6+1")
+FORETOLD_FROM = "12+1"
+"""The staged run that the cost model learns the machine from."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way on one model: seconds of a whole run (median of the repeats), of its parts, highest memory in bytes."""
+
+    seconds: float
+    parts: dict[str, float]
+    peak: int
+    forwards: int
+
+
+class Bench:
+    """A model and its upscaler, and how a plan is run on them."""
+
+    def __init__(self, engine: Any, upscaler: Any, prompts: Sequence[str], repeats: int) -> None:
+        self.engine, self._upscaler, self._prompts, self._repeats = engine, upscaler, list(prompts), repeats
+
+    @classmethod
+    def of(cls, name: str, device: torch.device, small: bool, repeats: int, batch: int = 1) -> Bench:
+        """Random weights in the sizes of family `name`."""
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        pipe = networks.build(name, device, dtype, small=small)
+        engine = PipelineEngine(pipe, arguments=networks.embeddings(name, pipe, batch))
+        with tempfile.TemporaryDirectory() as folder:
+            from safetensors.torch import save_file
+
+            path = Path(folder) / "x2.safetensors"
+            save_file(networks.make_upscaler(small=small).state_dict(), path)
+            return cls(engine, load_upscaler(path, device=device), [""] * batch, repeats)
+
+    @classmethod
+    def demo(cls, repeats: int, batch: int = 1) -> Bench:
+        """The embedded model."""
+        prompt = "a red striped circle and a blue star over green hills under an orange sky, the word FLOW"
+        return cls(demo.load_engine(), load_upscaler(demo.upscaler_path()), [prompt] * batch, repeats)
+
+    def warm(self, plan: StagedPlan) -> None:
+        """One run with as few steps as can be."""
+        self._run(shortest(plan))
+
+    def measure(self, plan: StagedPlan) -> Measured:
+        """`plan` as often as asked for; memory is that of the first run."""
+        with PeakMemory(self.engine.device) as peak:
+            runs = [self._run(plan)]
+        runs += [self._run(plan) for _ in range(self._repeats - 1)]
+        runs.sort(key=lambda run: run[0])
+        seconds, parts, forwards = runs[(len(runs) - 1) // 2]
+        return Measured(seconds, parts, peak.bytes, forwards)
+
+    def _run(self, plan: StagedPlan) -> tuple[float, dict[str, float], int]:
+        clock = _Clock(self.engine.device)
+        done = sample_staged(self.engine, plan, self._prompts, upscaler=self._upscaler)
+        seconds = clock.stop()
+        if not bool(done.images.isfinite().all()):
+            raise ValueError(f"{plan.preset} made values that are no numbers; the random weights are too strong.")
+        parts: dict[str, float] = {}
+        for timing in done.timings:
+            parts[timing.name] = parts.get(timing.name, 0.0) + timing.seconds
+        return seconds, parts, done.forwards
+
+
+class _Clock:
+    """Seconds of everything between its making and `stop`: by the device's own events on CUDA, else by the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        import time
+
+        self._time, self._cuda, self._device = time.perf_counter, device.type == "cuda", device
+        self._events: Any = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else []
+        if self._cuda:
+            torch.cuda.synchronize(device)
+            self._events[0].record()
+        self._begin = self._time()
+
+    def stop(self) -> float:
+        if not self._cuda:
+            return self._time() - self._begin
+        self._events[1].record()
+        torch.cuda.synchronize(self._device)
+        return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+def compare_ways(
+    bench: Bench, family: str, side: int, native_steps: int | None, presets: Sequence[str], *, counted: bool = True
+) -> dict[str, Any]:
+    """Native and staged runs of one model; where its sizes are those that were `counted`, the limit of each, and what
+    the cost model makes of one of them."""
+    plans = {preset: _plan(family, side, preset) for preset in presets}
+    native = make_native_plan(family, side, side, steps=native_steps)
+    for plan in (native, *plans.values()):
+        bench.warm(plan)
+    base = bench.measure(native)
+    rows: dict[str, dict[str, Any]] = {"native": {**asdict(base), "steps": native.native_steps}}
+    for preset, plan in plans.items():
+        found = bench.measure(plan)
+        sampled = sum(seconds for name, seconds in found.parts.items() if name.endswith("sample"))
+        rows[preset] = {
+            **asdict(found),
+            "speedup": base.seconds / found.seconds,
+            "overhead": 1 - sampled / found.seconds,
+        }
+        if counted:
+            limit = _limit(plan, native)
+            rows[preset] |= {
+                "limit": limit,
+                "network limit": native.native_forwards / sum(plan.stage_costs()),
+                "share of limit": base.seconds / found.seconds / limit,
+            }
+    if counted and FORETOLD_FROM in plans:
+        _foretell(rows, plans, native, bench)
+    memory = peak_memory(plans[presets[0]]) if counted else None
+    return {
+        "size": side,
+        "ways": rows,
+        "memory foretold": None if memory is None else {"bytes": memory.total, "part": memory.name},
+    }
+
+
+def _foretell(rows: dict[str, Any], plans: dict[str, StagedPlan], native: StagedPlan, bench: Bench) -> None:
+    """Add what the cost model, knowing one staged run, says of every way."""
+    speeds = Speeds.measured(plans[FORETOLD_FROM], rows[FORETOLD_FROM]["parts"], bench.engine.family)
+    for name, plan in {"native": native, **plans}.items():
+        told = sum(seconds for _, seconds in speeds.predict(plan, bench.engine.family))
+        rows[name]["foretold"] = told
+        rows[name]["foretold off by"] = told / rows[name]["seconds"] - 1
+
+
+def _limit(plan: StagedPlan, native: StagedPlan) -> float:
+    """Arithmetic alone: FLOP of the native run over FLOP of the staged one, VAE and upscaler included."""
+    parts, whole = part_costs(plan), part_costs(native)
+    if parts is None or whole is None:
+        return work_ratio(plan)
+    return sum(part.flop for part in whole) / sum(part.flop for part in parts)
+
+
+def _plan(family: str, side: int, preset: str, **more: Any) -> StagedPlan:
+    low, high = (int(count) for count in preset.split("+"))
+    return make_plan(family, side, side, low_steps=low, refine_steps=high, **more)
+
+
+def scale(bench: Bench, family: str, sides: Sequence[int], tile: int) -> list[dict[str, Any]]:
+    """Seconds and memory of staged runs by size: two stages while the low size is near the model's own, then more."""
+    rows: list[dict[str, Any]] = []
+    own = min(get_family(family).native_size)
+    for side in sides:
+        stages = 2
+        while side / 2 ** (stages - 1) > own:
+            stages += 1
+        for cut in (0, tile) if side > tile else (0,):
+            plan = make_plan(family, side, side, stages=stages, tile=cut)
+            if cut == 0 and side > 4 * own:
+                continue  # attention over the whole picture: hours
+            found = bench.measure(plan)
+            told = peak_memory(plan)
+            rows.append({"side": side, "stages": stages, "tile": cut, **asdict(found)})
+            rows[-1]["memory foretold"] = None if told is None else told.total
+            print(f"{side} px, {stages} stages, tile {cut}: {found.seconds:.2f} s", file=sys.stderr, flush=True)
+    return rows
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--families", nargs="+", choices=list(networks.RECIPES), default=list(networks.RECIPES))
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS), metavar="N+1")
+    parser.add_argument("--size", type=int, help="final side in pixels (default 1024; 256 with --small or --demo)")
+    parser.add_argument("--native-steps", type=int, help="steps of the native run (default: the family's)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each way, the median counts (default 3)")
+    parser.add_argument("--small", action="store_true", help="networks of a few channels")
+    parser.add_argument("--demo", action="store_true", help="the embedded model in place of random networks")
+    parser.add_argument("--scale", action="store_true", help="sizes and batches in place of ways")
+    parser.add_argument("--sides", type=int, nargs="+", help="sides for --scale")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="batches for --scale")
+    parser.add_argument(
+        "--tile", type=int, help="tile of large refine stages for --scale (default: twice the native side)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder for what is written")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    if device.type == "cpu" and not options.small and not options.demo:
+        parser.error("true-size networks need a GPU; add --small or --demo to run here")
+    names = ["demo"] if options.demo else options.families
+    side = options.size or (256 if options.small or options.demo else 1024)
+    record: dict[str, Any] = {
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "small": options.small,
+        "repeats": options.repeats,
+        "families": {},
+    }
+    for name in names:
+
+        def made(batch: int = 1, name: str = name) -> Bench:
+            if name == "demo":
+                return Bench.demo(options.repeats, batch)
+            return Bench.of(name, device, options.small, options.repeats, batch)
+
+        if options.scale:
+            own = min(get_family(name).native_size)
+            sides = options.sides or [own // 2, own, 2 * own, 4 * own]
+            rows = scale(made(), name, sides, options.tile or 2 * own)
+            batches = []
+            for batch in options.batches:
+                bench = made(batch)
+                plan = _plan(name, side, FORETOLD_FROM)
+                bench.warm(plan)
+                batches.append({"batch": batch, **asdict(bench.measure(plan))})
+            found: dict[str, Any] = {"sizes": rows, "batches": batches}
+        else:
+            found = compare_ways(made(), name, side, options.native_steps, options.presets, counted=not options.small)
+        record["families"][name] = found
+        print(report.to_markdown(record), flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        stem = ("scale" if options.scale else "speed") + (
+            "-small" if options.small else "-demo" if options.demo else ""
+        )
+        (options.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (options.out / f"{stem}.md").write_text(report.to_markdown(record) + "\n")
+        report.plot(record, options.out / f"{stem}.png")
+
+
+if __name__ == "__main__":
+    main()

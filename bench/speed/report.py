@@ -1,0 +1,129 @@
+"""Tables and plots of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_COLUMNS = {"speedup": ".2f", "limit": ".2f", "share of limit": ".1%", "network limit": ".2f", "overhead": ".1%"}
+KINDS = ("stage 1 sample", "stage 2 sample", "decode", "encode", "upscale", "other")
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """One table per family."""
+    head = f"{record['device']}, torch {record['torch']}, median of {record['repeats']}"
+    head += ", networks of a few channels" if record["small"] else ""
+    tables = [head + "."]
+    for name, found in record["families"].items():
+        tables.append(f"**{name}**" + (f", {found['size']}x{found['size']}" if "size" in found else ""))
+        tables.append(_scale_tables(found) if "sizes" in found else _ways_table(found))
+    return "\n\n".join(tables)
+
+
+def _ways_table(found: Mapping[str, Any]) -> str:
+    lines = [
+        "| way | s | speedup | limit | of the limit | network alone | outside it | foretold | peak MiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in found["ways"].items():
+        told = f"{row['foretold']:.2f} s ({row['foretold off by']:+.1%})" if "foretold" in row else ""
+        label = f"native {row['steps']}" if "steps" in row else name
+        cells = [label, f"{row['seconds']:.3f}"]
+        for key, form in _COLUMNS.items():
+            cells.append(format(row[key], form) if key in row else "")
+        lines.append("| " + " | ".join([*cells, told, f"{row['peak'] / 2**20:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _scale_tables(found: Mapping[str, Any]) -> str:
+    lines = [
+        "| side | stages | tile | s | peak MiB | foretold MiB |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in found["sizes"]:
+        told = "" if row["memory foretold"] is None else f"{row['memory foretold'] / 2**20:.0f}"
+        tile = row["tile"] or ""
+        lines.append(
+            f"| {row['side']} | {row['stages']} | {tile} | {row['seconds']:.2f} | {row['peak'] / 2**20:.0f} | {told} |"
+        )
+    lines += ["", "| batch | s | s a picture | peak MiB |", "| ---: | ---: | ---: | ---: |"]
+    for row in found["batches"]:
+        each = row["seconds"] / row["batch"]
+        lines.append(f"| {row['batch']} | {row['seconds']:.2f} | {each:.3f} | {row['peak'] / 2**20:.0f} |")
+    return "\n".join(lines)
+
+
+def kinds(parts: Mapping[str, float], whole: float) -> dict[str, float]:
+    """Seconds of a run by kind of part; "other" is what no part holds."""
+    found = dict.fromkeys(KINDS, 0.0)
+    for name, seconds in parts.items():
+        kind = name if name in KINDS else name.split()[-1]
+        found["other" if kind not in KINDS else kind] += seconds
+    found["other"] += whole - sum(parts.values())
+    return found
+
+
+def plot(record: Mapping[str, Any], path: Path) -> None:
+    """Parts of every staged run and its speedup beside the limit; or seconds and memory against size and batch."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    families = record["families"]
+    scaled = any("sizes" in found for found in families.values())
+    figure, axes = plt.subplots(
+        len(families), 2, figsize=(10, 3.2 * len(families)), squeeze=False, layout="constrained"
+    )
+    for line, (name, found) in zip(axes, families.items(), strict=True):
+        (_scale_plot if scaled else _ways_plot)(line, name, found)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _ways_plot(line: Any, name: str, found: Mapping[str, Any]) -> None:
+    left, right = line
+    staged = {way: row for way, row in found["ways"].items() if "speedup" in row}
+    bottom = [0.0] * len(staged)
+    for index, kind in enumerate(KINDS):
+        heights = [kinds(row["parts"], row["seconds"])[kind] for row in staged.values()]
+        left.bar(list(staged), heights, bottom=bottom, label=kind, color=f"C{index}")
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    left.set_ylabel(f"{name}: seconds")
+    left.legend(fontsize=7)
+    if all("limit" in row for row in staged.values()):
+        right.plot(list(staged), [row["limit"] for row in staged.values()], "o--", color="grey", label="limit")
+    right.plot(list(staged), [row["speedup"] for row in staged.values()], "o-", label="measured")
+    right.set_ylabel("native / staged")
+    right.set_ylim(bottom=0)
+    right.grid(alpha=0.3)
+    right.legend(fontsize=7)
+
+
+def _scale_plot(line: Any, name: str, found: Mapping[str, Any]) -> None:
+    left, right = line
+    for tiled in (False, True):
+        rows = [row for row in found["sizes"] if bool(row["tile"]) == tiled]
+        if rows:
+            megapixels = [row["side"] ** 2 / 1e6 for row in rows]
+            word = "tiled" if tiled else "whole"
+            left.plot(megapixels, [row["seconds"] for row in rows], "o-", label=f"seconds, {word}")
+            left.plot(megapixels, [row["peak"] / 2**30 for row in rows], "s--", label=f"peak GiB, {word}")
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_xlabel("megapixels")
+    left.set_title(name, fontsize=9)
+    batches = found["batches"]
+    right.plot(
+        [row["batch"] for row in batches],
+        [row["seconds"] / row["batch"] for row in batches],
+        "o-",
+        label="seconds a picture",
+    )
+    right.plot([row["batch"] for row in batches], [row["peak"] / 2**30 for row in batches], "s--", label="peak GiB")
+    right.set_xlabel("pictures at once")
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
