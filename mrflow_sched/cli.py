@@ -73,6 +73,14 @@ def _size(text: str) -> tuple[int, int]:
     return size
 
 
+def _interval(text: str) -> tuple[float, float]:
+    found = re.fullmatch(r"([0-9.]+)-([0-9.]+)", text.strip())
+    try:
+        return float(found[1]), float(found[2])  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no interval; write LOW-HIGH, for example 0.2-0.9") from None
+
+
 def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         span = f"from {low} up" if high is None else f"from {low} to {high}"
@@ -144,6 +152,9 @@ def _numbers() -> _Parser:
     group.add_argument("--seed", type=_whole(0, _SEED_END), help="seed of the first picture's noise (default 0)")
     group.add_argument("--seed-rule", choices=("offset", "hash"), help="how seeds of stages and batch images differ")
     group.add_argument("--posterior", choices=("mode", "sample"), help="what to take from the VAE's encoder")
+    group.add_argument(
+        "--guidance-interval", type=_interval, metavar="LOW-HIGH", help="sigmas between which CFG is on in stage 1"
+    )
     group.add_argument("--tile", type=_whole(0, 32768), metavar="PIXELS", help="refine larger pictures in such tiles")
     group.add_argument("--steps", type=_whole(1, 1000), metavar="N", help="steps of native sampling")
     group.add_argument(
@@ -249,13 +260,13 @@ def build_parser() -> _Parser:
 
 _PLAN_WORDS = (
     *("preset", "low_steps", "refine_steps", "sigma", "solver", "factor", "stages", "refine_curve", "shift_tokens"),
-    *("mu", "guidance", "refine_guidance", "seed", "seed_rule", "posterior", "tile"),
+    *("mu", "guidance", "refine_guidance", "seed", "seed_rule", "posterior", "tile", "guidance_interval"),
 )
 
 
 _STAGED_WORDS = (
     *("preset", "low_steps", "refine_steps", "sigma", "factor", "stages", "refine_curve", "shift_tokens"),
-    *("refine_guidance", "tile"),
+    *("refine_guidance", "tile", "guidance_interval"),
 )
 
 

@@ -63,7 +63,8 @@ class Stage:
 
     `width`, `height` in pixels; `tokens` image tokens of the network. `mu` is the logarithm of the shift in `sigmas`,
     None where there is none. `sigmas` = () means that no step is taken and the upscaler's image is kept. `forwards`
-    counts network evaluations per image. `recipe` tells `sigmas` in short (see `schedule.sigmas_from_recipe`); left
+    counts network evaluations per image. `guided`: the least and the highest sigma at which guidance is in force;
+    outside it is off. `recipe` tells `sigmas` in short (see `schedule.sigmas_from_recipe`); left
     out, or not matching, it is made to spell the values out. Raises ValueError for values that cannot be a stage.
     """
 
@@ -76,6 +77,7 @@ class Stage:
     guidance: float
     forwards: int
     recipe: str = ""
+    guided: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         _check_side(self.width, "width")
@@ -86,6 +88,7 @@ class Stage:
         _check_finite(self.guidance, "guidance")
         if self.mu is not None:
             _check_finite(self.mu, "mu")
+        object.__setattr__(self, "guided", _checked_interval(self.guided))
         sigmas = validate_sigmas(self.sigmas, "sigmas") if self.sigmas else ()
         object.__setattr__(self, "sigmas", sigmas)
         if not self.recipe or sigmas_from_recipe(self.recipe) != sigmas:
@@ -95,6 +98,16 @@ class Stage:
     def steps(self) -> int:
         """Solver steps: one less than there are sigmas."""
         return max(len(self.sigmas) - 1, 0)
+
+    @property
+    def always_guided(self) -> bool:
+        """Whether guidance is in force at every level of the list."""
+        return all(self.guided[0] <= sigma <= self.guided[1] for sigma in self.sigmas[:-1])
+
+    def guidance_at(self, sigma: float) -> float:
+        """The guidance in force at flow sigma `sigma`: the stage's, or 1, which is off."""
+        # Levels go through float32 on their way to the network.
+        return self.guidance if self.guided[0] - 1e-6 <= sigma <= self.guided[1] + 1e-6 else 1.0
 
     @property
     def start_sigma(self) -> float:
@@ -307,6 +320,7 @@ def make_plan(
     seed_rule: SeedRule = "offset",
     posterior: Posterior = "mode",
     tile: int = 0,
+    guidance_interval: tuple[float, float] | None = None,
     stages: int | None = None,
     native: bool = False,
     steps: int | None = None,
@@ -320,15 +334,27 @@ def make_plan(
     and 1) take one value, or one per later stage. `solver`: one of SOLVER_NAMES. `refine_curve`: "linear" or
     "shifted". `shift_tokens`: the token count that sets mu of stage 1 ("low": its own, as diffusers does; "final"; or
     a number); `mu` sets it outright. `guidance`, `refine_guidance`: scales of stage 1 and of later stages; 1 turns CFG
-    off and halves the cost. `tile` lets the network see later stages in tiles of that many pixels a side, where they
-    are larger: less work and memory at sizes far above the model's own. `native=True` with `steps` plans plain sampling
-    at the final size (`make_native_plan`).
+    off and halves the cost. `guidance_interval`: the least and the highest sigma at which the CFG of stage 1 is in
+    force; outside it a step costs one forward in place of two (Kynkaanniemi et al. 2024). `tile` lets the network see
+    later stages in tiles of that many pixels a side, where they are larger: less work and memory at sizes far above the
+    model's own. `native=True` with `steps` plans plain sampling at the final size (`make_native_plan`).
     Sizes are rounded to the family's grid; `notes` of the plan say what was rounded. Raises ValueError, one sentence,
     for anything out of range.
     """
     known = family if isinstance(family, Family) else get_family(family)
     if native:
-        given = (preset, factor, factors, low_steps, refine_steps, sigma, refine_guidance, stages, tile or None)
+        given = (
+            preset,
+            factor,
+            factors,
+            low_steps,
+            refine_steps,
+            sigma,
+            refine_guidance,
+            stages,
+            tile or None,
+            guidance_interval,
+        )
         shaped = refine_curve != "linear" or shift_tokens != "low"
         if shaped or any(value is not None for value in given):
             raise ValueError("native=True plans one stage and takes steps, solver, mu, guidance and seed only.")
@@ -356,7 +382,8 @@ def make_plan(
     high_guidance = low_guidance if refine_guidance is None else refine_guidance
     solver = known.solver if solver is None else solver
     tokens = _shift_tokens(known, shift_tokens, sizes)
-    made = [_first_stage(known, sizes[0], low, tokens, mu, solver, low_guidance)]
+    first = _first_stage(known, sizes[0], low, tokens, mu, solver, low_guidance)
+    made = [first if guidance_interval is None else _guided_within(first, known, guidance_interval)]
     for size, count, start in zip(sizes[1:], refine, starts, strict=True):
         made.append(_refine_stage(known, size, count, start, refine_curve, solver, high_guidance))
     name = chosen.name if low_steps is None and refine_steps is None else "+".join(map(str, (low, *refine)))
@@ -471,6 +498,25 @@ def _stage(family: Family, size: tuple[int, int], mu: float | None, recipe: str,
         forwards=evaluations * _per_step(family, guidance),
         recipe=recipe,
     )
+
+
+def _guided_within(stage: Stage, family: Family, interval: tuple[float, float]) -> Stage:
+    """`stage` with CFG between two levels only. Raises ValueError where that would save nothing."""
+    if family.guidance_kind != "cfg" or stage.guidance == 1.0:
+        raise ValueError(
+            f"guidance_interval={interval!r} is for CFG, which takes a second forward; this run of {family.name} has "
+            "none: leave it out."
+        )
+    limited = replace(stage, guided=interval)
+    forwards = sum(1 if limited.guidance_at(sigma) == 1.0 else 2 for sigma in _evaluated(stage))
+    return replace(limited, forwards=forwards)
+
+
+def _evaluated(stage: Stage) -> list[float]:
+    """The levels at which the stage's solver evaluates the network, in order."""
+    if stage.solver != "heun":
+        return list(stage.sigmas[:-1])
+    return [sigma for pair in pairwise(stage.sigmas) for sigma in pair if sigma > 0]
 
 
 def solver_evaluations(solver: str, steps: int) -> int:
@@ -723,10 +769,15 @@ def _refine_notes(plan: StagedPlan) -> list[str]:
 
 
 def _stage_to_string(stage: Stage) -> str:
-    head = f"{stage.width}x{stage.height} {stage.tokens}t {stage.solver} g{stage.guidance!r} f{stage.forwards}"
+    head = f"{stage.width}x{stage.height} {stage.tokens}t {stage.solver} g{_guidance(stage)} f{stage.forwards}"
     # A list recipe carries no mu; where the stage has one it is written in front.
     mu = "" if stage.mu is None or f"mu={stage.mu!r}" in stage.recipe.split(" ") else f" @mu={stage.mu!r}"
     return f"{head}{mu} {stage.recipe}"
+
+
+def _guidance(stage: Stage) -> str:
+    low, high = stage.guided
+    return repr(stage.guidance) if (low, high) == (0.0, 1.0) else f"{stage.guidance!r}@{low!r}-{high!r}"
 
 
 def _stage_from_string(text: str) -> Stage:
@@ -736,6 +787,8 @@ def _stage_from_string(text: str) -> Stage:
     width, height = _parse_size(size)
     mu = next((word.partition("mu=")[2] for word in rest if word.startswith(("mu=", "@mu="))), None)
     recipe = " ".join(word for word in rest if not word.startswith("@"))
+    scale, _, interval = guidance[1:].partition("@")
+    low, _, high = interval.partition("-")
     return Stage(
         width=width,
         height=height,
@@ -743,9 +796,10 @@ def _stage_from_string(text: str) -> Stage:
         mu=None if mu is None else float(mu),
         sigmas=sigmas_from_recipe(recipe),
         solver=solver,
-        guidance=float(guidance[1:]),
+        guidance=float(scale),
         forwards=int(forwards[1:]),
         recipe=recipe,
+        guided=(float(low), float(high)) if interval else (0.0, 1.0),
     )
 
 
@@ -760,12 +814,14 @@ def _stage_to_dict(stage: Stage) -> dict[str, Any]:
         "solver": stage.solver,
         "guidance": stage.guidance,
         "recipe": stage.recipe,
+        "guided": list(stage.guided),
     }
 
 
 def _stage_from_dict(data: Mapping[str, Any]) -> Stage:
     names = ("width", "height", "tokens", "mu", "solver", "guidance", "forwards", "recipe")
-    return Stage(sigmas=tuple(data["sigmas"]), **{name: data[name] for name in names})
+    low, high = data.get("guided", (0.0, 1.0))
+    return Stage(sigmas=tuple(data["sigmas"]), guided=(low, high), **{name: data[name] for name in names})
 
 
 def _checksum(text: str, stages: Sequence[Stage]) -> str:
@@ -808,6 +864,13 @@ def _check_side(value: object, name: str) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    low, high = interval
+    if not (_is_number(low) and _is_number(high) and 0.0 <= low < high <= 1.0):
+        raise ValueError(f"guidance_interval must be two levels, 0 <= low < high <= 1, got {interval!r}.")
+    return float(low), float(high)
 
 
 def _check_tile(tile: int, family: Family | None = None) -> None:

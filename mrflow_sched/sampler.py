@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mrflow_sched.engines.base import StageEngine
 from mrflow_sched.handoff import encode_images, handoff, stage_noise, within_memory
-from mrflow_sched.noise import add_noise, draw_noise, model_sigmas, stage_seed
+from mrflow_sched.noise import add_noise, draw_noise, model_sigmas, stage_seed, ve_to_sigma
 from mrflow_sched.schedule import explicit_recipe
 from mrflow_sched.solvers import Cancelled, get_solver, solver_forwards
 from mrflow_sched.tiles import TiledEngine
@@ -200,9 +200,15 @@ def _sample(run: _Run, index: int, latents: Tensor, text: Any) -> Tensor:
     run.begin(f"stage {index + 1} sample", index)
     run.stop_if_cancelled()
 
+    def guidance_at(sigma: Tensor) -> float:
+        if stage.always_guided:
+            return stage.guidance  # and no wait for the device
+        level = float(sigma.flatten()[0])
+        return stage.guidance_at(level if engine.family.prediction == "flow" else ve_to_sigma(level))
+
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         run.count_forwards(stage)
-        return engine.denoise(x, sigma, text, guidance=stage.guidance)
+        return engine.denoise(x, sigma, text, guidance=guidance_at(sigma))
 
     def after_evaluation(state: dict[str, Any]) -> None:
         run.estimate = state["denoised"]
@@ -216,7 +222,7 @@ def _sample(run: _Run, index: int, latents: Tensor, text: Any) -> Tensor:
     sigmas = model_sigmas(stage.sigmas, engine.family.prediction)
     if run.plan.tiled(index):
         engine = TiledEngine(engine, run.plan.tile, cancel=run.stop_if_cancelled)
-    elif isinstance(engine, StageEngine):
+    elif stage.always_guided and isinstance(engine, StageEngine):
         return engine.sample_stage(stage.solver, latents, sigmas, text, guidance=stage.guidance, callback=count_too)
     return get_solver(stage.solver)(denoise, latents, sigmas, callback=after_evaluation)
 

@@ -215,6 +215,28 @@ def test_the_staged_way_laid_open_is_the_staged_way(bench: Any, small: Any, plai
     assert torch.allclose(again.images, plain.images, atol=1e-5)
 
 
+def test_guidance_by_two_forwards_is_what_it_says(bench: Any, small: Any) -> None:
+    guided = sys.modules["quality.guided"]
+    engine = small.engine
+    both = guided.GuidedByTwo(engine)
+    x, sigma = torch.randn((1, *engine.latent_shape(64, 64)), generator=torch.Generator().manual_seed(0)), torch.ones(1)
+    pair, empty = both.encode_text(PROMPTS[:1]), engine.encode_text([""])
+    first, second = (engine.denoise(x, sigma, text, guidance=1.0) for text in (pair.text, empty))
+    assert torch.allclose(both.denoise(x, sigma, pair, guidance=3.0), second + 3 * (first - second), atol=1e-5)
+    assert torch.equal(both.denoise(x, sigma, pair, guidance=1.0), first)
+    off, half, on = (
+        guided.guided(128, name, **numbers)
+        for name, numbers in (
+            ("off", {"guidance": 1.0}),
+            ("half", {"guidance_interval": (0.5, 1.0)}),
+            ("on", {}),
+        )
+    )
+    assert off.cost < half.cost < on.cost == pytest.approx(2 * off.cost)
+    made = half.make(small, PROMPTS, [3, 8])
+    assert made.images.shape == (2, 3, 128, 128)
+
+
 def test_nested_noise_is_white_and_the_final_noise_made_coarse(bench: Any) -> None:
     noise = bench.ideas.nested_noise(None, range(4), (16, 32, 32))
     assert float(noise.std()) == pytest.approx(1, abs=0.02)

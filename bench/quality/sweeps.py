@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .guided import guided
 from .ways import Way, staged
 
 
@@ -37,6 +38,17 @@ def _seed_rules(size: int) -> list[Way]:
     return [staged(size, "12+1", f"seed_rule {rule}", seed_rule=rule) for rule in ("offset", "hash")]
 
 
+def _guidance_interval(size: int) -> list[Way]:
+    intervals = ((0.0, 1.0), (0.0, 0.9), (0.0, 0.8), (0.0, 0.6), (0.3, 1.0), (0.5, 1.0), (0.7, 1.0), (0.3, 0.9))
+    made = [guided(size, f"CFG {low}-{high}", guidance_interval=(low, high)) for low, high in intervals]
+    return [
+        *made,
+        guided(size, "CFG, not in the refine step", refine_guidance=1.0),
+        guided(size, "CFG 0.3-0.9, not in the refine step", guidance_interval=(0.3, 0.9), refine_guidance=1.0),
+        guided(size, "no CFG", guidance=1.0),
+    ]
+
+
 def _precision(size: int) -> list[Way]:
     return [
         staged(size, "12+1", "float"),
@@ -56,6 +68,7 @@ SWEEPS: dict[str, Sweep] = {
         lambda size: [staged(size, "12+1", f"enlarger {kind}", enlarger=kind) for kind in ("SR", "Lanczos")],
     ),
     "refine_guidance": Sweep("Guidance in the refine step?", _each("refine_guidance", (1.0, 2.0, 3.5, 5.0))),
+    "guidance_interval": Sweep("Where does CFG matter?", _guidance_interval),
     "shift_tokens": Sweep("Whose shift for stage 1?", _each("shift_tokens", ("low", "final"))),
     "posterior": Sweep("The encoder's centre, or a draw?", _each("posterior", ("mode", "sample"))),
     "seed_rule": Sweep("Which noise for the refine step?", _seed_rules),

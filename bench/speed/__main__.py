@@ -3,6 +3,7 @@
     python bench/speed --out DIR                  true-size networks with random weights on the GPU, in bfloat16
     python bench/speed --small --out DIR          the same on networks of a few channels, on any machine
     python bench/speed --demo --out DIR           the embedded model on this machine
+    python bench/speed --limits                   what arithmetic allows, by family; nothing is run
     python bench/speed --scale --demo --out DIR   time and memory against size and batch
 
 Measured: native sampling, staged presets, every part alone, the highest memory; after a warm-up of every way at its own
@@ -214,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each way, the median counts (default 3)")
     parser.add_argument("--small", action="store_true", help="networks of a few channels")
     parser.add_argument("--demo", action="store_true", help="the embedded model in place of random networks")
+    parser.add_argument("--limits", action="store_true", help="print what arithmetic allows, and nothing else")
     parser.add_argument("--scale", action="store_true", help="sizes and batches in place of ways")
     parser.add_argument("--sides", type=int, nargs="+", help="sides for --scale")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="batches for --scale")
@@ -223,6 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for what is written")
     options = parser.parse_args(arguments)
+    if options.limits:
+        print(report.limits(options.presets))
+        return
     device = torch.device(options.device)
     if device.type == "cpu" and not options.small and not options.demo:
         parser.error("true-size networks need a GPU; add --small or --demo to run here")

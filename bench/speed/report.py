@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mrflow_sched import FAMILIES, make_native_plan, make_plan
+from mrflow_sched.cost import part_costs, peak_memory, work_ratio
 
 _COLUMNS = {"speedup": ".2f", "limit": ".2f", "share of limit": ".1%", "network limit": ".2f", "overhead": ".1%"}
 KINDS = ("stage 1 sample", "stage 2 sample", "decode", "encode", "upscale", "other")
@@ -51,6 +54,25 @@ def _scale_tables(found: Mapping[str, Any]) -> str:
     for row in found["batches"]:
         each = row["seconds"] / row["batch"]
         lines.append(f"| {row['batch']} | {row['seconds']:.2f} | {each:.3f} | {row['peak'] / 2**20:.0f} |")
+    return "\n".join(lines)
+
+
+def limits(presets: Sequence[str]) -> str:
+    """What arithmetic allows in every family: native over staged, the network alone and with VAE and upscaler."""
+    head = ["family", "size", "native TFLOP", *(f"{preset} network, whole" for preset in presets), "GiB at 12+1"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    for name, family in FAMILIES.items():
+        wide, high = family.default_size or family.native_size
+        native = part_costs(make_native_plan(family, wide, high)) or ()
+        scale, unit = (1e12, "") if name != "demo" else (1e9, " (GFLOP)")
+        cells = [name, f"{wide}x{high}", f"{sum(part.flop for part in native) / scale:.4g}{unit}"]
+        for preset in presets:
+            low, refine = (int(count) for count in preset.split("+"))
+            plan = make_plan(family, wide, high, low_steps=low, refine_steps=refine)
+            cells.append(f"{plan.cost_ratio:.2f}, {work_ratio(plan):.2f}")
+        peak = peak_memory(make_plan(family, wide, high, low_steps=12, refine_steps=1))
+        cells.append("" if peak is None else f"{peak.total / 2**30:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

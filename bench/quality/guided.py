@@ -1,0 +1,68 @@
+"""The embedded model guided by two forwards, as families without embedded guidance are.
+
+At an embedded scale of 1 the network answers as its caption says, and without a caption as if it had none:
+classifier-free guidance of the two is what it was taught to give in one forward. So the questions that only such
+families have can be asked here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrflow_sched import get_family, make_plan
+from mrflow_sched.sampler import sample_staged
+
+from .ways import FAMILY, Made, Model, Way
+
+CFG = replace(get_family(FAMILY), guidance_kind="cfg")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Text of a batch, and the empty text."""
+
+    text: Any
+    empty: Any
+
+
+class GuidedByTwo:
+    """`Engine` around the embedded one: guidance g is empty + g (text - empty), off at 1."""
+
+    family = CFG
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def encode_text(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None) -> Pair:
+        own = self._engine
+        return Pair(own.encode_text(prompts), own.encode_text(negative_prompts or [""] * len(prompts)))
+
+    def denoise(self, x: Tensor, sigma: Tensor, text: Pair, *, guidance: float) -> Tensor:
+        with_text = self._engine.denoise(x, sigma, text.text, guidance=1.0)
+        if guidance == 1.0:
+            return with_text
+        without = self._engine.denoise(x, sigma, text.empty, guidance=1.0)
+        return without + guidance * (with_text - without)
+
+
+def guided(size: int, name: str, **numbers: Any) -> Way:
+    """The staged way with guidance by two forwards, with `numbers` of `make_plan`."""
+    plan = make_plan(CFG, size, size, "12+1", **numbers)
+
+    @torch.no_grad()
+    def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
+        engine: Any = GuidedByTwo(model.engine)
+        enlarge = model.enlargers["SR"]
+        done = sample_staged(engine, plan, prompts, upscaler=enlarge, seeds=seeds, keep_stages=True)
+        on_the_way = {stage.name: stage.image for stage in done.stages}
+        return Made(done.images, on_the_way.get("stage 1"), on_the_way.get("stage 2 upscaled"))
+
+    return Way(name, "guided by two", sum(plan.stage_costs()), make)
