@@ -133,7 +133,9 @@ def record_rows(record: dict[str, Any]) -> list[str]:
         f"{seen['low']} at 128 and {seen['high']} at 256",
         "vae": f"{record['vae']['curve'][-1][2]:.1f} dB on training crops",
         "sr": f"{record['sr']['curve'][-1][2]:.1f} dB on training crops",
-        "guided": f"error {guided['curve'][-1][2]:.3f} to the guided teacher",
+        "guided": "error {:.3f} to the guided teacher, {:.3f} of a network that does not heed the scale".format(
+            *guided["curve"][-1][2:]
+        ),
         "classifier": f"{record['classifier']['accuracy_on_true_scenes']['all'] * 100:.1f} % on unseen true scenes",
     }
     for name, end in ends.items():

@@ -30,21 +30,21 @@ GUIDANCE_RANGE = (1.0, 5.0)
 
 @dataclass(frozen=True)
 class FlowSettings:
-    seconds: float = 19600.0  # budget of the base training on this machine
-    tiny_until: float = 0.13  # share of the budget spent at 64 pixels only
-    low_until: float = 0.48  # share after which 256 pixels join 128
-    high_share: float = 0.65  # share of steps at 256 pixels after that
+    seconds: float = 27000.0  # budget of the base training on this machine
+    tiny_until: float = 0.095  # share of the budget spent at 64 pixels only
+    low_until: float = 0.35  # share after which 256 pixels join 128
+    high_share: float = 0.60  # share of steps at 256 pixels after that
     batch_tiny: int = 48
     batch_low: int = 16
     batch_high: int = 4
-    band_share: float = 0.0  # share of steps at 256 pixels that see a band of half the height, two for the price of one
+    band_share: float = 0.5  # share of steps at 256 pixels that see a band of half the height, two for the price of one
     batch_band: int = 8
-    word_share: float = 0.0  # share of pictures at 256 pixels that are drawn among those with a word
-    letter_weight: float = 1.0  # of the loss where letters are, at 256 pixels
+    word_share: float = 0.5  # share of steps at 128 and 256 pixels that see pictures with a word only
+    letter_weight: float = 4.0  # of the loss where letters are, at 128 and 256 pixels
     muon_lr: float = 0.02
     adam_lr: float = 1.5e-3
     text_lr: float = 5e-4
-    flat_until: float = 0.86  # share of the budget at full rates, falling linearly to 2 per cent after it
+    flat_until: float = 0.90  # share of the budget at full rates, falling linearly to 2 per cent after it
     warmup_steps: int = 150
     ema: float = 0.9985
     meaning_weight: float = 0.10  # of the auxiliary loss at the start; falls linearly to a fifth
@@ -187,7 +187,7 @@ class Batches:
         self, size: int, count: int, *, long_text: bool = False, among: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents (B, 16, h, w), T5 ids, CLIP ids, and what each token shows (B, 3, tokens)."""
-        if among is None and size == data.HIGH and self.rng.random() < self.settings.word_share:
+        if among is None and size != data.TINY and self.rng.random() < self.settings.word_share:
             among = self.with_words
         rows = np.sort(self.rng.integers(0, self.count, count) if among is None else self.rng.choice(among, count))
         x0 = torch.from_numpy(self.latents[size][rows].astype(np.float32))
@@ -294,7 +294,7 @@ def train(
         squares = (v - (noise - x0)).square()
         error = squares.mean()
         weight = torch.ones_like(squares[:, :1])
-        if size == data.HIGH:
+        if size != data.TINY:
             letters = is_letter(shown[:, 0]).view(len(x0), 1, x0.shape[2] // 2, -1)
             wide = letters.repeat_interleave(2, 2).repeat_interleave(2, 3)
             weight = torch.where(wide, settings.letter_weight, weight)
@@ -339,7 +339,7 @@ def train(
 
 @dataclass(frozen=True)
 class GuideSettings:
-    seconds: float = 480.0
+    seconds: float = 300.0
     batch_low: int = 16
     batch_high: int = 4
     high_share: float = 0.40

@@ -1,0 +1,85 @@
+"""tools/train_demo: what a training step of the embedded model is shown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def flow() -> Iterator[Any]:
+    before = list(sys.path)
+    sys.path.insert(0, str(ROOT / "tools"))
+    from mrflow_sched.engines.flux import prepare_imports
+
+    prepare_imports()
+    from train_demo import flow  # pyright: ignore[reportMissingImports]
+
+    yield flow
+    sys.path[:] = before
+
+
+@pytest.fixture(scope="module")
+def batches(flow: Any) -> Any:
+    """Twenty scenes; the latents of each hold its number and the row that they are of."""
+    count, data = 20, flow.data
+    made = object.__new__(flow.Batches)
+    made.count, made.settings, made.rng = count, flow.FlowSettings(drop_text=0.0), np.random.default_rng(0)
+    made.meanings, made.latents = {}, {}
+    for size in data.SIZES:
+        grid, side = size // data.TOKEN, size // data.PATCH
+        made.meanings[size] = np.stack([data.meaning(data.scene_at(i), 10 * i + 1, grid) for i in range(count)])
+        latents = np.zeros((count, 16, side, side), np.float16)
+        latents[:, 0] = np.arange(count)[:, None, None]
+        latents[:, 1] = np.arange(side)[None, :, None]
+        made.latents[size] = latents
+    made.ids, made.clip_ids = torch.arange(2 * count + 1)[:, None], torch.arange(2 * count + 1)[:, None]
+    made.with_words, made.first_row, made.last_row = made._words()
+    return made
+
+
+def test_pictures_with_words_are_found(flow: Any, batches: Any) -> None:
+    expected = [index for index in range(batches.count) if flow.data.scene_at(index).word]
+    assert batches.with_words.tolist() == expected
+    assert 0 < len(expected) < batches.count
+    assert all(0 <= a <= b < 32 for a, b in zip(batches.first_row, batches.last_row, strict=True))
+
+
+def test_a_band_holds_every_letter_of_its_pictures(flow: Any, batches: Any) -> None:
+    tops = set()
+    for _ in range(30):
+        top, (x0, ids, _, shown) = batches.draw_band()
+        tops.add(top)
+        assert x0.shape == (batches.settings.batch_band, 16, 32, 64)
+        assert shown.shape == (batches.settings.batch_band, 3, 16 * 32)
+        assert x0[0, 1, :, 0].tolist() == list(range(2 * top, 2 * top + 32))
+        for picture, meant, row in zip(x0, shown, ids, strict=True):
+            index = int(picture[0, 0, 0])
+            whole = flow.is_letter(batches.meanings[256][index, 0])
+            assert int(flow.is_letter(meant[0]).sum()) == int(whole.sum()) > 0
+            assert int(row) % batches.count == index
+    assert len(tops) > 3
+
+
+def test_a_band_keeps_the_positions_of_its_picture(flow: Any) -> None:
+    whole, band = flow.position_ids(64, 64), flow.position_ids(32, 64, top=5)
+    assert torch.equal(band, whole.view(32, 32, 3)[5:21].reshape(-1, 3))
+
+
+def test_words_are_drawn_as_often_as_asked_for(flow: Any, batches: Any) -> None:
+    seen = []
+    for size in (flow.data.LOW, flow.data.HIGH, flow.data.TINY):
+        rows = torch.cat([batches.draw(size, 4)[0][:, 0, 0, 0] for _ in range(100)])
+        seen.append(float(np.isin(rows.numpy().astype(int), batches.with_words).mean()))
+    plain = len(batches.with_words) / batches.count
+    wanted = batches.settings.word_share + (1 - batches.settings.word_share) * plain
+    assert seen[:2] == [pytest.approx(wanted, abs=0.15)] * 2
+    assert seen[2] == pytest.approx(plain, abs=0.12)
