@@ -293,6 +293,48 @@ def test_all_ideas_have_names_and_costs_near_12_and_1(bench: Any) -> None:
     assert all(way.cost <= 2.5 * plain for way in tried)
 
 
+def a_row(kind: str, cost: float, composite: float, letters: float, low: float, high: float) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "cost": cost,
+        "composite": composite,
+        "accuracy": composite,
+        "to base": composite - 0.97,
+        "to base, interval": (low, high),
+        "letters by height": {18: 0.1, 32: letters},
+        "colour drift": {"low to final": {"mean": -0.5}},
+    }
+
+
+def test_goals_are_met_or_missed_as_the_numbers_say(bench: Any) -> None:
+    record = {
+        "base": "native 50",
+        "size": 256,
+        "ways": {
+            "native 50": a_row("native", 50, 0.97, 0.9, 0, 0),
+            "staged 12+1": a_row("staged", 3.3, 0.965, 0.88, -0.02, 0.01),
+            "staged 20+1": a_row("staged", 4.8, 0.971, 0.9, -0.01, 0.01),
+            "hires": a_row("hires fix", 3.3, 0.96, 0.9, 0, 0),
+            "midway": a_row("midway", 3.2, 0.95, 0.9, 0, 0),
+        },
+    }
+    rows = [line.split(" | ") for line in bench.report.goals(record)[2:]]
+    assert [row[2].strip(" |") for row in rows] == ["yes", "yes", "yes", "no", "yes", "yes"]
+    assert rows[3][1] == "not better than midway"  # nothing of ours costs as little
+    assert "18 px" not in rows[4][1]
+    record["ways"]["staged 12+1"] = a_row("staged", 3.3, 0.95, 0.8, -0.03, -0.01)
+    record["ways"]["staged 12+1"]["colour drift"]["low to final"]["mean"] = 1.2
+    record["ways"]["staged 20+1"] = a_row("staged", 4.8, 0.95, 0.9, -0.03, -0.01)
+    record["ways"]["native 50"]["accuracy"] = 0.9
+    assert all(line.endswith("| no |") for line in bench.report.goals(record)[2:])
+
+
+def test_the_worst_pictures_come_first(bench: Any, truth: Any) -> None:
+    spoilt = truth.true.pictures.clone()
+    spoilt[[3, 9]] = 0.5
+    assert set(bench.scores.worst(truth.measure(spoilt), truth.true)[:2]) == {3, 9}
+
+
 def test_the_command_writes_tables_a_plot_and_pictures(main: Any, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("matplotlib")
     ways = sys.modules["quality.ways"]

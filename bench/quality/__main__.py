@@ -33,6 +33,7 @@ prepare_imports()
 from quality import ideas, metrics, report, scores, sweeps, ways  # noqa: E402
 
 TEST_STREAM, FIRST_SEED = 3, 1000
+OURS = report.OURS
 
 
 def scenes_of(each: int) -> list[Scene]:
@@ -102,6 +103,7 @@ def measure(
     compared = scores.compared(truth, measured, base, samples)
     for name, each_measured in measured.items():
         rows[name] |= compared[name]
+        rows[name]["accuracy"] = truth.accuracy(each_measured)
         rows[name]["groups"] = truth.groups(each_measured)
         rows[name]["categories"] = {
             category: truth.parts(each_measured, truth.rows_of(category)) for category in CATEGORIES
@@ -118,8 +120,11 @@ def measure(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "true pictures": truth.parts(truth.true),
+        "letters of true pictures": truth.letters_by_height(truth.true),
         "ways": rows,
     }
+    if OURS in measured:
+        record["worst"] = scores.worst(measured[OURS], measured[base])[:8]
     pictures = {"true": truth.true.pictures, **{name: each_m.pictures for name, each_m in measured.items()}}
     return record, pictures
 
@@ -188,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (options.out / f"{name}.md").write_text(report.to_markdown(record) + "\n")
             report.plot(record, options.out / f"{name}.png", sweep=options.sweep is not None)
             report.sheet(record, pictures, scenes_of(each), options.out / f"{name}-pictures.png")
+            if name == "quality":
+                report.worst_sheet(record, pictures, options.out / f"{name}-worst.png")
 
 
 if __name__ == "__main__":

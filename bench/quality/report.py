@@ -12,6 +12,10 @@ from torch import Tensor
 from mrflow_sched.demo.scenes import Scene
 from mrflow_sched.images import to_pil
 
+OURS = "staged 12+1"
+"""The way that the goals are about."""
+BEYOND = ("hires fix", "midway", "native")
+"""Kinds of ways that are not ours."""
 PARTS = ("attributes", "letters", "local structure", "look", "spectrum")
 
 
@@ -41,7 +45,46 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         heights = ", ".join(f"{height} px {share:.2f}" for height, share in row["letters by height"].items())
         each = " | ".join(f"{row['categories'][category]['composite']:.3f}" for category in categories)
         third.append(f"| {name} | {each} | {heights} |")
-    return "\n\n".join("\n".join(table) for table in (first, second, third))
+    tables = [first, second, third]
+    if OURS in record["ways"] and "staged 20+1" in record["ways"]:
+        tables.append(goals(record))
+    return "\n\n".join("\n".join(table) for table in tables)
+
+
+def goals(record: Mapping[str, Any]) -> list[str]:
+    """Each goal of the method on this model, and whether this run meets it."""
+    rows, base = record["ways"], record["base"]
+    ours, longer, native = rows[OURS], rows["staged 20+1"], rows[base]
+    staged = [row for row in rows.values() if row["kind"] == "staged"]
+
+    def beaten(row: Mapping[str, Any]) -> bool:
+        """By a staged way that costs no more."""
+        return any(each["cost"] <= row["cost"] + 1e-6 and each["composite"] >= row["composite"] for each in staged)
+
+    unbeaten = [name for name, row in rows.items() if row["kind"] in BEYOND and not beaten(row)]
+    least = record["size"] / 12
+    large = [height for height in ours["letters by height"] if int(height) >= least]
+    letters = [ours["letters by height"][height] / max(native["letters by height"][height], 1e-9) for height in large]
+    drift = abs(ours["colour drift"]["low to final"]["mean"])
+    low, high = longer["to base, interval"]
+    lines = ["| goal | measured | met |", "| --- | --- | --- |"]
+    found = [
+        (f"attributes and letters of {base} at 95 % or more", f"{native['accuracy']:.1%}", native["accuracy"] >= 0.95),
+        (f"{OURS} within 1 % of {base}'s composite", f"{ours['to base']:+.3f}", ours["to base"] >= -0.01),
+        (f"staged 20+1 not to be told from {base}", f"{low:+.3f} to {high:+.3f}", low <= 0 <= high or low > 0),
+        (
+            "better than every other way at equal or lower cost",
+            "not better than " + ", ".join(unbeaten) if unbeaten else "all",
+            not unbeaten,
+        ),
+        (
+            f"letters of 1/12 of the height or more: 97 % of {base}'s",
+            ", ".join(f"{height} px {share:.0%}" for height, share in zip(large, letters, strict=True)),
+            min(letters, default=1.0) >= 0.97,
+        ),
+        ("mean colour drift from the low picture at most 1/255", f"{drift:.2f}/255", drift <= 1.0),
+    ]
+    return [*lines, *(f"| {goal} | {value} | {'yes' if met else 'no'} |" for goal, value, met in found)]
 
 
 def plot(record: Mapping[str, Any], path: Path, *, sweep: bool = False) -> None:
@@ -98,6 +141,21 @@ def sheet(
         pen.multiline_text((8, line * side + 8), _wrapped(name), fill=(28, 30, 34))
         for column, row in enumerate(shown):
             small = to_pil(images[row]).resize((side, side), Image.Resampling.LANCZOS)
+            out.paste(small, (left + column * side, line * side))
+    out.save(path)
+
+
+def worst_sheet(record: Mapping[str, Any], pictures: Mapping[str, Tensor], path: Path) -> None:
+    """The scenes at which our way loses the most to the base: the true picture, the base's, ours."""
+    names = ["true", record["base"], OURS]
+    side, left = 192, 120
+    rows = record["worst"]
+    out = Image.new("RGB", (left + side * len(rows), side * len(names)), (250, 249, 246))
+    pen = ImageDraw.Draw(out)
+    for line, name in enumerate(names):
+        pen.multiline_text((8, line * side + 8), _wrapped(name, 16), fill=(28, 30, 34))
+        for column, row in enumerate(rows):
+            small = to_pil(pictures[name][row]).resize((side, side), Image.Resampling.LANCZOS)
             out.paste(small, (left + column * side, line * side))
     out.save(path)
 

@@ -92,6 +92,11 @@ class Truth:
         weight = sum(WEIGHTS[name] for name in found)
         return {"composite": sum(WEIGHTS[name] * value for name, value in found.items()) / weight, **found}
 
+    def accuracy(self, measured: Measured) -> float:
+        """Share of all attributes and letters read right, each counted once."""
+        every = [hit for each in measured.hits for values in each.values() for hit in values]
+        return sum(every) / len(every)
+
     def groups(self, measured: Measured) -> dict[str, float]:
         """Share of attributes read right, by kind of attribute."""
         names = dict.fromkeys(name for each in measured.hits for name in each)
@@ -113,6 +118,18 @@ class Truth:
     def rows_of(self, category: str) -> Tensor:
         """Numbers of the pictures of one category."""
         return torch.tensor([row for row, scene in enumerate(self.scenes) if scene.category == category])
+
+
+def worst(measured: Measured, other: Measured) -> list[int]:
+    """Numbers of the pictures, those first that lose the most attributes to `other`'s; ties by perceptual distance."""
+
+    def share(hits: Mapping[str, Sequence[bool]]) -> float:
+        every = [hit for values in hits.values() for hit in values]
+        return sum(every) / max(len(every), 1)
+
+    lost = [share(theirs) - share(own) for own, theirs in zip(measured.hits, other.hits, strict=True)]
+    apart = metrics.perceptual(measured.maps, other.maps).tolist()
+    return sorted(range(len(lost)), key=lambda row: (-lost[row], -apart[row]))
 
 
 def against(measured: Measured, other: Measured) -> dict[str, float]:
