@@ -529,3 +529,22 @@ def test_a_stage_says_nothing_that_only_looks_like_a_warning(name: str, monkeypa
     finally:
         logger.removeHandler(handler)
     assert not [sentence for sentence in said if "config attributes" in sentence or "prompt_embeds_mask" in sentence]
+
+
+def test_step_caching_of_diffusers_works_within_stages_and_is_forgotten_between_them() -> None:
+    """First-block caching, as a user turns it on: steps of stage 1 are skipped, the refine step is a whole one."""
+    diffusers = tiny_pipelines.diffusers()
+    if not hasattr(diffusers, "FirstBlockCacheConfig"):
+        pytest.skip("the installed diffusers has no first-block cache")
+    pipe = tiny_pipelines.make("flux1-dev")
+    numbers: dict[str, Any] = {"width": 64, "height": 64, "seed": 3, "output_type": "pt", "keep_stages": True}
+    plain = MrFlow(pipe)("a star", low_steps=6, **numbers)
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e9))
+    cached, again = (MrFlow(pipe)("a star", low_steps=6, **numbers) for _ in range(2))
+    pipe.transformer.disable_cache()
+    assert torch.equal(cached.images, again.images)
+    assert float((cached.images - plain.images).abs().max()) > 1e-3  # something was skipped
+    low = next(stage.image for stage in cached.stages if stage.name == "stage 1")
+    refined = MrFlow(pipe)("a star", image=low, **numbers)
+    assert torch.allclose(refined.images, cached.images, atol=1e-5)
+    assert torch.equal(MrFlow(pipe)("a star", low_steps=6, **numbers).images, plain.images)
