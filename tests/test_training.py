@@ -83,3 +83,19 @@ def test_words_are_drawn_as_often_as_asked_for(flow: Any, batches: Any) -> None:
     wanted = batches.settings.word_share + (1 - batches.settings.word_share) * plain
     assert seen[:2] == [pytest.approx(wanted, abs=0.15)] * 2
     assert seen[2] == pytest.approx(plain, abs=0.12)
+
+
+def test_guidance_is_heard_again_around_what_it_gave(flow: Any) -> None:
+    torch.manual_seed(0)
+    model = flow.make_transformer()
+    parts = model.time_text_embed
+    scales = parts.time_proj(1000 * torch.linspace(*flow.GUIDANCE_RANGE, 9))
+    with torch.no_grad():
+        parts.guidance_embedder.linear_1.bias -= 100  # deaf: no unit answers
+        parts.guidance_embedder.linear_2.bias += 1.5
+        deaf = parts.guidance_embedder(scales)
+        flow.heed_guidance(model)
+        heard = parts.guidance_embedder(scales)
+    assert float(deaf.std(0).max()) < 1e-6
+    assert torch.allclose(heard.mean(0), deaf.mean(0), atol=1e-4)
+    assert float(heard.std(0).mean()) > 1e-3

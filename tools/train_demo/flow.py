@@ -350,6 +350,21 @@ class GuideSettings:
     seed: int = 11
 
 
+@torch.no_grad()
+def heed_guidance(model: Any) -> None:
+    """Begin the embedding of guidance afresh around what it gives on average, which the network counts on.
+
+    In the base training the scale means nothing, so its embedding learns to be the same for all scales, with units that
+    no gradient reaches any more.
+    """
+    parts = model.time_text_embed
+    scales = parts.time_proj(1000 * torch.linspace(*GUIDANCE_RANGE, 9))
+    before = parts.guidance_embedder(scales).mean(0)
+    parts.guidance_embedder.linear_1.reset_parameters()
+    torch.nn.init.normal_(parts.guidance_embedder.linear_2.weight, std=0.1)
+    parts.guidance_embedder.linear_2.bias += before - parts.guidance_embedder(scales).mean(0)
+
+
 def train_guidance(
     work: Path, settings: GuideSettings | None = None, *, compiled: bool = True, save_every: float = 120.0
 ) -> dict[str, Any]:
@@ -366,6 +381,8 @@ def train_guidance(
     teacher = base.transformer
     model = copy.deepcopy(teacher).requires_grad_(True)
     ema = copy.deepcopy(teacher)
+    heed_guidance(model)
+    ema.load_state_dict(model.state_dict())
     opts = optimisers(model, FlowSettings(muon_lr=settings.muon_lr, adam_lr=settings.adam_lr))[:2]
     step, elapsed, curve = 0, 0.0, []
     path = work / "guided.pt"
