@@ -53,6 +53,15 @@ def test_pictures_with_words_are_found(flow: Any, batches: Any) -> None:
     assert all(0 <= a <= b < 32 for a, b in zip(batches.first_row, batches.last_row, strict=True))
 
 
+def test_marks_are_letters_things_and_lights(flow: Any) -> None:
+    names = np.array(flow.data.MEANINGS["part"])
+    marked = set(names[flow.is_mark(np.arange(len(names)))])
+    assert {"square", "A", "Z", "sun", "moon"} <= marked
+    assert not marked & {"wall", "tiles", "green hills", "blue sky", "night sky"}
+    assert not bool(flow.is_mark(np.array([flow.data.UNKNOWN])).any())
+    assert set(names[flow.is_letter(np.arange(len(names)))]) == {name for name in marked if len(name) == 1}
+
+
 def test_a_band_holds_every_letter_of_its_pictures(flow: Any, batches: Any) -> None:
     tops = set()
     for _ in range(30):

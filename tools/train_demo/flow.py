@@ -39,8 +39,8 @@ class FlowSettings:
     batch_high: int = 4
     band_share: float = 0.5  # share of steps at 256 pixels that see a band of half the height, two for the price of one
     batch_band: int = 8
-    word_share: float = 0.5  # share of steps at 128 and 256 pixels that see pictures with a word only
-    letter_weight: float = 4.0  # of the loss where letters are, at 128 and 256 pixels
+    word_share: float = 0.3  # share of steps at 128 and 256 pixels that see pictures with a word only
+    mark_weight: float = 4.0  # of the loss where letters, things and lights are, at 128 and 256 pixels
     muon_lr: float = 0.02
     adam_lr: float = 1.5e-3
     text_lr: float = 5e-4
@@ -142,6 +142,12 @@ def is_letter(part: Any) -> Any:
     names = data.MEANINGS["part"]
     first = names.index(scenes.LETTERS[0])
     return (part >= first) & (part < first + len(scenes.LETTERS))
+
+
+def is_mark(part: Any) -> Any:
+    """Where an array of parts shows a letter, a thing or a light: what is small, and decides how a picture is read."""
+    names = data.MEANINGS["part"]
+    return (part >= names.index(scenes.SHAPES[0])) & (part <= names.index(scenes.LIGHTS[-1]))
 
 
 class Batches:
@@ -295,9 +301,9 @@ def train(
         error = squares.mean()
         weight = torch.ones_like(squares[:, :1])
         if size != data.TINY:
-            letters = is_letter(shown[:, 0]).view(len(x0), 1, x0.shape[2] // 2, -1)
-            wide = letters.repeat_interleave(2, 2).repeat_interleave(2, 3)
-            weight = torch.where(wide, settings.letter_weight, weight)
+            marks = is_mark(shown[:, 0]).view(len(x0), 1, x0.shape[2] // 2, -1)
+            wide = marks.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            weight = torch.where(wide, settings.mark_weight, weight)
         loss = (squares * weight).mean() / weight.mean() + settings.meaning_weight * (1 - 0.8 * done) * naming
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
