@@ -98,7 +98,7 @@ def test_guidance_is_heard_again_around_what_it_gave(flow: Any) -> None:
     torch.manual_seed(0)
     model = flow.make_transformer()
     parts = model.time_text_embed
-    scales = parts.time_proj(1000 * torch.linspace(*flow.GUIDANCE_RANGE, 9))
+    scales = parts.time_proj(1000 * torch.linspace(float(flow.GUIDANCE_RANGE[0]), float(flow.GUIDANCE_RANGE[1]), 9))
     with torch.no_grad():
         parts.guidance_embedder.linear_1.bias -= 100  # deaf: no unit answers
         parts.guidance_embedder.linear_2.bias += 1.5
