@@ -137,7 +137,7 @@ def _numbers() -> _Parser:
     parser = _Parser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("the plan (what is left out comes from the family's preset)")
     group.add_argument("--size", type=_size, metavar="WxH", help="size of the final picture in pixels")
-    group.add_argument("--preset", help="low-resolution steps + full-resolution steps, for example 12+1")
+    group.add_argument("--preset", help="fast, balanced, best, or low-size steps + full-size steps, for example 12+1")
     group.add_argument("--low-steps", type=_whole(1, 1000), metavar="N", help="steps of the first stage")
     group.add_argument("--refine-steps", type=_whole(0, 1000), metavar="N", help="steps of every later stage")
     group.add_argument("--sigma", type=float, metavar="S", help="fraction of noise at which refining starts, 0 < S < 1")

@@ -327,7 +327,7 @@ def make_plan(
 ) -> StagedPlan:
     """Decide all numbers of a staged run of `family` at `width` x `height` pixels.
 
-    Start from a `preset` ("12+1"; None: the family's default) and override what you like.
+    Start from a `preset` ("12+1", "fast", "best"; None: the family's default) and override what you like.
     `factor` (1.25 to 4) is the size step between stages and `stages` their count: 2048 px with factor 2 and 3 stages
     runs at 512, 1024 and 2048. `factors` gives each step its own factor instead. `low_steps` are the steps of stage 1;
     `refine_steps` (0: keep the upscaler's image) and `sigma` (the noise fraction a refine stage starts at, between 0

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 import mrflow_sched
-from mrflow_sched.families import FAMILIES, Family, get_family
+from mrflow_sched.families import FAMILIES, TIERS, Family, get_family
 
 ALL = list(FAMILIES.values())
 IDS = list(FAMILIES)
@@ -68,8 +68,25 @@ def test_an_unknown_family_gets_one_sentence_with_the_names(name: str, near: str
     assert "; Known" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "fast", "balanced", "best"),
+    [
+        ("flux1-dev", "6+1", "12+1", "20+1"),
+        ("qwen-image", "8+1", "12+1", "20+1"),
+        ("z-image-turbo", "8+1", "8+1", "9+1"),
+        ("flux2-klein", "4+1", "4+1", "4+1"),
+    ],
+)
+def test_every_family_has_a_preset_of_each_tier(family: str, fast: str, balanced: str, best: str) -> None:
+    assert [get_family(family).get_preset(tier).name for tier in TIERS] == [fast, balanced, best]
+    for known in FAMILIES.values():
+        steps = [known.get_preset(tier).low_steps for tier in TIERS]
+        assert steps == sorted(steps)
+        assert known.get_preset("balanced") == known.get_preset()
+
+
 def test_an_unknown_preset_gets_one_sentence_with_the_names() -> None:
-    with pytest.raises(ValueError, match=r"preset '99\+9'.*12\+1, 20\+1, text"):
+    with pytest.raises(ValueError, match=r"preset '99\+9'.*12\+1, 20\+1, text, 8\+1, fast, balanced, best"):
         get_family("qwen-image").get_preset("99+9")
 
 

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mrflow_sched import get_family, make_plan
-from mrflow_sched.sampler import sample_staged
 
-from .ways import FAMILY, Made, Model, Way
+from .ways import FAMILY, Way, planned
 
 CFG = replace(get_family(FAMILY), guidance_kind="cfg")
 
@@ -55,14 +53,4 @@ class GuidedByTwo:
 
 def guided(size: int, name: str, **numbers: Any) -> Way:
     """The staged way with guidance by two forwards, with `numbers` of `make_plan`."""
-    plan = make_plan(CFG, size, size, "12+1", **numbers)
-
-    @torch.no_grad()
-    def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
-        engine: Any = GuidedByTwo(model.engine)
-        enlarge = model.enlargers["SR"]
-        done = sample_staged(engine, plan, prompts, upscaler=enlarge, seeds=seeds, keep_stages=True)
-        on_the_way = {stage.name: stage.image for stage in done.stages}
-        return Made(done.images, on_the_way.get("stage 1"), on_the_way.get("stage 2 upscaled"))
-
-    return Way(name, "guided by two", sum(plan.stage_costs()), make)
+    return planned(name, "guided by two", make_plan(CFG, size, size, "12+1", **numbers), around=GuidedByTwo)

@@ -28,7 +28,7 @@ FITTED_ON = 64  # training scenes that corrections are fitted on
 
 @dataclass(frozen=True)
 class Parts:
-    """What may be changed. Every function is given the model first.
+    """What may be changed. Every function but `final` is given the model first.
 
     `low_noise(seeds, shape)`: noise of stage 1, and `high_noise(seeds, shape)` of the refine stage. `encoded(latents)`:
     the enlarged picture's latents, corrected. `sigma(low)`: start level of each picture, (B,). `final(low, enlarged,

@@ -60,12 +60,14 @@ class Way:
     make: Callable[[Model, Sequence[str], Sequence[int]], Made]
 
 
-def planned(name: str, kind: str, plan: StagedPlan, enlarger: str = "SR") -> Way:
-    """A way that the sampler runs."""
+def planned(
+    name: str, kind: str, plan: StagedPlan, enlarger: str = "SR", around: Callable[[Any], Any] = lambda engine: engine
+) -> Way:
+    """A way that the sampler runs, on the engine that `around` makes of the model's."""
 
     def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
-        enlarge = _enlarger(model, enlarger)
-        done = sample_staged(model.engine, plan, prompts, upscaler=enlarge, seeds=seeds, keep_stages=True)
+        engine, enlarge = around(model.engine), _enlarger(model, enlarger)
+        done = sample_staged(engine, plan, prompts, upscaler=enlarge, seeds=seeds, keep_stages=True)
         on_the_way = {stage.name: stage.image for stage in done.stages}
         return Made(done.images, on_the_way.get("stage 1"), on_the_way.get("stage 2 upscaled"))
 

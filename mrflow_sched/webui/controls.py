@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, cast
 
-from mrflow_sched.families import FAMILIES
+from mrflow_sched.families import FAMILIES, TIERS
 
 __all__ = ["AUTOMATIC", "CHOICES", "FIELDS", "LABELS", "LIMITS", "Controls"]
 
@@ -24,11 +24,11 @@ _STEPS_NAME = re.compile(r"([0-9]{1,3})\+([0-9]{1,2})")
 
 
 def _preset_names() -> tuple[str, ...]:
-    """`AUTOMATIC`, then each preset that any family has, most steps first, named ones last."""
+    """`AUTOMATIC`, the tiers, then each preset that any family has, most steps first, named ones last."""
     known = {preset.name: preset for family in FAMILIES.values() for preset in family.presets}
     stepped = [name for name in known if _STEPS_NAME.fullmatch(name)]
     named = [name for name in known if name not in stepped]
-    return (AUTOMATIC, *sorted(stepped, key=lambda name: -known[name].low_steps), *named)
+    return (AUTOMATIC, *TIERS, *sorted(stepped, key=lambda name: -known[name].low_steps), *named)
 
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -174,8 +174,9 @@ def _checked_preset(value: Any) -> str:
             low, refine = int(match[1]), int(match[2])
             if 1 <= low <= LIMITS["low_steps"][1] and 1 <= refine <= LIMITS["refine_steps"][1]:
                 return f"{low}+{refine}"
+    named = ", ".join(map(repr, (AUTOMATIC, *TIERS)))
     raise ValueError(
-        f"preset must be {AUTOMATIC!r}, 'text', or low + refine steps such as '12+1' (at most "
+        f"preset must be {named}, 'text', or low + refine steps such as '12+1' (at most "
         f"{LIMITS['low_steps'][1]:g}+{LIMITS['refine_steps'][1]:g}), got {value!r}."
     )
 

@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 from mrflow_sched.cost import work_ratio
-from mrflow_sched.families import Family, Preset
+from mrflow_sched.families import TIERS, Family, Preset
 from mrflow_sched.noise import model_sigmas
 from mrflow_sched.plan import StagedPlan, make_plan
 from mrflow_sched.schedule import refine_sigmas, sigmas_from_recipe
@@ -183,9 +183,8 @@ def _preset(controls: Controls, family: Family) -> tuple[Preset, str | None]:
     default = family.get_preset()
     if controls.preset == AUTOMATIC:
         return default, None
-    for preset in family.presets:
-        if preset.name == controls.preset:
-            return preset, None
+    if controls.preset in (*TIERS, *(preset.name for preset in family.presets)):
+        return family.get_preset(controls.preset), None
     match = _STEPS_NAME.fullmatch(controls.preset)
     if match is None:
         return default, f"{family.title} has no preset {controls.preset!r}; its {default.name} is used."

@@ -94,7 +94,10 @@ def test_every_preset_of_every_family_is_a_choice() -> None:
 BAD: list[tuple[Any, str]] = [
     ({"enabled": 1}, "enabled must be true or false, got 1."),
     ({"enabled": "yes"}, "enabled must be true or false, got 'yes'."),
-    ({"preset": "fast"}, "preset must be 'automatic', 'text', or low + refine steps such as '12+1'"),
+    (
+        {"preset": "quick"},
+        "preset must be 'automatic', 'fast', 'balanced', 'best', 'text', or low + refine steps such as '12+1'",
+    ),
     ({"preset": "0+1"}, "preset must be"),
     ({"preset": "151+1"}, "preset must be"),
     ({"preset": "12+21"}, "preset must be"),

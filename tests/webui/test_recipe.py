@@ -48,6 +48,7 @@ def test_the_recipe_is_the_librarys_plan(family: str) -> None:
 
 def test_presets_and_overrides() -> None:
     assert (make(preset="text").sigma, make(preset="text").low_steps) == (0.18, 12)
+    assert [make(preset=tier).low_steps for tier in ("fast", "balanced", "best")] == [6, 12, 20]
     own = make(preset="9+3")
     assert (own.preset, own.low_steps, own.refine_steps, own.sigma) == ("9+3", 9, 3, 0.12)
     assert own.refine_sigmas == pytest.approx((0.12, 0.08, 0.04, 0.0))

@@ -30,7 +30,7 @@ GUIDANCE_RANGE = (1.0, 5.0)
 
 @dataclass(frozen=True)
 class FlowSettings:
-    seconds: float = 27000.0  # budget of the base training on this machine
+    seconds: float = 30000.0  # budget of the base training on this machine
     tiny_until: float = 0.095  # share of the budget spent at 64 pixels only
     low_until: float = 0.35  # share after which 256 pixels join 128
     high_share: float = 0.60  # share of steps at 256 pixels after that
@@ -345,7 +345,7 @@ def train(
 
 @dataclass(frozen=True)
 class GuideSettings:
-    seconds: float = 300.0
+    seconds: float = 420.0
     batch_low: int = 16
     batch_high: int = 4
     high_share: float = 0.40
