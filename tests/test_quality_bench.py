@@ -237,6 +237,19 @@ def test_guidance_by_two_forwards_is_what_it_says(bench: Any, small: Any) -> Non
     assert made.images.shape == (2, 3, 128, 128)
 
 
+def test_step_caching_leaves_out_blocks_of_stage_1(bench: Any, small: Any, plain: Any) -> None:
+    import diffusers
+
+    if not hasattr(diffusers, "FirstBlockCacheConfig"):
+        pytest.skip("the installed diffusers has no first-block cache")
+    cached = sys.modules["quality.cached"]
+    whole, none = (cached.cached(128, threshold) for threshold in (0.0, 1e9))
+    assert whole.cost == none.cost == bench.ways.staged(128).cost
+    same, coarse = (way.make(small, PROMPTS, [3, 8]).images for way in (whole, none))
+    assert float((same - plain.images).abs().mean()) < 0.004  # they round at other places
+    assert float((coarse - same).abs().mean()) > 0.01
+
+
 def test_nested_noise_is_white_and_the_final_noise_made_coarse(bench: Any) -> None:
     noise = bench.ideas.nested_noise(None, range(4), (16, 32, 32))
     assert float(noise.std()) == pytest.approx(1, abs=0.02)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .cached import cached
 from .guided import guided
 from .ways import Way, staged
 
@@ -49,6 +50,11 @@ def _guidance_interval(size: int) -> list[Way]:
     ]
 
 
+def _step_cache(size: int) -> list[Way]:
+    made = [cached(size, threshold) for threshold in (0.0, 0.05, 0.1, 0.2, 0.4)]
+    return [*made, cached(size, 0.1, low_steps=20), cached(size, 0.2, low_steps=20), cached(size, 0.0, low_steps=6)]
+
+
 def _precision(size: int) -> list[Way]:
     return [
         staged(size, "12+1", "float"),
@@ -73,5 +79,6 @@ SWEEPS: dict[str, Sweep] = {
     "posterior": Sweep("The encoder's centre, or a draw?", _each("posterior", ("mode", "sample"))),
     "seed_rule": Sweep("Which noise for the refine step?", _seed_rules),
     "precision": Sweep("Float, or 8 bits between the stages?", _precision),
+    "step_cache": Sweep("Does step caching save more than fewer steps do?", _step_cache),
     "solver": Sweep("Which solver at 12+1?", _each("solver", ("euler", "multistep", "careful", "dpmpp_2m"))),
 }

@@ -1,0 +1,37 @@
+"""Step caching as diffusers has it: where the first block changes little from step to step, the others are left out."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from mrflow_sched import demo, get_family, make_plan
+from mrflow_sched.engines.pipeline import PipelineEngine, load_pipeline
+
+from .ways import FAMILY, Way, planned
+
+
+@cache
+def _engine(threshold: float) -> PipelineEngine:
+    import diffusers
+    import torch
+
+    pipe = load_pipeline(demo.weights_path(), dtype=torch.bfloat16)  # as the embedded engine on the CPU
+    pipe.vae.to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if threshold:
+        pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=threshold))
+    return PipelineEngine(pipe, family=FAMILY, arguments={"max_sequence_length": get_family(FAMILY).text_tokens})
+
+
+def cached(size: int, threshold: float, low_steps: int = 12) -> Way:
+    """The staged way through the embedded model's pipeline, with first-block caching from `threshold` (0: none).
+
+    Its cost is that of all forwards; what caching leaves out shows in the seconds.
+    """
+
+    def around(_engine_of_model: Any) -> PipelineEngine:
+        return _engine(threshold)
+
+    plan = make_plan(FAMILY, size, size, low_steps=low_steps, refine_steps=1)
+    return planned(f"threshold {threshold:g}, {low_steps}+1", "cached", plan, around=around)
