@@ -180,13 +180,13 @@ def _plan(family: str, side: int, preset: str, **more: Any) -> StagedPlan:
     return make_plan(family, side, side, low_steps=low, refine_steps=high, **more)
 
 
-def scale(bench: Bench, family: str, sides: Sequence[int], tile: int) -> list[dict[str, Any]]:
-    """Seconds and memory of staged runs by size: two stages while the low size is near the model's own, then more."""
+def scale(bench: Bench, family: str, sides: Sequence[int], tile: int, start: int) -> list[dict[str, Any]]:
+    """Seconds and memory of staged runs by size: two stages, or as many as it takes to begin at `start` or below."""
     rows: list[dict[str, Any]] = []
     own = min(get_family(family).native_size)
     for side in sides:
         stages = 2
-        while side / 2 ** (stages - 1) > own:
+        while side / 2 ** (stages - 1) > start:
             stages += 1
         for cut in (0, tile) if side > tile else (0,):
             plan = make_plan(family, side, side, stages=stages, tile=cut)
@@ -222,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tile", type=int, help="tile of large refine stages for --scale (default: twice the native side)"
     )
+    parser.add_argument("--start", type=int, help="largest side of stage 1 for --scale (default: the native side)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for what is written")
     options = parser.parse_args(arguments)
@@ -250,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.scale:
             own = min(get_family(name).native_size)
             sides = options.sides or [own // 2, own, 2 * own, 4 * own]
-            rows = scale(made(), name, sides, options.tile or 2 * own)
+            rows = scale(made(), name, sides, options.tile or 2 * own, options.start or own)
             batches = []
             for batch in options.batches:
                 bench = made(batch)
