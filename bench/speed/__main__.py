@@ -17,7 +17,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,15 @@ class Measured:
     parts: dict[str, float]
     peak: int
     forwards: int
+
+
+_Run = tuple[float, dict[str, float], int]
+"""Seconds of one run, of its parts, and its forwards."""
+
+
+def _median(runs: Sequence[_Run], peak: int) -> Measured:
+    seconds, parts, forwards = sorted(runs, key=lambda run: run[0])[(len(runs) - 1) // 2]
+    return Measured(seconds, parts, peak, forwards)
 
 
 class Bench:
@@ -84,12 +93,24 @@ class Bench:
         """`plan` as often as asked for; memory is that of the first run."""
         with PeakMemory(self.engine.device) as peak:
             runs = [self._run(plan)]
-        runs += [self._run(plan) for _ in range(self._repeats - 1)]
-        runs.sort(key=lambda run: run[0])
-        seconds, parts, forwards = runs[(len(runs) - 1) // 2]
-        return Measured(seconds, parts, peak.bytes, forwards)
+        return _median([*runs, *(self._run(plan) for _ in range(self._repeats - 1))], peak.bytes)
 
-    def _run(self, plan: StagedPlan) -> tuple[float, dict[str, float], int]:
+    def measure_in_turn(self, plans: Mapping[str, StagedPlan]) -> dict[str, Measured]:
+        """Every plan as often as asked for, one after the other in each round, so that all meet the machine in the
+        same moods: a processor slows down under long work. Memory is that of a run before, whose time does not count.
+        """
+        peaks: dict[str, int] = {}
+        for name, plan in plans.items():
+            with PeakMemory(self.engine.device) as peak:
+                self._run(plan)
+            peaks[name] = peak.bytes
+        runs: dict[str, list[_Run]] = {name: [] for name in plans}
+        for _ in range(self._repeats):
+            for name, plan in plans.items():
+                runs[name].append(self._run(plan))
+        return {name: _median(made, peaks[name]) for name, made in runs.items()}
+
+    def _run(self, plan: StagedPlan) -> _Run:
         clock = _Clock(self.engine.device)
         done = sample_staged(self.engine, plan, self._prompts, upscaler=self._upscaler)
         seconds = clock.stop()
@@ -129,12 +150,11 @@ def compare_ways(
     the cost model makes of one of them."""
     plans = {preset: _plan(family, side, preset) for preset in presets}
     native = make_native_plan(family, side, side, steps=native_steps)
-    for plan in (native, *plans.values()):
-        bench.warm(plan)
-    base = bench.measure(native)
+    found_of = bench.measure_in_turn({"native": native, **plans})
+    base = found_of["native"]
     rows: dict[str, dict[str, Any]] = {"native": {**asdict(base), "steps": native.native_steps}}
     for preset, plan in plans.items():
-        found = bench.measure(plan)
+        found = found_of[preset]
         sampled = sum(seconds for name, seconds in found.parts.items() if name.endswith("sample"))
         rows[preset] = {
             **asdict(found),
