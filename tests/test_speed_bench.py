@@ -178,3 +178,12 @@ def test_true_sizes_without_a_gpu_get_one_sentence(main: Any, capsys: Any) -> No
     with pytest.raises(SystemExit):
         main.main(["--device", "cpu"])
     assert "need a GPU; add --small or --demo" in capsys.readouterr().err
+
+
+def test_limits_are_printed_without_a_run(main: Any, capsys: Any) -> None:
+    main.main(["--limits", "--presets", "12+1"])
+    printed = capsys.readouterr().out
+    assert "| flux1-dev | 1024x1024 | 3729 | 11.19, 10.58 |" in printed
+    large = next(line for line in printed.splitlines() if line.startswith("| flux1-dev") and "1024x1024" not in line)
+    whole, tiled, small = (float(cell) for cell in large.split("|")[2:5])
+    assert whole > 24 > tiled > small  # the card that 4096x4096 is to fit on

@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for what is written")
     options = parser.parse_args(arguments)
     if options.limits:
-        print(report.limits(options.presets))
+        print(report.limits(options.presets), report.large(), sep="\n\n")
         return
     device = torch.device(options.device)
     if device.type == "cpu" and not options.small and not options.demo:

@@ -76,6 +76,26 @@ def limits(presets: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def large(side: int = 4096, stages: int = 4, tile: int = 1024) -> str:
+    """The most memory of a large picture from a small start, by family: as it comes, in tiles with only the working
+    part on the device, and that with weights of 8 bits."""
+    title = f"GiB at {side}x{side} from {side >> (stages - 1)}"
+    lines = [
+        f"| {title} | whole | tiles of {tile}, offloaded | and 8-bit weights |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name in FAMILIES:
+        if name == "demo" or peak_memory(make_plan(name, 1024, 1024)) is None:
+            continue
+        whole, cut = (make_plan(name, side, side, stages=stages, tile=each) for each in (0, tile))
+        peaks = [
+            peak_memory(whole),
+            *(peak_memory(cut, weight_bytes=w, offload=True, vae_tile=tile, upscaler_tile=tile // 2) for w in (2, 1)),
+        ]
+        lines.append("| " + " | ".join([name, *(f"{peak.total / 2**30:.1f}" for peak in peaks if peak)]) + " |")
+    return "\n".join(lines)
+
+
 def kinds(parts: Mapping[str, float], whole: float) -> dict[str, float]:
     """Seconds of a run by kind of part; "other" is what no part holds."""
     found = dict.fromkeys(KINDS, 0.0)
