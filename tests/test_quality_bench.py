@@ -359,7 +359,9 @@ def test_the_command_writes_tables_a_plot_and_pictures(main: Any, tmp_path: Path
     report.plot(record, tmp_path / "plot.png")
     report.plot(record, tmp_path / "sweep.png", sweep=True)
     report.sheet(record, pictures, main.scenes_of(2), tmp_path / "sheet.png")
-    assert all((tmp_path / name).stat().st_size > 1000 for name in ("plot.png", "sweep.png", "sheet.png"))
+    report.sweeps_plot({"one": ("Which?", record), "two": ("And?", record)}, tmp_path / "sweeps.png")
+    for name in ("plot", "sweep", "sheet", "sweeps"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
     drift = record["ways"]["staged 1+1"]["colour drift"]
     assert set(drift) == {"low to enlarged", "enlarged to round trip", "round trip to final", "low to final"}
     assert np.isfinite(record["ways"]["staged 1+1"]["psnr of the layout"])

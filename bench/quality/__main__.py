@@ -177,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in names:
             swept = sweeps.SWEEPS[name].ways(options.size)
             jobs[f"sweep-{name}"] = [ways.staged(options.size), *(swept[:2] if options.quick else swept)]
+    swept_records: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, chosen in jobs.items():
         record, pictures = measure(
             chosen,
@@ -187,6 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tell=lambda line: print(line, file=sys.stderr, flush=True),
         )
         print(report.to_markdown(record), flush=True)
+        if options.sweep == "all":
+            short = name.removeprefix("sweep-")
+            swept_records[short] = (sweeps.SWEEPS[short].question, record)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
             (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -195,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report.sheet(record, pictures, scenes_of(each), options.out / f"{name}-pictures.png")
             if name == "quality":
                 report.worst_sheet(record, pictures, options.out / f"{name}-worst.png")
+    if swept_records and options.out is not None:
+        report.sweeps_plot(swept_records, options.out / "sweeps.png")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,36 @@ def plot(record: Mapping[str, Any], path: Path, *, sweep: bool = False) -> None:
     plt.close(figure)
 
 
+def sweeps_plot(records: Mapping[str, tuple[str, Mapping[str, Any]]], path: Path) -> None:
+    """All sweeps side by side, {name: (question, record)}: each value's difference to the plain recipe, with
+    intervals."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    across = 3
+    down = -(-len(records) // across)
+    figure, axes = plt.subplots(down, across, figsize=(15, 3.3 * down), squeeze=False, layout="constrained")
+    for panel in axes.flat[len(records) :]:
+        panel.axis("off")
+    for panel, (name, (question, record)) in zip(axes.flat, records.items(), strict=False):
+        rows = {way.removeprefix(f"{name} "): row for way, row in record["ways"].items() if way != record["base"]}
+        for index, row in enumerate(rows.values()):
+            low, high = row["to base, interval"]
+            middle = row["to base"]
+            edges = [[max(middle - low, 0)], [max(high - middle, 0)]]
+            panel.errorbar([index], [middle], yerr=edges, fmt="o", color="C0", capsize=2, markersize=4)
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right", fontsize=7)
+        panel.set_title(question, fontsize=9)
+        panel.set_ylabel("composite, to 12+1", fontsize=7)
+        panel.tick_params(axis="y", labelsize=7)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def _bar(axes: Any, x: float, row: Mapping[str, Any], colour: str) -> None:
     low, high = row["interval"]
     middle = row["composite"]
