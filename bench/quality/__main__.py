@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap samples (default 200)")
     parser.add_argument("--sweep", choices=[*sweeps.SWEEPS, "all"], help="sweep one number in place of the comparison")
     parser.add_argument("--ideas", action="store_true", help="compare ideas with the plain recipe")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the ways at equal cost these; * for any text")
     parser.add_argument("--quick", action="store_true", help="two scenes per category and few ways")
     parser.add_argument("--out", type=Path, help="folder for what is written")
     options = parser.parse_args(arguments)
@@ -170,6 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         base = "staged 12+1"
     elif options.sweep is None:
         every = ways.equal_cost(options.size)
+        if options.only:
+            every = [way for way in every if any(fnmatch(way.name, name) for name in (OURS, *options.only))]
+            base = base if base in [way.name for way in every] else OURS
         jobs["quality"] = [every[0], ways.staged(options.size)] if options.quick else every
     else:
         names = list(sweeps.SWEEPS) if options.sweep == "all" else [options.sweep]

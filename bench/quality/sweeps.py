@@ -71,7 +71,10 @@ SWEEPS: dict[str, Sweep] = {
     "factor": Sweep("How much smaller may stage 1 be?", _each("factor", (1.25, 1.5, 2.0, 3.0, 4.0))),
     "enlarger": Sweep(
         "Does the enlarger have to be a network?",
-        lambda size: [staged(size, "12+1", f"enlarger {kind}", enlarger=kind) for kind in ("SR", "Lanczos")],
+        lambda size: [
+            staged(size, "12+1", f"enlarger {kind}", enlarger=kind)
+            for kind in ("SR", "regressed", "SR twice, halved", "Lanczos")
+        ],
     ),
     "refine_guidance": Sweep("Guidance in the refine step?", _each("refine_guidance", (1.0, 2.0, 3.5, 5.0))),
     "guidance_interval": Sweep("Where does CFG matter?", _guidance_interval),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import reference
@@ -21,6 +22,23 @@ from mrflow_sched.solvers import get_solver
 from mrflow_sched.upscale import LanczosUpscaler, upscale_to
 
 FAMILY = "demo"
+REGRESSED = Path(__file__).parent / "regressed_x2.safetensors"
+"""An upscaler like the embedded one, trained without a discriminator: `train_demo.sr` with gan_from=1."""
+
+
+@dataclass(frozen=True)
+class Twice:
+    """A x2 network as a x4 one, the way that x4 models are used: `upscale_to` then shrinks what it makes."""
+
+    once: Any
+    scale: int = 4
+
+    @property
+    def name(self) -> str:
+        return f"{self.once.name} twice"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.once(self.once(images))
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +51,9 @@ class Model:
 
     @classmethod
     def load(cls, size: int) -> Model:
-        gan = load_upscaler(demo.upscaler_path())
-        return cls(demo.load_engine(), {"SR": gan, "Lanczos": LanczosUpscaler()}, size)
+        gan, regressed = load_upscaler(demo.upscaler_path()), load_upscaler(REGRESSED)
+        kinds = {"SR": gan, "regressed": regressed, "SR twice, halved": Twice(gan), "Lanczos": LanczosUpscaler()}
+        return cls(demo.load_engine(), kinds, size)
 
     @property
     def guidance(self) -> float:
@@ -175,6 +194,8 @@ def equal_cost(size: int) -> list[Way]:
         staged(size, low_steps=4),
         *(staged(size, "12+1", f"staged 12+1 {solver}", solver=solver) for solver in ("euler", "careful", "dpmpp_2m")),
         staged(size, "12+1", "staged 6+1 heun", solver="heun", low_steps=6),
+        staged(size, name="staged 6+2 from 0.45", low_steps=6, refine_steps=2, sigma=0.45),
+        staged(size, name="staged 6+4 from 0.6", low_steps=6, refine_steps=4, sigma=0.6, refine_curve="shifted"),
         staged(size, "12+1", "no refine, 12+0", refine_steps=0),
         staged(size, "12+1", "no SR network, 12+1", enlarger="Lanczos"),
         staged(size, "12+1", "reference procedure, 12+1", enlarger="reference", solver="euler", posterior="sample"),
