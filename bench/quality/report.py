@@ -158,6 +158,8 @@ def sweeps_plot(records: Mapping[str, tuple[str, Mapping[str, Any]]], path: Path
             edges = [[max(middle - low, 0)], [max(high - middle, 0)]]
             panel.errorbar([index], [middle], yerr=edges, fmt="o", color="C0", capsize=2, markersize=4)
         panel.axhline(0, color="grey", linewidth=0.8)
+        bottom, top = panel.get_ylim()
+        panel.set_ylim(min(bottom, -0.03), max(top, 0.03))
         panel.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right", fontsize=7)
         panel.set_title(question, fontsize=9)
         panel.set_ylabel("composite, to 12+1", fontsize=7)
