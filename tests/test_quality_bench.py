@@ -297,6 +297,9 @@ def test_corrections_bring_enlarged_latents_nearer_to_true_ones(
     assert plain > one > three
     power = [each.square().mean((0, 2, 3)) for each in (made, true, bench.ideas.same_power(small, made))]
     assert float((power[2] / power[1]).log().abs().mean()) < float((power[0] / power[1]).log().abs().mean())
+    detail = [bench.ideas.band_power(each, 2) for each in (made, true, bench.ideas.same_detail(small, made))]
+    assert detail[2][0] == pytest.approx(detail[0][0], rel=1e-3)
+    assert detail[2][1] == pytest.approx(detail[1][1], rel=0.02)
 
 
 def test_all_ideas_have_names_and_costs_near_12_and_1(bench: Any) -> None:

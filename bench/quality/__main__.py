@@ -173,6 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.sweep is None:
         every = ways.equal_cost(options.size)
         if options.only:
+            unknown = [name for name in options.only if not any(fnmatch(way.name, name) for way in every)]
+            if unknown:
+                parser.error(f"--only {unknown[0]!r} is no way; there are {', '.join(way.name for way in every)}")
             every = [way for way in every if any(fnmatch(way.name, name) for name in (OURS, *options.only))]
             base = base if base in [way.name for way in every] else OURS
         jobs["quality"] = [every[0], ways.staged(options.size)] if options.quick else every

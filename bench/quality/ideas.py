@@ -181,6 +181,15 @@ def same_power(model: Model, latents: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(latents) * _gains(model), s=latents.shape[-2:])
 
 
+def same_detail(model: Model, latents: Tensor) -> Tensor:
+    """Enlarged latents with the true ones' mean power above the low picture's Nyquist frequency: one number."""
+    made, true = (band_power(each, 2)[1] for each in _pairs(model))
+    spectrum = torch.fft.rfft2(latents)
+    down, across = torch.fft.fftfreq(latents.shape[-2]).abs(), torch.fft.rfftfreq(latents.shape[-1]).abs()
+    above = torch.maximum(down[:, None], across) >= 0.25
+    return torch.fft.irfft2(torch.where(above, (true / made) ** 0.5, 1.0) * spectrum, s=latents.shape[-2:])
+
+
 def ideas(size: int) -> list[Way]:
     """All ideas; numbers that `make_plan` knows already are here where they are meant to do better."""
     return [
@@ -193,6 +202,7 @@ def ideas(size: int) -> list[Way]:
         opened(size, "latents corrected, 1x1 fit", Parts(encoded=least_squares(1))),
         opened(size, "latents corrected, 3x3 fit", Parts(encoded=least_squares(3))),
         opened(size, "latents corrected, same power", Parts(encoded=same_power)),
+        opened(size, "latents corrected, same detail", Parts(encoded=same_detail)),
         staged(size, "12+1", "8+2, euler", low_steps=8, refine_steps=2, solver="euler"),
         staged(size, "12+1", "8+2, careful", low_steps=8, refine_steps=2, solver="careful"),
         staged(size, "12+1", "8+2, multistep, shifted", low_steps=8, refine_steps=2, refine_curve="shifted"),

@@ -153,10 +153,7 @@ def sweeps_plot(records: Mapping[str, tuple[str, Mapping[str, Any]]], path: Path
     for panel, (name, (question, record)) in zip(axes.flat, records.items(), strict=False):
         rows = {way.removeprefix(f"{name} "): row for way, row in record["ways"].items() if way != record["base"]}
         for index, row in enumerate(rows.values()):
-            low, high = row["to base, interval"]
-            middle = row["to base"]
-            edges = [[max(middle - low, 0)], [max(high - middle, 0)]]
-            panel.errorbar([index], [middle], yerr=edges, fmt="o", color="C0", capsize=2, markersize=4)
+            _bar(panel, index, row, "C0", "to base", "to base, interval")
         panel.axhline(0, color="grey", linewidth=0.8)
         bottom, top = panel.get_ylim()
         panel.set_ylim(min(bottom, -0.03), max(top, 0.03))
@@ -169,9 +166,11 @@ def sweeps_plot(records: Mapping[str, tuple[str, Mapping[str, Any]]], path: Path
     plt.close(figure)
 
 
-def _bar(axes: Any, x: float, row: Mapping[str, Any], colour: str) -> None:
-    low, high = row["interval"]
-    middle = row["composite"]
+def _bar(
+    axes: Any, x: float, row: Mapping[str, Any], colour: str, value: str = "composite", interval: str = "interval"
+) -> None:
+    low, high = row[interval]
+    middle = row[value]
     edges = [[max(middle - low, 0)], [max(high - middle, 0)]]
     axes.errorbar([x], [middle], yerr=edges, fmt="o", color=colour, capsize=2, markersize=5)
 
