@@ -21,6 +21,8 @@ __all__ = ["from_pictures", "load_image", "open_image", "read_png_text", "save_p
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header, ends
+_COMPRESSION = 4
+"""zlib's level. Its default, 6, takes twice as long for files of the same size within some 3 %."""
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str] | None = None) -> None:
@@ -143,10 +145,11 @@ def _to_8_bit(image: Tensor) -> Tensor:
     """(3, H, W) float in [0, 1] -> (H, W, 3) uint8, rounded."""
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape or not image.is_floating_point():
         raise ValueError(f"image must be a float tensor (3, H, W), got {image.dtype} of shape {tuple(image.shape)}.")
-    exact = image.detach().float().cpu()
+    exact = image.detach().float()
     if not bool(exact.isfinite().all()):
         raise ValueError("image holds values that are not finite numbers; nothing was saved.")
-    return (exact.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    # Rounded where the image is: one byte a value comes from the device, not four.
+    return (exact.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
 
 
 def _encode_png(pixels: Tensor, text: Mapping[str, str]) -> bytes:
@@ -157,7 +160,8 @@ def _encode_png(pixels: Tensor, text: Mapping[str, str]) -> bytes:
         chunks.add_text(keyword, value)
     height, width = pixels.shape[:2]
     stream = io.BytesIO()
-    Image.frombytes("RGB", (width, height), pixels.numpy().tobytes()).save(stream, "PNG", pnginfo=chunks)
+    picture = Image.frombytes("RGB", (width, height), pixels.numpy().tobytes())
+    picture.save(stream, "PNG", pnginfo=chunks, compress_level=_COMPRESSION)
     return stream.getvalue()
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from mrflow_sched.engines.compiled import NetworkCompiler
 from mrflow_sched.engines.layouts import find_layout
 from mrflow_sched.engines.pipeline import HINT, PipelineEngine, given_embeddings
 from mrflow_sched.images import from_pictures, to_pil
@@ -80,16 +81,24 @@ class MrFlow:
     """Staged sampling with a loaded diffusers text-to-image pipeline: FLUX, SD3, Qwen-Image, Z-Image, Sana, ..."""
 
     def __init__(
-        self, pipe: Any, *, upscaler: str | Path | PixelUpscaler | None = None, family: str | None = None
+        self,
+        pipe: Any,
+        *,
+        upscaler: str | Path | PixelUpscaler | None = None,
+        family: str | None = None,
+        compile_mode: str | None = None,
     ) -> None:
         """Take a loaded `pipe`, which stays as it is and stays usable.
 
         `upscaler`: an ESRGAN-type file (.safetensors, .pth), or anything that is called like a `PixelUpscaler`; left
         out, pictures are enlarged with Lanczos, which adds no detail. `family` names the family (`FAMILIES`) where
-        you know better than what the pipeline's class and configuration tell. Raises ValueError, one sentence, for a
-        pipeline whose stages cannot be run, FileNotFoundError or ValueError for a file that is no upscaler.
+        you know better than what the pipeline's class and configuration tell. `compile_mode`, a mode of
+        `torch.compile` ("default", "reduce-overhead" with CUDA graphs, ...), compiles the network for the first stage,
+        once per size; it pays over many pictures. Raises ValueError, one sentence, for a pipeline whose stages cannot
+        be run and for an unknown mode, FileNotFoundError or ValueError for a file that is no upscaler.
         """
         self.pipe = pipe
+        self._compiler = None if compile_mode is None else NetworkCompiler(compile_mode)
         self._family = family
         self._layout = find_layout(pipe, family)
         self._file = upscaler if isinstance(upscaler, (str, Path)) else None
@@ -175,7 +184,9 @@ class MrFlow:
         plan = make_plan(layout.family, wide, high, preset, seed=seeds[0], **numbers)
         if plan.tile and arguments.get(HINT) is not None:
             raise ValueError(f"tile={plan.tile} would give every tile the whole {HINT}; leave one of the two out.")
-        engine = PipelineEngine(self.pipe, family=self._family, arguments=arguments, seeds=seeds)
+        engine = PipelineEngine(
+            self.pipe, family=self._family, arguments=arguments, seeds=seeds, compiler=self._compiler
+        )
         result = sample_staged(
             engine,
             plan,

@@ -384,6 +384,7 @@ def test_a_folder_is_loaded_whole(tmp_path: Path) -> None:
     assert (engine.family.name, engine.name, len(engine.fingerprint)) == ("sd3", "model", 16)
     engine.pipe.set_progress_bar_config(disable=True)
     assert float(run(engine).images.std()) > 0.01
+    assert engine.pipe.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     config = tmp_path / "model" / "transformer" / "config.json"
     config.write_text(config.read_text() + " ")
     assert PipelineEngine.from_folder(tmp_path / "model", device="cpu").fingerprint != engine.fingerprint

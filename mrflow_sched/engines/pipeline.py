@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mrflow_sched._device import resolve_device
 from mrflow_sched._errors import first_line
+from mrflow_sched.engines.compiled import COMPILE_STEPS, NetworkCompiler
 from mrflow_sched.engines.flux import dtype_word, folder_fingerprint, prepare_imports, quiet_loading, resolve_dtype
 from mrflow_sched.engines.layouts import Layout, find_layout
 from mrflow_sched.engines.layouts.base import takes
@@ -74,15 +75,18 @@ class PipelineEngine:
         seeds: Sequence[int] | None = None,
         name: str = "pipeline",
         fingerprint: str = "",
+        compiler: NetworkCompiler | None = None,
     ) -> None:
         """Borrow `pipe`, which stays as it is and stays usable.
 
         `arguments` are further keyword arguments of the pipeline's call, given to it in every stage: `control_image`
         may be a function (width, height) -> hint, and is resized to the stage where it is a tensor. `seeds`, one per
         image, are for what a pipeline draws besides the noise (a ControlNet hint's posterior); left out, they are the
-        images' numbers. Raises ValueError, one sentence, for a pipeline whose stages cannot be run.
+        images' numbers. With a `compiler`, stages of several steps run its twin of the network. Raises ValueError, one
+        sentence, for a pipeline whose stages cannot be run.
         """
         self._pipe = pipe
+        self._compiler = compiler
         self._layout = find_layout(_view(pipe), family)
         self._arguments = dict(arguments or {})
         self._seeds = seeds
@@ -129,9 +133,12 @@ class PipelineEngine:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the network."""
-        pipe = self._layout.pipe
-        network = getattr(pipe, "transformer", None) or pipe.unet
-        return network.dtype
+        return getattr(self._layout.pipe, self._network).dtype
+
+    @property
+    def _network(self) -> str:
+        """What the pipeline calls its network."""
+        return "unet" if getattr(self._layout.pipe, "transformer", None) is None else "transformer"
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -269,7 +276,10 @@ class PipelineEngine:
             start=layout.pack(latents),
             on_evaluation=heard,
         )
-        view = _view(layout.pipe, scheduler=scheduler, **layout.view_attributes(guidance, width, height))
+        parts: dict[str, Any] = {"scheduler": scheduler}
+        if self._compiler is not None and len(sigmas) > COMPILE_STEPS:
+            parts[self._network] = self._compiler(getattr(layout.pipe, self._network))
+        view = _view(layout.pipe, **parts, **layout.view_attributes(guidance, width, height))
         object.__setattr__(view, "encode_prompt", _one_at_a_time(view.encode_prompt))
         try:
             view(**self._call(latents, sigmas, text, guidance, rows, width, height))
@@ -374,6 +384,9 @@ def load_pipeline(
         raise ValueError(
             f"model is {str(folder)!r}, which cannot be loaded ({first_line(error)}); download it again whole."
         ) from error
+    vae = getattr(pipe, "vae", None)
+    if vae is not None and all(weight.ndim < 5 for weight in vae.parameters()):  # 5: convolutions of a video VAE
+        vae.to(memory_format=torch.channels_last)  # convolutions of pictures are faster so
     if offload and where.type != "cpu":
         pipe.enable_model_cpu_offload(device=where)
         return pipe
