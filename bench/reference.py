@@ -112,12 +112,12 @@ class Tiles:
         inner = slice(MARGIN * scale, (MARGIN + TILE) * scale)
         made = torch.cat(
             [
-                self.upscaler.model(part.to(self.upscaler.dtype)).float()[..., inner, inner]
+                self.upscaler.model(part.to(self.upscaler.device, self.upscaler.dtype)).float()[..., inner, inner]
                 for part in tiles.split(TOGETHER)
             ]
         )
         lines = [torch.cat(tuple(line.unsqueeze(1)), -1) for line in made.split(len(columns))]
-        whole = torch.cat(lines, -2)
+        whole = torch.cat(lines, -2).to(image.device)
         edge = FRAME * scale
         return whole[..., edge : edge + image.shape[-2] * scale, edge : edge + image.shape[-1] * scale].clamp(0, 1)
 
@@ -125,7 +125,7 @@ class Tiles:
 def to_picture(image: Tensor, truncate: bool = False) -> Image.Image:
     """(3, H, W) or (1, 3, H, W) in [0, 1] as an 8-bit picture."""
     values = image.reshape(image.shape[-3:]).permute(1, 2, 0) * 255
-    return Image.fromarray((values if truncate else values.round()).to(torch.uint8).numpy())
+    return Image.fromarray((values if truncate else values.round()).to(torch.uint8).cpu().numpy())
 
 
 def from_picture(picture: Image.Image) -> Tensor:

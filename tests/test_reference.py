@@ -58,6 +58,7 @@ def test_with_the_references_choices_the_pictures_are_the_references(
 
 def test_tiles_cover_the_picture_and_join_without_a_seam(reference: ModuleType) -> None:
     class Doubler:
+        device = torch.device("cpu")
         scale, dtype = 2, torch.float32
 
         @staticmethod

@@ -148,7 +148,8 @@ def test_the_command_writes_numbers_a_table_and_a_plot(main: Any, tmp_path: Path
     main.main([*words, "--out", str(tmp_path)])
     record = json.loads((tmp_path / "speed-demo.json").read_text())
     ways = record["families"]["demo"]["ways"]
-    assert list(ways) == ["native", "2+1", "12+1"]
+    assert list(ways) == ["native", "2+1", "12+1", "reference 12+1"]
+    assert ways["reference 12+1"]["limit"] == ways["12+1"]["limit"]
     assert abs(ways["12+1"]["foretold off by"]) < 0.05  # what it was learnt from
     assert ways["2+1"]["limit"] < ways["2+1"]["network limit"]
     assert (tmp_path / "speed-demo.png").stat().st_size > 1000
@@ -172,6 +173,74 @@ def test_the_command_writes_numbers_a_table_and_a_plot(main: Any, tmp_path: Path
     rows = json.loads((tmp_path / "scale-demo.json").read_text())["families"]["demo"]["sizes"]
     assert [(row["side"], row["tile"]) for row in rows] == [(128, 0), (256, 0), (256, 128)]
     assert (tmp_path / "scale-demo.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["demo", "flux1-dev"])
+def test_every_part_outside_the_network_is_measured_as_it_is_done_and_otherwise(
+    main: Any, bench: Any, tmp_path: Path, name: str
+) -> None:
+    words = ["--outside", "--size", "128", "--repeats", "1", "--out", str(tmp_path)]
+    main.main([*words, *(["--demo"] if name == "demo" else ["--small", "--families", name])])
+    stem = "outside-demo" if name == "demo" else "outside-small"
+    rows = json.loads((tmp_path / f"{stem}.json").read_text())["families"][name]["outside"]
+    parts = [row["part"] for row in rows if row["used"]]
+    assert len(parts) == len(set(parts))
+    assert {"text", "enlarge", "encode", "noise", "decode", "save"} <= set(parts)
+    assert all(row["seconds"] > 0 for row in rows)
+    assert "| decode | channels last |" in (tmp_path / f"{stem}.md").read_text()
+
+
+def test_the_reference_is_the_official_procedure_on_the_same_networks(main: Any) -> None:
+    """Euler, a drawn posterior and tiles make another picture than ours, from the same noise."""
+    from mrflow_sched.upscale import ModelUpscaler
+
+    made = main.Bench.demo(1)
+    found = main.compare_ways(made, "demo", 128, 1, ["12+1"])["ways"]
+    assert found["reference 12+1"]["forwards"] == found["12+1"]["forwards"] == 13
+    assert isinstance(made.upscaler, ModelUpscaler)
+    assert "foretold" not in found["reference 12+1"]
+
+
+def test_compiled_networks_are_told_in_the_record(main: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    asked: list[str] = []
+
+    def keep(function: Any, mode: str) -> Any:
+        asked.append(mode)
+        return function
+
+    monkeypatch.setattr(torch, "compile", keep)
+    words = ["--demo", "--size", "64", "--native-steps", "4", "--presets", "12+1", "--repeats", "1"]
+    main.main([*words, "--compile", "reduce-overhead", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "speed-demo-reduce-overhead.json").read_text())
+    assert record["compile"] == "reduce-overhead"
+    assert set(asked) == {"reduce-overhead"}
+    assert "networks compiled (reduce-overhead)" in (tmp_path / "speed-demo-reduce-overhead.md").read_text()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_text_encoder_is_timed_beside_the_runs(
+    bench: Any, main: Any, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = main.outside.encoders(name, torch.device("cpu"), torch.float32, 1, small=True)
+    said = capsys.readouterr().err
+    wanted = [encoder.title for encoder in bench.networks.RECIPES[name].encoders]
+    assert [title for title in wanted if title in found or title in said] == wanted
+    assert all(seconds > 0 for seconds in found.values())
+    assert found or "not timed" in said
+
+
+@pytest.mark.parametrize(
+    ("title", "billions"), [("T5-XXL", 4.76), ("CLIP-L", 0.123), ("CLIP-G", 0.69), ("Qwen3-4B", 4.0)]
+)
+def test_text_encoders_have_their_true_sizes(bench: Any, title: str, billions: float) -> None:
+    every = [encoder for recipe in bench.networks.RECIPES.values() for encoder in recipe.encoders]
+    encoder = next(one for one in every if one.title == title)
+    try:
+        model = bench.networks.make_encoder(encoder, torch.device("meta"), torch.float32)
+    except AttributeError:
+        pytest.skip("the installed transformers does not know it")
+    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(billions * 1e9, rel=0.02)
 
 
 def test_true_sizes_without_a_gpu_get_one_sentence(main: Any, capsys: Any) -> None:

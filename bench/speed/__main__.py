@@ -5,9 +5,11 @@
     python bench/speed --demo --out DIR           the embedded model on this machine
     python bench/speed --limits                   what arithmetic allows, by family; nothing is run
     python bench/speed --scale --demo --out DIR   time and memory against size and batch
+    python bench/speed --outside --demo           decoding, enlarging, encoding, text, saving: each way of doing them
 
-Measured: native sampling, staged presets, every part alone, the highest memory; after a warm-up of every way at its own
-sizes. Beside them: the arithmetic limit (`mrflow_sched.cost`), and what the cost model foretells from one staged run.
+Measured: native sampling, staged presets, the official scripts' procedure, every part alone, the highest memory; after
+a warm-up of every way at its own sizes. Beside them: the arithmetic limit (`mrflow_sched.cost`), and what the model
+foretells from one staged run. With `--outside`, what lies outside the network, and what other ways to do it would take.
 """
 
 from __future__ import annotations
@@ -25,30 +27,39 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from reference import Tiles
 
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
 from mrflow_sched._memory import PeakMemory
 from mrflow_sched.compare import shortest
 from mrflow_sched.cost import Speeds, part_costs, peak_memory, work_ratio
-from mrflow_sched.engines.pipeline import PipelineEngine
+from mrflow_sched.engines.compiled import COMPILE_MODES, NetworkCompiler
+from mrflow_sched.engines.pipeline import PipelineEngine, load_pipeline
 from mrflow_sched.families import get_family
 from mrflow_sched.plan import StagedPlan
 from mrflow_sched.sampler import sample_staged
-from speed import networks, report
+from mrflow_sched.upscale import ModelUpscaler, PixelUpscaler
+from speed import networks, outside, report
+from speed.clock import Clock
 
 PRESETS = ("20+1", "12+1", "8+1", "6+1")
 FORETOLD_FROM = "12+1"
 """The staged run that the cost model learns the machine from."""
+REFERENCE = "reference 12+1"
+"""The official scripts' choices: Euler, a posterior drawn by the VAE, enlarging in tiles, 8-bit pictures in between.
+`bench/reference.py` shows that they make its pictures."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One way on one model: seconds of a whole run (median of the repeats), of its parts, highest memory in bytes."""
+    """One way on one model: seconds of a whole run (median of the repeats), of its parts, highest memory in bytes, and
+    seconds of the fastest repeat."""
 
     seconds: float
     parts: dict[str, float]
     peak: int
     forwards: int
+    fastest: float
 
 
 _Run = tuple[float, dict[str, float], int]
@@ -56,22 +67,34 @@ _Run = tuple[float, dict[str, float], int]
 
 
 def _median(runs: Sequence[_Run], peak: int) -> Measured:
-    seconds, parts, forwards = sorted(runs, key=lambda run: run[0])[(len(runs) - 1) // 2]
-    return Measured(seconds, parts, peak, forwards)
+    ranked = sorted(runs, key=lambda run: run[0])
+    seconds, parts, forwards = ranked[(len(runs) - 1) // 2]
+    return Measured(seconds, parts, peak, forwards, ranked[0][0])
 
 
 class Bench:
     """A model and its upscaler, and how a plan is run on them."""
 
-    def __init__(self, engine: Any, upscaler: Any, prompts: Sequence[str], repeats: int) -> None:
-        self.engine, self._upscaler, self._prompts, self._repeats = engine, upscaler, list(prompts), repeats
+    def __init__(
+        self, engine: Any, upscaler: Any, prompts: Sequence[str], repeats: int, upscaler_file: Path | None = None
+    ) -> None:
+        self.engine, self.upscaler, self.prompts, self.repeats = engine, upscaler, list(prompts), repeats
+        self.upscaler_file = upscaler_file
 
     @classmethod
-    def of(cls, name: str, device: torch.device, small: bool, repeats: int, batch: int = 1) -> Bench:
+    def of(
+        cls,
+        name: str,
+        device: torch.device,
+        small: bool,
+        repeats: int,
+        batch: int = 1,
+        compiler: NetworkCompiler | None = None,
+    ) -> Bench:
         """Random weights in the sizes of family `name`."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         pipe = networks.build(name, device, dtype, small=small)
-        engine = PipelineEngine(pipe, arguments=networks.embeddings(name, pipe, batch))
+        engine = PipelineEngine(pipe, arguments=networks.embeddings(name, pipe, batch), compiler=compiler)
         with tempfile.TemporaryDirectory() as folder:
             from safetensors.torch import save_file
 
@@ -80,10 +103,16 @@ class Bench:
             return cls(engine, load_upscaler(path, device=device), [""] * batch, repeats)
 
     @classmethod
-    def demo(cls, repeats: int, batch: int = 1) -> Bench:
-        """The embedded model."""
+    def demo(cls, repeats: int, batch: int = 1, compiler: NetworkCompiler | None = None) -> Bench:
+        """The embedded model; with a `compiler`, as the diffusers pipeline that it is."""
         prompt = "a red striped circle and a blue star over green hills under an orange sky, the word FLOW"
-        return cls(demo.load_engine(), load_upscaler(demo.upscaler_path()), [prompt] * batch, repeats)
+        file = demo.upscaler_path()
+        engine: Any = demo.load_engine()
+        if compiler is not None:
+            pipe = load_pipeline(demo.weights_path())
+            pipe.set_progress_bar_config(disable=True)
+            engine = PipelineEngine(pipe, family="demo", compiler=compiler)
+        return cls(engine, load_upscaler(file), [prompt] * batch, repeats, file)
 
     def warm(self, plan: StagedPlan) -> None:
         """One run with as few steps as can be."""
@@ -93,26 +122,30 @@ class Bench:
         """`plan` as often as asked for; memory is that of the first run."""
         with PeakMemory(self.engine.device) as peak:
             runs = [self._run(plan)]
-        return _median([*runs, *(self._run(plan) for _ in range(self._repeats - 1))], peak.bytes)
+        return _median([*runs, *(self._run(plan) for _ in range(self.repeats - 1))], peak.bytes)
 
-    def measure_in_turn(self, plans: Mapping[str, StagedPlan]) -> dict[str, Measured]:
+    def measure_in_turn(
+        self, plans: Mapping[str, StagedPlan], upscalers: Mapping[str, PixelUpscaler] | None = None
+    ) -> dict[str, Measured]:
         """Every plan as often as asked for, one after the other in each round, so that all meet the machine in the
         same moods: a processor slows down under long work. Memory is that of a run before, whose time does not count.
+        Plans that `upscalers` names run with that one.
         """
+        others = upscalers or {}
         peaks: dict[str, int] = {}
         for name, plan in plans.items():
             with PeakMemory(self.engine.device) as peak:
-                self._run(plan)
+                self._run(plan, others.get(name))
             peaks[name] = peak.bytes
         runs: dict[str, list[_Run]] = {name: [] for name in plans}
-        for _ in range(self._repeats):
+        for _ in range(self.repeats):
             for name, plan in plans.items():
-                runs[name].append(self._run(plan))
+                runs[name].append(self._run(plan, others.get(name)))
         return {name: _median(made, peaks[name]) for name, made in runs.items()}
 
-    def _run(self, plan: StagedPlan) -> _Run:
-        clock = _Clock(self.engine.device)
-        done = sample_staged(self.engine, plan, self._prompts, upscaler=self._upscaler)
+    def _run(self, plan: StagedPlan, upscaler: PixelUpscaler | None = None) -> _Run:
+        clock = Clock(self.engine.device)
+        done = sample_staged(self.engine, plan, self.prompts, upscaler=upscaler or self.upscaler)
         seconds = clock.stop()
         if not bool(done.images.isfinite().all()):
             raise ValueError(f"{plan.preset} made values that are no numbers; the random weights are too strong.")
@@ -122,27 +155,6 @@ class Bench:
         return seconds, parts, done.forwards
 
 
-class _Clock:
-    """Seconds of everything between its making and `stop`: by the device's own events on CUDA, else by the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        import time
-
-        self._time, self._cuda, self._device = time.perf_counter, device.type == "cuda", device
-        self._events: Any = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self._cuda else []
-        if self._cuda:
-            torch.cuda.synchronize(device)
-            self._events[0].record()
-        self._begin = self._time()
-
-    def stop(self) -> float:
-        if not self._cuda:
-            return self._time() - self._begin
-        self._events[1].record()
-        torch.cuda.synchronize(self._device)
-        return self._events[0].elapsed_time(self._events[1]) / 1000
-
-
 def compare_ways(
     bench: Bench, family: str, side: int, native_steps: int | None, presets: Sequence[str], *, counted: bool = True
 ) -> dict[str, Any]:
@@ -150,7 +162,11 @@ def compare_ways(
     the cost model makes of one of them."""
     plans = {preset: _plan(family, side, preset) for preset in presets}
     native = make_native_plan(family, side, side, steps=native_steps)
-    found_of = bench.measure_in_turn({"native": native, **plans})
+    tiles: dict[str, PixelUpscaler] = {}
+    if FORETOLD_FROM in plans and isinstance(bench.upscaler, ModelUpscaler):
+        plans[REFERENCE] = _plan(family, side, FORETOLD_FROM, solver="euler", posterior="sample")
+        tiles[REFERENCE] = Tiles(bench.upscaler, rounded=True)
+    found_of = bench.measure_in_turn({"native": native, **plans}, tiles)
     base = found_of["native"]
     rows: dict[str, dict[str, Any]] = {"native": {**asdict(base), "steps": native.native_steps}}
     for preset, plan in plans.items():
@@ -167,6 +183,7 @@ def compare_ways(
                 "limit": limit,
                 "network limit": native.native_forwards / sum(plan.stage_costs()),
                 "share of limit": base.seconds / found.seconds / limit,
+                "fastest share": base.fastest / found.fastest / limit,
             }
     if counted and FORETOLD_FROM in plans:
         _foretell(rows, plans, native, bench)
@@ -182,6 +199,8 @@ def _foretell(rows: dict[str, Any], plans: dict[str, StagedPlan], native: Staged
     """Add what the cost model, knowing one staged run, says of every way."""
     speeds = Speeds.measured(plans[FORETOLD_FROM], rows[FORETOLD_FROM]["parts"], bench.engine.family)
     for name, plan in {"native": native, **plans}.items():
+        if name == REFERENCE:
+            continue  # enlarges more pixels than the plan has
         told = sum(seconds for _, seconds in speeds.predict(plan, bench.engine.family))
         rows[name]["foretold"] = told
         rows[name]["foretold off by"] = told / rows[name]["seconds"] - 1
@@ -237,12 +256,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--demo", action="store_true", help="the embedded model in place of random networks")
     parser.add_argument("--limits", action="store_true", help="print what arithmetic allows, and nothing else")
     parser.add_argument("--scale", action="store_true", help="sizes and batches in place of ways")
+    parser.add_argument("--outside", action="store_true", help="the parts outside the network in place of ways")
     parser.add_argument("--sides", type=int, nargs="+", help="sides for --scale")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="batches for --scale")
     parser.add_argument(
         "--tile", type=int, help="tile of large refine stages for --scale (default: twice the native side)"
     )
     parser.add_argument("--start", type=int, help="largest side of stage 1 for --scale (default: the native side)")
+    parser.add_argument(
+        "--compile", choices=COMPILE_MODES, metavar="MODE", help="torch.compile stages of several steps, native too"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for what is written")
     options = parser.parse_args(arguments)
@@ -259,14 +282,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torch": torch.__version__,
         "small": options.small,
         "repeats": options.repeats,
+        "compile": options.compile,
         "families": {},
     }
     for name in names:
 
         def made(batch: int = 1, name: str = name) -> Bench:
+            compiler = None if options.compile is None else NetworkCompiler(options.compile)
             if name == "demo":
-                return Bench.demo(options.repeats, batch)
-            return Bench.of(name, device, options.small, options.repeats, batch)
+                return Bench.demo(options.repeats, batch, compiler)
+            return Bench.of(name, device, options.small, options.repeats, batch, compiler)
 
         if options.scale:
             own = min(get_family(name).native_size)
@@ -279,20 +304,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 bench.warm(plan)
                 batches.append({"batch": batch, **asdict(bench.measure(plan))})
             found: dict[str, Any] = {"sizes": rows, "batches": batches}
+        elif options.outside:
+            found = {"size": side, "outside": outside.measure(made(), _plan(name, side, FORETOLD_FROM))}
         else:
             found = compare_ways(made(), name, side, options.native_steps, options.presets, counted=not options.small)
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            found["text"] = outside.encoders(name, device, dtype, options.repeats, small=options.small)
         record["families"][name] = found
         print(report.to_markdown(record), flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        stem = ("scale" if options.scale else "speed") + (
+        stem = ("scale" if options.scale else "outside" if options.outside else "speed") + (
             "-small" if options.small else "-demo" if options.demo else ""
         )
+        stem += "" if options.compile is None else f"-{options.compile}"
         (options.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
         (options.out / f"{stem}.md").write_text(report.to_markdown(record) + "\n")
-        report.plot(record, options.out / f"{stem}.png")
+        if not options.outside:
+            report.plot(record, options.out / f"{stem}.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The real networks of a family in their true sizes, with random weights: time does not depend on what the weights are.
 
-`build("flux1-dev")` gives a diffusers pipeline without text encoders, and `embeddings` random text of the true length.
-With `small=True` the same classes are a few channels wide, to try every line without a GPU.
+`build("flux1-dev")` gives a diffusers pipeline without text encoders, `embeddings` random text of the true length, and
+`make_encoder` the text encoders one by one, as most cards do not hold all parts at once. With `small=True` the same
+classes are a few channels wide, to try every line without a GPU.
 """
 
 from __future__ import annotations
@@ -37,6 +38,68 @@ _DYNAMIC: Arguments = {"use_dynamic_shifting": True, "shift": 3.0}
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """A text encoder: class and configuration of transformers by name, true arguments, and tokens of a prompt."""
+
+    title: str
+    model: str
+    config: str
+    arguments: Arguments
+    tokens: int
+
+
+def _clip(title: str, model: str, width: int, layers: int, heads: int) -> Encoder:
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+    return Encoder(
+        title, model, "CLIPTextConfig", {**sizes, "num_hidden_layers": layers, "num_attention_heads": heads}, 77
+    )
+
+
+_CLIP_L = _clip("CLIP-L", "CLIPTextModel", 768, 12, 12)
+_CLIP_G = _clip("CLIP-G", "CLIPTextModelWithProjection", 1280, 32, 20)
+_T5: Arguments = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+_T5_512 = Encoder("T5-XXL", "T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu"}, 512)
+_T5_256 = Encoder("T5-XXL", "T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu"}, 256)
+_QWEN25 = Encoder(
+    "Qwen2.5-VL-7B, its text part",
+    "Qwen2Model",
+    "Qwen2Config",
+    {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    98,  # 34 of the template before the prompt's own
+)
+_QWEN3 = Encoder(
+    "Qwen3-4B",
+    "Qwen3Model",
+    "Qwen3Config",
+    {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+    64,
+)
+_SMALLER: Arguments = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim", "d_model", "d_ff"), 32),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "num_key_value_heads"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads"), 2),
+    **dict.fromkeys(("d_kv", "head_dim"), 16),
+    "vocab_size": 1000,
+}
+"""What shrinks an encoder of any kind."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How one family is built: classes of diffusers by name, their true arguments, and what shrinks them.
 
@@ -54,6 +117,7 @@ class Recipe:
     vae_small: Arguments = field(default_factory=lambda: _SMALL_KL)
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     scheduler_arguments: Arguments = field(default_factory=lambda: _DYNAMIC)
+    encoders: tuple[Encoder, ...] = ()
 
     @property
     def part(self) -> str:
@@ -122,6 +186,7 @@ RECIPES: Mapping[str, Recipe] = {
             "axes_dims_rope": (8, 12, 12),
         },
         _flux_text,
+        encoders=(_CLIP_L, _T5_512),
     ),
     "qwen-image": Recipe(
         "QwenImagePipeline",
@@ -138,6 +203,7 @@ RECIPES: Mapping[str, Recipe] = {
         vae="AutoencoderKLQwenImage",
         vae_arguments={},
         vae_small={"base_dim": 8},
+        encoders=(_QWEN25,),
     ),
     "z-image": Recipe(
         "ZImagePipeline",
@@ -154,6 +220,7 @@ RECIPES: Mapping[str, Recipe] = {
         },
         _zimage_text,
         scheduler_arguments={"shift": 3.0},
+        encoders=(_QWEN3,),
     ),
     "sd35": Recipe(
         "StableDiffusion3Pipeline",
@@ -180,6 +247,7 @@ RECIPES: Mapping[str, Recipe] = {
         _sd3_text,
         vae_arguments={**_KL, "scaling_factor": 1.5305, "shift_factor": 0.0609},
         scheduler_arguments={"shift": 3.0},
+        encoders=(_CLIP_L, _CLIP_G, _T5_256),
     ),
     "sdxl": Recipe(
         "StableDiffusionXLPipeline",
@@ -222,6 +290,7 @@ RECIPES: Mapping[str, Recipe] = {
             "steps_offset": 1,
             "timestep_spacing": "leading",
         },
+        encoders=(_CLIP_L, _CLIP_G),
     ),
 }
 
@@ -236,6 +305,22 @@ def make_vae(name: str, *, small: bool = False) -> Any:
     """The VAE alone, likewise."""
     recipe = RECIPES[name]
     return getattr(diffusers, recipe.vae)(**{**recipe.vae_arguments, **(recipe.vae_small if small else {})})
+
+
+def make_encoder(encoder: Encoder, device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Any:
+    """A text encoder with random weights. Raises AttributeError where the installed transformers is too old for it."""
+    import transformers
+
+    library: Any = transformers
+    arguments = {name: _SMALLER.get(name, value) if small else value for name, value in encoder.arguments.items()}
+    model, config = getattr(library, encoder.model), getattr(library, encoder.config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return model(config(**arguments)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def make_upscaler(*, small: bool = False) -> torch.nn.Module:

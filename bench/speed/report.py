@@ -9,7 +9,14 @@ from typing import Any
 from mrflow_sched import FAMILIES, make_native_plan, make_plan
 from mrflow_sched.cost import part_costs, peak_memory, work_ratio
 
-_COLUMNS = {"speedup": ".2f", "limit": ".2f", "share of limit": ".1%", "network limit": ".2f", "overhead": ".1%"}
+_COLUMNS = {
+    "speedup": ".2f",
+    "limit": ".2f",
+    "share of limit": ".1%",
+    "fastest share": ".1%",
+    "network limit": ".2f",
+    "overhead": ".1%",
+}
 KINDS = ("stage 1 sample", "stage 2 sample", "decode", "encode", "upscale", "other")
 
 
@@ -17,17 +24,24 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     """One table per family."""
     head = f"{record['device']}, torch {record['torch']}, median of {record['repeats']}"
     head += ", networks of a few channels" if record["small"] else ""
+    head += f", networks compiled ({record['compile']})" if record.get("compile") else ""
     tables = [head + "."]
     for name, found in record["families"].items():
         tables.append(f"**{name}**" + (f", {found['size']}x{found['size']}" if "size" in found else ""))
-        tables.append(_scale_tables(found) if "sizes" in found else _ways_table(found))
+        tables.append(
+            _scale_tables(found)
+            if "sizes" in found
+            else _outside_table(found)
+            if "outside" in found
+            else _ways_table(found)
+        )
     return "\n\n".join(tables)
 
 
 def _ways_table(found: Mapping[str, Any]) -> str:
     lines = [
-        "| way | s | speedup | limit | of the limit | network alone | outside it | foretold | peak MiB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| way | s | speedup | limit | of the limit | fastest runs | network only | outside it | foretold | peak MiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in found["ways"].items():
         told = f"{row['foretold']:.2f} s ({row['foretold off by']:+.1%})" if "foretold" in row else ""
@@ -36,6 +50,9 @@ def _ways_table(found: Mapping[str, Any]) -> str:
         for key, form in _COLUMNS.items():
             cells.append(format(row[key], form) if key in row else "")
         lines.append("| " + " | ".join([*cells, told, f"{row['peak'] / 2**20:.0f}"]) + " |")
+    encoders = ", ".join(f"{title} {1000 * seconds:.1f} ms" for title, seconds in found.get("text", {}).items())
+    if encoders:
+        lines += ["", f"A prompt in the text encoders, beside the runs: {encoders}."]
     return "\n".join(lines)
 
 
@@ -54,6 +71,16 @@ def _scale_tables(found: Mapping[str, Any]) -> str:
     for row in found["batches"]:
         each = row["seconds"] / row["batch"]
         lines.append(f"| {row['batch']} | {row['seconds']:.2f} | {each:.3f} | {row['peak'] / 2**20:.0f} |")
+    return "\n".join(lines)
+
+
+def _outside_table(found: Mapping[str, Any]) -> str:
+    lines = ["| part | way (first: as it is done) | ms | to that |", "| --- | --- | ---: | ---: |"]
+    used = 0.0
+    for row in found["outside"]:
+        used = row["seconds"] if row["used"] else used
+        part, share = (row["part"], "") if row["used"] else ("", f"{row['seconds'] / used:.2f}")
+        lines.append(f"| {part} | {row['way']} | {1000 * row['seconds']:.2f} | {share} |")
     return "\n".join(lines)
 
 
@@ -127,20 +154,23 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
 def _ways_plot(line: Any, name: str, found: Mapping[str, Any]) -> None:
     left, right = line
     staged = {way: row for way, row in found["ways"].items() if "speedup" in row}
+    labels = [way.replace(" ", "\n") for way in staged]
     bottom = [0.0] * len(staged)
     for index, kind in enumerate(KINDS):
         heights = [kinds(row["parts"], row["seconds"])[kind] for row in staged.values()]
-        left.bar(list(staged), heights, bottom=bottom, label=kind, color=f"C{index}")
+        left.bar(labels, heights, bottom=bottom, label=kind, color=f"C{index}")
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     left.set_ylabel(f"{name}: seconds")
-    left.legend(fontsize=7)
+    left.set_ylim(top=1.3 * max(bottom))
+    left.legend(fontsize=7, ncol=3, loc="upper center")
+    right.bar(labels, [row["speedup"] for row in staged.values()], label="measured", width=0.6)
     if all("limit" in row for row in staged.values()):
-        right.plot(list(staged), [row["limit"] for row in staged.values()], "o--", color="grey", label="limit")
-    right.plot(list(staged), [row["speedup"] for row in staged.values()], "o-", label="measured")
-    right.set_ylabel("native / staged")
-    right.set_ylim(bottom=0)
-    right.grid(alpha=0.3)
-    right.legend(fontsize=7)
+        limits = [row["limit"] for row in staged.values()]
+        right.scatter(labels, limits, marker="_", s=900, color="black", label="limit by FLOP", zorder=3)
+    right.set_ylabel("times as fast as native")
+    right.grid(alpha=0.3, axis="y")
+    right.margins(y=0.15)
+    right.legend(fontsize=7, markerscale=0.3)
 
 
 def _scale_plot(line: Any, name: str, found: Mapping[str, Any]) -> None:
