@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -356,19 +357,41 @@ class GuideSettings:
     seed: int = 11
 
 
+FASTEST_WAVE = 0.003
+"""Radians per thousandth of guidance: the fastest wave of the scale that the network sees turns half round in 1.0."""
+
+
 @torch.no_grad()
-def heed_guidance(model: Any) -> None:
+def heed_guidance(model: Any) -> Callable[[], object]:
     """Begin the embedding of guidance afresh around what it gives on average, which the network counts on.
 
     In the base training the scale means nothing, so its embedding learns to be the same for all scales, with units that
-    no gradient reaches any more.
+    no gradient reaches any more. Returns what keeps the embedding smooth, to be called after every step: the waves of
+    the scale go down to six thousandths, which a short training takes for noise that it must answer to, so that 3.5
+    and 3.504 (which is what bfloat16 makes of it) would give different pictures.
     """
     parts = model.time_text_embed
     scales = parts.time_proj(1000 * torch.linspace(*GUIDANCE_RANGE, 9))
     before = parts.guidance_embedder(scales).mean(0)
     parts.guidance_embedder.linear_1.reset_parameters()
+    keep_smooth = _without_fast_waves(parts.guidance_embedder.linear_1.weight)
+    keep_smooth()
     torch.nn.init.normal_(parts.guidance_embedder.linear_2.weight, std=0.1)
     parts.guidance_embedder.linear_2.bias += before - parts.guidance_embedder(scales).mean(0)
+    return keep_smooth
+
+
+def _without_fast_waves(weight: Tensor) -> Callable[[], object]:
+    """What takes the columns of fast waves out of `weight`, whose columns are cosines and sines of falling speed."""
+    half = weight.shape[1] // 2
+    slow = 10000.0 ** (-torch.arange(half) / half) <= FASTEST_WAVE
+    mask = torch.cat([slow, slow]).to(weight)
+
+    @torch.no_grad()
+    def clear() -> None:
+        weight.mul_(mask)
+
+    return clear
 
 
 def train_guidance(
@@ -387,7 +410,7 @@ def train_guidance(
     teacher = base.transformer
     model = copy.deepcopy(teacher).requires_grad_(True)
     ema = copy.deepcopy(teacher)
-    heed_guidance(model)
+    keep_smooth = heed_guidance(model)
     ema.load_state_dict(model.state_dict())
     opts = optimisers(model, FlowSettings(muon_lr=settings.muon_lr, adam_lr=settings.adam_lr))[:2]
     step, elapsed, curve = 0, 0.0, []
@@ -438,6 +461,7 @@ def train_guidance(
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
+        keep_smooth()
         update_ema(ema, model, min(settings.ema, (step + 1) / (step + 10)))
         running.append(float(loss.detach()))
         plain.append(float((with_text - target).square().mean()))  # of a network that does not heed the scale
