@@ -151,6 +151,9 @@ def test_offloading_switched_on_later_is_in_force(real: list[tuple[int, ...]]) -
     pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         torch.testing.assert_close(run(mrflow).images, plain.images, rtol=0, atol=1e-4)
+        hooked = [hook.model for hook in pipe._all_hooks]
+        assert any(model is pipe.transformer for model in hooked)  # and not the twin, which refining does without
+        assert all(hook.hook is hook.model._hf_hook for hook in pipe._all_hooks)
     assert real
 
 

@@ -276,10 +276,9 @@ class PipelineEngine:
             start=layout.pack(latents),
             on_evaluation=heard,
         )
-        parts: dict[str, Any] = {"scheduler": scheduler}
+        view = _view(layout.pipe, scheduler=scheduler, **layout.view_attributes(guidance, width, height))
         if self._compiler is not None and len(sigmas) > COMPILE_STEPS:
-            parts[self._network] = self._compiler(getattr(layout.pipe, self._network))
-        view = _view(layout.pipe, **parts, **layout.view_attributes(guidance, width, height))
+            _compile(view, self._network, self._compiler)
         object.__setattr__(view, "encode_prompt", _one_at_a_time(view.encode_prompt))
         try:
             view(**self._call(latents, sigmas, text, guidance, rows, width, height))
@@ -445,6 +444,19 @@ def _view(pipe: Any, **parts: Any) -> Any:
     for name, part in parts.items():
         object.__setattr__(view, name, part)
     return view
+
+
+def _compile(view: Any, name: str, compiler: NetworkCompiler) -> None:
+    """Let `view` run the compiled twin of its network `name`, until it frees offloaded modules: hooks are the owner's
+    module's, and freeing makes them anew on what it finds."""
+    own, free = getattr(view, name), view.maybe_free_model_hooks
+
+    def free_own() -> None:
+        object.__setattr__(view, name, own)
+        free()
+
+    object.__setattr__(view, name, compiler(own))
+    object.__setattr__(view, "maybe_free_model_hooks", free_own)
 
 
 def _one_at_a_time(encode_prompt: Any) -> Any:
