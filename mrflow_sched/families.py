@@ -132,10 +132,8 @@ _ASSUMED = "not measured; the values of FLUX.1-dev"
 _OFFICIAL = "official MrFlow scripts (spec 1.5)"
 _COMFY = "official ComfyUI preset (spec 1.5); the official scripts went from 0.15 to 0.12 here"
 _TEXT_TIP = "authors' advice of 0.16 to 0.20 for images with lettering (spec 1.5)"
-_FEWER = (
-    "not measured on this family; with multistep 6 to 8 steps are as true as 20 of Euler on a small FLUX-layout network"
-)
-_MEASURED = "docs/quality.md: composites of 6+1 to 20+1 lie within 0.002 of each other, and not below native 50's"
+_FEWER = "not measured on this family; on a small FLUX-layout network 6 steps of multistep are as true as 10 of Euler"
+_MEASURED = "docs/quality.md: composites of 6+1 to 20+1 lie within 0.004 of each other and 0.005 of native 50's"
 _FEWER_CFG = "not measured on this family; on Gaussian mixtures with CFG 8 steps of careful are truer than 20 of Euler"
 _DIFFUSERS = "default of the diffusers 0.42 pipeline"
 _CARD = "example on the model card; recalled, not read again"
@@ -166,7 +164,7 @@ _SHARED_SOURCES = {
 }
 _COUNTED = "matrix sizes in the diffusers configuration; agrees with a FLOP count of the class at 1024 and 4096 tokens"
 _SOLVER_SOURCES = {
-    "multistep": "second order at no extra forward; on a small FLUX-layout network 6 steps are as true as 20 of Euler",
+    "multistep": "second order at no extra forward; on a small FLUX-layout network 10 steps are truer than 20 of Euler",
     "careful": "multistep guarded by its own error estimate: with CFG the first steps are too curved to extrapolate",
     "euler": "distilled for steps of Euler; higher order not measured",
 }

@@ -22,7 +22,7 @@ __all__ = ["from_pictures", "load_image", "open_image", "read_png_text", "save_p
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header, ends
 _COMPRESSION = 4
-"""zlib's level. Its default, 6, takes twice as long for files of the same size within some 3 %."""
+"""zlib's level. Its default, 6, takes twice as long for files of nearly the same size (`bench/speed --outside`)."""
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str] | None = None) -> None:

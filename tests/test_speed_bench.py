@@ -191,13 +191,20 @@ def test_every_part_outside_the_network_is_measured_as_it_is_done_and_otherwise(
 
 
 def test_the_reference_is_the_official_procedure_on_the_same_networks(main: Any) -> None:
-    """Euler, a drawn posterior and tiles make another picture than ours, from the same noise."""
-    from mrflow_sched.upscale import ModelUpscaler
+    """Euler, a drawn posterior, and the same upscaler in rounded tiles; the other ways keep their own."""
+    made, seen = main.Bench.demo(1), dict[str, Any]()
+    run = made._run
 
-    made = main.Bench.demo(1)
+    def note(plan: Any, upscaler: Any = None) -> Any:
+        seen[f"{plan.posterior} {plan.stages[0].solver}"] = upscaler
+        return run(plan, upscaler)
+
+    made._run = note
     found = main.compare_ways(made, "demo", 128, 1, ["12+1"])["ways"]
     assert found["reference 12+1"]["forwards"] == found["12+1"]["forwards"] == 13
-    assert isinstance(made.upscaler, ModelUpscaler)
+    assert seen["mode multistep"] is None
+    assert seen["sample euler"].rounded
+    assert seen["sample euler"].upscaler is made.upscaler
     assert "foretold" not in found["reference 12+1"]
 
 

@@ -1,11 +1,11 @@
 """What does staged sampling cost in quality, and where? On the embedded model, whose scenes are known exactly.
 
-    python bench/quality --out DIR                   the ways at equal cost (about 15 minutes on two CPU cores)
+    python bench/quality --out DIR                   the ways at equal cost (16 scenes: 25 minutes on two CPU cores)
     python bench/quality --sweep sigma --out DIR     one number at a time; `--sweep all` for all sweeps
     python bench/quality --ideas --out DIR           what might do better than the plain recipe
     python bench/quality --quick                     a few scenes, prints only
 
-Writes quality.json, quality.md, trade-off.png and pictures-*.png (or the same for a sweep). Scenes, seeds and
+Writes quality.json, .md, .png, -pictures.png and -worst.png (or sweep-NAME.*, ideas.*). Scenes, seeds and
 resamples are fixed, and no part of the model was trained on the scenes. The composite and its weights: scores.py.
 """
 

@@ -52,34 +52,32 @@ REFERENCE = "reference 12+1"
 
 @dataclass(frozen=True)
 class Measured:
-    """One way on one model: seconds of a whole run (median of the repeats), of its parts, highest memory in bytes, and
-    seconds of the fastest repeat."""
+    """One way on one model: seconds of a whole run (median of the repeats), of its parts, highest memory in bytes,
+    seconds of the fastest repeat, and of the run before all that count, which warms up and compiles."""
 
     seconds: float
     parts: dict[str, float]
     peak: int
     forwards: int
     fastest: float
+    first: float
 
 
 _Run = tuple[float, dict[str, float], int]
 """Seconds of one run, of its parts, and its forwards."""
 
 
-def _median(runs: Sequence[_Run], peak: int) -> Measured:
+def _median(runs: Sequence[_Run], peak: int, first: float) -> Measured:
     ranked = sorted(runs, key=lambda run: run[0])
     seconds, parts, forwards = ranked[(len(runs) - 1) // 2]
-    return Measured(seconds, parts, peak, forwards, ranked[0][0])
+    return Measured(seconds, parts, peak, forwards, ranked[0][0], first)
 
 
 class Bench:
     """A model and its upscaler, and how a plan is run on them."""
 
-    def __init__(
-        self, engine: Any, upscaler: Any, prompts: Sequence[str], repeats: int, upscaler_file: Path | None = None
-    ) -> None:
+    def __init__(self, engine: Any, upscaler: Any, prompts: Sequence[str], repeats: int) -> None:
         self.engine, self.upscaler, self.prompts, self.repeats = engine, upscaler, list(prompts), repeats
-        self.upscaler_file = upscaler_file
 
     @classmethod
     def of(
@@ -106,13 +104,13 @@ class Bench:
     def demo(cls, repeats: int, batch: int = 1, compiler: NetworkCompiler | None = None) -> Bench:
         """The embedded model; with a `compiler`, as the diffusers pipeline that it is."""
         prompt = "a red striped circle and a blue star over green hills under an orange sky, the word FLOW"
-        file = demo.upscaler_path()
-        engine: Any = demo.load_engine()
-        if compiler is not None:
+        if compiler is None:
+            engine: Any = demo.load_engine()
+        else:
             pipe = load_pipeline(demo.weights_path())
             pipe.set_progress_bar_config(disable=True)
             engine = PipelineEngine(pipe, family="demo", compiler=compiler)
-        return cls(engine, load_upscaler(file), [prompt] * batch, repeats, file)
+        return cls(engine, load_upscaler(demo.upscaler_path()), [prompt] * batch, repeats)
 
     def warm(self, plan: StagedPlan) -> None:
         """One run with as few steps as can be."""
@@ -122,7 +120,8 @@ class Bench:
         """`plan` as often as asked for; memory is that of the first run."""
         with PeakMemory(self.engine.device) as peak:
             runs = [self._run(plan)]
-        return _median([*runs, *(self._run(plan) for _ in range(self.repeats - 1))], peak.bytes)
+        first = runs[0][0]
+        return _median([*runs, *(self._run(plan) for _ in range(self.repeats - 1))], peak.bytes, first)
 
     def measure_in_turn(
         self, plans: Mapping[str, StagedPlan], upscalers: Mapping[str, PixelUpscaler] | None = None
@@ -132,16 +131,16 @@ class Bench:
         Plans that `upscalers` names run with that one.
         """
         others = upscalers or {}
-        peaks: dict[str, int] = {}
+        firsts: dict[str, tuple[int, float]] = {}
         for name, plan in plans.items():
             with PeakMemory(self.engine.device) as peak:
-                self._run(plan, others.get(name))
-            peaks[name] = peak.bytes
+                seconds, _, _ = self._run(plan, others.get(name))
+            firsts[name] = peak.bytes, seconds
         runs: dict[str, list[_Run]] = {name: [] for name in plans}
         for _ in range(self.repeats):
             for name, plan in plans.items():
                 runs[name].append(self._run(plan, others.get(name)))
-        return {name: _median(made, peaks[name]) for name, made in runs.items()}
+        return {name: _median(made, *firsts[name]) for name, made in runs.items()}
 
     def _run(self, plan: StagedPlan, upscaler: PixelUpscaler | None = None) -> _Run:
         clock = Clock(self.engine.device)
@@ -156,7 +155,14 @@ class Bench:
 
 
 def compare_ways(
-    bench: Bench, family: str, side: int, native_steps: int | None, presets: Sequence[str], *, counted: bool = True
+    bench: Bench,
+    family: str,
+    side: int,
+    native_steps: int | None,
+    presets: Sequence[str],
+    *,
+    counted: bool = True,
+    foretell: bool = True,
 ) -> dict[str, Any]:
     """Native and staged runs of one model; where its sizes are those that were `counted`, the limit of each, and what
     the cost model makes of one of them."""
@@ -185,7 +191,7 @@ def compare_ways(
                 "share of limit": base.seconds / found.seconds / limit,
                 "fastest share": base.fastest / found.fastest / limit,
             }
-    if counted and FORETOLD_FROM in plans:
+    if counted and foretell and FORETOLD_FROM in plans:
         _foretell(rows, plans, native, bench)
     memory = peak_memory(plans[presets[0]]) if counted else None
     return {
@@ -307,7 +313,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif options.outside:
             found = {"size": side, "outside": outside.measure(made(), _plan(name, side, FORETOLD_FROM))}
         else:
-            found = compare_ways(made(), name, side, options.native_steps, options.presets, counted=not options.small)
+            found = compare_ways(
+                made(),
+                name,
+                side,
+                options.native_steps,
+                options.presets,
+                counted=not options.small,
+                foretell=options.compile is None,  # a FLOP costs less in the stages that are compiled
+            )
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             found["text"] = outside.encoders(name, device, dtype, options.repeats, small=options.small)
         record["families"][name] = found

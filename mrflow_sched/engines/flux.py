@@ -126,7 +126,6 @@ class FluxEngine:
         text_home = torch.device("cpu") if offload_text else where
         homes = dict.fromkeys(_MODELS, where) | {"text_encoder": text_home, "text_encoder_2": text_home}
         parts = {part: _load(folder, part, kinds[part], homes[part]) for part in _MODELS}
-        parts["vae"].to(memory_format=torch.channels_last)  # the order that convolutions are fastest in
         parts |= {part: _load_tokenizer(folder, part) for part in _TOKENIZERS}
         return cls(
             **parts,
