@@ -27,7 +27,7 @@ def report():
         wanted = ".".join(map(str, OLDEST))
         found = ".".join(map(str, sys.version_info[:2]))
         return "MrFlow needs Python {} or newer, and this WebUI runs on {}.".format(wanted, found)  # noqa: UP032
-    if not os.path.isfile(os.path.join(HERE, "mrflow_sched", "webui", "__init__.py")):
+    if not os.path.isfile(os.path.join(HERE, "mrflow_sched", "apps", "webui", "__init__.py")):
         return "MrFlow is not complete: remove its folder and install it again from the Extensions tab."
     missing = [name for name in NEEDED if is_missing(name)]
     if missing:

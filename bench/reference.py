@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mrflow_sched import MrFlow, demo, load_upscaler
-from mrflow_sched._memory import PeakMemory
-from mrflow_sched.engines.pipeline import load_pipeline
-from mrflow_sched.upscale import ModelUpscaler
+from mrflow_sched._runtime.peak import PeakMemory
+from mrflow_sched.engines.diffusers.folder import load_pipeline
+from mrflow_sched.upscaling.model import ModelUpscaler
 
 LOW_STEPS, SIGMA, NATIVE_STEPS = 12, 0.12, 50
 FRAME, TILE, MARGIN, TOGETHER = 15, 192, 24, 4

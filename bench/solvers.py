@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 from mrflow_sched.engines.analytic import MixtureEngine
-from mrflow_sched.engines.base import Engine
-from mrflow_sched.noise import draw_noise, model_sigmas
-from mrflow_sched.schedule import native_sigmas
-from mrflow_sched.solvers import SOLVERS
+from mrflow_sched.plan.schedule import native_sigmas
+from mrflow_sched.sampling.engine import Engine
+from mrflow_sched.sampling.noise import draw_noise, model_sigmas
+from mrflow_sched.sampling.solvers import SOLVERS
 
 STEPS = (4, 5, 6, 7, 8, 10, 12, 16, 20, 28)
 COMPARED = ("euler", "multistep", "dpmpp_2m", "careful")

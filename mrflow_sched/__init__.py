@@ -15,32 +15,33 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mrflow_sched.apps.pipeline import MrFlow, MrFlowOutput
     from mrflow_sched.engines import Engine, MrFlowScheduler
-    from mrflow_sched.families import FAMILIES, Family, Preset, ShiftRule, get_family
-    from mrflow_sched.mrflow import MrFlow, MrFlowOutput
-    from mrflow_sched.plan import Stage, StagedPlan, make_native_plan, make_plan
+    from mrflow_sched.plan.families import FAMILIES, Family, Preset, ShiftRule, get_family
+    from mrflow_sched.plan.make import make_native_plan, make_plan
+    from mrflow_sched.plan.schedule import native_sigmas, refine_sigmas
+    from mrflow_sched.plan.stages import Stage, StagedPlan
     from mrflow_sched.sampler import StagedResult, sample_staged
-    from mrflow_sched.schedule import native_sigmas, refine_sigmas
-    from mrflow_sched.upscale import load_upscaler
+    from mrflow_sched.upscaling.load import load_upscaler
 
 # Public name -> the module it lives in.
 _ROOMS = {
-    "FAMILIES": "families",
-    "Family": "families",
-    "Preset": "families",
-    "ShiftRule": "families",
-    "get_family": "families",
+    "FAMILIES": "plan.families",
+    "Family": "plan.families",
+    "Preset": "plan.families",
+    "ShiftRule": "plan.families",
+    "get_family": "plan.families",
     "Stage": "plan",
     "StagedPlan": "plan",
     "make_native_plan": "plan",
     "make_plan": "plan",
-    "native_sigmas": "schedule",
-    "refine_sigmas": "schedule",
+    "native_sigmas": "plan.schedule",
+    "refine_sigmas": "plan.schedule",
     "Engine": "engines",
-    "MrFlow": "mrflow",
-    "MrFlowOutput": "mrflow",
+    "MrFlow": "apps.pipeline",
+    "MrFlowOutput": "apps.pipeline",
     "MrFlowScheduler": "engines",
-    "load_upscaler": "upscale",
+    "load_upscaler": "upscaling",
     "sample_staged": "sampler",
     "StagedResult": "sampler",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mrflow_sched.cli import main
+from mrflow_sched.apps.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,42 +18,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mrflow_sched.engines.base import StageEngine
-from mrflow_sched.handoff import encode_images, handoff, stage_noise, within_memory
-from mrflow_sched.noise import add_noise, draw_noise, model_sigmas, stage_seed, ve_to_sigma
-from mrflow_sched.schedule import explicit_recipe
-from mrflow_sched.solvers import Cancelled, get_solver, solver_forwards
-from mrflow_sched.tiles import TiledEngine
-from mrflow_sched.upscale import is_memory_error, upscale_to
+from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.memory import is_memory_error
+from mrflow_sched.methods.tiled import TiledEngine
+from mrflow_sched.plan.schedule import explicit_recipe
+from mrflow_sched.sampling.engine import StageEngine
+from mrflow_sched.sampling.handoff import encode_images, handoff, stage_noise
+from mrflow_sched.sampling.memory import within_memory
+from mrflow_sched.sampling.noise import add_noise, draw_noise, model_sigmas, stage_seed, ve_to_sigma
+from mrflow_sched.sampling.solvers import get_solver, solver_forwards
+from mrflow_sched.upscaling.fit import upscale_to
 
 if TYPE_CHECKING:
-    from mrflow_sched.engines.base import Engine
-    from mrflow_sched.plan import Stage, StagedPlan
-    from mrflow_sched.upscale import PixelUpscaler
-
-__all__ = ["Progress", "StageImage", "StageTiming", "StagedResult", "sample_staged"]
+    from mrflow_sched.plan.stages import Stage, StagedPlan
+    from mrflow_sched.sampling.engine import Engine
+    from mrflow_sched.upscaling.role import PixelUpscaler
+from mrflow_sched.sampling.progress import Progress, StageTiming, wait_for
 
 # img2img: levels of stage 1's list closer to the start than this factor are left out.
 _SHORTEST_STEP = 0.98
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands.
-
-    `fraction` rises from 0 to 1 with the network's cost, so a bar drawn from it moves evenly in time. `stage` (from
-    1) of `stages`; `step` of `steps` within it (0 before the first). `name`: the part at work, as in
-    `StagedResult.timings`, at last "done". `denoised`: the clean estimate of the step just evaluated, latents (B,
-    ...), else None.
-    """
-
-    fraction: float
-    stage: int
-    stages: int
-    step: int
-    steps: int
-    name: str
-    denoised: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,14 +46,6 @@ class StageImage:
 
     name: str
     image: Tensor
-
-
-@dataclass(frozen=True)
-class StageTiming:
-    """Wall-clock seconds of one part, measured with the device's queue empty at both ends."""
-
-    name: str
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -131,7 +107,7 @@ def sample_staged(
     if start_sigma is not None:
         run.start_at(start_sigma, given)
     elif given is not None and len(plan.stages) < 2:
-        raise ValueError("image needs a plan of two stages or more, got one stage; plan with stages=2.")
+        raise MrFlowError("image needs a plan of two stages or more, got one stage; plan with stages=2.")
     run.images = given if first else None
     with torch.no_grad():
         try:
@@ -295,9 +271,9 @@ class _Run:
     def start_at(self, sigma: float, image: Tensor | None) -> None:
         """Let stage 1 begin at `sigma`, where an image is given to begin from."""
         if image is None:
-            raise ValueError(f"start_sigma={sigma!r} needs an image to start from; give image too, or leave it out.")
+            raise MrFlowError(f"start_sigma={sigma!r} needs an image to start from; give image too, or leave it out.")
         if not 0.0 < sigma <= 1.0:
-            raise ValueError(f"start_sigma must be above 0 and at most 1, got {sigma!r}; it is the fraction of noise.")
+            raise MrFlowError(f"start_sigma must be above 0 and at most 1, got {sigma!r}; it is the fraction of noise.")
         first = self.stages[0]
         # A first step of no length to speak of would cost a forward and change nothing.
         below = tuple(level for level in first.sigmas if level < _SHORTEST_STEP * sigma)
@@ -364,7 +340,7 @@ class _Run:
 
     def _end_part(self) -> None:
         if self.part:
-            _wait_for(self.engine.device)
+            wait_for(self.engine.device)
             self._timings.append(StageTiming(self.part, time.perf_counter() - self._started))
         self.part = ""
 
@@ -414,18 +390,18 @@ class _Run:
 def _one_each(text: str | Sequence[str], batch: int, name: str) -> list[str]:
     """One text per image. Raises ValueError where the counts do not fit or nothing is asked for."""
     if batch < 1:
-        raise ValueError(f"batch must be 1 or more, got {batch!r}; it is the number of images.")
+        raise MrFlowError(f"batch must be 1 or more, got {batch!r}; it is the number of images.")
     if isinstance(text, str):
         return [text] * batch
     texts = list(text)
     if not texts or batch not in (1, len(texts)):
-        raise ValueError(f"{name} must be one text or one per image, got {len(texts)} for a batch of {batch}.")
+        raise MrFlowError(f"{name} must be one text or one per image, got {len(texts)} for a batch of {batch}.")
     return texts
 
 
 def _checked_seeds(seeds: Sequence[int] | None, batch: int) -> tuple[int, ...] | None:
     if seeds is not None and len(seeds) != batch:
-        raise ValueError(f"seeds must hold one seed per image, got {len(seeds)} for a batch of {batch}.")
+        raise MrFlowError(f"seeds must hold one seed per image, got {len(seeds)} for a batch of {batch}.")
     return None if seeds is None else tuple(seeds)
 
 
@@ -433,17 +409,9 @@ def _start_images(image: Tensor, run: _Run) -> Tensor:
     """The picture that takes the place of stage 1, as (B, 3, H, W) on the device."""
     images = image if image.ndim == 4 else image[None]
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] not in (1, run.batch):
-        raise ValueError(
+        raise MrFlowError(
             f"image must be (3, H, W) or ({run.batch}, 3, H, W), got {tuple(image.shape)}; drop any alpha channel."
         )
     if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
-        raise ValueError(f"image must hold floats from 0 to 1, got {image.dtype}; divide 8-bit values by 255.")
+        raise MrFlowError(f"image must hold floats from 0 to 1, got {image.dtype}; divide 8-bit values by 255.")
     return images.to(run.engine.device, torch.float32).expand(run.batch, -1, -1, -1)
-
-
-def _wait_for(device: torch.device) -> None:
-    """Let the device finish what is queued, so that a clock read now is honest."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type != "cpu":
-        getattr(torch, device.type).synchronize()

@@ -1,11 +1,11 @@
-"""MrFlow in the WebUI: each hook hands on to its room in `mrflow_sched.webui`; every decision is made there."""
+"""MrFlow in the WebUI: each hook hands on to its room in `mrflow_sched.apps.webui`; every decision is made there."""
 
 from importlib import import_module
 
 from modules import script_callbacks, scripts
 
 # All rooms are imported now: some hosts take this folder off the path once the script is loaded.
-from mrflow_sched.webui import api, axes, host, run, settings, ui, upscaler
+from mrflow_sched.apps.webui import api, axes, host, run, settings, ui, upscaler
 
 HOST = host.attach(import_module)
 

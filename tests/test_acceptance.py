@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from mrflow_sched.engines.analytic import GaussianFieldEngine, power_law
-from mrflow_sched.families import FAMILIES
-from mrflow_sched.noise import add_noise, draw_noise
-from mrflow_sched.plan import StagedPlan, expected_speedup, make_native_plan, make_plan
+from mrflow_sched.plan.families import FAMILIES
+from mrflow_sched.plan.make import expected_speedup, make_native_plan, make_plan
+from mrflow_sched.plan.schedule import refine_sigmas
+from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import StagedResult, sample_staged
-from mrflow_sched.schedule import refine_sigmas
-from mrflow_sched.solvers import SOLVERS
-from mrflow_sched.upscale import upscale_to
+from mrflow_sched.sampling.noise import add_noise, draw_noise
+from mrflow_sched.sampling.solvers import SOLVERS
+from mrflow_sched.upscaling.fit import upscale_to
 
 FIELD = GaussianFieldEngine()
 # Small enough for sums by hand: 8-pixel grid, pixels are latents.
@@ -320,6 +321,6 @@ def test_acceptance_12_the_cost_model_predicts_a_dummy_backbone() -> None:
 
 
 def test_every_solver_name_of_the_plan_exists() -> None:
-    from mrflow_sched.plan import SOLVER_NAMES
+    from mrflow_sched.plan.checks import SOLVER_NAMES
 
     assert set(SOLVER_NAMES) <= set(SOLVERS)

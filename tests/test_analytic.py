@@ -10,10 +10,10 @@ import torch
 
 import mrflow_sched.engines as engines
 from mrflow_sched.engines.analytic import GaussianFieldEngine, MixtureEngine, power_law, refined_variance
-from mrflow_sched.families import ShiftRule
-from mrflow_sched.noise import draw_noise, sigma_to_ve
-from mrflow_sched.plan import make_native_plan, make_plan
+from mrflow_sched.plan.families import ShiftRule
+from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.sampler import sample_staged
+from mrflow_sched.sampling.noise import draw_noise, sigma_to_ve
 
 FIELD = GaussianFieldEngine()
 

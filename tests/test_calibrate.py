@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
-from mrflow_sched import cli, demo, get_family, make_plan
-from mrflow_sched.calibrate import (
+from mrflow_sched import demo, get_family, make_plan
+from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched.apps.cli import main as cli
+from mrflow_sched.engines.analytic import GaussianFieldEngine
+from mrflow_sched.measure.calibrate import (
     NEAR_DB,
     Calibration,
     SweepRow,
-    _enough,  # pyright: ignore[reportPrivateUsage]
-    _spread,  # pyright: ignore[reportPrivateUsage]
+    _enough,
+    _spread,
     band_power,
     bound,
     calibrate,
     choose,
 )
-from mrflow_sched.engines.analytic import GaussianFieldEngine
-from mrflow_sched.solvers import Cancelled
 
 FIELD = GaussianFieldEngine(
     family=replace(GaussianFieldEngine().family, vae_factor=1, patch=8, grid=8, latent_channels=3), contrast=0.05
@@ -252,14 +254,14 @@ def test_a_calibration_that_does_not_fit_is_refused(capsys: pytest.CaptureFixtur
 def test_a_full_disk_leaves_no_half_entry(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mrflow_sched import calibrate as module
+    from mrflow_sched.measure import calibrate as module
 
     monkeypatch.setattr(module, "calibrate", lambda *given, **named: SAMPLE)
 
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     code, _, err = mrflow(capsys, "calibrate", "--device", "cpu", "--out", str(tmp_path))
     assert code == 2
     assert "the disk is full" in err

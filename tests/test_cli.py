@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +21,12 @@ import pytest
 from PIL import Image
 
 import mrflow_sched
-from mrflow_sched import cli
-from mrflow_sched.cost import part_costs
-from mrflow_sched.images import read_png_text
-from mrflow_sched.plan import StagedPlan, make_plan
-from mrflow_sched.record import RunRecord
+from mrflow_sched.apps.cli import main as cli
+from mrflow_sched.images.files import read_png_text
+from mrflow_sched.images.record import RunRecord
+from mrflow_sched.plan.cost import part_costs
+from mrflow_sched.plan.make import make_plan
+from mrflow_sched.plan.stages import StagedPlan
 
 SMALL = ("--size", "32x32", "--low-steps", "3", "--refine-steps", "1", "--dtype", "float32", "--device", "cpu")
 
@@ -250,7 +252,7 @@ def test_debug_and_faults_of_ours_show_their_traceback(monkeypatch: pytest.Monke
     def broken(_args: Any) -> int:
         raise TypeError("a fault")
 
-    monkeypatch.setattr(cli, "_plan", broken)
+    monkeypatch.setattr(cli, "run_plan", broken)
     with pytest.raises(TypeError, match="a fault"):
         cli.main(["plan", "--family", "demo"])
 
@@ -265,7 +267,7 @@ def test_memory_that_runs_out_is_a_refusal(
     def hungry(_args: Any) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_plan", hungry)
+    monkeypatch.setattr(cli, "run_plan", hungry)
     assert cli.main(["plan", "--family", "demo"]) == 2
     assert "not enough memory" in capsys.readouterr().err
 
@@ -295,7 +297,7 @@ def test_a_disk_that_is_full_from_the_start(mrflow: Any, tmp_path: Path, monkeyp
     def full(**_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cli.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     code, _, err = mrflow("generate", "p", *SMALL, "--out", str(tmp_path))
     assert code == 2
     assert "the disk is full" in err
@@ -398,7 +400,7 @@ def test_generate_native_needs_no_upscaler(mrflow: Any, tmp_path: Path) -> None:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *numbers: int, width: int = 32) -> None:
     """Make the decoder return no numbers for those images of a batch, at that size."""
-    from mrflow_sched.engines.flux import FluxEngine
+    from mrflow_sched.engines.diffusers.flux import FluxEngine
 
     usual = FluxEngine.decode
 
@@ -435,7 +437,7 @@ def test_where_every_picture_is_bad_nothing_is_left(
 
 
 def test_generate_uses_an_upscaler_file(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mrflow_sched import upscale
+    from mrflow_sched.upscaling import load as upscale
 
     taken: list[Any] = []
 
@@ -460,7 +462,8 @@ def test_generate_uses_an_upscaler_file(mrflow: Any, tmp_path: Path, monkeypatch
 def test_the_embedded_model_is_the_default(
     mrflow: Any, tmp_path: Path, tiny_engine: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mrflow_sched import demo, upscale
+    from mrflow_sched import demo
+    from mrflow_sched.upscaling import load as upscale
 
     monkeypatch.setattr(demo, "load_engine", lambda **_: tiny_engine)
     monkeypatch.setattr(demo, "upscaler_path", lambda: tiny_folder / "model_index.json")
@@ -494,7 +497,7 @@ def test_from_takes_family_and_device_from_the_picture(
     text = read_png_text(out.strip())["mrflow"]
     plan = StagedPlan.from_string(RunRecord.from_json(text).plan)
     altered = json.dumps(json.loads(text) | {"device": "quantum", "plan": replace(plan, family="sdxl").to_string()})
-    monkeypatch.setattr("mrflow_sched.images.read_png_text", lambda _path: {"mrflow": altered})
+    monkeypatch.setattr("mrflow_sched.images.files.read_png_text", lambda _path: {"mrflow": altered})
     code, _, err = mrflow("generate", "--from", out.strip(), "--out", str(tmp_path))
     assert code == 2
     assert "'sdxl'" in err
@@ -547,7 +550,7 @@ def test_the_bar_is_on_stderr_and_only_when_wanted(mrflow: Any, tmp_path: Path) 
 
 def press_at(monkeypatch: pytest.MonkeyPatch, forward: int, presses: int = 1) -> None:
     """Press Ctrl-C while the network makes its `forward`-th evaluation."""
-    from mrflow_sched.engines.flux import FluxEngine
+    from mrflow_sched.engines.diffusers.flux import FluxEngine
 
     usual, count = FluxEngine.denoise, [0]
 

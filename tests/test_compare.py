@@ -14,13 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mrflow_sched import _memory, _sheet
-from mrflow_sched._memory import PeakMemory
-from mrflow_sched.compare import Comparison, Part, Run, compare, native_plan_of, shortest
+from mrflow_sched._runtime import peak as _memory
+from mrflow_sched._runtime.peak import PeakMemory
 from mrflow_sched.engines.analytic import GaussianFieldEngine
-from mrflow_sched.images import save_png
-from mrflow_sched.plan import make_native_plan, make_plan
-from mrflow_sched.record import RunRecord, library_versions
+from mrflow_sched.images.files import save_png
+from mrflow_sched.images.record import RunRecord, library_versions
+from mrflow_sched.measure import sheet as _sheet
+from mrflow_sched.measure.compare import compare, native_plan_of, shortest
+from mrflow_sched.measure.runs import Comparison, Part, Run
+from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.sampler import StagedResult
 
 MEGABYTE = 1 << 20
@@ -316,7 +318,7 @@ def test_an_altered_record_is_refused(change: dict[str, Any]) -> None:
 
 
 def test_versions_name_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mrflow_sched import record
+    from mrflow_sched.images import record
 
     monkeypatch.setattr(record, "_LIBRARIES", ("torch", "no-such-library"))
     found = library_versions()

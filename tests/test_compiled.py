@@ -13,8 +13,8 @@ from pipeline_tools import network_of, snapshot
 from torch import Tensor
 
 from mrflow_sched import MrFlow
-from mrflow_sched.engines import compiled
-from mrflow_sched.mrflow import MrFlowOutput
+from mrflow_sched.apps.pipeline import MrFlowOutput
+from mrflow_sched.engines.diffusers import compiled
 
 Function = Callable[..., Any]
 

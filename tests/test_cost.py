@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mrflow_sched import FAMILIES, get_family, make_native_plan, make_plan
-from mrflow_sched.cost import UPSCALER_FLOP, Speeds, part_costs, peak_memory, work_ratio
+from mrflow_sched.plan.cost import UPSCALER_FLOP, Speeds, part_costs, peak_memory, work_ratio
 
 NAMES = ["stage 1 sample", "stage 1 decode", "upscale", "encode", "stage 2 sample", "stage 2 decode"]
 

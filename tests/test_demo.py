@@ -13,8 +13,8 @@ import torch
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan, sample_staged
 from mrflow_sched.demo.glyphs import LETTERS
 from mrflow_sched.demo.scenes import COLOURS, Scene, caption, random_scene, render, word_boxes
-from mrflow_sched.engines.flux import FluxEngine
-from mrflow_sched.upscale import resize_lanczos
+from mrflow_sched.engines.diffusers.flux import FluxEngine
+from mrflow_sched.upscaling.lanczos import resize_lanczos
 
 
 @pytest.fixture(scope="module")

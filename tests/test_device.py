@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mrflow_sched._device import has_bfloat16, resolve_device
-from mrflow_sched._errors import first_line
+from mrflow_sched._runtime.device import has_bfloat16, resolve_device
+from mrflow_sched._runtime.errors import first_line
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import tiny_pipelines
 
-from mrflow_sched import cli, demo
-from mrflow_sched.doctor import examine
-from mrflow_sched.engines.layouts import find_layout
-from mrflow_sched.engines.pipeline import read_layout
-from mrflow_sched.images import read_png_text
-from mrflow_sched.plan import StagedPlan
+from mrflow_sched import demo
+from mrflow_sched.apps.cli import main as cli
+from mrflow_sched.engines.diffusers.folder import read_layout
+from mrflow_sched.engines.diffusers.layouts import find_layout
+from mrflow_sched.images.files import read_png_text
+from mrflow_sched.measure.doctor import examine
+from mrflow_sched.plan.stages import StagedPlan
 
 SMALL = ("--size", "64x64", "--low-steps", "2", "--device", "cpu", "--dtype", "float32")
 
@@ -77,7 +78,7 @@ def test_pipelines_that_cannot_be_run_are_named(sd3_folder: Path, tmp_path: Path
 
 
 def test_a_missing_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mrflow_sched.doctor as room
+    import mrflow_sched.measure.doctor as room
 
     inner = room._version
     monkeypatch.setattr(room, "_version", lambda name: None if name in ("spandrel", "peft") else inner(name))
@@ -90,7 +91,7 @@ def test_a_missing_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_operators_that_clash_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mrflow_sched._torchvision_ops as operators
+    import mrflow_sched._runtime.torchvision_ops as operators
 
     def clash() -> None:
         raise RuntimeError("operator torchvision::nms does not exist")

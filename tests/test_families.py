@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 import mrflow_sched
-from mrflow_sched.families import FAMILIES, TIERS, Family, get_family
+from mrflow_sched.plan.families import FAMILIES, TIERS, Family, get_family
 
 ALL = list(FAMILIES.values())
 IDS = list(FAMILIES)

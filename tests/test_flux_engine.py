@@ -17,8 +17,8 @@ import torch
 from conftest import build_tiny_folder
 from torch import Tensor
 
-from mrflow_sched.engines import flux
-from mrflow_sched.engines.flux import FluxEngine, FluxText
+from mrflow_sched.engines.diffusers import flux
+from mrflow_sched.engines.diffusers.flux import FluxEngine, FluxText
 
 NEWER = tuple(int(part) for part in version("diffusers").split(".")[:2]) >= (0, 32)
 newer = pytest.mark.skipif(not NEWER, reason="FluxPipeline takes sigmas from diffusers 0.32 on")
@@ -373,8 +373,7 @@ def test_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_the_module_imports_no_model_library() -> None:
-    code = (
-        "import sys, mrflow_sched.engines.flux; print([n for n in ('diffusers', 'transformers') if n in sys.modules])"
-    )
+    code = "import sys, mrflow_sched.engines.diffusers.flux; "
+        "print([n for n in ('diffusers', 'transformers') if n in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched.engines.analytic import GaussianFieldEngine
-from mrflow_sched.handoff import PARTS, handoff
-from mrflow_sched.noise import add_noise, draw_noise, sigma_to_ve
-from mrflow_sched.plan import Stage
-from mrflow_sched.solvers import Cancelled
-from mrflow_sched.upscale import NO_MODEL, upscale_to
+from mrflow_sched.plan.stages import Stage
+from mrflow_sched.sampling.handoff import PARTS, handoff
+from mrflow_sched.sampling.noise import add_noise, draw_noise, sigma_to_ve
+from mrflow_sched.upscaling.fit import NO_MODEL, upscale_to
 
 ENGINE = GaussianFieldEngine()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from mrflow_sched.images import load_image, read_png_text, save_png
+from mrflow_sched.images.files import load_image, read_png_text, save_png
 
 
 def picture(height: int = 4, width: int = 6) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mrflow_sched import make_native_plan
-from mrflow_sched.engines.layouts import Layout, find_layout
-from mrflow_sched.engines.layouts.shift import shift_rule
+from mrflow_sched.engines.diffusers.layouts import Layout, find_layout
+from mrflow_sched.engines.diffusers.layouts.shift import shift_rule
 
 NAMES = tiny_pipelines.NAMES
 GENERIC = ("ovis-image", "prx", "krea2", "lumina")
@@ -404,7 +404,7 @@ def test_the_users_scheduler_decides_the_shift() -> None:
 
 
 def test_our_own_scheduler_is_read_like_the_one_it_was_made_from() -> None:
-    from mrflow_sched.engines.scheduler import MrFlowScheduler
+    from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
 
     for name in ("flux1-dev", "sana", "sd3", "sdxl"):
         own = with_scheduler(name, MrFlowScheduler.from_config(tiny(name).scheduler.config))

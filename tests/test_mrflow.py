@@ -18,8 +18,8 @@ from pipeline_tools import listening, network_of, snapshot
 from torch import Tensor
 
 from mrflow_sched import MrFlow
-from mrflow_sched.mrflow import MrFlowOutput
-from mrflow_sched.upscale import upscale_to
+from mrflow_sched.apps.pipeline import MrFlowOutput
+from mrflow_sched.upscaling.fit import upscale_to
 
 SIDE = 64
 NUMBERS: dict[str, Any] = {"width": SIDE, "height": SIDE, "low_steps": 2, "output_type": "pt"}
@@ -164,7 +164,7 @@ def test_guidance_is_said_in_the_pipelines_words() -> None:
 @pytest.mark.parametrize("name", ["flux1-dev", "sd3", "qwen-image", "z-image", "sdxl", "sana"])
 def test_embeddings_given_in_place_of_prompts_make_the_same_picture(name: str) -> None:
     pipe = tiny_pipelines.make(name)
-    from mrflow_sched.engines.layouts import find_layout
+    from mrflow_sched.engines.diffusers.layouts import find_layout
 
     text = find_layout(pipe).encode_text(["a cat", "blue"], None, {})
     mask = {"prompt_embeds_mask": None} if name == "qwen-image" else {}

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrflow_sched.families import Prediction
-from mrflow_sched.noise import (
+from mrflow_sched.plan.families import Prediction
+from mrflow_sched.sampling.noise import (
     add_noise,
     denoised_to_velocity,
     draw_noise,

@@ -41,7 +41,7 @@ def test_the_wheel_holds_the_package_and_weights_and_nothing_else(wheel: zipfile
     code = {path.relative_to(ROOT).as_posix() for path in here if path.suffix == ".py" or path.name == "py.typed"}
     weights = {path.relative_to(ROOT).as_posix() for path in here if "weights" in path.parts and path.suffix in DATA}
     assert names == code | weights
-    assert {"mrflow_sched/cli.py", "mrflow_sched/engines/flux.py", "mrflow_sched/py.typed"} <= names
+    assert {"mrflow_sched/sampler.py", "mrflow_sched/apps/cli/main.py", "mrflow_sched/py.typed"} <= names
 
 
 def test_the_weights_are_small_enough_to_ship() -> None:
@@ -58,7 +58,7 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     base = {str(each).split(">")[0] for each in found.get_all("Requires-Dist", []) if "extra ==" not in str(each)}
     assert {"torch", "diffusers", "transformers", "spandrel", "safetensors", "numpy", "pillow", "tqdm"} <= base
     [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
-    assert "mrflow = mrflow_sched.cli:main" in wheel.read(name).decode()
+    assert "mrflow = mrflow_sched.apps.cli.main:main" in wheel.read(name).decode()
 
 
 def test_constraints_pin_everything_the_package_asks_for() -> None:

@@ -12,12 +12,16 @@ import torch
 from pipeline_tools import Heard, listening, network_of, snapshot
 from torch import Tensor
 
-from mrflow_sched.engines.base import Engine, StageEngine, TilingEngine
-from mrflow_sched.engines.pipeline import PipelineEngine, load_pipeline
-from mrflow_sched.noise import add_noise, draw_noise, sigma_to_ve
-from mrflow_sched.plan import StagedPlan, make_plan
-from mrflow_sched.sampler import Progress, StagedResult, sample_staged
-from mrflow_sched.solvers import SOLVERS, Cancelled
+from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched.engines.diffusers.folder import load_pipeline
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+from mrflow_sched.plan.make import make_plan
+from mrflow_sched.plan.stages import StagedPlan
+from mrflow_sched.sampler import StagedResult, sample_staged
+from mrflow_sched.sampling.engine import Engine, StageEngine, TilingEngine
+from mrflow_sched.sampling.noise import add_noise, draw_noise, sigma_to_ve
+from mrflow_sched.sampling.progress import Progress
+from mrflow_sched.sampling.solvers import SOLVERS
 
 NAMES = tiny_pipelines.available()
 SIGMA = 0.12
@@ -144,7 +148,7 @@ def test_a_batch_is_what_its_images_are_alone(name: str) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_flux_through_its_pipeline_is_flux_through_its_components(tiny_folder: Path, solver: str) -> None:
-    from mrflow_sched.engines.flux import FluxEngine
+    from mrflow_sched.engines.diffusers.flux import FluxEngine
 
     pipe = load_pipeline(tiny_folder, device="cpu", dtype="float32")
     pipe.set_progress_bar_config(disable=True)
@@ -353,7 +357,7 @@ def test_tiles_are_the_vaes_own_and_its_setting_stays(name: str) -> None:
 
 
 def test_memory_that_runs_out_in_the_vae_is_met_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mrflow_sched.engines.layouts import Layout
+    from mrflow_sched.engines.diffusers.layouts import Layout
 
     engine = engine_of("flux1-dev")
     inner, sizes = Layout.decode, []

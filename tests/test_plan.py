@@ -9,18 +9,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mrflow_sched.families import FAMILIES, get_family
-from mrflow_sched.plan import (
-    SOLVER_NAMES,
-    Stage,
-    StagedPlan,
-    expected_speedup,
-    fit_box,
-    make_native_plan,
-    make_plan,
-    solver_evaluations,
-)
-from mrflow_sched.schedule import mu_for_tokens, native_sigmas, refine_sigmas, scaled_linear_sigmas
+from mrflow_sched.plan.checks import SOLVER_NAMES
+from mrflow_sched.plan.families import FAMILIES, get_family
+from mrflow_sched.plan.make import expected_speedup, make_native_plan, make_plan, solver_evaluations
+from mrflow_sched.plan.schedule import mu_for_tokens, native_sigmas, refine_sigmas, scaled_linear_sigmas
+from mrflow_sched.plan.sizes import fit_box
+from mrflow_sched.plan.stages import Stage, StagedPlan
 
 quick = settings(deadline=None, max_examples=40)
 NAMES = st.sampled_from(list(FAMILIES))
@@ -187,7 +181,7 @@ def test_evaluations_per_solver(solver: str, evaluations: int) -> None:
 
 
 def test_the_solvers_of_plans_are_those_there_are() -> None:
-    solvers = pytest.importorskip("mrflow_sched.solvers")
+    solvers = pytest.importorskip("mrflow_sched.sampling.solvers")
     assert set(SOLVER_NAMES) == set(solvers.SOLVERS)
     for name in SOLVER_NAMES:
         assert [solver_evaluations(name, n) for n in range(4)] == [solvers.solver_forwards(name, n) for n in range(4)]

@@ -23,7 +23,7 @@ def bench() -> Iterator[Any]:
     """The modules of bench/quality, as its own command imports them."""
     before = list(sys.path)
     sys.path.insert(0, str(ROOT / "bench"))
-    from mrflow_sched.engines.flux import prepare_imports
+    from mrflow_sched.engines.diffusers.flux import prepare_imports
 
     prepare_imports()
     from quality import ideas, judge, metrics, report, scores, sweeps, ways  # pyright: ignore[reportMissingImports]
@@ -253,7 +253,7 @@ def test_step_caching_leaves_out_blocks_of_stage_1(bench: Any, small: Any, plain
 def test_nested_noise_is_white_and_the_final_noise_made_coarse(bench: Any) -> None:
     noise = bench.ideas.nested_noise(None, range(4), (16, 32, 32))
     assert float(noise.std()) == pytest.approx(1, abs=0.02)
-    from mrflow_sched.noise import draw_noise
+    from mrflow_sched.sampling.noise import draw_noise
 
     large = draw_noise((16, 64, 64), range(4))
     coarse = torch.nn.functional.interpolate(large, scale_factor=0.5, mode="area")

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-import mrflow_sched.sampler as sampler
+from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched.engines.analytic import GaussianFieldEngine
-from mrflow_sched.noise import draw_noise
-from mrflow_sched.plan import StagedPlan, make_native_plan, make_plan
-from mrflow_sched.sampler import Progress, StagedResult, sample_staged
-from mrflow_sched.solvers import Cancelled
-from mrflow_sched.upscale import upscale_to
+from mrflow_sched.plan.make import make_native_plan, make_plan
+from mrflow_sched.plan.stages import StagedPlan
+from mrflow_sched.sampler import StagedResult, sample_staged
+from mrflow_sched.sampling.noise import draw_noise
+from mrflow_sched.sampling.progress import Progress, wait_for
+from mrflow_sched.upscaling.fit import upscale_to
 
 ENGINE = GaussianFieldEngine(means={"red": (2.0, -1.0, -1.0), "blue": (-1.0, -1.0, 2.0)})
 FAMILY = ENGINE.family
@@ -525,7 +526,6 @@ def test_clocks_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[Any] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
-    wait_for = sampler._wait_for  # pyright: ignore[reportPrivateUsage]
     for name in ("cpu", "cuda:1", "mps"):
         wait_for(torch.device(name))
     assert waited == [torch.device("cuda:1"), "mps"]

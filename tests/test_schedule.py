@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mrflow_sched import schedule
-from mrflow_sched.schedule import (
+from mrflow_sched.plan import schedule
+from mrflow_sched.plan.schedule import (
     beta_sigmas,
     explicit_recipe,
     mu_flux2,

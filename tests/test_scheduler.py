@@ -15,15 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrflow_sched._torchvision_ops import ensure_ops
-from mrflow_sched.noise import add_noise, model_sigmas, to_denoised
-from mrflow_sched.schedule import native_sigmas, refine_sigmas, scaled_linear_sigmas, stretch_to_terminal
-from mrflow_sched.solvers import SOLVERS, Cancelled, evaluation_sigmas, solver_forwards, solver_steps
+from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched._runtime.torchvision_ops import ensure_ops
+from mrflow_sched.plan.schedule import native_sigmas, refine_sigmas, scaled_linear_sigmas, stretch_to_terminal
+from mrflow_sched.sampling.noise import add_noise, model_sigmas, to_denoised
+from mrflow_sched.sampling.solvers import SOLVERS, evaluation_sigmas, solver_forwards, solver_steps
 
 ensure_ops()
 diffusers: Any = import_module("diffusers")  # its lazy names are hidden from type checkers
 
-from mrflow_sched.engines import scheduler as module  # noqa: E402
+from mrflow_sched.engines.diffusers import scheduler as module  # noqa: E402
 
 MrFlowScheduler: Any = module.MrFlowScheduler  # what from_config and from_pretrained return is not typed by diffusers
 
@@ -750,7 +751,7 @@ def test_a_modular_pipeline_walks_a_stage() -> None:
         pytest.skip("the installed diffusers has no modular pipelines")
     from tiny_pipelines import make
 
-    from mrflow_sched.engines.modular import StageTimesteps
+    from mrflow_sched.engines.diffusers.modular import StageTimesteps
 
     flux = make("flux1-dev")
     blocks = import_module("diffusers.modular_pipelines").FluxAutoBlocks()

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched.engines.analytic import MixtureEngine
-from mrflow_sched.schedule import native_sigmas
-from mrflow_sched.solvers import SOLVERS, Cancelled, get_solver, solver_forwards
+from mrflow_sched.plan.schedule import native_sigmas
+from mrflow_sched.sampling.solvers import SOLVERS, get_solver, solver_forwards
 
 SECOND_ORDER = ("heun", "multistep", "careful", "dpmpp_2m")
 VE_SIGMAS = (14.6, 9.0, 5.4, 3.1, 1.7, 0.9, 0.45, 0.2, 0.08, 0.0)
@@ -399,7 +400,7 @@ def test_careful_with_guidance_3_is_as_true_as_any_single_solver_at_every_count(
 
 def test_careful_trusts_a_line_and_distrusts_a_turn() -> None:
     """A slope that goes on straight is trusted fully, one that turns back not at all; the first has no history."""
-    from mrflow_sched.solvers import _careful_weights  # pyright: ignore[reportPrivateUsage]
+    from mrflow_sched.sampling.solvers import _careful_weights
 
     before, slope = torch.zeros(2, 3), torch.ones(2, 3)
     predicted = torch.stack([torch.ones(3), -torch.ones(3)])

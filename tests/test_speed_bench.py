@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mrflow_sched import cost, demo, get_family
+from mrflow_sched import demo, get_family
+from mrflow_sched.plan import cost
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("flux1-dev", "qwen-image", "z-image", "sd35", "sdxl")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mrflow_sched import StagedPlan, demo, get_family, load_upscaler, make_plan
-from mrflow_sched.cost import part_costs
+from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched.methods.tiled import TiledEngine
+from mrflow_sched.plan.cost import part_costs
+from mrflow_sched.plan.tiles import tile_sides
 from mrflow_sched.sampler import sample_staged
-from mrflow_sched.solvers import Cancelled
-from mrflow_sched.tiles import TiledEngine, tile_sides
 
 
 class Pointwise:

@@ -13,8 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from mrflow_sched import _torchvision_ops
-from mrflow_sched._torchvision_ops import ensure_ops
+from mrflow_sched._runtime import torchvision_ops as _torchvision_ops
+from mrflow_sched._runtime.torchvision_ops import ensure_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +52,7 @@ def write_double(folder: Path, *operators: str) -> None:
 def test_the_installed_torchvision_and_spandrel_import_after_it() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from mrflow_sched._torchvision_ops import ensure_ops\n"
+        "from mrflow_sched._runtime.torchvision_ops import ensure_ops\n"
         "ensure_ops()\n"
         "import torchvision, spandrel\n"
         "from torchvision.transforms.functional import rotate\n"

@@ -21,18 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from mrflow_sched import tiles, upscale
-from mrflow_sched._torchvision_ops import ensure_ops
-from mrflow_sched.solvers import Cancelled
-from mrflow_sched.upscale import (
-    LanczosUpscaler,
-    ModelUpscaler,
-    choose_dtype,
-    is_memory_error,
-    load_upscaler,
-    resize_lanczos,
-    upscale_to,
-)
+from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched._runtime.memory import free_memory, is_memory_error
+from mrflow_sched._runtime.torchvision_ops import ensure_ops
+from mrflow_sched.plan import tiles
+from mrflow_sched.upscaling import blend, fit, load
+from mrflow_sched.upscaling import model as upscale
+from mrflow_sched.upscaling.fit import upscale_to
+from mrflow_sched.upscaling.lanczos import LanczosUpscaler, resize_lanczos
+from mrflow_sched.upscaling.load import choose_dtype, load_upscaler
+from mrflow_sched.upscaling.model import ModelUpscaler
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -169,7 +167,7 @@ def test_half_precision_where_model_and_hardware_profit(
     hardware: bool,
     expected: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(upscale, "has_bfloat16", lambda where: hardware and where.type != "mps")
+    monkeypatch.setattr(load, "has_bfloat16", lambda where: hardware and where.type != "mps")
     assert choose_dtype(device, half, bfloat16) == expected
 
 
@@ -239,17 +237,17 @@ def test_spans_cover_the_length(length: int, side: int, overlap: int, multiple: 
         assert start < after <= stop
         assert stop - after > wanted - multiple
     total = torch.zeros(length)
-    for (start, stop), weight in tiles.feathered(spans):
+    for (start, stop), weight in blend.feathered(spans):
         assert weight.min() >= 0
         total[start:stop] += weight
     assert total.min() > 0
 
 
 def test_ramps_sum_to_one_and_ignore_the_edge() -> None:
-    ramp = tiles._ramp(32)
+    ramp = blend._ramp(32)
     assert torch.allclose(ramp + ramp.flip(0), torch.ones(32))
     assert ramp[:8].max() == 0
-    assert len(tiles._ramp(0)) == 0
+    assert len(blend._ramp(0)) == 0
 
 
 def test_a_model_that_discourages_tiles_gets_them_with_a_warning() -> None:
@@ -327,8 +325,8 @@ def test_a_model_that_tiles_by_itself_is_not_tiled_for_memory() -> None:
 def test_cached_blocks_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("cuda"))
-    upscale.free_memory(CPU)
-    upscale.free_memory(CUDA)
+    free_memory(CPU)
+    free_memory(CUDA)
     assert called == ["cuda"]
 
 
@@ -423,7 +421,7 @@ def test_nothing_is_stretched_or_moved(scale: int | None, factor: float, aspect:
     ],
 )
 def test_how_often_a_model_runs(factor: float, scale: int, passes: int) -> None:
-    assert upscale._passes(factor, scale) == passes
+    assert fit._passes(factor, scale) == passes
     upscaler, model = nearest(scale=scale)
     result = upscale_to(images(1, 8, 8), int(8 * factor), int(8 * factor), upscaler)
     assert len(model.seen) == passes
@@ -467,7 +465,7 @@ def test_lanczos_is_said_aloud() -> None:
     heard: list[str] = []
     for upscaler in (None, LanczosUpscaler()):
         upscale_to(images(1, 4, 4), 8, 8, upscaler, warn=heard.append)
-    assert heard == [upscale.NO_MODEL] * 2
+    assert heard == [fit.NO_MODEL] * 2
     upscale_to(images(1, 8, 8), 4, 4, warn=heard.append)
     upscale_to(images(1, 8, 8), 16, 16, nearest()[0], warn=heard.append)
     assert len(heard) == 2
@@ -706,7 +704,7 @@ def test_models_of_another_kind(tmp_path: Path) -> None:
     assert "takes 1 and gives 1 channels" in refused(save(rrdbnet(2, channels=1), tmp_path / "grey.pth"))
     inpainting: Any = SimpleNamespace(architecture=SimpleNamespace(name="LaMa"), purpose="Inpainting")
     with pytest.raises(ValueError, match="LaMa model for Inpainting"):
-        upscale._checked_model(tmp_path / "lama.pth", inpainting)
+        load._checked_model(tmp_path / "lama.pth", inpainting)
 
 
 @pytest.mark.parametrize("settings", [{"tile": 0}, {"tile": 15}, {"tile": -3}, {"overlap": -1}])
@@ -735,7 +733,8 @@ def test_channels_come_last_only_where_that_is_known_to_be_safe(
         return all(weight.is_contiguous() for weight in weights), upscaler(images(1, 8, 8))
 
     last, one = results()
-    monkeypatch.setattr(upscale, "_CHANNELS_LAST", frozenset())
+    monkeypatch.setattr(load, "CHANNELS_LAST", frozenset())
+    monkeypatch.setattr(upscale, "CHANNELS_LAST", frozenset())
     plain, other = results()
     assert (last, plain) == (False, True)
     assert torch.allclose(one, other, atol=1e-5)

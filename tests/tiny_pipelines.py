@@ -76,7 +76,7 @@ def _has(name: str) -> bool:
 
 def diffusers() -> Any:
     """The library, imported so that a torchvision that does not fit cannot break it."""
-    from mrflow_sched._torchvision_ops import ensure_ops
+    from mrflow_sched._runtime.torchvision_ops import ensure_ops
 
     ensure_ops()
     import diffusers

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mrflow_sched._torchvision_ops import ensure_ops
+from mrflow_sched._runtime.torchvision_ops import ensure_ops
 
 ensure_ops()
 sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
@@ -29,7 +29,7 @@ from safetensors import safe_open  # noqa: E402
 from train_demo import evaluate  # noqa: E402
 
 from mrflow_sched import demo, load_upscaler, make_plan, sample_staged  # noqa: E402
-from mrflow_sched.images import save_png  # noqa: E402
+from mrflow_sched.images.files import save_png  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"

@@ -13,7 +13,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from mrflow_sched._torchvision_ops import ensure_ops
+from mrflow_sched._runtime.torchvision_ops import ensure_ops
 
 ensure_ops()
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption, render
-from mrflow_sched.engines.flux import prepare_imports
+from mrflow_sched.engines.diffusers.flux import prepare_imports
 
 prepare_imports()
 

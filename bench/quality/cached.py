@@ -6,7 +6,8 @@ from functools import cache
 from typing import Any
 
 from mrflow_sched import demo, get_family, make_plan
-from mrflow_sched.engines.pipeline import PipelineEngine, load_pipeline
+from mrflow_sched.engines.diffusers.folder import load_pipeline
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
 from .ways import FAMILY, Way, planned
 

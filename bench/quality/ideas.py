@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mrflow_sched import make_plan
-from mrflow_sched.calibrate import band_power, bound
-from mrflow_sched.noise import add_noise, draw_noise, stage_seed
-from mrflow_sched.plan import StagedPlan
-from mrflow_sched.solvers import get_solver
-from mrflow_sched.upscale import upscale_to
+from mrflow_sched.measure.calibrate import band_power, bound
+from mrflow_sched.plan.stages import StagedPlan
+from mrflow_sched.sampling.noise import add_noise, draw_noise, stage_seed
+from mrflow_sched.sampling.solvers import get_solver
+from mrflow_sched.upscaling.fit import upscale_to
 
 from .ways import FAMILY, Made, Model, Way, staged
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from mrflow_sched.demo.scenes import Scene
-from mrflow_sched.images import to_pil
+from mrflow_sched.images.convert import to_pil
 
 OURS = "staged 12+1"
 """The way that the goals are about."""

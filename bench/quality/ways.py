@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
-from mrflow_sched.noise import add_noise, draw_noise
-from mrflow_sched.plan import StagedPlan
+from mrflow_sched.plan.schedule import native_sigmas, shift_sigma, unshift_sigma
+from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
-from mrflow_sched.schedule import native_sigmas, shift_sigma, unshift_sigma
-from mrflow_sched.solvers import get_solver
-from mrflow_sched.upscale import LanczosUpscaler, upscale_to
+from mrflow_sched.sampling.noise import add_noise, draw_noise
+from mrflow_sched.sampling.solvers import get_solver
+from mrflow_sched.upscaling.fit import upscale_to
+from mrflow_sched.upscaling.lanczos import LanczosUpscaler
 
 FAMILY = "demo"
 REGRESSED = Path(__file__).parent / "regressed_x2.safetensors"

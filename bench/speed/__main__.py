@@ -30,15 +30,17 @@ import torch
 from reference import Tiles
 
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
-from mrflow_sched._memory import PeakMemory
-from mrflow_sched.compare import shortest
-from mrflow_sched.cost import Speeds, part_costs, peak_memory, work_ratio
-from mrflow_sched.engines.compiled import COMPILE_MODES, NetworkCompiler
-from mrflow_sched.engines.pipeline import PipelineEngine, load_pipeline
-from mrflow_sched.families import get_family
-from mrflow_sched.plan import StagedPlan
+from mrflow_sched._runtime.peak import PeakMemory
+from mrflow_sched.engines.diffusers.compiled import COMPILE_MODES, NetworkCompiler
+from mrflow_sched.engines.diffusers.folder import load_pipeline
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+from mrflow_sched.measure.compare import shortest
+from mrflow_sched.plan.cost import Speeds, part_costs, peak_memory, work_ratio
+from mrflow_sched.plan.families import get_family
+from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
-from mrflow_sched.upscale import ModelUpscaler, PixelUpscaler
+from mrflow_sched.upscaling.model import ModelUpscaler
+from mrflow_sched.upscaling.role import PixelUpscaler
 from speed import networks, outside, report
 from speed.clock import Clock
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrflow_sched.engines.flux import prepare_imports
+from mrflow_sched.engines.diffusers.flux import prepare_imports
 
 prepare_imports()
 

@@ -18,13 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mrflow_sched import load_upscaler
-from mrflow_sched._errors import first_line
-from mrflow_sched.handoff import stage_noise
-from mrflow_sched.images import save_png, to_pil
-from mrflow_sched.noise import add_noise
-from mrflow_sched.plan import StagedPlan
+from mrflow_sched._runtime.errors import first_line
+from mrflow_sched._runtime.memory import free_memory, is_memory_error
+from mrflow_sched.images.convert import to_pil
+from mrflow_sched.images.files import save_png
+from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
-from mrflow_sched.upscale import free_memory, is_memory_error
+from mrflow_sched.sampling.handoff import stage_noise
+from mrflow_sched.sampling.noise import add_noise
 from speed import networks
 from speed.clock import in_turn
 

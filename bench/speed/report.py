@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mrflow_sched import FAMILIES, make_native_plan, make_plan
-from mrflow_sched.cost import part_costs, peak_memory, work_ratio
+from mrflow_sched.plan.cost import part_costs, peak_memory, work_ratio
 
 _COLUMNS = {
     "speedup": ".2f",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from mrflow_sched.engines.flux import FluxEngine
+    from mrflow_sched.engines.diffusers.flux import FluxEngine
 
 __all__ = ["example_prompts", "load_engine", "upscaler_path", "weights_path"]
 
@@ -31,7 +31,7 @@ def upscaler_path() -> Path:
 
 def load_engine(*, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> FluxEngine:
     """The embedded model, ready to sample; arguments as in `FluxEngine.from_folder`, `dtype` for the VAE too."""
-    from mrflow_sched.engines.flux import FluxEngine
+    from mrflow_sched.engines.diffusers.flux import FluxEngine
 
     return FluxEngine.from_folder(weights_path(), device=device, dtype=dtype, vae_dtype=dtype, family="demo")
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.demo.glyphs import GLYPHS, GRID_HEIGHT, GRID_WIDTH, LETTERS
 
 Array = NDArray[Any]
@@ -590,7 +591,7 @@ def layout(scene: Scene, seed: int) -> tuple[Mark, ...]:
 
 def _draw(scene: Scene, size: int, seed: int) -> _Canvas:
     if size < 8:
-        raise ValueError(f"size is {size}; scenes are drawn from 8 pixels up")
+        raise MrFlowError(f"size is {size}; scenes are drawn from 8 pixels up")
     canvas = _Canvas(size)
     rng = np.random.default_rng(seed)
     painters = {"objects": _draw_objects, "letters": _draw_letters, "detail": _draw_detail, "smooth": _draw_smooth}

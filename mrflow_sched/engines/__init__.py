@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mrflow_sched.engines.analytic import GaussianFieldEngine, MixtureEngine
-    from mrflow_sched.engines.base import Engine
-    from mrflow_sched.engines.flux import FluxEngine
-    from mrflow_sched.engines.pipeline import PipelineEngine
-    from mrflow_sched.engines.scheduler import MrFlowScheduler
+    from mrflow_sched.engines.diffusers.flux import FluxEngine
+    from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+    from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
+    from mrflow_sched.sampling.engine import Engine
 
 __all__ = ["Engine", "FluxEngine", "GaussianFieldEngine", "MixtureEngine", "MrFlowScheduler", "PipelineEngine"]
 
 _HOMES = {
-    "Engine": "mrflow_sched.engines.base",
-    "FluxEngine": "mrflow_sched.engines.flux",
-    "PipelineEngine": "mrflow_sched.engines.pipeline",
+    "Engine": "mrflow_sched.sampling.engine",
+    "FluxEngine": "mrflow_sched.engines.diffusers.flux",
+    "PipelineEngine": "mrflow_sched.engines.diffusers.pipeline",
     "GaussianFieldEngine": "mrflow_sched.engines.analytic",
     "MixtureEngine": "mrflow_sched.engines.analytic",
-    "MrFlowScheduler": "mrflow_sched.engines.scheduler",
+    "MrFlowScheduler": "mrflow_sched.engines.diffusers.scheduler",
 }
 
 

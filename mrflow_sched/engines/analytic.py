@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mrflow_sched.families import Family, Prediction, get_family
-from mrflow_sched.noise import draw_noise
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.families import Family, Prediction, get_family
+from mrflow_sched.sampling.noise import draw_noise
 
 __all__ = ["GaussianFieldEngine", "MixtureEngine", "Power", "power_law", "refined_variance"]
 
@@ -112,7 +113,7 @@ class GaussianFieldEngine:
         if posterior == "mode":
             return latents
         if seeds is None:
-            raise ValueError("seeds must be given when posterior is 'sample', got None; pass one per image.")
+            raise MrFlowError("seeds must be given when posterior is 'sample', got None; pass one per image.")
         return latents + 1e-3 * draw_noise(latents.shape[1:], seeds, device=self.device)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -253,5 +254,5 @@ class MixtureEngine:
         known = sorted({int(label) for label in self.labels})
         word = prompt.split()[-1]
         if not word.isdigit() or int(word) not in known:
-            raise ValueError(f"prompt {prompt!r} names no label of this mixture; write 'label N', N one of {known}.")
+            raise MrFlowError(f"prompt {prompt!r} names no label of this mixture; write 'label N', N one of {known}.")
         return int(word)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrflow_sched.webui import host as webui_host
-from mrflow_sched.webui import run
+from mrflow_sched.apps.webui import host as webui_host
+from mrflow_sched.apps.webui import run
 
 # ---------------------------------------------------------------------------------------------------------------- state
 

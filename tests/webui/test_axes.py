@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mrflow_sched.webui import api, axes, settings
-from mrflow_sched.webui.controls import CHOICES, FIELDS, LABELS, Controls
+from mrflow_sched.apps.webui import api, axes, settings
+from mrflow_sched.apps.webui.controls import CHOICES, FIELDS, LABELS, Controls
 
 UPSCALERS = ["None", "Lanczos", "4x-Foo", "2x-Bar (MrFlow)"]
 

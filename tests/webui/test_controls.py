@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mrflow_sched.families import FAMILIES
-from mrflow_sched.webui.controls import AUTOMATIC, CHOICES, FIELDS, LABELS, LIMITS, MIN_SIGMA, Controls
+from mrflow_sched.apps.webui.controls import AUTOMATIC, CHOICES, FIELDS, LABELS, LIMITS, MIN_SIGMA, Controls
+from mrflow_sched.plan.families import FAMILIES
 
 
 def any_controls() -> st.SearchStrategy[Controls]:

@@ -14,7 +14,7 @@ import pytest
 from documented_request import command, send
 from doubles import Flux, Sd3Model, WebUI, close, levels
 
-from mrflow_sched.webui.controls import FIELDS, Controls
+from mrflow_sched.apps.webui.controls import FIELDS, Controls
 
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_controls import any_controls
 
-from mrflow_sched.families import FAMILIES, get_family
-from mrflow_sched.webui import infotext
-from mrflow_sched.webui.controls import FIELDS, Controls
-from mrflow_sched.webui.host import ModelInfo
-from mrflow_sched.webui.recipe import Recipe, make_recipe
+from mrflow_sched.apps.webui import infotext
+from mrflow_sched.apps.webui.controls import FIELDS, Controls
+from mrflow_sched.apps.webui.host import ModelInfo
+from mrflow_sched.apps.webui.recipe import Recipe, make_recipe
+from mrflow_sched.plan.families import FAMILIES, get_family
 
 NAMES = ("None", "Lanczos", "R-ESRGAN 2x+")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mrflow_sched.webui import settings, ui
-from mrflow_sched.webui.controls import CHOICES, LABELS
+from mrflow_sched.apps.webui import settings, ui
+from mrflow_sched.apps.webui.controls import CHOICES, LABELS
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("zh-CN", "ja", "de", "fr", "ko", "es")
@@ -87,7 +87,7 @@ def test_the_page_helper_is_one_object_that_asks_only_for_our_elements() -> None
     assert outer == ["const mrflow = {", "onUiLoaded(mrflow.start);"]
     assert "querySelector(`#script_mrflow_${name}`)" in text
     asked = set(re.findall(r'element\("(\w+)"\)', text))
-    source = (ROOT / "mrflow_sched" / "webui" / "ui.py").read_text(encoding="utf-8")
+    source = (ROOT / "mrflow_sched" / "apps" / "webui" / "ui.py").read_text(encoding="utf-8")
     assert asked
     assert all(f'elem_id("{name}")' in source for name in asked)
 

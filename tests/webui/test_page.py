@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from mrflow_sched.webui import ui
-from mrflow_sched.webui.controls import FIELDS, LABELS, LIMITS, Controls
+from mrflow_sched.apps.webui import ui
+from mrflow_sched.apps.webui.controls import FIELDS, LABELS, LIMITS, Controls
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = ROOT / "tests" / "webui" / "page_host" / "app.py"

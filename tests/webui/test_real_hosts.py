@@ -18,8 +18,8 @@ from documented_request import send
 from live import X2_NAME, Answer, Host, find_installation
 from PIL import Image, ImageChops
 
-from mrflow_sched.plan import make_plan
-from mrflow_sched.webui.controls import FIELDS, LABELS
+from mrflow_sched.apps.webui.controls import FIELDS, LABELS
+from mrflow_sched.plan.make import make_plan
 
 INSTALLATION, REASON = find_installation(os.environ)
 pytestmark = pytest.mark.skipif(INSTALLATION is None, reason=REASON)

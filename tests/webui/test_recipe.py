@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_infotext import model
 
-from mrflow_sched.families import FAMILIES
-from mrflow_sched.plan import make_plan
-from mrflow_sched.webui.controls import Controls
-from mrflow_sched.webui.host import capabilities, probe_model
-from mrflow_sched.webui.recipe import fit_sizes, make_recipe
+from mrflow_sched.apps.webui.controls import Controls
+from mrflow_sched.apps.webui.host import capabilities, probe_model
+from mrflow_sched.apps.webui.recipe import fit_sizes, make_recipe
+from mrflow_sched.plan.families import FAMILIES
+from mrflow_sched.plan.make import make_plan
 
 NAMES = ("None", "Lanczos", "Nearest", "R-ESRGAN 4x+", "RealESRGAN_x2plus", "RealESRGAN_x2plus (MrFlow)")
 
@@ -89,7 +89,7 @@ def test_sizes_lie_on_their_grids_and_near_what_was_asked(family: str, width: in
         assert abs(side - asked) <= info.grid_final / 2
         assert small % info.grid_low == 0
         assert abs(small - side / factor) <= info.grid_low
-    floors = [max(int(side / factor) // info.grid_low, 1) * info.grid_low for side in final]
+    floors = [max(int(side / factor / info.grid_low + 1e-9), 1) * info.grid_low for side in final]
     stretch, naive = (abs(math.log(a[0] * final[1] / (a[1] * final[0]))) for a in (low, floors))
     assert stretch <= naive + 1e-8
 

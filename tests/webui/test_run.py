@@ -28,12 +28,12 @@ from doubles import (
     pasted,
 )
 
-from mrflow_sched.plan import make_plan
-from mrflow_sched.schedule import refine_sigmas
-from mrflow_sched.webui import infotext, run
-from mrflow_sched.webui.controls import Controls
-from mrflow_sched.webui.host import probe_model
-from mrflow_sched.webui.job import ATTRIBUTE
+from mrflow_sched.apps.webui import infotext, run
+from mrflow_sched.apps.webui.controls import Controls
+from mrflow_sched.apps.webui.host import probe_model
+from mrflow_sched.apps.webui.job import ATTRIBUTE
+from mrflow_sched.plan.make import make_plan
+from mrflow_sched.plan.schedule import refine_sigmas
 
 ON = (True, "12+1")
 KINDS = ("a1111", "forge", "neo")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from doubles import Flux, WebUI, close, levels
 
-from mrflow_sched.webui.controls import FIELDS
+from mrflow_sched.apps.webui.controls import FIELDS
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "mrflow.py"
 
@@ -87,8 +87,8 @@ def test_switched_off_it_does_nothing(loaded: SimpleNamespace) -> None:
 def test_no_room_needs_a_host_or_gradio_to_be_imported() -> None:
     code = (
         "import sys; sys.modules['gradio'] = sys.modules['modules'] = None\n"
-        "from mrflow_sched.webui import api, axes, controls, encode, host, infotext, recipe, run\n"
-        "from mrflow_sched.webui import settings, ui, upscaler\n"
+        "from mrflow_sched.apps.webui import api, axes, controls, encode, host, infotext, recipe, run\n"
+        "from mrflow_sched.apps.webui import settings, ui, upscaler\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

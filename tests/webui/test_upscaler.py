@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mrflow_sched import upscale
-from mrflow_sched._torchvision_ops import ensure_ops
-from mrflow_sched.webui import upscaler
-from mrflow_sched.webui.upscaler import FastScaler, add_fast_upscalers, pick_automatic, scale_in_name
+from mrflow_sched._runtime.torchvision_ops import ensure_ops
+from mrflow_sched.apps.webui import upscaler
+from mrflow_sched.apps.webui.upscaler import FastScaler, add_fast_upscalers, pick_automatic, scale_in_name
+from mrflow_sched.upscaling import load_upscaler
+from mrflow_sched.upscaling import model as upscale
 
 
 def network(scale: int, bias: float = 0.0) -> torch.nn.Module:
@@ -191,7 +192,7 @@ def test_do_upscale_is_the_model_s_own_scale(folder: Path, name: str, scale: int
     made = scaler().do_upscale(picture(), str(path))
     assert made.size == (24 * scale, 16 * scale)
     values = torch.frombuffer(bytearray(picture().tobytes()), dtype=torch.uint8).view(1, 16, 24, 3)
-    expected = upscale.load_upscaler(path, device="cpu", dtype="float32")(values.permute(0, 3, 1, 2).float() / 255)
+    expected = load_upscaler(path, device="cpu", dtype="float32")(values.permute(0, 3, 1, 2).float() / 255)
     got = torch.frombuffer(bytearray(made.tobytes()), dtype=torch.uint8).view(1, 16 * scale, 24 * scale, 3)
     assert torch.equal(got.permute(0, 3, 1, 2), expected.mul(255).round().to(torch.uint8))
 
@@ -289,7 +290,7 @@ def test_half_precision_that_overflows_is_made_again_in_float32(folder: Path, tm
     path = tmp_path / "2x-Loud.safetensors"
     save_file(net.state_dict(), path)
     ours = scaler()
-    half = upscale.load_upscaler(path, device="cpu", dtype="float16")
+    half = load_upscaler(path, device="cpu", dtype="float16")
     assert isinstance(half, upscale.ModelUpscaler)
     ours._kept = ((str(path), path.stat().st_mtime_ns, "cpu", "auto"), half)  # pyright: ignore[reportPrivateUsage]
     ours.half = True

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mrflow_sched import make_native_plan, make_plan
 from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption
-from mrflow_sched.engines.flux import FluxEngine
+from mrflow_sched.engines.diffusers.flux import FluxEngine
 from mrflow_sched.sampler import sample_staged
-from mrflow_sched.upscale import load_upscaler
+from mrflow_sched.upscaling.load import load_upscaler
 from train_demo import classifier, data
 
 

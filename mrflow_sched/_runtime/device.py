@@ -1,0 +1,41 @@
+"""Which device to work on, and what its hardware multiplies fast."""
+
+from __future__ import annotations
+
+import torch
+
+from mrflow_sched._runtime.errors import MrFlowError, first_line
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`"auto"` is the first CUDA device where there is one, else the CPU; anything else is taken as torch spells it.
+
+    Raises ValueError when torch does not know the device or cannot reach it.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise MrFlowError(f"device is {str(device)!r}, which is no device name; use auto, cpu or cuda.") from error
+    if found.type == "meta":
+        raise MrFlowError("device is 'meta', which holds shapes and no numbers; use auto, cpu or cuda.")
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MrFlowError(
+            f"device is {str(device)!r}, which cannot be used here ({first_line(error)}); use auto or cpu."
+        ) from error
+    return found
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16: CUDA that says so, CPUs with AVX512-BF16 or AMX.
+
+    Emulated bfloat16 on a CPU is slower than float32, hence the question.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # The probes are not public and old torch versions lack them; without them float32 is always right.
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(probe() for probe in probes if probe is not None)

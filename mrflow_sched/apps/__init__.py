@@ -1,0 +1,1 @@
+"""What people use: `MrFlow` for a loaded pipeline, the command line, the WebUI extension."""

@@ -1,0 +1,1 @@
+"""The `mrflow` command: a file for every command."""

@@ -1,0 +1,368 @@
+"""`MrFlow`: the staged method for a loaded diffusers pipeline, in one call.
+
+    from diffusers import FluxPipeline
+    from mrflow_sched import MrFlow
+
+    pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")
+    image = MrFlow(pipe, upscaler="RealESRGAN_x2plus.pth")("a lighthouse at dawn", width=1024, height=1024).images[0]
+
+Nothing of the pipeline is changed. docs/diffusers.md has an example per family.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.engines.diffusers.compiled import NetworkCompiler
+from mrflow_sched.engines.diffusers.layouts import find_layout
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine, given_embeddings
+from mrflow_sched.engines.diffusers.view import HINT
+from mrflow_sched.images.convert import from_pictures, to_pil
+from mrflow_sched.plan.make import make_plan
+from mrflow_sched.plan.sizes import fit_box
+from mrflow_sched.sampler import sample_staged
+from mrflow_sched.upscaling.lanczos import resize_lanczos
+from mrflow_sched.upscaling.load import load_upscaler
+
+if TYPE_CHECKING:
+    from mrflow_sched.engines.diffusers.layouts import Layout
+    from mrflow_sched.plan.families import Family
+    from mrflow_sched.plan.stages import StagedPlan
+    from mrflow_sched.sampler import StagedResult, StageImage
+    from mrflow_sched.sampling.progress import Progress, StageTiming
+    from mrflow_sched.upscaling.role import PixelUpscaler
+
+__all__ = ["MrFlow", "MrFlowOutput"]
+
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_PLAN_WORDS = frozenset(inspect.signature(make_plan).parameters) - {
+    *("family", "width", "height", "preset", "guidance", "seed", "native", "steps"),
+}
+# What a pipeline's call takes and a plan decides: word -> what to say in its place.
+_DECIDED = {
+    "num_inference_steps": "low_steps and refine_steps",
+    "sigmas": "low_steps, refine_steps and sigma",
+    "timesteps": "low_steps, refine_steps and sigma",
+    "latents": "seed, or image with strength to start from a picture",
+    "return_dict": "the images of what the call returns",
+    "max_area": "width and height",
+}
+_DRAWN_SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class MrFlowOutput:
+    """What a run made.
+
+    `images`: as the pipeline gives them (a list of PIL images, an array (B, H, W, C) or a tensor (B, C, H, W), both in
+    [0, 1], or the packed latents). `seeds`: one per image; `seed=output.seeds[i]` makes image i again. `plan`: all
+    numbers of the run. `stages`: pictures on the way, where asked for. `warnings`: sentences for the user, the plan's
+    notes among them. `cancelled`: stopped by the caller; `unfinished`: stopped, or out of memory, and `images` are the
+    best so far, at the size that they had then.
+    """
+
+    images: Any
+    plan: StagedPlan
+    seeds: tuple[int, ...]
+    timings: tuple[StageTiming, ...]
+    stages: tuple[StageImage, ...]
+    warnings: tuple[str, ...]
+    cancelled: bool
+    unfinished: bool
+
+
+class MrFlow:
+    """Staged sampling with a loaded diffusers text-to-image pipeline: FLUX, SD3, Qwen-Image, Z-Image, Sana, ..."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        upscaler: str | Path | PixelUpscaler | None = None,
+        family: str | None = None,
+        compile_mode: str | None = None,
+    ) -> None:
+        """Take a loaded `pipe`, which stays as it is and stays usable.
+
+        `upscaler`: an ESRGAN-type file (.safetensors, .pth), or anything that is called like a `PixelUpscaler`; left
+        out, pictures are enlarged with Lanczos, which adds no detail. `family` names the family (`FAMILIES`) where
+        you know better than what the pipeline's class and configuration tell. `compile_mode`, a mode of
+        `torch.compile` ("default", "reduce-overhead" with CUDA graphs, ...), compiles the network for the first stage,
+        once per size; it pays over many pictures. Raises ValueError, one sentence, for a pipeline whose stages cannot
+        be run and for an unknown mode, FileNotFoundError or ValueError for a file that is no upscaler.
+        """
+        self.pipe = pipe
+        self._compiler = None if compile_mode is None else NetworkCompiler(compile_mode)
+        self._family = family
+        self._layout = find_layout(pipe, family)
+        self._file = upscaler if isinstance(upscaler, (str, Path)) else None
+        self._upscaler = None if isinstance(upscaler, (str, Path)) else upscaler
+        if self._file is not None:
+            self._upscaler = load_upscaler(self._file, device=self._layout.device)
+
+    @property
+    def family(self) -> Family:
+        """What is known of this kind of model, with the shift rule of the pipeline's own scheduler."""
+        return self._layout.family
+
+    @property
+    def experimental(self) -> bool:
+        """Whether nobody has validated the method on this kind of model."""
+        return self._layout.experimental
+
+    def plan(
+        self, width: int | None = None, height: int | None = None, preset: str | None = None, **more: Any
+    ) -> StagedPlan:
+        """The `StagedPlan` that a call with these arguments would run; `more` as in `make_plan`."""
+        wide, high = _size(self.family, width, height)
+        return make_plan(self.family, wide, high, preset, **more)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        preset: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        image: Any = None,
+        strength: float | None = None,
+        callback: Callable[[Progress], object] | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        cancel: Callable[[], bool] | None = None,
+        keep_stages: bool = False,
+        **more: Any,
+    ) -> MrFlowOutput:
+        """Make pictures at `width` x `height` pixels: few steps small, super-resolution, noise, one step at full size.
+
+        `prompt`: one, or a list; `num_images_per_prompt` of each. `preset` ("12+1") and those of `more` that
+        `make_plan` takes (low_steps, refine_steps, sigma, factor, stages, solver, ...) decide the plan;
+        `guidance_scale` is the pipeline's, 1 or its own word for off. All other names in `more` go to the pipeline's
+        call in every stage (prompt_2, prompt_embeds, ip_adapter_image, joint_attention_kwargs, `control_image`, which
+        may be a function (width, height) -> hint).
+        `seed`: one (further images take the next), or one per image; a `generator` gives one seed per image, a list of
+        them one each; with neither, seeds are new every time and told in the result.
+        `image` alone (PIL, array or tensor in [0, 1], alpha kept) is enlarged and refined; with `strength`, the noise
+        fraction to start at, it is where stage 1 begins. `callback` hears `Progress` and `cancel` is asked at every
+        step; `callback_on_step_end` is the pipeline's, called in every stage.
+        Raises ValueError, one sentence, for what does not fit; `images` are the best so far where the run was stopped
+        or memory ran out after stage 1.
+        """
+        if output_type not in _OUTPUT_TYPES:
+            raise MrFlowError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
+        layout = find_layout(self.pipe, self._family)
+        numbers, arguments = self._sorted(more, layout.call_names)
+        if callback_on_step_end is not None:
+            arguments["callback_on_step_end"] = callback_on_step_end
+        if callback_on_step_end_tensor_inputs is not None:
+            arguments["callback_on_step_end_tensor_inputs"] = list(callback_on_step_end_tensor_inputs)
+        prompts = _prompts(prompt, arguments, num_images_per_prompt)
+        negatives = _negatives(negative_prompt, len(prompts), num_images_per_prompt)
+        seeds = _seeds(seed, generator, len(prompts))
+        picture, alpha = (None, None) if image is None else _picture(image)
+        if strength is not None and picture is None:
+            raise MrFlowError(f"strength={strength!r} needs an image to start from; give image too, or leave it out.")
+        if picture is not None and (width is None or height is None):
+            enlarge = 1.0 if strength is not None else _total_factor(layout.family, numbers)
+            width, height = _picture_size(picture, width, height, enlarge)
+        wide, high = _size(layout.family, width, height)
+        scale = _guidance(layout, guidance_scale, arguments)
+        if scale is not None:
+            numbers["guidance"] = scale
+        plan = make_plan(layout.family, wide, high, preset, seed=seeds[0], **numbers)
+        if plan.tile and arguments.get(HINT) is not None:
+            raise MrFlowError(f"tile={plan.tile} would give every tile the whole {HINT}; leave one of the two out.")
+        engine = PipelineEngine(
+            self.pipe, family=self._family, arguments=arguments, seeds=seeds, compiler=self._compiler
+        )
+        result = sample_staged(
+            engine,
+            plan,
+            prompts,
+            negative_prompt=negatives,
+            upscaler=self._upscaler_on(engine.device),
+            callback=callback,
+            cancel=cancel,
+            keep_stages=keep_stages,
+            image=picture,
+            start_sigma=strength,
+            seeds=seeds,
+        )
+        return MrFlowOutput(
+            images=_give(result, alpha, output_type, engine),
+            plan=plan,
+            seeds=seeds,
+            timings=result.timings,
+            stages=result.stages,
+            warnings=tuple(dict.fromkeys((*_notes(plan, picture is not None and strength is None), *result.warnings))),
+            cancelled=result.cancelled,
+            unfinished=result.unfinished,
+        )
+
+    def _sorted(self, more: Mapping[str, Any], call_names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """`more` as (numbers of the plan, arguments of the pipeline's call). Raises ValueError for any other name."""
+        numbers: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
+        for name, value in more.items():
+            if name in _PLAN_WORDS:
+                numbers[name] = value
+            elif name in _DECIDED:
+                raise MrFlowError(f"{name} is not taken, as the plan decides it; use {_DECIDED[name]}.")
+            elif name in call_names or (name == HINT and hasattr(self.pipe, "controlnet")):
+                arguments[name] = value
+            else:
+                known = sorted({*_PLAN_WORDS, *call_names, *inspect.signature(MrFlow.__call__).parameters} - {"self"})
+                near = difflib.get_close_matches(name, known, n=3)
+                hint = f"did you mean {' or '.join(near)}" if near else "make_plan and the pipeline's call list them"
+                raise MrFlowError(
+                    f"{name} is no option of a plan and no argument of {type(self.pipe).__name__}; {hint}."
+                )
+        return numbers, arguments
+
+    def _upscaler_on(self, device: torch.device) -> PixelUpscaler | None:
+        """The upscaler; one read from a file moves along where the pipeline has moved."""
+        loaded = cast("Any", self._upscaler)
+        if self._file is not None and loaded.device.type != device.type:
+            self._upscaler = load_upscaler(self._file, device=device)
+        return self._upscaler
+
+
+# -------------------------------------------------------------------------------------------------------- what is asked
+
+
+def _size(family: Family, width: int | None, height: int | None) -> tuple[int, int]:
+    usual = family.default_size or family.native_size
+    return usual[0] if width is None else width, usual[1] if height is None else height
+
+
+def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any], each: int) -> list[str]:
+    """One prompt per image, images of one prompt side by side; empty ones where embeddings are given."""
+    if each < 1:
+        raise MrFlowError(f"num_images_per_prompt must be a whole number of at least 1, got {each!r}.")
+    embedded = given_embeddings(arguments)
+    if prompt is None and not embedded:
+        raise MrFlowError("prompt is missing; say what the picture shows, or give prompt_embeds.")
+    if prompt is not None and embedded:
+        raise MrFlowError("prompt and prompt_embeds are both given; leave one out.")
+    texts = [""] * embedded if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+    if not texts:
+        raise MrFlowError("prompt holds no text; say what the picture shows.")
+    return [text for text in texts for _ in range(each)]
+
+
+def _negatives(negative: str | Sequence[str] | None, batch: int, each: int) -> list[str] | None:
+    if negative is None:
+        return None
+    texts = [negative] * (batch // each) if isinstance(negative, str) else list(negative)
+    if len(texts) * each != batch:
+        raise MrFlowError(
+            f"negative_prompt must be one text or one per prompt, got {len(texts)} for {batch // each} prompts."
+        )
+    return [text for text in texts for _ in range(each)]
+
+
+def _seeds(
+    seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
+) -> tuple[int, ...]:
+    """One seed per image. A generator is asked for its seeds, so that its next use gives other pictures."""
+    if seed is not None and generator is not None:
+        raise MrFlowError("seed and generator are both given; leave one out.")
+    if generator is not None:
+        one = isinstance(generator, torch.Generator)
+        sources = [generator] * batch if one else list(generator)
+        drawn = [int(torch.randint(_DRAWN_SEEDS, (), generator=each, device=each.device)) for each in sources]
+        return _one_per_image(drawn, "generator", batch)
+    if seed is None:
+        first = secrets.randbelow(_DRAWN_SEEDS)
+        return tuple(range(first, first + batch))
+    if isinstance(seed, Sequence):
+        return _one_per_image(list(seed), "seed", batch)
+    return tuple(range(int(seed), int(seed) + batch))
+
+
+def _one_per_image(values: list[int], name: str, batch: int) -> tuple[int, ...]:
+    if len(values) != batch:
+        raise MrFlowError(f"{name} must be one, or one per image, got {len(values)} for {batch} images.")
+    return tuple(values)
+
+
+def _guidance(layout: Layout, scale: float | None, arguments: dict[str, Any]) -> float | None:
+    """The plan's guidance, from the pipeline's own word for it, which is taken out of `arguments`."""
+    if "true_cfg_scale" in arguments and "true_cfg_scale" in layout.guidance_arguments(2.0):
+        scale = arguments.pop("true_cfg_scale")
+    if scale is None or (layout.family.guidance_kind == "none" and scale in (0.0, 1.0)):
+        return None  # model cards of distilled models say 0 where others say 1
+    return layout.plan_guidance(scale)
+
+
+def _total_factor(family: Family, numbers: Mapping[str, Any]) -> float:
+    """Final side over the side of the first stage."""
+    if numbers.get("factors"):
+        return math.prod(numbers["factors"])
+    steps = (numbers.get("stages") or 2) - 1
+    return float(numbers.get("factor") or family.factor) ** steps
+
+
+def _picture_size(picture: Tensor, width: int | None, height: int | None, enlarge: float) -> tuple[int, int]:
+    """Width and height, as far as they are not given, of a picture enlarged or brought to the side that is given."""
+    rows, columns = picture.shape[-2:]
+    if width is None and height is None:
+        return round(columns * enlarge), round(rows * enlarge)
+    if width is None:
+        return round(columns * (height or rows) / rows), height or rows
+    return width, round(rows * width / columns)
+
+
+def _notes(plan: StagedPlan, upscaling: bool) -> tuple[str, ...]:
+    """The plan's notes; an upscaled picture has no stage 1 to speak of."""
+    return tuple(note for note in plan.notes if not (upscaling and note.startswith("Stage 1 at")))
+
+
+# -------------------------------------------------------------------------------------------------------- what is given
+
+
+def _picture(image: Any) -> tuple[Tensor, Tensor | None]:
+    """(colour (B, 3, H, W), alpha (B, 1, H, W) or None) of a picture or several, float32 in [0, 1]."""
+    pixels = from_pictures(image)
+    alpha = pixels[:, -1:] if pixels.shape[1] in (2, 4) else None
+    colour = pixels if alpha is None else pixels[:, :-1]
+    return colour.expand(-1, 3, -1, -1).contiguous(), alpha
+
+
+def _give(result: StagedResult, alpha: Tensor | None, output_type: str, engine: PipelineEngine) -> Any:
+    """The result's images in the form that was asked for, as the pipeline would give them."""
+    if output_type == "latent":
+        latents = engine.encode(result.images) if result.latents is None else result.latents
+        return engine.layout.pack(latents).to(engine.dtype)
+    images = engine.finish(result.images.nan_to_num())
+    if alpha is not None:
+        fitted = _fit(alpha.to(images), images.shape[-1], images.shape[-2]).expand(len(images), -1, -1, -1)
+        images = torch.cat([images, fitted], dim=1)
+    if output_type == "pt":
+        return images
+    if output_type == "np":
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+    return [to_pil(image) for image in images]
+
+
+def _fit(channel: Tensor, width: int, height: int) -> Tensor:
+    """`channel` brought to a size as the picture was: filled and cropped at the centre, never stretched."""
+    wide, high, left, top = fit_box(channel.shape[-1], channel.shape[-2], width, height)
+    return resize_lanczos(channel, wide, high)[..., top : top + height, left : left + width].clamp(0, 1)

@@ -1,0 +1,203 @@
+"""What the user chose: one frozen `Controls`, from the page, from the API or from an image's metadata.
+
+The order of the fields is the order of the API's positional arguments. It only ever grows at its end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
+from typing import Any, cast
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.families import FAMILIES, TIERS
+
+__all__ = ["AUTOMATIC", "CHOICES", "FIELDS", "LABELS", "LIMITS", "Controls"]
+
+AUTOMATIC = "automatic"
+"""The preset and the upscaler that are picked for the loaded model."""
+
+_STEPS_NAME = re.compile(r"([0-9]{1,3})\+([0-9]{1,2})")
+
+
+def _preset_names() -> tuple[str, ...]:
+    """`AUTOMATIC`, the tiers, then each preset that any family has, most steps first, named ones last."""
+    known = {preset.name: preset for family in FAMILIES.values() for preset in family.presets}
+    stepped = [name for name in known if _STEPS_NAME.fullmatch(name)]
+    named = [name for name in known if name not in stepped]
+    return (AUTOMATIC, *TIERS, *sorted(stepped, key=lambda name: -known[name].low_steps), *named)
+
+
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "preset": _preset_names(),
+        "shift": ("resolution-aware", "host"),
+        "solver": ("host sampler", "multistep"),
+        "refine_cfg": ("same", "off", "value"),
+        "refine_seed": ("seed + 1", "host"),
+        "colour_guard": ("off", "auto"),
+    }
+)
+"""What a field may be, default first. `preset` also takes any other "N+M" within the step limits."""
+
+LIMITS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
+    {
+        "factor": (1.25, 4.0, 0.05),
+        "low_steps": (0, 150, 1),
+        "refine_steps": (0, 20, 1),
+        "sigma": (0.0, 0.6, 0.01),
+        "refine_cfg_value": (1.0, 30.0, 0.5),
+    }
+)
+"""Least value, largest value and slider step of each number. 0 steps and sigma 0 mean: from the preset."""
+
+MIN_SIGMA = 0.02
+
+LABELS: Mapping[str, str] = MappingProxyType(
+    {
+        "enabled": "MrFlow",
+        "preset": "MrFlow preset",
+        "factor": "Low-resolution factor",
+        "low_steps": "Low steps",
+        "refine_steps": "Refine steps",
+        "sigma": "Refine sigma",
+        "shift": "Stage 1 shift",
+        "solver": "Stage 1 solver",
+        "upscaler": "SR model",
+        "refine_cfg": "Refine CFG",
+        "refine_cfg_value": "Refine CFG value",
+        "refine_seed": "Refine seed",
+        "colour_guard": "Colour guard",
+        "save_stages": "Save stage images",
+    }
+)
+"""English label of each control. They are the keys of ui-config.json and of the translations: never change one."""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """All that the user can set. Raises ValueError, one sentence, for a value that is not allowed.
+
+    `preset`: "automatic" (the family's default), "12+1" (low + refine steps) or "text". `factor`: final side over low
+    side, 1.25 to 4. `low_steps` (to 150), `refine_steps` (to 20) and `sigma` (true flow sigma, 0.02 to 0.6): 0 means
+    from the preset. `shift`: the plan's own stage-1 list, or the host's schedule. `solver`: the host's sampler, or the
+    family's second-order one. `upscaler`: "automatic" or a name of the host's list. `refine_cfg`: as the first pass,
+    off (1), or `refine_cfg_value` (1 to 30). `refine_seed`: noise of the seed after the image's, or the host's.
+    None stands for the default; whole numbers may come as floats such as 12.0.
+    """
+
+    enabled: bool = False
+    preset: str = AUTOMATIC
+    factor: float = 2.0
+    low_steps: int = 0
+    refine_steps: int = 0
+    sigma: float = 0.0
+    shift: str = "resolution-aware"
+    solver: str = "host sampler"
+    upscaler: str = AUTOMATIC
+    refine_cfg: str = "same"
+    refine_cfg_value: float = 1.0
+    refine_seed: str = "seed + 1"
+    colour_guard: str = "off"
+    save_stages: bool = False
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            default = cast("bool | int | float | str", entry.default)
+            checked = default if value is None else _checked(entry.name, value, type(default))
+            object.__setattr__(self, entry.name, checked)
+
+    @classmethod
+    def from_args(cls, args: Sequence[Any]) -> Controls:
+        """The controls in a script's argument list: values in the order of `FIELDS`, or one dict with those names.
+
+        A shorter list leaves the rest at the defaults. A dict must stand first; what follows it is ignored, because
+        hosts fill lists up with the page's defaults. A dict without "enabled" switches MrFlow on: whoever sends one
+        wants it. Raises ValueError, one sentence, for unknown names, too many values, or a value that is not allowed.
+        """
+        if args and isinstance(args[0], Mapping):
+            given = cast("Mapping[Any, Any]", args[0])
+            _check_names(given)
+            values: dict[str, Any] = {"enabled": True, **given}
+            return cls(**values)
+        if len(args) > len(FIELDS):
+            raise MrFlowError(
+                f"args must hold at most {len(FIELDS)} values ({', '.join(FIELDS)}), got {len(args)}; leave the rest "
+                "out."
+            )
+        return cls(**dict(zip(FIELDS, args, strict=False)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, as JSON takes them; `from_args([this])` gives the same controls."""
+        return asdict(self)
+
+
+FIELDS: tuple[str, ...] = tuple(entry.name for entry in fields(Controls))
+"""Names of all fields in the order of the API's positional arguments."""
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    """`value` of field `name` as it is kept. Raises ValueError naming the field, the value and what is allowed."""
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise MrFlowError(f"{name} must be true or false, got {value!r}.")
+        return value
+    if name == "preset":
+        return _checked_preset(value)
+    if kind is str:
+        return _checked_text(name, value)
+    return _checked_number(name, value, kind)
+
+
+def _checked_text(name: str, value: Any) -> str:
+    choices = CHOICES.get(name)
+    if choices is not None and value not in choices:
+        raise MrFlowError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")
+    if not isinstance(value, str) or not value.strip():
+        raise MrFlowError(f"{name} must be {AUTOMATIC!r} or the name of an upscaler, got {value!r}.")
+    return value
+
+
+def _checked_preset(value: Any) -> str:
+    if isinstance(value, str):
+        match = _STEPS_NAME.fullmatch(value)
+        if match is None and value in CHOICES["preset"]:
+            return value
+        if match is not None:
+            low, refine = int(match[1]), int(match[2])
+            if 1 <= low <= LIMITS["low_steps"][1] and 1 <= refine <= LIMITS["refine_steps"][1]:
+                return f"{low}+{refine}"
+    named = ", ".join(map(repr, (AUTOMATIC, *TIERS)))
+    raise MrFlowError(
+        f"preset must be {named}, 'text', or low + refine steps such as '12+1' (at most "
+        f"{LIMITS['low_steps'][1]:g}+{LIMITS['refine_steps'][1]:g}), got {value!r}."
+    )
+
+
+def _checked_number(name: str, value: Any, kind: type) -> int | float:
+    low, high, _ = LIMITS[name]
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if usable and kind is int:
+        usable = value == int(value)
+    if usable and low <= value <= high and (name != "sigma" or value == 0 or value >= MIN_SIGMA):
+        return int(value) if kind is int else float(value)
+    wanted = "a whole number" if kind is int else "a number"
+    span = f"{MIN_SIGMA:g} to {high:g}" if name == "sigma" else f"{low:g} to {high:g}"
+    zero = "; 0 takes the preset's" if low == 0 else ""
+    raise MrFlowError(f"{name} must be {wanted} from {span}, got {value!r}{zero}.")
+
+
+def _check_names(given: Mapping[Any, Any]) -> None:
+    for name in given:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(str(name), FIELDS, n=1)
+            hint = f"did you mean {near[0]!r}? Known names are" if near else "known names are"
+            raise MrFlowError(f"{name!r} is no setting of MrFlow; {hint} {', '.join(FIELDS)}.")

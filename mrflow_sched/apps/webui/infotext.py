@@ -1,0 +1,142 @@
+"""Our keys in a picture's metadata ("PNG info"): written from controls and recipe, read back into the same controls.
+
+    MrFlow: automatic 12+1 x2 v1, MrFlow steps: 12+1, MrFlow sigma: 0.12, MrFlow size: 512x512, ...
+
+`MrFlow` alone tells how to make the picture again: the preset that ran ("automatic" before it where it was picked for
+the model), the size factor, what the user set instead of the preset's (`low=8`, `refine=2`, `sigma=0.15`), and the
+version of these rules. The other keys hold a choice that is not the default, or tell a reader what ran.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mrflow_sched
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.webui.controls import AUTOMATIC, CHOICES, FIELDS, Controls
+from mrflow_sched.apps.webui.recipe import Recipe
+
+__all__ = ["KEY", "PREFIX", "field_value", "read", "write"]
+
+KEY = "MrFlow"
+PREFIX = "MrFlow "
+VERSION = "v1"
+
+_CHOICE_KEYS = {
+    "shift": "MrFlow shift",
+    "solver": "MrFlow solver",
+    "refine_seed": "MrFlow refine seed",
+    "colour_guard": "MrFlow colour guard",
+}
+_OVERRIDES = {"low": "low_steps", "refine": "refine_steps", "sigma": "sigma"}
+_PICKED = re.compile(rf"{AUTOMATIC} \(.*\)", re.DOTALL)
+_PRESET = re.compile(r"[0-9]+\+[0-9]+")
+
+
+def write(controls: Controls, recipe: Recipe) -> dict[str, str]:
+    """All our keys for a picture made by `recipe`; `read` gives `controls` back exactly."""
+    # The preset asked for, also where the model's family has none of that name.
+    asked = f"{AUTOMATIC} {recipe.preset}" if controls.preset == AUTOMATIC else controls.preset
+    words = [asked, f"x{_number(controls.factor)}"]
+    for word, name in _OVERRIDES.items():
+        if getattr(controls, name):
+            words.append(f"{word}={_number(getattr(controls, name))}")
+    if recipe.experimental:
+        words.append("experimental")
+    automatic = controls.upscaler == AUTOMATIC
+    keys = {
+        KEY: " ".join([*words, VERSION]),
+        "MrFlow steps": f"{recipe.low_steps}+{recipe.refine_steps}",
+        "MrFlow sigma": _number(recipe.sigma),
+        "MrFlow size": f"{recipe.low_width}x{recipe.low_height}",
+        "MrFlow upscaler": f"{AUTOMATIC} ({recipe.upscaler})" if automatic else controls.upscaler,
+    }
+    for name, key in _CHOICE_KEYS.items():
+        if getattr(controls, name) != getattr(Controls, name):
+            keys[key] = getattr(controls, name)
+    if controls.refine_cfg != Controls.refine_cfg or controls.refine_cfg_value != Controls.refine_cfg_value:
+        keys["MrFlow refine CFG"] = f"{controls.refine_cfg} {_number(controls.refine_cfg_value)}"
+    if controls.save_stages:
+        keys["MrFlow save stages"] = "on"
+    keys["MrFlow version"] = mrflow_sched.__version__
+    return keys
+
+
+def read(params: Mapping[str, Any]) -> Controls:
+    """The controls that a picture's metadata tell; without our main key all defaults, with MrFlow off.
+
+    `params` are the keys as a host parses them (values shaped "512x512" may come split into "-1" and "-2"). Whatever is
+    missing, unknown to this version or out of range counts as the default: an old or edited text still reads.
+    """
+    main = _get(params, KEY)
+    if main is None:
+        return Controls()
+    found: dict[str, Any] = {"enabled": True, **_from_main(main)}
+    for name, key in _CHOICE_KEYS.items():
+        found[name] = _get(params, key)
+    upscaler = _get(params, "MrFlow upscaler")
+    if upscaler is not None and not _PICKED.fullmatch(upscaler):
+        found["upscaler"] = upscaler
+    kind, _, value = (_get(params, "MrFlow refine CFG") or "").partition(" ")
+    found.update(refine_cfg=kind or None, refine_cfg_value=_to_number(value))
+    found["save_stages"] = _get(params, "MrFlow save stages") == "on"
+    return Controls(**{name: value for name, value in found.items() if _usable(name, value)})
+
+
+def field_value(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """What a page's paste field for control `name` is filled by: a function of the metadata's keys."""
+    if name not in FIELDS:
+        raise MrFlowError(f"name must be one of {', '.join(FIELDS)}, got {name!r}.")
+    return lambda params: getattr(read(params), name)
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _from_main(text: str) -> dict[str, Any]:
+    """The controls in the main key's value; words that this version does not know are passed over."""
+    words = text.split()
+    found: dict[str, Any] = {}
+    if words and words[0] == AUTOMATIC:
+        found["preset"] = words.pop(0)
+        if words and not words[0].startswith("x"):
+            words.pop(0)  # what was picked
+    elif words and (words[0] in CHOICES["preset"] or _PRESET.fullmatch(words[0])):
+        found["preset"] = words.pop(0)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in _OVERRIDES and value:
+            found[_OVERRIDES[name]] = _to_number(value)
+        elif word.startswith("x") and "factor" not in found:
+            found["factor"] = _to_number(word[1:])
+    return found
+
+
+def _get(params: Mapping[str, Any], key: str) -> str | None:
+    value = params.get(key)
+    if value is None and f"{key}-1" in params and f"{key}-2" in params:
+        value = f"{params[f'{key}-1']}x{params[f'{key}-2']}"
+    return None if value is None else str(value).strip()
+
+
+def _usable(name: str, value: Any) -> bool:
+    try:
+        Controls(**{name: value})
+    except ValueError:
+        return False
+    return True
+
+
+def _to_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads back as the same number, without a needless ".0"."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)

@@ -1,0 +1,67 @@
+"""Our section of the host's settings page: what the page's controls start with, and what a refusal does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Literal
+
+from mrflow_sched.apps.webui.controls import CHOICES, Controls
+
+__all__ = ["INFO", "LABELS", "WHEN_REFUSED", "add_settings", "defaults", "register", "when_refused"]
+
+SECTION = ("mrflow", "MrFlow")
+
+WHEN_REFUSED = ("go on without MrFlow", "stop the job")
+"""What happens where MrFlow cannot be used for a job, default first."""
+
+LABELS = {
+    "mrflow_enabled": "Switch MrFlow on when the page is loaded",
+    "mrflow_preset": "Preset when the page is loaded",
+    "mrflow_save_stages": "Save stage images when the page is loaded",
+    "mrflow_when_refused": "When MrFlow cannot be used for a job",
+}
+INFO = {
+    "mrflow_enabled": "also for API jobs that send no MrFlow arguments",
+    "mrflow_when_refused": "a sentence under the image says why in both cases",
+}
+
+
+def register() -> None:
+    """Add the settings to the running host; the hook for `on_ui_settings`."""
+    shared = import_module("modules.shared")
+    add_settings(shared.opts, shared.OptionInfo, import_module("gradio"))
+
+
+def add_settings(opts: Any, option_info: Callable[..., Any], gr: Any) -> None:
+    """Add our options to the host's `opts`. `option_info` is its `OptionInfo`, `gr` the gradio it runs on."""
+    start = Controls()
+
+    def add(key: str, default: Any, component: Any = None, args: dict[str, Any] | None = None) -> None:
+        option = option_info(default, LABELS[key], component, args, section=SECTION)
+        if key in INFO:
+            option = option.info(INFO[key])
+        if key != "mrflow_when_refused":
+            option = option.needs_reload_ui()
+        opts.add_option(key, option)
+
+    add("mrflow_enabled", start.enabled, gr.Checkbox)
+    add("mrflow_preset", start.preset, gr.Dropdown, {"choices": list(CHOICES["preset"])})
+    add("mrflow_save_stages", start.save_stages, gr.Checkbox)
+    add("mrflow_when_refused", WHEN_REFUSED[0], gr.Radio, {"choices": list(WHEN_REFUSED)})
+
+
+def defaults(opts: Any) -> Controls:
+    """What the page's controls start with. Settings that are missing or unusable count as the built-in defaults."""
+    known = Controls()
+    preset = getattr(opts, "mrflow_preset", known.preset)
+    return Controls(
+        enabled=getattr(opts, "mrflow_enabled", known.enabled) is True,
+        preset=preset if preset in CHOICES["preset"] else known.preset,
+        save_stages=getattr(opts, "mrflow_save_stages", known.save_stages) is True,
+    )
+
+
+def when_refused(opts: Any) -> Literal["go on", "stop"]:
+    """What the user wants where MrFlow cannot be used: the image without it, or no image."""
+    return "stop" if getattr(opts, "mrflow_when_refused", None) == WHEN_REFUSED[1] else "go on"

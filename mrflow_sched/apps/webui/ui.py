@@ -1,0 +1,279 @@
+"""The accordion under txt2img: one switch, a live line that says what will run, and the rest folded away.
+
+The same code runs on gradio 3.41 and 4.40. The line is made anew from the values on the page whenever one of them
+changes, the picture's width and height included; nothing of the page is remembered.
+"""
+
+from __future__ import annotations
+
+import html
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.webui import settings
+from mrflow_sched.apps.webui.controls import AUTOMATIC, CHOICES, FIELDS, LABELS, LIMITS, Controls
+from mrflow_sched.apps.webui.host import ModelInfo, capabilities, probe_model
+from mrflow_sched.apps.webui.infotext import field_value
+from mrflow_sched.apps.webui.recipe import make_recipe
+from mrflow_sched.plan.families import get_family
+
+__all__ = ["ADVANCED", "INFO", "after_component", "build", "plan_html"]
+
+logger = logging.getLogger("mrflow")
+
+ADVANCED = "Advanced settings"
+"""Label of the folded part."""
+
+INFO: Mapping[str, str] = {
+    "preset": "automatic suits the loaded model; or low steps + refine steps, also your own, such as 16+2",
+    "factor": "final size divided by the size of the first stage",
+    "low_steps": "steps at low resolution; 0 takes the preset's",
+    "refine_steps": "steps at the final size; 0 takes the preset's",
+    "sigma": "share of noise that the refine steps start from, 0.02 to 0.6; 0 takes the preset's; try 0.16 to 0.20 "
+    "for lettering",
+    "shift": "schedule of the low-resolution steps",
+    "solver": "multistep is more exact with few steps",
+    "upscaler": "enlarges the picture between the stages; x2 models are best",
+    "refine_cfg": "guidance of the refine steps; off halves their cost",
+    "refine_seed": "noise of the refine steps",
+    "colour_guard": "auto takes back a colour shift of the later stages",
+}
+"""What stands under each control. Keys of the translations, like the labels."""
+
+# Components of the page that the line depends on: elem_id -> what they say.
+_WATCHED = {"txt2img_width": "width", "txt2img_height": "height", "txt2img_cfg_scale": "cfg_scale"}
+_NEEDED = ("width", "height")
+
+
+@dataclass
+class _Page:
+    """The components of one build of the page."""
+
+    controls: list[Any] = field(default_factory=list[Any])
+    outputs: list[Any] = field(default_factory=list[Any])
+    refresh: Any = None
+    watched: dict[str, Any] = field(default_factory=dict[str, Any])
+    live: bool = False
+
+
+# -------------------------------------------------------------------------------------------------------- the accordion
+
+
+def build(is_img2img: bool, script: Any) -> list[Any]:
+    """Make the accordion inside the host's page and return its components in the order of `Controls`.
+
+    Sets the script's `infotext_fields`, with which the host pastes an image's metadata into the controls.
+    """
+    gr = import_module("gradio")
+    shared = import_module("modules.shared")
+    start = settings.defaults(shared.opts)
+    made: dict[str, Any] = {}
+    make = _Maker(gr, script, start, made)
+    page = _page(script)
+    accordion = import_module("modules.ui_components").InputAccordion
+    with accordion(start.enabled, label=LABELS["enabled"], elem_id=script.elem_id("enabled")) as made["enabled"]:
+        with made["enabled"].extra():
+            summary = gr.HTML(value="", elem_id=script.elem_id("summary"))
+        line = gr.HTML(value="", elem_id=script.elem_id("plan"))
+        make.dropdown("preset", list(CHOICES["preset"]))
+        with gr.Accordion(label=ADVANCED, open=False, elem_id=script.elem_id("advanced")):
+            _advanced(gr, make, [AUTOMATIC, *_upscaler_names(shared)])
+        refresh = gr.Button(value="↻", visible=False, elem_id=script.elem_id("refresh"))
+    _keep_out_of_ui_config(made["enabled"], made["preset"], made["save_stages"])
+    page.controls = [made[name] for name in FIELDS]
+    page.outputs, page.refresh, page.live = [line, summary, made["refine_cfg_value"]], refresh, False
+    script.infotext_fields = [(made[name], field_value(name)) for name in FIELDS]
+    _make_live(page, gr)
+    return page.controls
+
+
+def _advanced(gr: Any, make: _Maker, upscalers: list[str]) -> None:
+    with gr.Row():
+        make.slider("factor")
+        make.dropdown("upscaler", upscalers)
+    with gr.Row():
+        make.slider("low_steps")
+        make.slider("refine_steps")
+    with gr.Row():
+        make.slider("sigma")
+    with gr.Row():
+        make.radio("shift")
+        make.radio("solver")
+    with gr.Row():
+        make.radio("refine_cfg")
+        make.slider("refine_cfg_value", visible=make.start.refine_cfg == "value")
+        make.radio("refine_seed")
+    with gr.Row():
+        make.radio("colour_guard")
+        make.checkbox("save_stages")
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes a component for a field of `Controls` with its label, info, id and first value."""
+
+    gr: Any
+    script: Any
+    start: Controls
+    made: dict[str, Any]
+
+    def slider(self, name: str, **more: Any) -> None:
+        low, high, step = LIMITS[name]
+        # Floats throughout: hosts convert what they paste to the type of the first value.
+        self._add(self.gr.Slider, name, float, minimum=low, maximum=high, step=step, **more)
+
+    def dropdown(self, name: str, choices: list[str]) -> None:
+        self._add(self.gr.Dropdown, name, str, choices=choices, allow_custom_value=True)
+
+    def radio(self, name: str) -> None:
+        self._add(self.gr.Radio, name, str, choices=list(CHOICES[name]))
+
+    def checkbox(self, name: str) -> None:
+        self._add(self.gr.Checkbox, name, bool)
+
+    def _add(self, component: Callable[..., Any], name: str, kind: type, **more: Any) -> None:
+        if name in INFO:
+            more["info"] = INFO[name]
+        value = kind(getattr(self.start, name))
+        self.made[name] = component(value=value, label=LABELS[name], elem_id=self.script.elem_id(name), **more)
+
+
+def _keep_out_of_ui_config(*components: Any) -> None:
+    # Their first values come from the settings page; ui-config.json would freeze what they were at the first launch.
+    for component in components:
+        component.do_not_save_to_config = True
+        if hasattr(component, "accordion"):
+            component.accordion.do_not_save_to_config = True
+
+
+def _upscaler_names(shared: Any) -> list[str]:
+    return [str(entry.name) for entry in shared.sd_upscalers]
+
+
+# -------------------------------------------------------------------------------------------------------- the live line
+
+
+def after_component(script: Any, component: Any) -> None:
+    """Hear of a component that the host made; the width, height and CFG of txt2img drive the line.
+
+    The user orders the sections of the page, so they may come before or after our own controls.
+    """
+    name = _WATCHED.get(str(getattr(component, "elem_id", None)))
+    if name is not None:
+        page = _page(script)
+        page.watched[name] = component
+        _make_live(page, import_module("gradio"))
+
+
+def _page(script: Any) -> _Page:
+    page = getattr(script, "mrflow_page", None)
+    if page is None:
+        page = script.mrflow_page = _Page()
+    return page
+
+
+def _make_live(page: _Page, gr: Any) -> None:
+    """Connect the line once everything it needs is there."""
+    if page.live or not page.controls or any(name not in page.watched for name in _NEEDED):
+        return
+    page.live = True
+    names = list(page.watched)
+
+    def update(*values: Any) -> tuple[str, str, Any]:
+        chosen, others = values[: len(FIELDS)], dict(zip(names, values[len(FIELDS) :], strict=True))
+        line, summary = plan_html(chosen, others)
+        shown = chosen[FIELDS.index("refine_cfg")] == "value"
+        return line, summary, gr.update(visible=shown)
+
+    inputs = [*page.controls, *page.watched.values()]
+    listen = {"inputs": inputs, "outputs": page.outputs, "queue": False, "show_progress": "hidden"}
+    for component in inputs:
+        component.change(fn=update, **listen)
+    page.refresh.click(fn=update, **listen)
+
+
+def plan_html(chosen: Sequence[Any], page: Mapping[str, Any]) -> tuple[str, str]:
+    """The plan for the values in `chosen` (order of `FIELDS`) as HTML: the line with its notes, and a short summary.
+
+    `page` holds "width" and "height", and "cfg_scale" where the page has it. Never raises: what cannot run is told in
+    one sentence in place of the line. The summary is empty while MrFlow is off.
+    """
+    try:
+        controls = Controls.from_args(list(chosen))
+        line, notes = _plan(controls, page)
+        state = "on" if controls.enabled else "off"
+    except ValueError as error:
+        line, notes, state = _sentence(error), (), "refused"
+    except Exception as error:
+        logger.exception("The plan line failed.")
+        line, notes, state = f"The plan cannot be shown ({type(error).__name__}); see the console.", (), "refused"
+    enabled = bool(chosen) and chosen[0] is True
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    body = f'<p class="mrflow-line">{html.escape(line)}</p>' + (f"<ul>{items}</ul>" if items else "")
+    summary = f'<span title="{html.escape(line)}">{html.escape(line)}</span>' if enabled else ""
+    return f'<div class="mrflow-plan mrflow-{state}" role="status">{body}</div>', summary
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return text[:1].upper() + text[1:]
+
+
+def _plan(controls: Controls, page: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    shared = sys.modules.get("modules.shared")
+    model, note = _loaded(shared, page)
+    if model.refusal is not None:
+        raise MrFlowError(model.refusal)
+    width, height = (_side(name, page.get(name)) for name in _NEEDED)
+    upscalers = () if shared is None else list(shared.sd_upscalers)
+    recipe = make_recipe(controls, model, width, height, upscalers=upscalers)
+    return recipe.line, (*recipe.notes, *((note,) if note else ()))
+
+
+def _side(name: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise MrFlowError(f"{name} must be a whole number of pixels, got {value!r}.") from error
+
+
+# ----------------------------------------------------------------------------------------------------- the loaded model
+
+_UNLOADED: tuple[tuple[str, str], ...] = (
+    ("klein", "flux2-klein"),
+    ("qwen", "qwen-image"),
+    (r"z[-_ ]?image.*turbo", "z-image-turbo"),
+    (r"z[-_ ]?image", "z-image"),
+    ("chroma", "chroma"),
+    ("krea", "flux1-krea"),
+    ("schnell", "flux1-schnell"),
+    ("flux", "flux1-dev"),
+    ("lumina", "lumina2"),
+    (r"sd[-_ ]?3[._]?5", "sd35"),
+    (r"sd[-_ ]?3", "sd3"),
+    (r"xl|pony|illustrious|noob", "sdxl"),
+    (r"sd[-_ ]?(?:v?1|2)|v1-5|v2-1", "sd15"),
+)
+
+
+def _loaded(shared: Any, page: Mapping[str, Any]) -> tuple[ModelInfo, str | None]:
+    """The loaded model, or the one that the chosen checkpoint's name promises, with a note that says so."""
+    # Not shared.sd_model: asking A1111 for it loads a model there and then.
+    data = getattr(sys.modules.get("modules.sd_models"), "model_data", None)
+    job = SimpleNamespace(sd_model=getattr(data, "sd_model", None), cfg_scale=page.get("cfg_scale"))
+    if capabilities(job).noising != "none":
+        return probe_model(job), None
+    chosen = str(getattr(getattr(shared, "opts", None), "sd_model_checkpoint", None) or "")
+    found = next((name for pattern, name in _UNLOADED if re.search(pattern, chosen.lower())), "flux1-dev")
+    family = get_family(found)
+    flow = family.prediction == "flow"
+    grid = family.grid if family.shift.kind == "flux2" else family.vae_factor
+    model = ModelInfo(family, family.title, flow, not flow, None, grid, family.grid, False)
+    return model, f"The checkpoint is loaded with the first image; until then this is the plan for {family.title}."

@@ -1,0 +1,96 @@
+"""A network whose forward goes through `torch.compile`, beside the one that its owner keeps.
+
+Compiling takes from seconds to minutes and holds for one size, so it pays where many forwards of one size follow: the
+first stage. Refining takes one or two forwards at another size, and runs the network as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched._runtime.memory import is_memory_error
+
+__all__ = ["COMPILE_MODES", "COMPILE_STEPS", "NetworkCompiler"]
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""What `torch.compile` calls its modes; the second and third record CUDA graphs."""
+COMPILE_STEPS = 4
+"""Stages of fewer steps run the network as it is."""
+
+
+class NetworkCompiler:
+    """Makes the compiled twin of a network, and keeps it for as long as it is asked about that network."""
+
+    def __init__(self, mode: str) -> None:
+        """`mode` as `torch.compile` takes it. Raises ValueError for one that it does not have."""
+        if mode not in COMPILE_MODES:
+            raise MrFlowError(f"compile_mode must be None or one of {', '.join(COMPILE_MODES)}, got {mode!r}.")
+        self.mode = mode
+        self._known: tuple[torch.nn.Module, torch.nn.Module] | None = None
+
+    def __call__(self, network: torch.nn.Module) -> torch.nn.Module:
+        """A twin of `network`, same weights, adapters and hooks, whose forward is compiled at its first call.
+
+        Where compiling fails (no compiler, an operation that it does not know), the twin warns once and runs the
+        network as it is from then on. `network` itself is not touched.
+        """
+        if self._known is None or self._known[0] is not network:
+            self._known = network, _twin(network, self.mode)
+        return self._known[1]
+
+
+def _twin(network: torch.nn.Module, mode: str) -> torch.nn.Module:
+
+    def plain(*values: Any, **named: Any) -> Any:
+        return network.forward(*values, **named)  # as it is by then: offloading puts hooks there
+
+    library = cast("Any", torch)  # whose types leave this one open
+    fast: Callable[..., Any] = library.compile(plain, mode=mode)
+    graphs = mode in ("reduce-overhead", "max-autotune")
+    failed = False
+
+    @functools.wraps(network.forward)
+    def forward(*values: Any, **named: Any) -> Any:
+        nonlocal failed
+        if failed:
+            return plain(*values, **named)
+        try:
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            result = fast(*values, **named)
+            return _own_copy(result) if graphs else result
+        except Exception as error:
+            if is_memory_error(error):
+                raise
+            reason = first_line(error)
+        made = plain(*values, **named)  # raises what is not the compiler's fault
+        failed = True
+        warnings.warn(
+            f"torch.compile could not compile {type(network).__name__} ({reason}): it runs uncompiled.", stacklevel=2
+        )
+        return made
+
+    twin = copy.copy(network)
+    twin.forward = forward
+    return twin
+
+
+def _own_copy(result: Any) -> Any:
+    """`result` out of the memory that the next replay of a CUDA graph writes to."""
+    if isinstance(result, Tensor):
+        return result.clone()
+    if isinstance(result, Mapping):  # the outputs of diffusers
+        found = cast("Any", result)
+        return type(found)(**{name: _own_copy(value) for name, value in found.items()})
+    if isinstance(result, (tuple, list)):
+        many = cast("tuple[Any, ...]", result)
+        return type(many)(_own_copy(value) for value in many)
+    return result

@@ -1,0 +1,318 @@
+"""`Layout`: how one diffusers pipeline packs, scales, decodes and is spoken to, in the words that the sampler uses.
+
+Outside a layout latents are float32 (B, C, h, w), normalised to the scale at which noise has standard deviation 1, and
+images are float32 (B, 3, H, W) in [0, 1]. Nothing of the pipeline is changed: its modules run where and in the dtype
+that its owner gave them, hooks of offloading included.
+
+The base class is the plain kind: latents enter the network as they are, and (z - shift_factor) * scaling_factor
+normalises them. The others are in `known` (a class per family) and `generic`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.families import Family
+
+__all__ = ["Layout", "defaults", "takes"]
+
+# A VAE that overflows in float16 is float32 while it runs, as in diffusers; a second thread must not turn it back.
+_UPCAST = threading.Lock()
+
+
+def takes(function: Any) -> frozenset[str]:
+    """Names of the parameters that `function` can be given."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def defaults(function: Any) -> dict[str, Any]:
+    """The parameters of `function` that have a default, with it."""
+    found = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in found if each.default is not inspect.Parameter.empty}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One pipeline's conventions. `find_layout` makes it; `experimental` says that nobody has validated this family."""
+
+    pipe: Any
+    family: Family
+    experimental: bool = False
+
+    # What `pipe.encode_prompt` returns, in order, by the names that `pipe.__call__` takes; "" is not passed on.
+    text_outputs: ClassVar[tuple[str, ...]] = ()
+
+    # Whether the pipeline brings given latents to its network's dtype by itself.
+    casts_latents: ClassVar[bool] = True
+
+    @property
+    def _network(self) -> Any:
+        transformer = getattr(self.pipe, "transformer", None)
+        return self.pipe.unet if transformer is None else transformer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline runs its networks, and so where latents and images live."""
+        return torch.device(self.pipe._execution_device)
+
+    @property
+    def call_names(self) -> frozenset[str]:
+        """Names of the keyword arguments that the pipeline's call takes."""
+        return takes(self.pipe.__call__)
+
+    # ----------------------------------------------------------------------------------------------------- latents
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
+        """(C, h, w) of one image's normalised latents. Raises ValueError off the grid of `family.grid` pixels."""
+        self._check_size(width, height)
+        factor = self.family.vae_factor
+        return (self.family.latent_channels, height // factor, width // factor)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) latents in the shape in which the pipeline's loop hands its state to the scheduler."""
+        return latents
+
+    def unpack(self, state: Tensor, width: int, height: int) -> Tensor:
+        """Inverse of `pack` for an image of `width` x `height` pixels; exact, as values are only moved."""
+        return state
+
+    def call_latents(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) latents as the pipeline's own argument `latents` wants them: mostly, but not always, packed."""
+        packed = self.pack(latents)
+        return packed if self.casts_latents else packed.to(self._network.dtype)
+
+    def view_attributes(self, guidance: float, width: int, height: int) -> dict[str, Any]:
+        """Attributes that a stage's own copy of the pipeline needs beside its scheduler; mostly none."""
+        return {}
+
+    def _check_size(self, width: int, height: int) -> None:
+        grid = self.family.grid
+        if width < grid or height < grid or width % grid or height % grid:
+            raise MrFlowError(
+                f"size is {width}x{height}; {self.family.title} makes positive multiples of {grid} pixels per side."
+            )
+
+    # ------------------------------------------------------------------------------------------------------ images
+
+    def encode(self, images: Tensor, posterior: str = "mode", seeds: Sequence[int] | None = None) -> Tensor:
+        """Normalised latents (B, C, h, w) float32 of `images` (B, 3, H, W) in [0, 1], one image at a time.
+
+        `posterior="mode"` takes the centre of the VAE's distribution; "sample" draws from it with one CPU generator per
+        image from `seeds`. Raises ValueError for another word or for seeds that do not match the batch.
+        """
+        if posterior not in ("mode", "sample"):
+            raise MrFlowError(f"posterior is {posterior!r}; use mode or sample.")
+        if posterior == "sample" and (seeds is None or len(seeds) != len(images)):
+            raise MrFlowError(
+                f"seeds is {seeds!r}; sampling the posterior needs one seed for each of {len(images)} images."
+            )
+        drawn = [None] * len(images) if posterior == "mode" or seeds is None else list(seeds)
+        latents: list[Tensor] = []
+        with _gradient_of(images), self._vae() as (vae, device, dtype):
+            for image, seed in zip(images, drawn, strict=True):
+                pixels = self._to_vae_image((2 * image[None] - 1).to(device, dtype))
+                latents.append(self._normalise(_latents_of(vae.encode(pixels), seed)).to(self.device))
+        return torch.cat(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float32 in [0, 1] of normalised latents (B, C, h, w), one at a time, on `device`."""
+        images: list[Tensor] = []
+        with _gradient_of(latents), self._vae() as (vae, device, dtype):
+            for latent in latents:
+                values = self._denormalise(latent[None].float().to(device)).to(dtype)
+                pixels = self._from_vae_image(vae.decode(values, return_dict=False)[0])
+                images.append((pixels.float() / 2 + 0.5).clamp(0, 1).to(self.device))
+        return torch.cat(images)
+
+    def finish(self, images: Tensor) -> Tensor:
+        """Final images (B, 3, H, W) in [0, 1] with what the pipeline does to its own: safety checker, watermark."""
+        return images
+
+    def _normalise(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE gives them (float32) -> as the network wants them."""
+        return (latents - _number(self.pipe.vae, "shift_factor", 0.0)) * _number(self.pipe.vae, "scaling_factor", 1.0)
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        return latents / _number(self.pipe.vae, "scaling_factor", 1.0) + _number(self.pipe.vae, "shift_factor", 0.0)
+
+    def _to_vae_image(self, pixels: Tensor) -> Tensor:
+        """(1, 3, H, W) pixels in the shape that the VAE encodes."""
+        return pixels
+
+    def _from_vae_image(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+    @contextlib.contextmanager
+    def _vae(self) -> Generator[tuple[Any, torch.device, torch.dtype], None, None]:
+        """The VAE, the device that its input must be on and the dtype that it runs in."""
+        vae: Any = self.pipe.vae
+        device = _input_device(self.pipe, vae)
+        if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False):
+            yield vae, device, vae.dtype
+            return
+        with _UPCAST:
+            vae.to(dtype=torch.float32)
+            try:
+                yield vae, device, torch.float32
+            finally:
+                vae.to(dtype=torch.float16)
+
+    # -------------------------------------------------------------------------------------------------------- text
+
+    def encode_text(
+        self,
+        prompts: Sequence[str] | None,
+        negative_prompts: Sequence[str] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call for a batch of `len(prompts)` images, with embeddings made once.
+
+        `options` holds what else the caller would say to the pipeline about text ("prompt_2", "max_sequence_length",
+        "clip_skip", ready "prompt_embeds" in place of prompts ...); names that `encode_prompt` does not know are left
+        out. Where a family guides by a second branch the negative prompt is encoded even if none is given.
+        """
+        own = {name: value for name, value in dict(options or {}).items() if value is not None}
+        known = takes(self.pipe.encode_prompt)
+        given = {name: value for name, value in own.items() if name in known} | _lora_scale(own, known)
+        firsts = None if prompts is None else list(prompts)
+        seconds = None if negative_prompts is None else list(negative_prompts)
+        rows: list[int] | None = None
+        # Several images of one prompt are one row of work; options that are lists belong to the rows as they stand.
+        if firsts is not None and not any(isinstance(value, (list, tuple, Tensor)) for value in given.values()):
+            pairs = list(zip(firsts, seconds or firsts, strict=True))
+            unique = list(dict.fromkeys(pairs))
+            rows = [unique.index(pair) for pair in pairs]
+            firsts = [first for first, _ in unique]
+            seconds = None if seconds is None else [second for _, second in unique]
+        # A ready negative branch that encode_prompt does not ask for, as the pipeline's call takes it.
+        ready = {name: own[name] for name in (self.call_names - known) & own.keys() if name.startswith("negative_")}
+        with torch.no_grad():
+            text = self._encode_rows(firsts, seconds, {**given, **ready})
+        if rows is not None:
+            text = self.select_text(text, rows)
+        if ready:
+            text = {name: value for name, value in text.items() if not name.startswith("negative_")} | ready
+        return text
+
+    def _encode_rows(
+        self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """`encode_text` without repeats: the pipeline's own `encode_prompt`, its results under the call's names."""
+        known = takes(self.pipe.encode_prompt)
+        arguments: dict[str, Any] = {
+            # What the call would say itself: encode_prompt's own defaults differ from the call's in some pipelines.
+            **{name: value for name, value in defaults(self.pipe.__call__).items() if name in known},
+            "prompt": prompts,
+            "prompt_2": None,
+            "prompt_3": None,
+            "device": self.device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": self._guided,
+            **options,
+        }
+        if self._guided and negatives is not None:
+            arguments["negative_prompt"] = negatives
+        found = self.pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in known})
+        return self._named(found)
+
+    def _named(self, found: Any) -> dict[str, Any]:
+        values = cast("tuple[Any, ...]", found if isinstance(found, tuple) else (found,))
+        pairs = zip(self.text_outputs, values, strict=True)
+        return {name: value for name, value in pairs if name and value is not None}
+
+    def select_text(self, text: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+        """The same arguments for other rows of the batch: `rows` lists which, in order, repeats allowed."""
+        return {name: _rows_of(value, rows) for name, value in text.items()}
+
+    # ---------------------------------------------------------------------------------------------------- guidance
+
+    @property
+    def _guided(self) -> bool:
+        return self.family.guidance_kind == "cfg"
+
+    def plan_guidance(self, guidance: float) -> float:
+        """The plan's scale for a scale in the pipeline's own words: 1 is off, however the pipeline says that."""
+        return max(guidance, 1.0) if self._guided else guidance
+
+    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call for the plan's scale `guidance` (CFG: 1 is off)."""
+        return {"guidance_scale": guidance}
+
+    def stage_arguments(self, text: Mapping[str, Any], guidance: float, width: int, height: int) -> dict[str, Any]:
+        """All that a stage tells the pipeline, apart from latents and steps: text, guidance, size, fixed switches.
+
+        The negative branch's embeddings are left out where guidance is off, so that no pipeline warns about them.
+        """
+        off = self._guided and guidance == 1.0
+        kept = {name: value for name, value in text.items() if not (off and name.startswith("negative_"))}
+        fixed: dict[str, Any] = {}
+        if "use_resolution_binning" in self.call_names:
+            fixed["use_resolution_binning"] = False  # or the pipeline chooses a size of its own
+        if "negative_prompt" in self.call_names and "prompt" not in text:
+            fixed["negative_prompt"] = None  # where the call's default is text, embeddings beside it are refused
+        return {**fixed, **kept, **self.guidance_arguments(guidance), "width": width, "height": height}
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _number(module: Any, name: str, absent: float) -> float:
+    """A number of a module's configuration; `absent` where it has none."""
+    value = getattr(module.config, name, None)
+    return absent if value is None else float(value)
+
+
+def _latents_of(answer: Any, seed: int | None) -> Tensor:
+    """The latents in what a VAE's `encode` returned, float32: centre of the distribution, or drawn from it."""
+    if not hasattr(answer, "latent_dist"):  # an autoencoder without a distribution: Sana's, or a tiny one
+        plain: Tensor = answer.latent if hasattr(answer, "latent") else answer.latents
+        return plain.float()
+    centre: Tensor = answer.latent_dist.mode().float()
+    if seed is None:
+        return centre
+    noise = torch.randn(centre.shape, generator=torch.Generator().manual_seed(seed))
+    return centre + answer.latent_dist.std.float() * noise.to(centre)
+
+
+def _input_device(pipe: Any, module: Any) -> torch.device:
+    """Where a module's input must be: its hooks' device where it is offloaded, else its own."""
+    try:
+        from diffusers.utils import torch_utils
+
+        find: Any = torch_utils.get_module_execution_device  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+    except (ImportError, AttributeError):  # diffusers before 0.42
+        return torch.device(pipe._execution_device)
+    return torch.device(find(module))
+
+
+def _lora_scale(options: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
+    """Pipelines take the scale of the text encoders' LoRA from the network's keyword arguments."""
+    for name in ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"):
+        said: dict[str, Any] = options.get(name) or {}
+        scale = said.get("scale")
+        if scale is not None and "lora_scale" in known:
+            return {"lora_scale": scale}
+    return {}
+
+
+def _rows_of(value: Any, rows: Sequence[int]) -> Any:
+    if isinstance(value, Tensor):
+        return value[torch.as_tensor(list(rows), device=value.device)]
+    if isinstance(value, list):
+        items = cast("list[Any]", value)
+        return [items[row] for row in rows]
+    return value
+
+
+def _gradient_of(x: Tensor) -> torch.set_grad_enabled:
+    """Keep a graph only where the caller asked for gradients of `x`: weights that ask for theirs are not a reason."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad)

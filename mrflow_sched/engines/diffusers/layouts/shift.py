@@ -1,0 +1,77 @@
+"""The stage-1 shift rule that a pipeline's scheduler configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.families import ShiftRule
+from mrflow_sched.plan.schedule import shift_sigma
+
+__all__ = ["is_flow", "shift_rule"]
+
+_REFUSED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas")
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler samples a flow (velocity, x = (1 - sigma) x0 + sigma noise)."""
+    config = _config(scheduler)
+    by_config = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") in ("flow", "flow_prediction")
+    # Our own scheduler says so itself; it also takes the configurations of other models.
+    return by_config or "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "prediction", None) == "flow"
+
+
+def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = True) -> ShiftRule:
+    """The rule in a flow scheduler's configuration.
+
+    `known`: the family's own rule, whose kind decides where a configuration only says "dynamic". `even_list`: whether
+    the pipeline gives the scheduler evenly spaced levels 1 ... 1/steps, as most do, or leaves the list to the
+    scheduler, which then ends it at the shifted 1/num_train_timesteps (SD3).
+    Raises ValueError for a configuration that no plan can follow.
+    """
+    config = _config(scheduler)
+    for name in _REFUSED:
+        if config.get(name):
+            raise MrFlowError(f"pipe.scheduler has {name}={config[name]!r}, which no plan can follow; turn it off.")
+    if config.get("use_flow_sigmas") and "flow_shift" in config:  # DPMSolverMultistep, UniPC and their kin
+        return _static(float(config["flow_shift"]), None, None)
+    if config.get("use_beta_sigmas"):
+        return ShiftRule("beta")
+    terminal = config.get("shift_terminal") or None
+    dynamic, shift = bool(config.get("use_dynamic_shifting")), float(config.get("shift") or 1.0)
+    smallest = 1.0 / int(config.get("num_train_timesteps") or 1000)
+    sigma_min = None if even_list else smallest if dynamic else shift_sigma(smallest, shift)
+    if not dynamic:
+        return _static(shift, terminal, sigma_min)
+    if known is not None and known.kind == "flux2":
+        return replace(known, terminal=terminal)
+    if config.get("time_shift_type", "exponential") != "exponential":
+        # Such models (CogView4) are told the unshifted time of a shifted sigma, which only their own lists know.
+        raise MrFlowError(
+            f"pipe.scheduler has time_shift_type={config['time_shift_type']!r}, which no plan can follow; models with "
+            f"'exponential' or a fixed shift can be run in stages."
+        )
+    return ShiftRule(
+        "exponential",
+        base_tokens=int(config.get("base_image_seq_len") or 256),
+        max_tokens=int(config.get("max_image_seq_len") or 4096),
+        base_shift=_or(config.get("base_shift"), 0.5),
+        max_shift=_or(config.get("max_shift"), 1.15),
+        terminal=terminal,
+        sigma_min=sigma_min,
+    )
+
+
+def _static(shift: float, terminal: float | None, sigma_min: float | None) -> ShiftRule:
+    kind = "none" if shift == 1.0 else "static"
+    return ShiftRule(kind, shift=shift, terminal=terminal, sigma_min=sigma_min)
+
+
+def _or(value: Any, absent: float) -> float:
+    return absent if value is None else float(value)
+
+
+def _config(scheduler: Any) -> Mapping[str, Any]:
+    return dict(scheduler.config)

@@ -1,0 +1,75 @@
+"""A block for diffusers' modular pipelines: the loop walks a stage's own sigma list.
+
+Put it before the block that loops, and give the pipeline `stage_sigmas`:
+
+    blocks = pipe.blocks
+    core = blocks.sub_blocks["denoise"].sub_blocks
+    core.insert("stage_timesteps", StageTimesteps(), list(core).index("denoise"))
+
+Needs a diffusers that has modular pipelines (0.35 or newer); importing this module elsewhere raises ImportError.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.torchvision_ops import ensure_ops
+
+ensure_ops()  # modular pipelines import transformers, and that torchvision
+
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks  # noqa: E402
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam  # noqa: E402
+
+from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler  # noqa: E402
+
+__all__ = ["StageTimesteps"]
+
+
+class StageTimesteps(ModularPipelineBlocks):
+    """Has the pipeline's `MrFlowScheduler` walk exactly `stage_sigmas`, whatever list an earlier block has made.
+
+    Without `stage_sigmas` the earlier list stays. Raises ValueError where the scheduler is another one, and for a list
+    that does not fall.
+    """
+
+    @property
+    def description(self) -> str:
+        return "Sets the sigma list of one stage: exactly the levels that are given, which nothing shifts."
+
+    @property
+    def expected_components(self) -> list[ComponentSpec]:
+        return [ComponentSpec("scheduler", MrFlowScheduler)]
+
+    @property
+    def inputs(self) -> list[InputParam]:
+        told = "Levels of the stage, falling, usually to 0: flow sigma, or sigma_ve for variance-exploding models."
+        return [
+            InputParam("stage_sigmas", description=told),
+            InputParam("timesteps", description="What the network is told at each evaluation."),
+            InputParam("num_inference_steps", description="Evaluations of the loop."),
+        ]
+
+    @property
+    def intermediate_outputs(self) -> list[OutputParam]:
+        return [
+            OutputParam("timesteps", description="What the network is told at each evaluation."),
+            OutputParam("num_inference_steps", description="Evaluations of the loop."),
+        ]
+
+    def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
+        """Set the list, and leave its timesteps for the loop."""
+        block = cast("Any", self).get_block_state(state)
+        if block.stage_sigmas is not None:
+            scheduler = components.scheduler
+            if not isinstance(scheduler, MrFlowScheduler):
+                raise MrFlowError(
+                    f"scheduler is a {type(scheduler).__name__}; update_components with "
+                    "MrFlowScheduler.from_config(scheduler.config) first."
+                )
+            scheduler.set_stage(block.stage_sigmas, components._execution_device)
+            scheduler.set_begin_index(0)
+            block.timesteps = scheduler.timesteps
+            block.num_inference_steps = len(scheduler.timesteps)
+        self.set_block_state(state, block)
+        return components, state

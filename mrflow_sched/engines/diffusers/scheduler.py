@@ -1,0 +1,446 @@
+"""`MrFlowScheduler`: our sigma lists and solvers behind the interface of a diffusers scheduler.
+
+A diffusers pipeline owns its loop: it asks the scheduler for timesteps, evaluates its network at each, and hands the
+output to `step`. Here `step` turns that output into a denoised estimate and sends it to a solver of
+`mrflow_sched.solvers`, which answers with the next state to evaluate. Two ways to use it:
+
+* `MrFlowScheduler.from_config(pipe.scheduler.config, solver=…)` in place of a pipeline's scheduler, with the list that
+  scheduler would make (`stage="sample"`), or with a refine list that nothing shifts (`stage="refine"`).
+* `MrFlowScheduler.for_stage(…)` walks exactly one given list, whatever the pipeline asks for: a stage of a plan.
+
+The state stays float32 from the first step to `final_state`, whatever the pipeline rounds its copy to. For
+variance-exploding models (SD1.5, SDXL) it is x0 + sigma_ve · noise, as in diffusers' EulerDiscreteScheduler.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config  # pyright: ignore[reportUnknownVariableType]
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils.outputs import BaseOutput
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.engines.diffusers.walk import Walk
+from mrflow_sched.plan.families import Prediction
+from mrflow_sched.plan.levels import (
+    CONVERSIONS,
+    Levels,
+    flow_levels,
+    shift_in_force,
+    step_count,
+    time_of,
+    training_levels,
+    ve_levels,
+)
+from mrflow_sched.plan.schedule import refine_sigmas, shift_sigma, unshift_sigma
+from mrflow_sched.sampling.noise import model_sigmas, to_denoised
+from mrflow_sched.sampling.solvers import evaluation_sigmas, evaluations_per_step, get_solver
+
+# diffusers' words for what a network predicts, and ours.
+_PREDICTIONS: Mapping[str, Prediction] = {
+    "flow_prediction": "flow",
+    "flow": "flow",
+    "epsilon": "epsilon",
+    "v_prediction": "v",
+    "v": "v",
+}
+# Options that only shape a list or add noise: a stage whose list is given has no use for them.
+_WITHOUT_LIST_OPTIONS: Mapping[str, Any] = {
+    "stage": "sample",
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "final_sigmas_type": "zero",
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+}
+
+
+@dataclass
+class MrFlowSchedulerOutput(BaseOutput):
+    """`prev_sample`: the next state, in the dtype of the network's output. `pred_original_sample`: the clean estimate
+    of the state just evaluated, float32."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class MrFlowScheduler(SchedulerMixin, ConfigMixin):
+    """A diffusers scheduler that walks our lists with our solvers, for flow and for variance-exploding models.
+
+    `solver`: a name of `mrflow_sched.solvers.SOLVERS`. `stage`: "sample" makes the list that diffusers' Euler scheduler
+    for such a model would make of the same configuration; "refine" makes `refine_sigmas(sigma, steps, refine_curve)`,
+    `sigma` being the flow noise fraction at which the stage starts, and nothing shifts it. All other arguments are
+    named and meant as in FlowMatchEulerDiscreteScheduler, in the `use_flow_sigmas` mode of DPMSolverMultistepScheduler
+    (`flow_shift`; its list starts up to 1/num_train_timesteps below 1 before the shift, ours at 1), and in
+    EulerDiscreteScheduler (`beta_start` to `timestep_type`). Betas without a `prediction_type` mean "epsilon", neither
+    means flow. Lists always end at 0.
+
+    Raises ValueError for options that would need noise or another direction of time, and for words it does not know.
+    """
+
+    _compatibles = ["FlowMatchEulerDiscreteScheduler", *(each.name for each in KarrasDiffusionSchedulers)]  # noqa: RUF012
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int | None = 256,
+        max_image_seq_len: int | None = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential",
+        stochastic_sampling: bool = False,
+        use_flow_sigmas: bool = False,
+        flow_shift: float | None = 1.0,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        final_sigmas_type: str = "zero",
+        interpolation_type: str = "linear",
+        timestep_type: str = "discrete",
+        solver: str = "multistep",
+        stage: Literal["sample", "refine"] = "sample",
+        sigma: float = 0.12,
+        refine_curve: str = "linear",
+    ) -> None:
+        get_solver(solver)
+        options = self._options
+        _check_options(options)
+        has_betas = beta_start is not None or trained_betas is not None
+        self.prediction: Prediction = _PREDICTIONS[prediction_type or ("epsilon" if has_betas else "flow")]
+        # sigma_ve of every training step, rising; empty for flow models.
+        self._table = () if self.prediction == "flow" else training_levels(options)
+        # Read where a list is made from nothing but a count, and settable, as some pipelines do.
+        static = self.prediction == "flow" and not use_dynamic_shifting
+        self.sigma_min = shift_sigma(1.0 / num_train_timesteps, shift) if static else 1.0 / num_train_timesteps
+        self._fixed: Levels | None = None
+        self._start: Tensor | None = None
+        self._on_evaluation: Callable[[dict[str, Any]], object] | None = None
+        self.num_inference_steps: int | None = None
+        self._set_levels(self._training_list(), {}, None)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler like the one that `config` describes, of whatever class that was; keyword arguments win.
+
+        Every value that the other class had counts, also those it filled in by itself, so the lists agree.
+        """
+        if isinstance(config, dict):
+            # diffusers lists here what was left at the other class's default, to put this class's in its place.
+            given = cast("dict[str, Any]", config)
+            config = {name: value for name, value in given.items() if name != "_use_default_values"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)  # pyright: ignore[reportUnknownMemberType]
+
+    @classmethod
+    def for_stage(
+        cls,
+        config: Mapping[str, Any],
+        sigmas: Sequence[float],
+        solver: str,
+        *,
+        prediction: Prediction = "flow",
+        start: Tensor | None = None,
+        on_evaluation: Callable[[dict[str, Any]], object] | None = None,
+    ) -> MrFlowScheduler:
+        """A scheduler that walks exactly `sigmas` with `solver`, whatever a pipeline passes to `set_timesteps`.
+
+        `config` is the configuration of the pipeline's own scheduler. `sigmas` falls, usually to 0, in the model's own
+        measure: flow sigma, or sigma_ve where `prediction` is "epsilon" or "v" (`noise.model_sigmas`). `start`: the
+        state at `sigmas[0]` in the layout that the pipeline's loop has; it is used in place of the copy, often of half
+        precision, that the pipeline hands to the first step. `on_evaluation` hears, after each evaluation and before
+        the state moves, a dict of `i` (the step, from 0), `sigma` (float), `x` and `denoised`; it may raise
+        `Cancelled`. Raises ValueError for a list that does not fall, a prediction without betas, or an unknown solver.
+        """
+        if config.get("prediction_type") not in _ALLOWED["prediction_type"]:
+            raise MrFlowError(
+                f"config has prediction_type {config['prediction_type']!r}, which is neither flow, epsilon nor v; "
+                "this pipeline cannot be run in stages."
+            )
+        overrides: dict[str, Any] = {**_WITHOUT_LIST_OPTIONS, "solver": solver, "prediction_type": prediction}
+        # What this class does not know would be warned about at every stage.
+        words = inspect.signature(cls.__init__).parameters
+        known = {name: value for name, value in config.items() if name in words}
+        made: MrFlowScheduler = cls.from_config(known, False, **overrides)
+        made._start = start
+        made._on_evaluation = on_evaluation
+        made._fixed = tuple(float(sigma) for sigma in sigmas)
+        made._set_levels(made._fixed, {}, None)
+        return made
+
+    @property
+    def _options(self) -> Mapping[str, Any]:
+        # Read anew each time: pipelines may replace a scheduler's configuration, as StableDiffusionPipeline does.
+        return cast("Mapping[str, Any]", self.config)
+
+    # --- what a pipeline reads
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """What a pipeline multiplies unit noise with: 1, or the first sigma_ve where this class made the list."""
+        if self.prediction == "flow" or self._fixed is not None or self._options["stage"] == "refine":
+            return 1.0
+        largest = self._levels[0]
+        # Leading spacing stops short of the last training step, so the image is still in what the first step sees.
+        return math.hypot(largest, 1.0) if self._options["timestep_spacing"] == "leading" else largest
+
+    @property
+    def step_index(self) -> int | None:
+        """Evaluations made, counted from the first of the list; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The evaluation at which the pipeline starts; None where it has not said."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this evaluation of the list (image-to-image)."""
+        self._begin_index = begin_index
+
+    @property
+    def state(self) -> Tensor | None:
+        """The state as it stands, in float32 and in the pipeline's layout; None before the first step."""
+        return None if self._walk is None else self._walk.state
+
+    @property
+    def final_state(self) -> Tensor | None:
+        """The state at the end of the list, in float32 and in the pipeline's layout; None until it is reached."""
+        return self.state if self._step_index == len(self._evaluations) else None
+
+    def __len__(self) -> int:
+        return int(self._options["num_train_timesteps"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (copy.copy, deepcopy, pickle) has the list and stands at its start: two must not share one run.
+        return {**self.__dict__, "_walk": None, "_step_index": None}
+
+    # --- the list
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Make the list and start anew. One made by `for_stage` keeps its list; "refine" only reads the step count.
+
+        `sigmas`: levels to use before the shift, without or with the final 0. `mu`: the shift's logarithm ("linear"
+        time shift: the shift itself), needed with `use_dynamic_shifting`. `timesteps`: what the network is told at each
+        step; flow models that get them (CogView4) are told the time before the shift, here too. Raises ValueError where
+        nothing says how many steps, or the counts disagree.
+        """
+        options, times = self._options, dict[float, float]()
+        if self._fixed is not None:
+            levels = self._fixed
+        else:
+            count = step_count(num_inference_steps, sigmas, timesteps)
+            if options["stage"] == "refine":
+                refine = refine_sigmas(options["sigma"], count, options["refine_curve"])
+                levels = model_sigmas(refine, self.prediction)
+            elif self.prediction == "flow":
+                levels = flow_levels(options, count, sigmas, timesteps, mu, self.sigma_min)
+                times = {} if timesteps is None else dict(zip(levels, map(float, timesteps), strict=False))
+            else:
+                levels, times = ve_levels(options, self._table, count, sigmas, timesteps)
+        if timesteps is not None and self.prediction == "flow" and not times:
+            # The times that came belong to levels of another list; what they say is that the shift is to be undone.
+            shift = shift_in_force(options, mu)
+            times = {level: len(self) * unshift_sigma(level, shift) for level in levels}
+        self._set_levels(levels, times, device)
+        self.num_inference_steps = len(levels) - 1
+
+    def set_stage(self, sigmas: Sequence[float], device: str | torch.device | None = None) -> None:
+        """Walk exactly `sigmas` next, in the measure of `for_stage`; `set_timesteps` makes another list again.
+
+        Raises ValueError for a list that does not fall, or of flow levels above 1.
+        """
+        self._set_levels(tuple(float(sigma) for sigma in sigmas), {}, device)
+        self.num_inference_steps = len(self._levels) - 1
+
+    def _set_levels(self, levels: Levels, times: Mapping[float, float], device: str | torch.device | None) -> None:
+        """Take `levels` as the list, `times` as what the network is told where that is not `_time`; forget any run."""
+        self._evaluations = evaluation_sigmas(self._options["solver"], levels)
+        if self.prediction == "flow" and levels[0] > 1.0:
+            raise MrFlowError(f"sigmas must be at most 1 for flow models, got {levels[0]!r}; 1 is pure noise.")
+        self._levels = levels
+        told = [times[level] if level in times else self._time(level) for level in self._evaluations]
+        self.timesteps = torch.tensor(told, dtype=torch.float32, device=device)
+        self.sigmas = torch.tensor([*self._evaluations, levels[-1]], dtype=torch.float32, device=device)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None if self._fixed is None else 0
+        self._walk: Walk | None = None
+
+    def _time(self, level: float) -> float:
+        """What the network is told of `level`: the training step it belongs to, fractions included."""
+        return time_of(level, self._table) if self._table else level * len(self)
+
+    def _training_list(self) -> Levels:
+        """Every level of training, for whoever adds noise before a list is made."""
+        if self._table:
+            return (*reversed(self._table), 0.0)
+        count, shift = len(self), self._options["shift"] if not self._options["use_dynamic_shifting"] else 1.0
+        return (*(shift_sigma(index / count, shift) for index in range(count, 0, -1)), 0.0)
+
+    # --- the loop
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The state as the network wants it: as it is for flow models, x / sqrt(sigma_ve² + 1) for the others."""
+        if self.prediction == "flow":
+            return sample
+        return sample / math.hypot(self._evaluations[self._index(timestep)], 1.0)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        *,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        **ignored: Any,
+    ) -> MrFlowSchedulerOutput | tuple[Tensor, Tensor]:
+        """Take the network's output (B, ...) at this evaluation, and return the next state in the output's dtype.
+
+        A `sample` that is not what the last step returned (a callback or an inpainting mask changed it) counts: the
+        solver goes on from there, with the slopes it knows. `generator` and further arguments of other schedulers are
+        ignored: nothing is random here. Raises ValueError past the end of the list and for shapes that do not fit.
+        """
+        index = self._index(timestep)
+        if model_output.shape != sample.shape:
+            raise MrFlowError(
+                f"model_output has shape {tuple(model_output.shape)} and sample {tuple(sample.shape)}; they must agree."
+            )
+        begun, within = divmod(index, evaluations_per_step(self._options["solver"]))
+        if self._walk is None and within:
+            # Entered between the two evaluations of a Heun step: the step begins at the next one, on the same level.
+            self._step_index = index + 1
+            return _output(sample.to(model_output.dtype), sample.float(), return_dict)
+        if self._walk is None:
+            self._walk = Walk(self._options["solver"], self._first_state(index, sample), self._levels[begun:])
+        else:
+            self._walk.follow(sample)
+        x, sigma = self._walk.state, self._evaluations[index]
+        denoised = to_denoised(model_output, x, sigma, self.prediction)
+        if self._on_evaluation is not None:
+            self._on_evaluation({"i": begun, "sigma": sigma, "x": x, "denoised": denoised})
+        self._walk.push(denoised)
+        self._step_index = index + 1
+        return _output(self._walk.hand_out(model_output.dtype), denoised, return_dict)
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """The evaluation at `timestep`: the later one where Heun evaluates a level twice, as a step begins there.
+
+        Raises ValueError for a timestep that the list does not have.
+        """
+        schedule = (self.timesteps if schedule_timesteps is None else schedule_timesteps).float()
+        wanted = torch.as_tensor(timestep, dtype=torch.float32, device=schedule.device)
+        found = (schedule == wanted).nonzero()
+        if not len(found):
+            raise MrFlowError(f"timestep {float(wanted)!r} is not in the list; take one of scheduler.timesteps.")
+        return int(found[min(len(found) - 1, 1)].item())
+
+    def _index(self, timestep: float | Tensor | None) -> int:
+        """The evaluation that is due."""
+        index = self._step_index
+        if index is None:
+            index = self._begin_index
+        if index is None:
+            index = 0 if timestep is None else self.index_for_timestep(timestep)
+        if index >= len(self._evaluations):
+            raise MrFlowError(
+                f"step came after the last of {len(self._evaluations)} evaluations; call set_timesteps to start anew."
+            )
+        return index
+
+    def _first_state(self, index: int, sample: Tensor) -> Tensor:
+        """The state that the solver starts from: the one given to `for_stage`, else the pipeline's."""
+        if self._start is None or index > 0:
+            return sample
+        if self._start.shape != sample.shape:
+            raise MrFlowError(
+                f"start has shape {tuple(self._start.shape)} and the pipeline's latents {tuple(sample.shape)}; "
+                "pack start as the pipeline packs its latents."
+            )
+        return self._start.to(sample.device)
+
+    # --- noise
+
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
+        """Mix `noise` into clean `sample` (B, ...) at the level of `timestep` (one, or one per image).
+
+        Flow: (1 - sigma) · sample + sigma · noise; else sample + sigma_ve · noise. In the dtype of `sample`.
+        """
+        if noise is None:
+            raise MrFlowError("noise is None; give noise in the shape of sample, as nothing is drawn here.")
+        if self._step_index is not None or self._begin_index is not None:
+            # A pipeline that says where it begins, or is under way, means that level (image-to-image, inpainting).
+            indices = [(self._begin_index if self._step_index is None else self._step_index) or 0]
+        else:
+            indices = [self.index_for_timestep(each) for each in torch.as_tensor(timestep).reshape(-1)]
+        levels = (*self._evaluations, self._levels[-1])
+        level = torch.tensor([levels[index] for index in indices], device=sample.device)
+        level = level.reshape(-1, *([1] * (sample.ndim - 1)))
+        keep = 1.0 - level if self.prediction == "flow" else 1.0
+        return (keep * sample.float() + level * noise.to(sample.device).float()).to(sample.dtype)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Tensor) -> Tensor:
+        """`scale_noise` under the name and in the order of arguments that variance-exploding pipelines use."""
+        return self.scale_noise(original_samples, timesteps, noise)
+
+
+def _output(state: Tensor, denoised: Tensor, return_dict: bool) -> MrFlowSchedulerOutput | tuple[Tensor, Tensor]:
+    return MrFlowSchedulerOutput(state, denoised) if return_dict else (state, denoised)
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError in one sentence for an option that is not known or not served."""
+    for name, allowed in _ALLOWED.items():
+        if options[name] not in allowed:
+            words = ", ".join(repr(word) for word in allowed)
+            raise MrFlowError(f"{name} is {options[name]!r}, which MrFlowScheduler does not serve; it takes {words}.")
+    if sum(bool(options[name]) for name in CONVERSIONS) > 1:
+        raise MrFlowError(f"only one of {', '.join(CONVERSIONS)} can be in force; turn the others off.")
+    if options["stage"] == "refine":
+        refine_sigmas(options["sigma"], 1, options["refine_curve"])
+
+
+_ALLOWED: Mapping[str, tuple[Any, ...]] = {
+    "invert_sigmas": (False,),
+    "stochastic_sampling": (False,),
+    "final_sigmas_type": ("zero",),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "time_shift_type": ("exponential", "linear"),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "prediction_type": (None, *_PREDICTIONS),
+    "stage": ("sample", "refine"),
+}

@@ -1,0 +1,71 @@
+"""Pictures as people hand them over, and as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MrFlowError
+
+
+def pixels_of(image: Image.Image, dtype: torch.dtype, channels: int) -> Tensor:
+    """Pillow's own bytes as a (channels, H, W) tensor."""
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=dtype)
+    return flat.reshape(image.height, image.width, channels).permute(2, 0, 1)
+
+
+def from_pictures(pictures: Any) -> Tensor:
+    """What people hand over as a picture, or several of one size, as (B, C, H, W) float32 in [0, 1].
+
+    PIL images (grey, palette and CMYK become RGB, transparency stays as a last channel), arrays (H, W), (H, W, C) or
+    (B, H, W, C), tensors (C, H, W) or (B, C, H, W), 8 bits or floats in [0, 1], or a list of these. C is 1 or 3, and
+    one more with alpha. Raises ValueError for anything else.
+    """
+    if isinstance(pictures, (list, tuple)):
+        found = [from_pictures(each) for each in cast("Sequence[Any]", pictures)]
+        if not found or any(each.shape[1:] != found[0].shape[1:] for each in found):
+            raise MrFlowError("image must be a picture or a list of pictures of one size and mode.")
+        return torch.cat(found)
+    if isinstance(pictures, Image.Image):
+        clear = pictures.has_transparency_data if hasattr(pictures, "has_transparency_data") else False
+        mode = "RGBA" if clear or pictures.mode in ("RGBA", "LA", "PA") else "RGB"
+        return (pixels_of(pictures.convert(mode), torch.uint8, len(mode)).float() / 255)[None]
+    if isinstance(pictures, Tensor):
+        values = pictures
+    elif hasattr(pictures, "__array__"):
+        values = torch.as_tensor(pictures)
+        values = values[..., None] if values.ndim == 2 else values
+        values = values.movedim(-1, -3)
+    else:
+        raise MrFlowError(f"image is {type(pictures).__name__}; give a PIL image, an array or a tensor.")
+    values = values if values.ndim == 4 else values[None]
+    if values.ndim != 4 or values.shape[1] not in (1, 2, 3, 4) or 0 in values.shape:
+        raise MrFlowError(
+            f"image has shape {tuple(values.shape)}; give (H, W, C) as an array or (C, H, W) as a tensor."
+        )
+    exact = values.float() / 255 if values.dtype == torch.uint8 else values.float()
+    if not (values.is_floating_point() or values.dtype == torch.uint8) or not bool(((exact >= 0) & (exact <= 1)).all()):
+        raise MrFlowError(f"image must hold floats from 0 to 1 or 8-bit values, got {values.dtype}; scale them first.")
+    return exact
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) or, with alpha, (4, H, W) float in [0, 1] -> an RGB or RGBA image of 8 bits, rounded."""
+    pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    height, width, channels = pixels.shape
+    return Image.frombytes("RGB" if channels == 3 else "RGBA", (width, height), pixels.numpy().tobytes())
+
+
+def to_8_bit(image: Tensor) -> Tensor:
+    """(3, H, W) float in [0, 1] -> (H, W, 3) uint8, rounded."""
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape or not image.is_floating_point():
+        raise MrFlowError(f"image must be a float tensor (3, H, W), got {image.dtype} of shape {tuple(image.shape)}.")
+    exact = image.detach().float()
+    if not bool(exact.isfinite().all()):
+        raise MrFlowError("image holds values that are not finite numbers; nothing was saved.")
+    # Rounded where the image is: one byte a value comes from the device, not four.
+    return (exact.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()

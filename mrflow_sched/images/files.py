@@ -1,0 +1,153 @@
+"""Pictures on disk: where float RGB becomes 8 bits, once, at the very end. The only room that uses Pillow."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import struct
+import uuid
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MissingFileError, MrFlowError
+from mrflow_sched.images.convert import pixels_of, to_8_bit
+from mrflow_sched.plan.checks import MAX_SIDE
+
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header, ends
+_COMPRESSION = 4
+"""zlib's level. Its default, 6, takes twice as long for files of nearly the same size (`bench/speed --outside`)."""
+
+
+def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str] | None = None) -> None:
+    """Write `image` (3, H, W, float in [0, 1]; values outside are clamped) as an 8-bit RGB PNG at `path`.
+
+    Values are rounded to the nearest of 256 levels, not truncated, so the mean brightness does not sink by half a
+    level. `text` becomes PNG text chunks, keyword -> text (any Unicode; keywords of 1 to 79 Latin-1 letters, as PNG
+    asks). The file appears whole or not at all: it is written beside its place and renamed. Raises ValueError for what
+    is not such an image or keyword, and OSError in one sentence where it cannot be written (no folder, no right, disk
+    full).
+    """
+    target = Path(path)
+    data = _encode_png(to_8_bit(image), text or {})
+    temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        # Not tempfile: its files are readable by their owner alone, and a rename keeps that.
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise type(error)(_why_not_written(target, error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The text chunks of the PNG at `path`, keyword -> text; empty where it has none.
+
+    No pixel is decoded, so a picture of any size takes no time. Raises FileNotFoundError where there is no file and
+    ValueError where it is not a whole PNG.
+    """
+    with _refusing(path), open(path, "rb") as file:
+        if _is_png(file):
+            image = PngImagePlugin.PngImageFile(_texts_on_one_pixel(file))
+            return {str(keyword): str(value) for keyword, value in image.text.items()}
+        kind = Image.open(file).format
+    raise MrFlowError(f"{str(path)!r} is a {kind} image, not a PNG; text is read from PNG files only.")
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The whole picture at `path` as Pillow holds it, its file closed.
+
+    A PNG may have up to 32768 pixels a side, the most that a plan allows, where Pillow's own guard against enormous
+    files stops at about 178 million pixels; that guard stands for every other format. Raises as `load_image`.
+    """
+    with _refusing(path), open(path, "rb") as file:
+        if _is_png(file):
+            image: Image.Image = PngImagePlugin.PngImageFile(file)  # Image.open would ask the guard
+            if max(image.size) > MAX_SIDE:
+                raise MrFlowError(f"{image.width}x{image.height} pixels; {MAX_SIDE} a side are the most")
+        else:
+            image = Image.open(file)
+        image.load()
+    return image
+
+
+def load_image(path: str | os.PathLike[str]) -> Tensor:
+    """The picture at `path` as (3, H, W) float32 RGB in [0, 1], turned upright as its EXIF orientation says.
+
+    Grey and palette images become RGB, 16-bit grey keeps its 16 bits, and transparency is dropped. Raises
+    FileNotFoundError where there is no file and ValueError where it is not a whole image of a known format.
+    """
+    image = ImageOps.exif_transpose(open_image(path))
+    if image.mode.startswith("I;16"):
+        grey = pixels_of(image.convert("I"), torch.int32, 1)
+        return (grey.float() / 65535).clamp(0, 1).expand(3, -1, -1).contiguous()
+    return pixels_of(image.convert("RGB"), torch.uint8, 3).float() / 255
+
+
+def _encode_png(pixels: Tensor, text: Mapping[str, str]) -> bytes:
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, value in text.items():
+        if not 1 <= len(keyword) <= 79 or not all(" " <= letter <= "ÿ" for letter in keyword):
+            raise MrFlowError(f"text has the keyword {keyword!r}; PNG allows 1 to 79 printable Latin-1 letters.")
+        chunks.add_text(keyword, value)
+    height, width = pixels.shape[:2]
+    stream = io.BytesIO()
+    picture = Image.frombytes("RGB", (width, height), pixels.numpy().tobytes())
+    picture.save(stream, "PNG", pnginfo=chunks, compress_level=_COMPRESSION)
+    return stream.getvalue()
+
+
+def _why_not_written(target: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"the picture {str(target)!r} cannot be written: the folder does not exist; make it first."
+    reason = error.strerror or type(error).__name__
+    return f"the picture {str(target)!r} cannot be written: {reason}; nothing was left there."
+
+
+def _is_png(file: BinaryIO) -> bool:
+    """Whether `file`, read from its start, is a PNG; it is left at its start."""
+    start = file.read(len(_SIGNATURE))
+    file.seek(0)
+    return start == _SIGNATURE
+
+
+def _texts_on_one_pixel(file: BinaryIO) -> io.BytesIO:
+    """A PNG of one pixel that carries all text chunks of `file`, for Pillow to read in place of a large one."""
+    texts: list[bytes] = []
+    file.seek(len(_SIGNATURE))
+    kind = b""
+    while kind != b"IEND":
+        head = file.read(8)
+        if len(head) < 8:
+            raise EOFError("the file ends too early")
+        length, kind = struct.unpack(">I4s", head)
+        if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            texts.append(head + file.read(length + 4))  # the checksum follows; Pillow compares it
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+    pixel = _encode_png(torch.zeros(1, 1, 3, dtype=torch.uint8), {})
+    return io.BytesIO(pixel[:_HEADER_END] + b"".join(texts) + pixel[_HEADER_END:])
+
+
+@contextlib.contextmanager
+def _refusing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
+    """Turn what goes wrong in reading the image at `path` into one sentence."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(f"there is no image file {str(path)!r}; check the path.") from error
+    except (UnidentifiedImageError, IsADirectoryError) as error:
+        raise MrFlowError(f"{str(path)!r} is not an image file of a known format; give a PNG, JPEG or WebP.") from error
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise MrFlowError(f"the image file {str(path)!r} cannot be read ({error}); damaged or too large.") from error

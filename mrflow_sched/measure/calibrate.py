@@ -1,0 +1,298 @@
+"""Which start sigma and how many steps suit a model and an enlarger, measured on the model's own pictures.
+
+Two spectra decide. L is the power of clean latents above the frequencies that the low-resolution picture can hold;
+noise of that power hides whatever the enlarger put there, which gives the bound s* = sqrt(L) / (1 + sqrt(L))
+(arXiv 2607.01642, section 1.3 of the specification). E is the power of the enlarger's own error there, which the paper
+cannot know and which is measured here, with a bound of the same form. A small sweep then starts the refine stage at
+several levels and looks at what comes out: the least noise from the smaller bound on that gives the picture the fine
+detail that the model's own pictures have is the one to take.
+
+Power is that of white noise of standard deviation 1 = 1, the noise that samplers start from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.families import Family, Preset
+from mrflow_sched.plan.make import make_native_plan, make_plan
+from mrflow_sched.plan.notes import USUAL_SIGMA
+from mrflow_sched.sampler import sample_staged
+from mrflow_sched.upscaling.fit import upscale_to
+from mrflow_sched.upscaling.lanczos import resize_lanczos
+
+if TYPE_CHECKING:
+    from mrflow_sched.plan.stages import StagedPlan
+    from mrflow_sched.sampling.engine import Engine
+    from mrflow_sched.upscaling.role import PixelUpscaler
+
+__all__ = ["Calibration", "SweepRow", "band_power", "bound", "calibrate"]
+
+SWEPT = (0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.33, 0.4)
+LOW_STEPS = (4, 6, 8, 10, 12, 16, 20)
+NEAR_DB = 1.0
+"""High-frequency power within this of the model's own counts as the model's own."""
+CONVERGED = 32
+"""Heun steps that stand for infinitely many."""
+PROVEN = 20
+"""Euler steps of stage 1 in the paper's larger setting: what fewer steps of a truer solver are held against."""
+PRESET = "calibrated"
+_FORMAT = "mrflow-calibration-1"
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """The refine stage from one start level: `detail_db`, high-frequency power over the model's own in dB, and `psnr`
+    of the picture to the one that was made small, in dB."""
+
+    sigma: float
+    refine_steps: int
+    detail_db: float
+    psnr: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured and what follows from it, for one model, one enlarger and one size step.
+
+    `clean_power`: L. `error_power`, `error_power_low`: of the enlarger's error in the latents, above and below the low
+    picture's Nyquist frequency. `bound`, `error_bound`: the start levels whose noise is as strong as L, and as the
+    error. `low_steps_distance`: (solver, steps, distance to the converged low picture relative to its own size).
+    """
+
+    family: str
+    upscaler: str
+    width: int
+    height: int
+    factor: float
+    pictures: int
+    clean_power: float
+    error_power: float
+    error_power_low: float
+    bound: float
+    error_bound: float
+    sweep: tuple[SweepRow, ...]
+    low_steps_distance: tuple[tuple[str, int, float], ...]
+    sigma: float
+    low_steps: int
+    refine_steps: int
+
+    @property
+    def preset(self) -> Preset:
+        """The recommendation as a preset."""
+        return Preset(PRESET, self.low_steps, self.refine_steps, self.sigma, f"measured with {self.upscaler}")
+
+    def apply(self, family: Family) -> Family:
+        """`family` with the recommendation as its default preset. Raises ValueError for another family."""
+        if family.name != self.family:
+            raise MrFlowError(f"the calibration is of family {self.family}, not {family.name}; calibrate this model.")
+        kept = tuple(preset for preset in family.presets if preset.name != PRESET)
+        return replace(family, presets=(self.preset, *kept), default_preset=PRESET)
+
+    def to_json(self) -> str:
+        """The entry as text; `from_json` reads it back exactly."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Calibration:
+        """The calibration that `to_json` wrote. Raises ValueError, one sentence, for anything else."""
+        try:
+            data: dict[str, Any] = dict(json.loads(text))
+            if data.pop("format", None) != _FORMAT:
+                raise MrFlowError("it is not one")
+            data["sweep"] = tuple(SweepRow(**row) for row in data["sweep"])
+            data["low_steps_distance"] = tuple((str(s), int(n), float(d)) for s, n, d in data["low_steps_distance"])
+            found = cls(**data)
+            if not (0 < found.sigma < 1 and found.low_steps >= 1 and found.refine_steps >= 0):
+                raise MrFlowError("its numbers are out of range")
+        except (ValueError, TypeError, KeyError) as error:
+            raise MrFlowError(f"this is no calibration ({error}); make one with mrflow calibrate.") from error
+        return found
+
+
+def calibrate(
+    engine: Engine,
+    upscaler: PixelUpscaler | None,
+    *,
+    prompts: Sequence[str],
+    width: int,
+    height: int,
+    factor: float | None = None,
+    images: Tensor | None = None,
+    native_steps: int | None = None,
+    seed: int = 0,
+    tell: Callable[[str], object] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> Calibration:
+    """Measure `engine` with `upscaler` at `width` x `height` pixels; see the module.
+
+    One picture per prompt, sampled natively in `native_steps` (the family's own number), or `images`
+    (B, 3, H, W in [0, 1], of about the size) described by `prompts`. `tell` hears what is being measured. Raises
+    ValueError for arguments that do not fit, `solvers.Cancelled` where `cancel` answers True.
+    """
+    if not prompts:
+        raise MrFlowError("prompts holds no text; give one per picture to measure.")
+    if images is not None and len(images) != len(prompts):
+        raise MrFlowError(f"images must be one per prompt, got {len(images)} for {len(prompts)} prompts.")
+    say = tell or _ignore
+    family = engine.family
+    step = family.factor if factor is None else factor
+    plan = make_plan(family, width, height, factor=step, seed=seed)
+    low, high = plan.stages[0], plan.stages[-1]
+    seeds = [seed + index for index in range(len(prompts))]
+
+    def sampled(plan: StagedPlan, **more: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [
+            sample_staged(engine, plan, prompt, upscaler=upscaler, seeds=[own], cancel=cancel, **_row(more, index))
+            for index, (prompt, own) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        if any(part.cancelled for part in parts):
+            raise Cancelled
+        if any(part.unfinished for part in parts):
+            raise MemoryError("memory ran out while measuring; choose a smaller size or free memory.")
+        latents = [part.latents for part in parts if part.latents is not None]
+        return torch.cat([part.images for part in parts]), torch.cat(latents)
+
+    with torch.no_grad():
+        if images is None:
+            say(f"{len(prompts)} native pictures at {high.width}x{high.height}")
+            large, _ = sampled(make_native_plan(family, width, height, steps=native_steps, seed=seed))
+        else:
+            large = upscale_to(images.to(engine.device), high.width, high.height)
+        say(f"spectra of the model and of {_name(upscaler)}")
+        small = resize_lanczos(large, low.width, low.height).clamp(0, 1)
+        clean = torch.cat([engine.encode(each[None]) for each in large])
+        enlarged = upscale_to(small, high.width, high.height, upscaler)
+        wrong = torch.cat([engine.encode(each[None]) for each in enlarged]) - clean
+        power = band_power(_spread(clean, family), step)[1]
+        error_low, error = band_power(_spread(wrong, family), step)
+
+        def refined(sigma: float, steps: int) -> SweepRow:
+            say(f"refining from sigma {sigma:g} in {steps}")
+            started = make_plan(family, width, height, factor=step, sigma=sigma, refine_steps=steps, seed=seed)
+            pictures, latents = sampled(started, image=small)
+            detail = band_power(_spread(latents, family), step)[1]
+            return SweepRow(sigma, steps, _decibel(detail / power), _psnr(pictures, large))
+
+        least = min(bound(power), bound(error))
+        levels = sorted({*SWEPT, round(bound(power), 2), round(bound(error), 2)})
+        rows = [refined(level, 1) for level in levels if USUAL_SIGMA[0] <= level <= USUAL_SIGMA[1]]
+        best = choose(rows, round(least, 2))
+        rows.append(refined(best.sigma, 2))
+        twice = abs(best.detail_db) - abs(rows[-1].detail_db) > NEAR_DB
+        say(f"steps at {low.width}x{low.height}")
+        distances = _low_distances(family, low.width, low.height, seed, sampled)
+    return Calibration(
+        family=family.name,
+        upscaler=_name(upscaler),
+        width=high.width,
+        height=high.height,
+        factor=step,
+        pictures=len(prompts),
+        clean_power=power,
+        error_power=error,
+        error_power_low=error_low,
+        bound=bound(power),
+        error_bound=bound(error),
+        sweep=tuple(rows),
+        low_steps_distance=distances,
+        sigma=best.sigma,
+        low_steps=_enough(distances),
+        refine_steps=2 if twice else 1,
+    )
+
+
+def bound(power: float) -> float:
+    """The start level s whose noise is as strong as a `power` that is scaled by 1 - s: sqrt(L) / (1 + sqrt(L))."""
+    if not power >= 0:
+        raise MrFlowError(f"power must not be negative, got {power!r}.")
+    root = math.sqrt(power)
+    return root / (1 + root)
+
+
+def band_power(latents: Tensor, factor: float) -> tuple[float, float]:
+    """Mean power per frequency of `latents` (B, C, h, w) below and above the Nyquist frequency of a grid `factor` times
+    coarser; 1 for white noise of standard deviation 1. The mean value itself is left out."""
+    fft: Any = torch.fft  # without types
+    spectrum: Tensor = fft.fft2(latents.float(), norm="ortho").abs().square().mean((0, 1)).cpu()
+    down: Tensor = fft.fftfreq(latents.shape[-2]).abs()
+    across: Tensor = fft.fftfreq(latents.shape[-1]).abs()
+    highest = torch.maximum(down[:, None], across[None])
+    above = highest >= 0.5 / factor
+    below = ~above & (highest > 0)
+    return float(spectrum[below].mean()) if bool(below.any()) else 0.0, float(spectrum[above].mean())
+
+
+def choose(rows: Sequence[SweepRow], least: float) -> SweepRow:
+    """The row with the least noise, from `least` on, whose detail is the model's own to `NEAR_DB`; where none is, the
+    one that comes nearest."""
+    allowed = [row for row in rows if row.sigma >= least - 1e-9] or list(rows)
+    near = [row for row in allowed if abs(row.detail_db) <= NEAR_DB]
+    if near:
+        return min(near, key=lambda row: row.sigma)
+    return min(allowed, key=lambda row: abs(row.detail_db))
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _low_distances(
+    family: Family, width: int, height: int, seed: int, sampled: Callable[[StagedPlan], tuple[Tensor, Tensor]]
+) -> tuple[tuple[str, int, float], ...]:
+    """How far low pictures of few steps are from converged ones, for the family's solver, and for what is proven."""
+
+    def latents(solver: str, steps: int) -> Tensor:
+        return sampled(make_native_plan(family, width, height, steps=steps, solver=solver, seed=seed))[1]
+
+    true = latents("heun", CONVERGED)
+    size = float(true.square().mean().sqrt())
+    wanted = [("euler", PROVEN), *((family.solver, steps) for steps in LOW_STEPS)]
+    return tuple(
+        (solver, steps, float((latents(solver, steps) - true).square().mean().sqrt()) / size)
+        for solver, steps in dict.fromkeys(wanted)
+    )
+
+
+def _enough(distances: Sequence[tuple[str, int, float]]) -> int:
+    """The fewest steps that come as near as the proven number of Euler steps."""
+    proven = distances[0][2]
+    near = [steps for _, steps, distance in distances[1:] if distance <= proven]
+    return min(near) if near else PROVEN
+
+
+def _spread(latents: Tensor, family: Family) -> Tensor:
+    """Latents that hold a 2x2 patch in their channels (FLUX.2), as pixels again: frequencies are of pixels."""
+    batch, channels, rows, columns = latents.shape
+    if channels != 4 * family.latent_channels:
+        return latents
+    patches = latents.reshape(batch, channels // 4, 2, 2, rows, columns).permute(0, 1, 4, 2, 5, 3)
+    return patches.reshape(batch, channels // 4, 2 * rows, 2 * columns)
+
+
+def _row(more: Mapping[str, Tensor], index: int) -> dict[str, Any]:
+    return {name: value[index : index + 1] for name, value in more.items()}
+
+
+def _decibel(ratio: float) -> float:
+    return 10 * math.log10(max(ratio, 1e-12))
+
+
+def _psnr(a: Tensor, b: Tensor) -> float:
+    return -10 * math.log10(max(float((a - b).square().mean()), 1e-10))
+
+
+def _name(upscaler: PixelUpscaler | None) -> str:
+    return "Lanczos" if upscaler is None else upscaler.name
+
+
+def _ignore(sentence: str) -> None:
+    pass

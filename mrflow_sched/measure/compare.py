@@ -1,0 +1,210 @@
+"""Native and staged sampling of one prompt, measured the same way in one process.
+
+What is measured: the wall clock from the prompt to the saved PNG (text encoding, sampling, decoding, super-resolution,
+encoding, noise, saving), for both. Loading is not in it. Both ways run once before, at the same sizes with as few steps
+as they can, and save, so that neither pays for first calls. Both use one solver and one seed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median_low
+from typing import TYPE_CHECKING
+
+from mrflow_sched._runtime.errors import MissingFileError, MrFlowError
+from mrflow_sched.plan.make import make_native_plan
+from mrflow_sched.plan.stages import StagedPlan
+
+if TYPE_CHECKING:
+    from mrflow_sched.engines import Engine
+    from mrflow_sched.plan.families import Family
+    from mrflow_sched.sampler import StagedResult
+    from mrflow_sched.sampling.progress import Progress
+    from mrflow_sched.upscaling.role import PixelUpscaler
+from mrflow_sched.measure.runs import Comparison, Part, Run
+
+SavePicture = Callable[["StagedResult", Path], None]
+
+
+def compare(
+    engine: Engine,
+    prompt: str,
+    staged_plan: StagedPlan,
+    out: Path,
+    *,
+    native_plan: StagedPlan | None = None,
+    upscaler: PixelUpscaler | None = None,
+    save: SavePicture | None = None,
+    repeats: int = 1,
+    callback: Callable[[str, Progress], None] | None = None,
+) -> Comparison:
+    """Sample `prompt` natively and by `staged_plan`, and write native.png, staged.png and compare.png into `out`.
+
+    `native_plan` defaults to `native_plan_of` the staged plan and the engine's family. With `repeats` above 1 the two
+    ways alternate and the run of median length stands for each. `callback(name, progress)` hears all.
+    `save(result, path)` writes a picture, in the warm-up too; the default writes the first image without a record.
+    The three pictures appear together at the end: a comparison that breaks off leaves `out` as it was.
+    Raises ValueError for `repeats` below 1, OSError where a file cannot be written.
+    """
+    if repeats < 1:
+        raise MrFlowError(f"repeats is {repeats}; ask for 1 or more.")
+    native_plan = native_plan or native_plan_of(staged_plan, family=engine.family)
+    plans = {"native": native_plan, "staged": staged_plan}
+    keep = save or _save_first
+    hear = callback or _hear_nothing
+    with _arriving_together(out, ("native.png", "staged.png", "compare.png")) as draft:
+        for name, plan in plans.items():
+            words = f"warm-up, {name}"
+            path = draft / f"{name}.png"
+            _measure(engine, prompt, shortest(plan), upscaler, lambda p, words=words: hear(words, p), name, path, keep)
+        runs: dict[str, list[Run]] = {name: [] for name in plans}
+        for _ in range(repeats):
+            for name, plan in plans.items():
+                path = draft / f"{name}.png"
+                runs[name].append(
+                    _measure(engine, prompt, plan, upscaler, lambda p, name=name: hear(name, p), name, path, keep)
+                )
+        native, staged = (_median_run(runs[name]) for name in ("native", "staged"))
+        sheet = _write_sheet(prompt, native, staged, draft / "compare.png")
+    native, staged = (replace(run, path=out / run.path.name) for run in (native, staged))
+    return Comparison(native, staged, out / sheet.name, repeats, staged_plan)
+
+
+def native_plan_of(plan: StagedPlan, steps: int | None = None, *, family: Family | None = None) -> StagedPlan:
+    """The ordinary run that a staged plan is measured against: same size, solver, guidance and seeds, all the steps.
+
+    `family`: that of the engine, where the plan's is not in the table of families. The shift is native's own at the
+    full size, whatever the staged plan's mu: a plan does not say whether its mu was given or follows from its size.
+    """
+    first = plan.stages[0]
+    return make_native_plan(
+        family or plan.family,
+        plan.width,
+        plan.height,
+        steps=steps or plan.native_steps,
+        solver=first.solver,
+        guidance=first.guidance,
+        seed=plan.seed,
+        seed_rule=plan.seed_rule,
+        posterior=plan.posterior,
+    )
+
+
+def shortest(plan: StagedPlan) -> StagedPlan:
+    """The same plan with one step per stage: every code path and every size once, for little time."""
+    stages = tuple(
+        replace(stage, sigmas=(stage.sigmas[0], 0.0), forwards=max(1, stage.forwards // stage.steps))
+        if stage.sigmas
+        else stage
+        for stage in plan.stages
+    )
+    return replace(plan, stages=stages)
+
+
+def _measure(
+    engine: Engine,
+    prompt: str,
+    plan: StagedPlan,
+    upscaler: PixelUpscaler | None,
+    callback: Callable[[Progress], None],
+    name: str,
+    path: Path,
+    save: SavePicture,
+) -> Run:
+    """Run a plan once and save its picture at `path`."""
+    from mrflow_sched._runtime.peak import PeakMemory
+    from mrflow_sched.sampler import sample_staged
+
+    with PeakMemory(engine.device) as peak:
+        begin = time.perf_counter()
+        result = sample_staged(engine, plan, prompt, upscaler=upscaler, callback=callback)
+        sampled = time.perf_counter()
+        save(result, path)
+        end = time.perf_counter()
+    parts = [Part(timing.name, timing.seconds) for timing in result.timings]
+    title, detail = _describe(name, plan)
+    return Run(
+        name,
+        title,
+        detail,
+        end - begin,
+        (*parts, Part("save", end - sampled)),
+        peak.bytes,
+        path,
+        result.warnings,
+    )
+
+
+@contextlib.contextmanager
+def _arriving_together(out: Path, names: Sequence[str]) -> Generator[Path, None, None]:
+    """A folder to write the files `names` in; they move into `out` at the end, all of them or, on any error, none."""
+    if not out.is_dir():
+        raise MissingFileError(f"the folder {str(out)!r} does not exist; make it first.")
+    for name in names:
+        if (out / name).is_dir():
+            raise IsADirectoryError(f"the picture {str(out / name)!r} cannot be written: a folder has that name.")
+    with tempfile.TemporaryDirectory(dir=out, prefix=".mrflow-") as place:
+        draft, old = Path(place), Path(place) / "old"
+        yield draft
+        old.mkdir()
+        try:
+            for name in names:
+                if (out / name).exists():
+                    os.replace(out / name, old / name)
+                os.replace(draft / name, out / name)
+        except BaseException:
+            for name in names:
+                if (old / name).exists():
+                    os.replace(old / name, out / name)
+                elif not (draft / name).exists():
+                    (out / name).unlink(missing_ok=True)
+            raise
+
+
+def _describe(name: str, plan: StagedPlan) -> tuple[str, str]:
+    size = f"{plan.width}x{plan.height}"
+    steps = [stage.steps for stage in plan.stages]
+    forwards = f"{plan.forwards} forwards"
+    if len(steps) == 1:
+        return f"{name}, {steps[0]} steps", f"{size}, {plan.stages[0].solver}, {forwards}"
+    sizes = " then ".join(f"{stage.width}x{stage.height}" for stage in plan.stages)
+    start = ", ".join(f"sigma {stage.start_sigma:g}" for stage in plan.stages[1:] if stage.sigmas)
+    return (
+        f"{name}, {'+'.join(map(str, steps))} steps",
+        f"{sizes}, {plan.stages[0].solver}, {start or 'no refine'}, {forwards}",
+    )
+
+
+def _hear_nothing(_name: str, _progress: Progress) -> None:
+    """The callback of who wants none."""
+
+
+def _median_run(runs: Sequence[Run]) -> Run:
+    middle = median_low(run.seconds for run in runs)
+    return next(run for run in runs if run.seconds == middle)
+
+
+def _save_first(result: StagedResult, path: Path) -> None:
+    from mrflow_sched.images.files import save_png
+
+    save_png(path, result.images[0], {})
+
+
+def _write_sheet(prompt: str, native: Run, staged: Run, path: Path) -> Path:
+    """Draw the sheet from the saved pictures and write it whole or not at all."""
+    import numpy as np
+    import torch
+
+    from mrflow_sched.images.files import open_image, save_png
+    from mrflow_sched.measure.sheet import draw_sheet
+
+    pictures = [open_image(run.path).convert("RGB") for run in (native, staged)]
+    sheet = torch.tensor(np.array(draw_sheet(prompt, native, staged, pictures)))
+    save_png(path, sheet.permute(2, 0, 1).float() / 255, {})
+    return path

@@ -1,0 +1,156 @@
+"""One picture that shows two ways of making a picture: both images, their seconds, and where the seconds went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from mrflow_sched.measure.runs import Run
+
+_PAPER, _INK, _QUIET = (250, 249, 246), (28, 30, 34), (110, 114, 122)
+_SAMPLING = (52, 101, 164)
+_PARTS = {
+    "text": (117, 80, 123),
+    "upscale": (204, 102, 0),
+    "encode": (78, 154, 6),
+    "noise": (164, 0, 0),
+    "decode": (196, 160, 0),
+    "save": (120, 120, 120),
+}
+_PANEL = 512
+"""Images narrower than this are shown enlarged by a whole factor, pixel for pixel."""
+
+
+@dataclass(frozen=True)
+class _Pen:
+    """A canvas with one font family at sizes relative to the panels."""
+
+    draw: ImageDraw.ImageDraw
+    unit: int
+
+    def font(self, size: float) -> Any:
+        try:
+            return ImageFont.load_default(size=round(self.unit * size))
+        except (TypeError, OSError, ImportError):  # Pillow before 10.1, or without FreeType: one small bitmap font
+            return ImageFont.load_default()
+
+    def width(self, text: str, size: float) -> float:
+        return float(self.draw.textlength(_drawable(text), font=self.font(size)))
+
+    def write(self, place: tuple[float, float], text: str, size: float = 1.0, fill: tuple[int, ...] = _INK) -> None:
+        self.draw.text(place, _drawable(text), font=self.font(size), fill=fill)
+
+
+def _drawable(text: str) -> str:
+    """Pillow's built-in fonts hold Latin letters; anything else becomes a question mark instead of an error."""
+    return text.replace("×", "x").encode("latin-1", "replace").decode("latin-1")
+
+
+def draw_sheet(prompt: str, native: Run, staged: Run, images: Sequence[Image.Image]) -> Image.Image:
+    """The two images side by side under the prompt, each with its label, above bars of the seconds on one scale.
+
+    `images` are the native and the staged picture, of one size, in 8-bit RGB.
+    """
+    magnify = max(1, round(_PANEL / images[0].width))
+    panel = (images[0].width * magnify, images[0].height * magnify)
+    unit = max(14, panel[0] // 30)
+    gap = unit * 3 // 2
+    width = 2 * panel[0] + 3 * gap
+    pen = _Pen(ImageDraw.Draw(Image.new("RGB", (1, 1))), unit)
+    title = _wrap(pen, f'"{prompt}"', 1.25, width - 2 * gap, lines=3)
+    legend = _legend(pen, native, staged, width - 2 * gap)
+    top = gap + round(len(title) * unit * 1.7) + unit // 2
+    bars = top + panel[1] + 5 * unit
+    height = bars + round(unit * (5.2 + 1.6 * len(legend))) + gap
+    canvas = Image.new("RGB", (width, height), _PAPER)
+    pen = _Pen(ImageDraw.Draw(canvas), unit)
+    for number, line in enumerate(title):
+        pen.write((gap, gap + number * unit * 1.7), line, 1.25)
+    for column, (run, image) in enumerate(zip((native, staged), images, strict=True)):
+        left = gap + column * (panel[0] + gap)
+        canvas.paste(image.resize(panel, Image.Resampling.NEAREST), (left, top))
+        _label(pen, (left, top + panel[1] + unit // 2), run, native, magnify)
+    _bars(pen, (gap, bars), width - 2 * gap, (native, staged))
+    _write_legend(pen, (gap, bars + 5.2 * unit), legend)
+    return canvas
+
+
+def _label(pen: _Pen, place: tuple[float, float], run: Run, native: Run, magnify: int) -> None:
+    left, top = place
+    ratio = "" if run is native else f", {native.seconds / run.seconds:.1f} times as fast"
+    pen.write((left, top), f"{run.title}: {run.seconds:.2f} s{ratio}", 1.2)
+    shown = f", shown {magnify}x" if magnify > 1 else ""
+    pen.write((left, top + 1.8 * pen.unit), f"{run.detail}{shown}", 0.9, _QUIET)
+
+
+def _bars(pen: _Pen, place: tuple[float, float], width: float, runs: Sequence[Run]) -> None:
+    """One bar per run, its length the run's seconds, cut into the run's parts in order."""
+    left, top = place
+    label = max(pen.width(run.name, 1.0) for run in runs) + pen.unit
+    scale = (width - label - 5 * pen.unit) / max(run.seconds for run in runs)
+    for number, run in enumerate(runs):
+        line = top + number * 2.2 * pen.unit
+        pen.write((left, line + 0.2 * pen.unit), run.name)
+        start = left + label
+        for part in run.parts:
+            end = start + part.seconds * scale
+            pen.draw.rectangle((start, line, max(start, end), line + 1.6 * pen.unit), fill=_colour(part.name))
+            start = end
+        pen.write((start + pen.unit / 2, line + 0.2 * pen.unit), f"{run.seconds:.2f} s")
+
+
+def _legend(pen: _Pen, native: Run, staged: Run, width: float) -> list[list[tuple[str, str, float]]]:
+    """Lines of (part, text, x offset): the seconds of every part of both runs, wrapped to `width`."""
+    lines: list[list[tuple[str, str, float]]] = []
+    for run in (native, staged):
+        lines.append([])
+        offset = 0.0
+        for part in run.parts:
+            text = (
+                f"{run.name} {part.name} {part.seconds:.2f} s" if not lines[-1] else f"{part.name} {part.seconds:.2f} s"
+            )
+            step = pen.width(text, 0.9) + 2.4 * pen.unit
+            if lines[-1] and offset + step > width:
+                lines.append([])
+                offset = 0.0
+            lines[-1].append((part.name, text, offset))
+            offset += step
+    return lines
+
+
+def _write_legend(pen: _Pen, place: tuple[float, float], lines: list[list[tuple[str, str, float]]]) -> None:
+    left, top = place
+    for number, line in enumerate(lines):
+        y = top + number * 1.6 * pen.unit
+        for name, text, offset in line:
+            x = left + offset
+            pen.draw.rectangle((x, y + 0.1 * pen.unit, x + 0.8 * pen.unit, y + 0.9 * pen.unit), fill=_colour(name))
+            pen.write((x + 1.1 * pen.unit, y), text, 0.9)
+
+
+def _colour(part: str) -> tuple[int, int, int]:
+    return next((colour for word, colour in _PARTS.items() if word in part), _SAMPLING)
+
+
+def _wrap(pen: _Pen, text: str, size: float, width: float, lines: int) -> list[str]:
+    """At most `lines` lines of `text`, broken at spaces, the last one ended by dots where words were left out."""
+    found: list[str] = [""]
+    for word in text.split():
+        longer = f"{found[-1]} {word}".strip()
+        if pen.width(longer, size) <= width or not found[-1]:
+            found[-1] = _clip(pen, longer, size, width)
+        else:
+            found.append(_clip(pen, word, size, width))
+    if len(found) > lines:
+        found = [*found[: lines - 1], _clip(pen, found[lines - 1] + " ...", size, width)]
+    return found
+
+
+def _clip(pen: _Pen, text: str, size: float, width: float) -> str:
+    text = text[:1000]  # no line holds more, and measuring a page of text again and again takes minutes
+    while len(text) > 1 and pen.width(text, size) > width:
+        text = text[:-5] + "..." if len(text) > 8 else text[:-1]
+    return text

@@ -1,0 +1,1 @@
+"""Methods: how a stage is sampled and how one stage becomes the next, one file each."""

@@ -1,0 +1,168 @@
+"""The sigma lists that diffusers' schedulers make of their configurations."""
+
+from __future__ import annotations
+
+import math
+import operator
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.schedule import beta_sigmas, shift_sigma
+
+Levels = tuple[float, ...]
+
+
+CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def step_count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> int:
+    """How many steps are asked for. Raises ValueError where nothing says so, or the counts disagree."""
+    counts = {
+        "num_inference_steps": steps,
+        "sigmas": None if sigmas is None else sum(1 for sigma in sigmas if float(sigma) > 0.0),
+        "timesteps": None if timesteps is None else len(timesteps),
+    }
+    told = {name: count for name, count in counts.items() if count is not None}
+    if not told or len(set(told.values())) > 1 or min(told.values()) < 1:
+        raise MrFlowError(f"set_timesteps needs one count of 1 or more from its arguments, got {told or 'none'}.")
+    return next(iter(told.values()))
+
+
+# ----------------------------------------------------------------------------------------------------------- flow lists
+
+
+def shift_in_force(options: Mapping[str, Any], mu: float | None) -> float:
+    """The factor of `shift_sigma`. Raises ValueError where it depends on the picture's size and no `mu` is given."""
+    if not options["use_dynamic_shifting"]:
+        return float(options["flow_shift"] if options["use_flow_sigmas"] else options["shift"])
+    if mu is None:
+        raise MrFlowError("mu is None with use_dynamic_shifting; give set_timesteps the mu of the picture's size.")
+    return math.exp(mu) if options["time_shift_type"] == "exponential" else float(mu)
+
+
+def flow_levels(
+    options: Mapping[str, Any],
+    count: int,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+    mu: float | None,
+    sigma_min: float,
+) -> Levels:
+    """The list that FlowMatchEulerDiscreteScheduler would make, or a multistep scheduler with `use_flow_sigmas`."""
+    training = float(options["num_train_timesteps"])
+    if sigmas is not None:
+        raw = [float(sigma) for sigma in sigmas if float(sigma) > 0.0]
+    elif timesteps is not None:
+        raw = [float(time) / training for time in timesteps]
+    elif options["use_flow_sigmas"]:
+        raw = [1.0 - index / count * (1.0 - 1.0 / training) for index in range(count)]
+    else:
+        raw = _even(1.0, sigma_min, count)
+    shift = shift_in_force(options, mu)
+    levels = [shift_sigma(sigma, shift) for sigma in raw]
+    terminal = options["shift_terminal"]
+    if terminal and levels[-1] < 1.0:
+        # Stretched about 1 until the last level is `terminal`; a single step from 1 has nothing to stretch.
+        stretch = (1.0 - terminal) / (1.0 - levels[-1])
+        levels = [1.0 - (1.0 - level) * stretch for level in levels]
+    return _ended(_converted(options, levels))
+
+
+def _converted(options: Mapping[str, Any], levels: Sequence[float]) -> list[float]:
+    """As many levels between the same ends, spaced by the formula that the options name, if they name one."""
+    if not any(options[name] for name in CONVERSIONS):
+        return list(levels)
+    count = len(levels)
+    top = float(options.get("sigma_max") or levels[0])
+    bottom = float(options.get("sigma_min") or levels[-1])
+    if options["use_karras_sigmas"]:  # Karras et al. 2022, eq. 5, rho = 7
+        return [root**7 for root in _even(top ** (1 / 7), bottom ** (1 / 7), count)]
+    if options["use_exponential_sigmas"]:
+        return [math.exp(exponent) for exponent in _even(math.log(top), math.log(bottom), count)]
+    # Lee et al. 2024, with both ends on the list.
+    quantiles = beta_sigmas(count - 1) if count > 1 else (1.0,)
+    return [bottom + quantile * (top - bottom) for quantile in quantiles]
+
+
+def _even(first: float, last: float, count: int) -> list[float]:
+    return [first + (last - first) * index / max(count - 1, 1) for index in range(count)]
+
+
+def _ended(levels: Sequence[float]) -> Levels:
+    """The list with its final 0; levels that are 0 already (some pipelines ask for that) become that one."""
+    return (*(level for level in levels if level > 0.0), 0.0)
+
+
+# --------------------------------------------------------------------------------------------- variance-exploding lists
+
+
+def training_levels(options: Mapping[str, Any]) -> Levels:
+    """sigma_ve of every training step, rising: sqrt((1 - abar) / abar). Raises ValueError without betas."""
+    kept: list[float] = list(accumulate((1.0 - beta for beta in _betas(options)), operator.mul))
+    if options["rescale_betas_zero_snr"]:
+        # Lin et al. 2023, algorithm 1; the last is kept a little above 0, so that its level is finite.
+        roots = [math.sqrt(each) for each in kept]
+        scale = roots[0] / (roots[0] - roots[-1])
+        kept = [((root - roots[-1]) * scale) ** 2 for root in roots[:-1]] + [2.0**-24]
+    return tuple(math.sqrt((1.0 - each) / each) for each in kept)
+
+
+def _betas(options: Mapping[str, Any]) -> list[float]:
+    count, first, last = options["num_train_timesteps"], options["beta_start"], options["beta_end"]
+    if options["trained_betas"] is not None:
+        return [float(beta) for beta in options["trained_betas"]]
+    if options["beta_schedule"] == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, eq. 17
+        kept = [math.cos((index / count + 0.008) / 1.008 * math.pi / 2) ** 2 for index in range(count + 1)]
+        return [min(1.0 - after / before, 0.999) for before, after in pairwise(kept)]
+    if first is None or last is None:
+        raise MrFlowError(
+            f"prediction_type is {options['prediction_type']!r}, which needs beta_start and beta_end; give the "
+            "configuration of the model's own scheduler."
+        )
+    if options["beta_schedule"] == "linear":
+        return _even(float(first), float(last), count)
+    return [root**2 for root in _even(math.sqrt(first), math.sqrt(last), count)]
+
+
+def ve_levels(
+    options: Mapping[str, Any],
+    table: Levels,
+    count: int,
+    sigmas: Sequence[float] | None,
+    timesteps: Sequence[float] | None,
+) -> tuple[Levels, dict[float, float]]:
+    """The list that EulerDiscreteScheduler would make, and the times of its levels."""
+    if sigmas is not None:
+        return _ended([float(sigma) for sigma in sigmas]), {}
+    times = _spaced_times(options, count) if timesteps is None else [float(time) for time in timesteps]
+    levels = [_level_at(time, table) for time in times]
+    if any(options[name] for name in CONVERSIONS):
+        return _ended(_converted(options, levels)), {}
+    return _ended(levels), dict(zip(levels, times, strict=True))
+
+
+def _spaced_times(options: Mapping[str, Any], count: int) -> list[float]:
+    """Training steps to visit, falling: the three spacings of Lin et al. 2023, table 2."""
+    training = int(options["num_train_timesteps"])
+    if options["timestep_spacing"] == "linspace":
+        return _even(training - 1.0, 0.0, count)
+    if options["timestep_spacing"] == "leading":
+        return [float(training // count * index + options["steps_offset"]) for index in reversed(range(count))]
+    return [round(training - index * training / count) - 1.0 for index in range(count)]
+
+
+def _level_at(time: float, table: Levels) -> float:
+    """sigma_ve at a training step, between two of them on the straight line."""
+    low = min(max(int(time), 0), len(table) - 2)
+    share = min(max(time - low, 0.0), 1.0)
+    return table[low] + share * (table[low + 1] - table[low])
+
+
+def time_of(level: float, table: Levels) -> float:
+    """The training step at which sigma_ve is `level`, between two of them on the line in log sigma (k-diffusion)."""
+    low = min(max(bisect_right(table, level) - 1, 0), len(table) - 2)
+    below, above = math.log(table[low]), math.log(table[low + 1])
+    return low + min(max((math.log(level) - below) / (above - below), 0.0), 1.0)

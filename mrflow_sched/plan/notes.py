@@ -1,0 +1,92 @@
+"""What a user should know about a plan, in sentences."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from mrflow_sched.plan.checks import MAX_FACTOR, MIN_FACTOR
+from mrflow_sched.plan.families import FAMILIES, Family
+from mrflow_sched.plan.sizes import fit_box
+
+if TYPE_CHECKING:
+    from mrflow_sched.plan.stages import StagedPlan
+
+# Start levels outside this range have only been seen to go wrong (spec 5.1): a note says so.
+USUAL_SIGMA = (0.02, 0.6)
+# Noted where stage 1 has more than this many times the native area: FLUX.1's makers state up to two megapixels; other
+# families not measured.
+LARGEST_AREA = 2.0
+# Rounding to the grid may take this share of a side before a note calls a stage too small.
+SIDE_SLACK = 0.95
+
+
+# ------------------------------------------------------------------------------------------------------------- notes
+
+
+def plan_notes(plan: StagedPlan, family: Family | None = None) -> tuple[str, ...]:
+    """What a user should know about a plan: what was rounded or cropped, and where it leaves tested ground."""
+    known = FAMILIES.get(plan.family) if family is None else family
+    notes = [*_size_notes(plan), *_refine_notes(plan)]
+    first = plan.stages[0]
+    if known is not None and first.width * first.height > LARGEST_AREA * math.prod(known.native_size):
+        native = "x".join(map(str, known.native_size))
+        notes.append(
+            f"Stage 1 at {first.width}x{first.height} is more than {LARGEST_AREA:g} times the area of the {native} "
+            f"that {known.title} is made for; expect repeated content, "
+            "or choose a smaller size, a larger factor or more stages."
+        )
+    if known is not None and len(plan.stages) > 1:
+        if math.sqrt(first.width * first.height) < SIDE_SLACK * known.min_low_side:
+            notes.append(
+                f"Stage 1 at {first.width}x{first.height} is smaller than the {known.min_low_side} px square "
+                f"below which {known.title} is out of its range; expect weaker composition, "
+                "or choose a larger size or a smaller factor."
+            )
+        if known.prediction != "flow":
+            notes.append(
+                f"{known.title} is no flow model: noise levels are converted at equal signal-to-noise ratio, which the "
+                "method's authors have not tested."
+            )
+    if len(plan.stages) > 1 and plan.cost_ratio < 1.0:
+        notes.append(f"This plan costs {1 / plan.cost_ratio:.2f} times as much as {plan.native_steps} native steps.")
+    return tuple(notes)
+
+
+def _size_notes(plan: StagedPlan) -> list[str]:
+    notes: list[str] = []
+    if (plan.width, plan.height) != (plan.requested_width, plan.requested_height):
+        notes.append(
+            f"The requested {plan.requested_width}x{plan.requested_height} is made at {plan.width}x{plan.height}, "
+            "the nearest size on the model's grid."
+        )
+    for number, (small, large) in enumerate(pairwise(plan.stages), start=2):
+        width, height, _, _ = fit_box(small.width, small.height, large.width, large.height)
+        scale = max(large.width / small.width, large.height / small.height)
+        if not MIN_FACTOR <= scale <= MAX_FACTOR:
+            notes.append(
+                f"Rounding to the grid makes stage {number} enlarge by {scale:.2f}; so small a size gains nothing."
+            )
+        if (width, height) != (large.width, large.height):
+            share = 1.0 - large.width * large.height / (width * height)
+            notes.append(
+                f"Stage {number - 1} at {small.width}x{small.height} is not shaped like {large.width}x{large.height}"
+                f": it is enlarged to {width}x{height} and cropped at the centre, losing {share:.1%} of the picture."
+            )
+    return notes
+
+
+def _refine_notes(plan: StagedPlan) -> list[str]:
+    notes: list[str] = []
+    for number, stage in enumerate(plan.stages[1:], start=2):
+        if not stage.sigmas:
+            notes.append(f"Stage {number} takes no step: the upscaler's image is kept as it is.")
+        elif not USUAL_SIGMA[0] <= stage.start_sigma <= USUAL_SIGMA[1]:
+            notes.append(
+                f"Stage {number} starts at sigma {stage.start_sigma:g}, outside the usual {USUAL_SIGMA[0]} to "
+                f"{USUAL_SIGMA[1]}: below, nothing is refined; above, the picture is made anew."
+            )
+        if stage.steps > 1:
+            notes.append(f"Stage {number} takes {stage.steps} refine steps; published results gain little beyond one.")
+    return notes

@@ -1,0 +1,350 @@
+"""Sigma lists, as plain floats.
+
+A sigma list is a tuple of N + 1 noise fractions for N solver steps. It falls strictly and ends in exactly 0.0.
+
+* Stage-1 lists start at exactly 1.0 (pure noise). They follow the model's own schedule: `native_sigmas`, `beta_sigmas`
+  and, for variance-exploding models, `scaled_linear_sigmas`. Their `shift` is always an explicit argument.
+* Refine lists start at a chosen `start_sigma` below 1: `refine_sigmas`. Nothing ever shifts them. Schedulers that do
+  (spec 1.5) run FLUX.1's 0.12 at 0.301 and Qwen-Image's 0.12 at 0.020.
+
+A `recipe` is the short text that makes a list again, such as "native 12 mu=0.63": see `sigmas_from_recipe`.
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+from mrflow_sched._runtime.errors import MrFlowError
+
+__all__ = [
+    "beta_sigmas",
+    "explicit_recipe",
+    "mu_flux2",
+    "mu_for_tokens",
+    "native_sigmas",
+    "refine_sigmas",
+    "scaled_linear_sigmas",
+    "shift_sigma",
+    "sigmas_from_recipe",
+    "stretch_to_terminal",
+    "unshift_sigma",
+    "validate_sigmas",
+]
+
+Sigmas = tuple[float, ...]
+
+# Recipes come from image metadata, which anyone can write: keep a hostile one from filling memory.
+_MAX_RECIPE_STEPS = 1000
+# exp(20) squeezes all but the last step into the topmost billionth: no list beyond it means anything.
+MAX_MU = 20.0
+
+
+# ---------------------------------------------------------------------------------------------------------------- shift
+
+
+def shift_sigma(sigma: float, shift: float) -> float:
+    """Warp a noise fraction towards 1 (shift > 1) or towards 0 (shift < 1): s·t / (1 + (s-1)·t).
+
+    `sigma` in [0, 1], `shift` > 0; 0 and 1 stay where they are. With shift = exp(mu) this is FLUX's "exponential"
+    shift. Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23. Raises ValueError outside those ranges.
+    """
+    _check_unit(sigma, "sigma")
+    if not (math.isfinite(shift) and shift > 0):
+        raise MrFlowError(f"shift must be a positive number, got {shift!r}; 1 means no shift.")
+    return min(shift * sigma / (1.0 + (shift - 1.0) * sigma), 1.0)  # rounding must not leave the range
+
+
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The inverse of `shift_sigma`: which noise fraction the shift turned into `sigma`. Same ranges and errors."""
+    _check_unit(sigma, "sigma")
+    if not (math.isfinite(shift) and shift > 0):
+        raise MrFlowError(f"shift must be a positive number, got {shift!r}; 1 means no shift.")
+    return min(sigma / (shift + (1.0 - shift) * sigma), 1.0)
+
+
+def mu_for_tokens(
+    tokens: int,
+    *,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+) -> float:
+    """mu = log(shift) for an image of `tokens` tokens, on the straight line through two known points.
+
+    The defaults are FLUX.1's: 0.63 at 1024 tokens (512 px), 1.15 at 4096 (1024 px). The line goes on beyond both
+    points. Source: black-forest-labs/flux `sampling.py`; diffusers FluxPipeline. Raises ValueError for tokens < 1.
+    """
+    _check_count(tokens, "tokens")
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return base_shift + slope * (tokens - base_tokens)
+
+
+# FLUX.2's fitted constants (diffusers `pipeline_flux2_klein.py`, `compute_empirical_mu`): mu is a straight line in
+# tokens, one line measured at 10 steps, one at 200, and is interpolated in the step count between them.
+_FLUX2_AT_10_STEPS = (8.73809524e-05, 1.89833333)
+_FLUX2_AT_200_STEPS = (0.00016927, 0.45666666)
+_FLUX2_LARGE_TOKENS = 4300
+
+
+def mu_flux2(tokens: int, steps: int) -> float:
+    """FLUX.2's empirical mu for an image of `tokens` tokens sampled in `steps` steps.
+
+    1.974 at 1024 tokens and 12 steps; 2.031 at 1024 and 4. Above 4300 tokens the step count no longer matters.
+    Source: constants of diffusers `Flux2KleinPipeline`. Raises ValueError for tokens < 1 or steps < 1.
+    """
+    _check_count(tokens, "tokens")
+    _check_count(steps, "steps")
+    few = _FLUX2_AT_10_STEPS[0] * tokens + _FLUX2_AT_10_STEPS[1]
+    many = _FLUX2_AT_200_STEPS[0] * tokens + _FLUX2_AT_200_STEPS[1]
+    if tokens > _FLUX2_LARGE_TOKENS:
+        return many
+    return many + (many - few) * (steps - 200) / 190
+
+
+# ------------------------------------------------------------------------------------------------------- stage-1 lists
+
+
+def stretch_to_terminal(sigmas: Sequence[float], terminal: float) -> Sigmas:
+    """Stretch a list about 1 so that its last noise level above zero becomes `terminal`; the final 0 stays.
+
+    Qwen-Image's scheduler does this with 0.02. `sigmas` must start at 1.0; `terminal` in (0, 1).
+    A list of one step has nothing to stretch and comes back as it is. Raises ValueError for other input.
+    Source: diffusers FlowMatchEulerDiscreteScheduler, `shift_terminal`.
+    """
+    checked = validate_sigmas(sigmas, "sigmas")
+    if checked[0] != 1.0:
+        raise MrFlowError(f"sigmas must start at 1.0 to be stretched, got {checked[0]!r}; refine lists never are.")
+    if not 0.0 < terminal < 1.0:
+        raise MrFlowError(f"terminal must lie between 0 and 1, got {terminal!r}; Qwen-Image uses 0.02.")
+    if len(checked) == 2:
+        return checked
+    scale = (1.0 - terminal) / (1.0 - checked[-2])
+    inner = [1.0 - (1.0 - sigma) * scale for sigma in checked[1:-2]]
+    return validate_sigmas([1.0, *inner, terminal, 0.0], "sigmas")
+
+
+def native_sigmas(
+    steps: int, *, mu: float = 0.0, terminal: float | None = None, sigma_min: float | None = None
+) -> Sigmas:
+    """A flow model's own list: evenly spaced noise fractions from 1, warped by shift = exp(mu), then a final 0.
+
+    `sigma_min` is the last fraction above zero *before* the shift (default 1/steps, which spaces all steps evenly).
+    `terminal`: see `stretch_to_terminal`. Returns steps + 1 floats from exactly 1.0 to exactly 0.0.
+    Raises ValueError for steps < 1, a mu that is not finite, or a sigma_min outside (0, 1).
+    Source: diffusers FluxPipeline (sigmas) and FlowMatchEulerDiscreteScheduler (shift).
+    """
+    _check_count(steps, "steps")
+    shift = _shift_of(mu)
+    last = 1.0 / steps if sigma_min is None else sigma_min
+    if not 0.0 < last <= 1.0 or (sigma_min is not None and last == 1.0):
+        raise MrFlowError(f"sigma_min must lie between 0 and 1, got {sigma_min!r}; leave it out for even spacing.")
+    spacing = (1.0 - last) / (steps - 1) if steps > 1 else 0.0
+    shifted = [shift_sigma(1.0 - index * spacing, shift) for index in range(1, steps)]
+    sigmas = validate_sigmas([1.0, *shifted, 0.0], "sigmas")
+    return sigmas if terminal is None else stretch_to_terminal(sigmas, terminal)
+
+
+def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float = 0.0) -> Sigmas:
+    """Levels at evenly spaced quantiles of a Beta(alpha, beta) distribution, then shifted by exp(mu).
+
+    With both below 1 the steps crowd at the two ends. Returns steps + 1 floats from exactly 1.0 to exactly 0.0.
+    Raises ValueError for steps < 1, or alpha or beta outside 0.2..10.
+    Source: Lee et al. 2024, "Beta Sampling is All You Need" (arXiv 2407.12173), which uses 0.6 and 0.6.
+    """
+    _check_count(steps, "steps")
+    shift = _shift_of(mu)
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not 0.2 <= value <= 10.0:
+            raise MrFlowError(f"{name} must lie between 0.2 and 10, got {value!r}; the published value is 0.6.")
+    inner = [shift_sigma(_beta_quantile(1.0 - index / steps, alpha, beta), shift) for index in range(1, steps)]
+    return validate_sigmas([1.0, *inner, 0.0], "sigmas")
+
+
+def scaled_linear_sigmas(steps: int) -> Sigmas:
+    """The list of SD1.5 and SDXL (scaled-linear betas, trailing spacing), told in equal-SNR flow sigma.
+
+    A variance-exploding level sigma_ve has the signal-to-noise ratio of the flow level sigma_ve / (1 + sigma_ve).
+    The first level is set to 1.0 (pure noise), which these models meet at their largest sigma_ve, 14.6.
+    Returns steps + 1 floats; raises ValueError unless 1 <= steps <= 1000.
+    Source: Rombach et al. 2022 training betas 0.00085..0.012; trailing spacing of Lin et al. 2023 (arXiv 2305.08891).
+    """
+    _check_count(steps, "steps")
+    table = scaled_linear_ve()
+    if steps > len(table):
+        raise MrFlowError(f"steps must be at most {len(table)} for this schedule, got {steps!r}; ask for fewer steps.")
+    picked = [table[round(len(table) * (1.0 - index / steps)) - 1] for index in range(1, steps)]
+    return validate_sigmas([1.0, *(ve / (1.0 + ve) for ve in picked), 0.0], "sigmas")
+
+
+@lru_cache(maxsize=1)
+def scaled_linear_ve() -> Sigmas:
+    """sigma_ve of the 1000 training steps of SD1.5 and SDXL, rising: sqrt((1 - abar) / abar)."""
+    low, high = math.sqrt(0.00085), math.sqrt(0.012)
+    kept, table = 1.0, list[float]()
+    for step in range(1000):
+        kept *= 1.0 - (low + (high - low) * step / 999) ** 2
+        table.append(math.sqrt((1.0 - kept) / kept))
+    return tuple(table)
+
+
+# -------------------------------------------------------------------------------------------------------- refine lists
+
+
+def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigmas:
+    """The list of a later stage: from `start_sigma`, which is the flow noise fraction itself, to 0.
+
+    "linear" falls in equal steps; "shifted" takes shorter steps first, more so with more steps, with an inner shift of
+    0.25·(steps-1) that never moves the two ends. For one step both are (start_sigma, 0). No model's shift enters.
+    Returns steps + 1 floats. Raises ValueError unless 0 < start_sigma < 1, steps >= 1 and the curve is known.
+    Source: spec 1.4 (a) and (b); the official code's direct refine list and its ComfyUI node.
+    """
+    if not 0.0 < start_sigma < 1.0:
+        raise MrFlowError(f"start_sigma must lie between 0 and 1, got {start_sigma!r}; 0.12 is the usual value.")
+    _check_count(steps, "steps")
+    fractions = [1.0 - index / steps for index in range(1, steps)]
+    if curve == "shifted":
+        shift = math.exp(0.25 * (steps - 1))
+        # Both ends are pulled in by 1e-6 and the result rescaled, as in the source of this curve.
+        bottom, top = shift_sigma(1e-6, shift), shift_sigma(1.0 - 1e-6, shift)
+        fractions = [(shift_sigma(fraction, shift) - bottom) / (top - bottom) for fraction in fractions]
+    elif curve != "linear":
+        raise MrFlowError(f"refine_curve must be 'linear' or 'shifted', got {curve!r}.")
+    return validate_sigmas([start_sigma, *(start_sigma * fraction for fraction in fractions), 0.0], "sigmas")
+
+
+def validate_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> Sigmas:
+    """The same values as a tuple of floats, if they are a sigma list.
+
+    That is: at least one step, strictly falling, all in [0, 1], last exactly 0. Otherwise raises ValueError naming
+    `name`.
+    """
+    values = tuple(float(sigma) for sigma in sigmas)
+    if len(values) < 2:
+        raise MrFlowError(f"{name} must hold at least two values (a start and 0), got {values!r}.")
+    if not all(math.isfinite(value) and 0.0 <= value <= 1.0 for value in values):
+        raise MrFlowError(f"{name} must hold only numbers from 0 to 1, got {values!r}.")
+    if any(after >= before for before, after in pairwise(values)):
+        raise MrFlowError(f"{name} must fall from each value to the next, got {values!r}.")
+    if values[-1] != 0.0:
+        raise MrFlowError(f"{name} must end in exactly 0, got {values[-1]!r} at the end.")
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+@lru_cache(maxsize=64)
+def sigmas_from_recipe(recipe: str) -> Sigmas:
+    """Make the list that a recipe describes: a kind, then words. Numbers are written in full precision.
+
+    =======================================  ===================================
+    "native 12 mu=0.63 [terminal= min=]"     `native_sigmas`
+    "beta 12 mu=0.0"                         `beta_sigmas` with 0.6 and 0.6
+    "scaled-linear 30"                       `scaled_linear_sigmas`
+    "linear 1 start=0.12", "shifted ..."     `refine_sigmas`
+    "list 1.0 0.5 0.0"                       these very values
+    "none"                                   the empty list: a stage without steps
+    =======================================  ===================================
+
+    Raises ValueError for text that is none of these.
+    """
+    kind, *words = recipe.split(" ")
+    try:
+        if kind in ("list", "none"):
+            values = [float(word) for word in words]
+            return validate_sigmas(values) if kind == "list" else _no_values(values)
+        steps, numbers = int(words[0]), dict(_number(word) for word in words[1:])
+        if steps > _MAX_RECIPE_STEPS:
+            raise MrFlowError(f"recipe {recipe!r} asks for more than {_MAX_RECIPE_STEPS} steps.")
+        made = _from_numbers(kind, steps, numbers)
+    except (IndexError, KeyError) as error:
+        raise MrFlowError(f"recipe {recipe!r} lacks a number; see sigmas_from_recipe for the forms.") from error
+    if numbers:
+        raise MrFlowError(f"recipe {recipe!r} has a number {kind} lists do not take: {next(iter(numbers))}.")
+    return made
+
+
+def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
+    """The list of `kind`; takes the numbers that it uses out of `numbers`."""
+    if kind == "native":
+        mu, terminal, sigma_min = numbers.pop("mu"), numbers.pop("terminal", None), numbers.pop("min", None)
+        return native_sigmas(steps, mu=mu, terminal=terminal, sigma_min=sigma_min)
+    if kind == "beta":
+        return beta_sigmas(steps, mu=numbers.pop("mu"))
+    if kind == "scaled-linear":
+        return scaled_linear_sigmas(steps)
+    if kind in ("linear", "shifted"):
+        return refine_sigmas(numbers.pop("start"), steps, kind)
+    raise MrFlowError(f"recipe must begin with native, beta, scaled-linear, linear, shifted, list or none: {kind!r}.")
+
+
+def _number(word: str) -> tuple[str, float]:
+    name, _, value = word.partition("=")
+    return name, float(value)
+
+
+def _no_values(values: list[float]) -> Sigmas:
+    if values:
+        raise MrFlowError(f"recipe 'none' takes no values, got {values!r}.")
+    return ()
+
+
+def explicit_recipe(sigmas: Sequence[float]) -> str:
+    """The recipe that spells out every value: "list 1.0 0.5 0.0", or "none" for no values."""
+    return " ".join(["list", *(repr(float(sigma)) for sigma in sigmas)]) if sigmas else "none"
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _shift_of(mu: float) -> float:
+    if not math.isfinite(mu) or abs(mu) > MAX_MU:
+        raise MrFlowError(f"mu must be a number from -20 to 20 (it is the logarithm of the shift), got {mu!r}.")
+    return math.exp(mu)
+
+
+def _check_unit(value: float, name: str) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise MrFlowError(f"{name} must lie between 0 and 1, got {value!r}; it is the fraction of noise.")
+
+
+def _check_count(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MrFlowError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _beta_quantile(probability: float, alpha: float, beta: float) -> float:
+    """The x at which the Beta(alpha, beta) distribution function reaches `probability`, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(80):
+        middle = 0.5 * (low + high)
+        if _beta_cdf(middle, alpha, beta) < probability:
+            low = middle
+        else:
+            high = middle
+    return 0.5 * (low + high)
+
+
+def _beta_cdf(x: float, alpha: float, beta: float) -> float:
+    """Regularised incomplete beta function (NIST DLMF 8.17.22), from the side on which its fraction converges fast."""
+    if x > (alpha + 1.0) / (alpha + beta + 2.0):
+        return 1.0 - _beta_cdf(1.0 - x, beta, alpha)
+    if x <= 0.0:
+        return 0.0
+    log_front = alpha * math.log(x) + beta * math.log1p(-x) - math.log(alpha)
+    log_front -= math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta)
+    # Evaluated from the inside out: 60 levels are far more than double precision needs on this side.
+    fraction = 1.0
+    for level in range(60, 0, -1):
+        half, odd = divmod(level, 2)
+        if odd:
+            top = -(alpha + half) * (alpha + beta + half) * x
+        else:
+            top = half * (beta - half) * x
+        fraction = 1.0 + top / ((alpha + level - 1) * (alpha + level)) / fraction
+    return math.exp(log_front) / fraction

@@ -1,0 +1,291 @@
+"""The numbers of a run as frozen values: `Stage`, one resolution with its sigma list, and `StagedPlan`, the whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.checks import (
+    MAX_SEED,
+    Posterior,
+    SeedRule,
+    check_choice,
+    check_finite,
+    check_side,
+    check_solver,
+    check_tile,
+    check_whole,
+    checked_interval,
+)
+from mrflow_sched.plan.notes import plan_notes
+from mrflow_sched.plan.schedule import (
+    explicit_recipe,
+    sigmas_from_recipe,
+    validate_sigmas,
+)
+from mrflow_sched.plan.text import (
+    FORMAT,
+    NAME,
+    PLAN_NUMBERS,
+    checksum,
+    parse_size,
+    shorten,
+    split_words,
+    stage_from_dict,
+    stage_from_string,
+    stage_to_dict,
+    stage_to_string,
+)
+from mrflow_sched.plan.tiles import tile_sides
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One resolution with its own sigma list.
+
+    `width`, `height` in pixels; `tokens` image tokens of the network. `mu` is the logarithm of the shift in `sigmas`,
+    None where there is none. `sigmas` = () means that no step is taken and the upscaler's image is kept. `forwards`
+    counts network evaluations per image. `guided`: the least and the highest sigma at which guidance is in force;
+    outside it is off. `recipe` tells `sigmas` in short (see `schedule.sigmas_from_recipe`); left
+    out, or not matching, it is made to spell the values out. Raises ValueError for values that cannot be a stage.
+    """
+
+    width: int
+    height: int
+    tokens: int
+    mu: float | None
+    sigmas: tuple[float, ...]
+    solver: str
+    guidance: float
+    forwards: int
+    recipe: str = ""
+    guided: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_side(self.width, "width")
+        check_side(self.height, "height")
+        check_whole(self.tokens, "tokens", 1)
+        check_whole(self.forwards, "forwards", 0)
+        check_solver(self.solver)
+        check_finite(self.guidance, "guidance")
+        if self.mu is not None:
+            check_finite(self.mu, "mu")
+        object.__setattr__(self, "guided", checked_interval(self.guided))
+        sigmas = validate_sigmas(self.sigmas, "sigmas") if self.sigmas else ()
+        object.__setattr__(self, "sigmas", sigmas)
+        if not self.recipe or sigmas_from_recipe(self.recipe) != sigmas:
+            object.__setattr__(self, "recipe", explicit_recipe(sigmas))
+
+    @property
+    def steps(self) -> int:
+        """Solver steps: one less than there are sigmas."""
+        return max(len(self.sigmas) - 1, 0)
+
+    @property
+    def always_guided(self) -> bool:
+        """Whether guidance is in force at every level of the list."""
+        return all(self.guided[0] <= sigma <= self.guided[1] for sigma in self.sigmas[:-1])
+
+    def guidance_at(self, sigma: float) -> float:
+        """The guidance in force at flow sigma `sigma`: the stage's, or 1, which is off."""
+        # Levels go through float32 on their way to the network.
+        return self.guidance if self.guided[0] - 1e-6 <= sigma <= self.guided[1] + 1e-6 else 1.0
+
+    @property
+    def start_sigma(self) -> float:
+        """The noise level at which the stage starts; 0.0 for a stage without steps."""
+        return self.sigmas[0] if self.sigmas else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPlan:
+    """A whole run. `stages[0]` runs from pure noise to a clean image; each later one refines the enlarged result.
+
+    `requested_width` and `requested_height` are what was asked for, `width` and `height` what is made.
+    `posterior`: take the mode of the VAE encoder's distribution or a sample of it. `native_steps` and `native_forwards`
+    describe plain sampling at the final size, to which costs are compared. One forward on n tokens, text included,
+    costs n (1 + `attention` n) in units that cancel. `tile`: side in pixels of the tiles that the network sees in later
+    stages larger than that, 0 for whole pictures. `notes` are sentences for the user; they are no part of equality.
+    """
+
+    family: str
+    preset: str
+    requested_width: int
+    requested_height: int
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    seed_rule: SeedRule = "offset"
+    posterior: Posterior = "mode"
+    native_steps: int = 50
+    native_forwards: int = 50
+    text_tokens: int = 0
+    attention: float = 0.0
+    tile: int = 0
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("family", "preset"):
+            if not NAME.fullmatch(getattr(self, name)):
+                raise MrFlowError(f"{name} must be a plain name such as 'flux1-dev', got {getattr(self, name)!r}.")
+        check_side(self.requested_width, "requested_width")
+        check_side(self.requested_height, "requested_height")
+        _check_stages(self.stages)
+        check_whole(self.seed, "seed", 0, MAX_SEED)
+        check_choice(self.seed_rule, "seed_rule", ("offset", "hash"))
+        check_choice(self.posterior, "posterior", ("mode", "sample"))
+        check_whole(self.native_steps, "native_steps", 1)
+        check_whole(self.native_forwards, "native_forwards", 1)
+        check_whole(self.text_tokens, "text_tokens", 0)
+        check_finite(self.attention, "attention")
+        if self.attention < 0:
+            raise MrFlowError(f"attention must not be negative, got {self.attention!r}.")
+        check_tile(self.tile)
+
+    @property
+    def width(self) -> int:
+        """Width in pixels of the image as it is made."""
+        return self.stages[-1].width
+
+    @property
+    def height(self) -> int:
+        """Height in pixels of the image as it is made."""
+        return self.stages[-1].height
+
+    @property
+    def forwards(self) -> int:
+        """Network evaluations per image over all stages."""
+        return sum(stage.forwards for stage in self.stages)
+
+    @property
+    def cost_ratio(self) -> float:
+        """Expected cost of native sampling over that of this plan, counting the network only."""
+        return self.native_forwards / sum(self.stage_costs())
+
+    def stage_costs(self) -> tuple[float, ...]:
+        """Network cost of each stage in native forwards, that is, in evaluations at the final size."""
+        final = self._forward_weight(self.stages[-1].tokens)
+        weights = (sum(map(self._forward_weight, self.tile_tokens(index))) for index in range(len(self.stages)))
+        return tuple(stage.forwards * (weight / final) for stage, weight in zip(self.stages, weights, strict=True))
+
+    def tiled(self, index: int) -> bool:
+        """Whether the network sees stage `index` (0 is the first, which is always whole) in tiles."""
+        return index > 0 and 0 < self.tile < max(self.stages[index].width, self.stages[index].height)
+
+    def tile_tokens(self, index: int) -> tuple[int, ...]:
+        """Image tokens of each forward that one evaluation of stage `index` takes: one, or one for every tile."""
+        stage = self.stages[index]
+        if not self.tiled(index):
+            return (stage.tokens,)
+        grid = round(math.sqrt(stage.width * stage.height / stage.tokens))
+        return tuple(wide * high // grid**2 for wide, high in tile_sides(stage.width, stage.height, self.tile, grid))
+
+    def _forward_weight(self, tokens: int) -> float:
+        total = tokens + self.text_tokens
+        return total * (1.0 + self.attention * total)
+
+    def to_string(self) -> str:
+        """The plan in one short line without commas, colons or quotes, for image metadata; `notes` are left out."""
+        parts = [
+            FORMAT,
+            self.family,
+            self.preset,
+            f"{self.requested_width}x{self.requested_height}",
+            f"seed {self.seed} {self.seed_rule}",
+            f"{self.posterior} tile {self.tile}" if self.tile else self.posterior,
+            f"native {self.native_steps} {self.native_forwards}",
+            f"cost {self.text_tokens} {self.attention!r}",
+            *(stage_to_string(stage) for stage in self.stages),
+        ]
+        text = ";".join(parts)
+        return f"{text};#{checksum(text, self.stages)}"
+
+    @classmethod
+    def from_string(cls, text: str) -> StagedPlan:
+        """The plan that `to_string` wrote. Raises ValueError for other text, or if its checksum does not fit."""
+        body, mark, written = text.strip().partition(";#")
+        try:
+            version, family, preset, size, seed, posterior, native, cost, *stages = body.split(";")
+            if version != FORMAT:
+                raise MrFlowError(f"it begins with {version!r}, not {FORMAT!r}")
+            width, height = parse_size(size)
+            seed_value, seed_rule = split_words(seed, "seed", 2)
+            native_steps, native_forwards = split_words(native, "native", 2)
+            text_tokens, attention = split_words(cost, "cost", 2)
+            posterior, _, tile = posterior.partition(" tile ")
+            plan = cls(
+                family=family,
+                preset=preset,
+                requested_width=width,
+                requested_height=height,
+                stages=tuple(Stage(**stage_from_string(stage)) for stage in stages),
+                seed=int(seed_value),
+                seed_rule=cast(SeedRule, seed_rule),
+                posterior=cast(Posterior, posterior),
+                native_steps=int(native_steps),
+                native_forwards=int(native_forwards),
+                text_tokens=int(text_tokens),
+                attention=float(attention),
+                tile=int(tile or 0),
+            )
+        except ValueError as error:
+            raise MrFlowError(f"plan string {shorten(text)!r} cannot be read: {error}") from error
+        if mark and written != checksum(body, plan.stages):
+            raise MrFlowError(
+                f"plan string {shorten(text)!r} was edited or written by a version with other schedules; "
+                "delete its end from ';#' on to use it all the same."
+            )
+        return replace(plan, notes=plan_notes(plan))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain lists, numbers and strings, with the keys of `mrflow plan --json` and all that is needed to
+        read it back."""
+        return {
+            "family": self.family,
+            "preset": self.preset,
+            "cost_ratio": self.cost_ratio,
+            "plan": self.to_string(),
+            "stages": [stage_to_dict(stage) for stage in self.stages],
+            "requested": {"width": self.requested_width, "height": self.requested_height},
+            "forwards": self.forwards,
+            **{name: getattr(self, name) for name in PLAN_NUMBERS},
+            "tile": self.tile,
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as one line of JSON."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> StagedPlan:
+        """The plan that `to_json` wrote, from its numbers, not its `plan` line. Raises ValueError for other text."""
+        try:
+            data = cast("Mapping[str, Any]", json.loads(text))
+            return cls(
+                family=data["family"],
+                preset=data["preset"],
+                requested_width=data["requested"]["width"],
+                requested_height=data["requested"]["height"],
+                stages=tuple(Stage(**stage_from_dict(stage)) for stage in data["stages"]),
+                **{name: data[name] for name in PLAN_NUMBERS},
+                tile=data.get("tile", 0),
+                notes=tuple(str(note) for note in data["notes"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise MrFlowError(f"plan JSON {shorten(text)!r} cannot be read: {error!r}.") from error
+
+
+def _check_stages(stages: Sequence[Stage]) -> None:
+    if not stages:
+        raise MrFlowError("stages must hold at least one stage, got none.")
+    if not stages[0].sigmas or stages[0].sigmas[0] != 1.0:
+        raise MrFlowError(f"stage 1 must start at sigma 1.0, got {stages[0].start_sigma!r}; later stages start lower.")
+    for number, stage in enumerate(stages[1:], start=2):
+        if stage.sigmas and stage.sigmas[0] >= 1.0:
+            raise MrFlowError(f"stage {number} must start below sigma 1.0, got {stage.start_sigma!r}.")

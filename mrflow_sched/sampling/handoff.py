@@ -1,0 +1,124 @@
+"""How one stage becomes the next: super-resolution in pixel space, encode, noise.
+
+The image comes in decoded, since the sampler shows and keeps it anyway. Everything stays float32 on its device: no
+8-bit rounding between the low-resolution decoder and the high-resolution encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.cancel import stop_if
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.sampling.noise import add_noise, draw_noise
+from mrflow_sched.upscaling.fit import upscale_to
+
+if TYPE_CHECKING:
+    from mrflow_sched.plan.stages import Stage
+    from mrflow_sched.sampling.engine import Engine
+    from mrflow_sched.upscaling.role import PixelUpscaler
+from mrflow_sched.sampling.memory import within_memory
+
+PARTS = ("upscale", "encode", "noise")
+
+
+@dataclass(frozen=True)
+class HandoffResult:
+    """What a handoff made.
+
+    `latents` (B, *latent_shape, float32): where the stage starts, noised to its `start_sigma` (to the equal
+    signal-to-noise sigma_ve for variance-exploding models). `encoded`: the same before noise. Both are None where the
+    stage takes no step. `image` (B, 3, H, W, float32 in [0, 1]): the upscaled picture. `warnings`: sentences for the
+    user.
+    """
+
+    latents: Tensor | None
+    image: Tensor
+    encoded: Tensor | None
+    warnings: tuple[str, ...] = ()
+
+
+def handoff(
+    engine: Engine,
+    images: Tensor,
+    stage: Stage,
+    upscaler: PixelUpscaler | None,
+    *,
+    seeds: Sequence[int],
+    posterior: str = "mode",
+    on_part: Callable[[str], object] | None = None,
+    on_image: Callable[[Tensor], object] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> HandoffResult:
+    """Carry finished `images` (B, 3, h, w, float32 in [0, 1]) to the start of `stage`: upscale, encode, add noise.
+
+    x = (1 - start_sigma) E(U(image)) + start_sigma noise (arXiv 2607.01642, section 1.2 of the specification).
+    `seeds` holds one noise seed per image, already those of this stage (`noise.stage_seed`). `upscaler` None means
+    Lanczos. `posterior` "sample" draws from the encoder's distribution with the first numbers of each seed, and the
+    noise is the numbers after them, as in the official scripts. `on_part(name)` is called as each of `PARTS`
+    begins, `on_image` with the upscaled picture as soon as it is there; `cancel` is polled between parts, images
+    and tiles, and where it answers True the handoff raises `solvers.Cancelled`. A stage without sigmas keeps the
+    upscaled image: no encode. Raises ValueError for arguments that do not fit and MemoryError where even one image
+    at a time, in tiles where the engine has them, does not fit.
+    """
+    if len(seeds) != images.shape[0]:
+        raise MrFlowError(f"seeds must hold one seed per image, got {len(seeds)} for {images.shape[0]} images.")
+    if posterior not in ("mode", "sample"):
+        raise MrFlowError(f"posterior must be 'mode' or 'sample', got {posterior!r}.")
+    begin = on_part or _ignore
+    warnings: list[str] = []
+    begin("upscale")
+    enlarged = upscale_to(images, stage.width, stage.height, upscaler, cancel=cancel, warn=warnings.append)
+    if on_image is not None:
+        on_image(enlarged)
+    if not stage.sigmas:
+        return HandoffResult(None, enlarged, None, tuple(warnings))
+    begin("encode")
+    stop_if(cancel)
+    encoded = encode_images(engine, enlarged, posterior, seeds, cancel=cancel, warn=warnings.append)
+    begin("noise")
+    stop_if(cancel)
+    noise = stage_noise(encoded.shape[1:], posterior, seeds, device=encoded.device)
+    latents = add_noise(encoded, noise, stage.sigmas[0], engine.family.prediction)
+    return HandoffResult(latents, enlarged, encoded, tuple(warnings))
+
+
+def stage_noise(
+    shape: Sequence[int], posterior: str, seeds: Sequence[int], *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Noise (B, *shape) for latents that were encoded with the same `posterior` and `seeds`.
+
+    Latents and noise have one shape, so a posterior that was drawn took the very numbers that the noise would be.
+    """
+    return draw_noise(shape, seeds, after=1 if posterior == "sample" else 0, device=device)
+
+
+def encode_images(
+    engine: Engine,
+    images: Tensor,
+    posterior: str,
+    seeds: Sequence[int],
+    *,
+    cancel: Callable[[], bool] | None = None,
+    warn: Callable[[str], object] | None = None,
+) -> Tensor:
+    """Latents (B, *latent_shape, float32) of `images` within memory; "sample" draws with `seeds`, one per image."""
+    draws = seeds if posterior == "sample" else None
+    height, width = images.shape[-2:]
+    return within_memory(
+        lambda able, part: able.encode(images[part], posterior=posterior, seeds=draws and draws[part]),
+        engine,
+        len(images),
+        f"encoding one image of {width}x{height}",
+        cancel=cancel,
+        warn=warn,
+    )
+
+
+def _ignore(name: str) -> None:
+    pass

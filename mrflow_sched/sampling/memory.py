@@ -1,0 +1,68 @@
+"""Work within the memory that there is: the whole batch, image by image, in tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.cancel import stop_if
+from mrflow_sched._runtime.memory import free_memory, is_memory_error
+from mrflow_sched.sampling.engine import TilingEngine
+
+if TYPE_CHECKING:
+    from mrflow_sched.sampling.engine import Engine
+
+
+def within_memory(
+    work: Callable[[Engine, slice], Tensor],
+    engine: Engine,
+    batch: int,
+    what: str,
+    *,
+    tiles: bool = True,
+    cancel: Callable[[], bool] | None = None,
+    warn: Callable[[str], object] | None = None,
+) -> Tensor:
+    """`work(engine, images)` for a whole batch; where memory runs out, image by image, then with a VAE in tiles.
+
+    `images` is the slice of the batch to work on; `tiles=False` is for work of which a VAE has no part. `warn` hears a
+    sentence where tiles were needed, since they can leave faint seams. Raises MemoryError naming `what` where nothing
+    fits; other errors pass through.
+    """
+    whole = _attempt(work, engine, slice(0, batch))
+    if whole is not None:
+        return whole
+    parts: list[Tensor] = []
+    able: Engine | None = engine
+    if batch == 1:
+        able = _in_tiles(engine, tiles)
+    while able is not None and len(parts) < batch:
+        stop_if(cancel)
+        part = _attempt(work, able, slice(len(parts), len(parts) + 1))
+        if part is not None:
+            parts.append(part)
+        else:
+            able = _in_tiles(able, tiles)
+    if len(parts) < batch:
+        raise MemoryError(f"memory ran out while {what}; choose a smaller size or free memory.")
+    if able is not engine and warn is not None:
+        warn(f"memory ran out while {what}; it was done in tiles, whose seams may show faintly.")
+    return torch.cat(parts)
+
+
+def _in_tiles(engine: Engine, wanted: bool) -> Engine | None:
+    return engine.in_tiles() if wanted and isinstance(engine, TilingEngine) else None
+
+
+def _attempt(work: Callable[[Engine, slice], Tensor], engine: Engine, images: slice) -> Tensor | None:
+    """What `work` gives, or None where memory ran out; by then the failed attempt's tensors are gone."""
+    try:
+        return work(engine, images)
+    except Exception as error:
+        if not is_memory_error(error):
+            raise
+    free_memory(engine.device)
+    return None

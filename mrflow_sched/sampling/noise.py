@@ -1,0 +1,196 @@
+"""Noise: where it comes from, how it is mixed in, and how a network's output becomes a clean estimate.
+
+Three kinds of network output meet here (`prediction`):
+
+* "flow": x = (1 - sigma) x0 + sigma noise, output velocity = noise - x0.
+* "epsilon" and "v" (variance exploding, SD1.5 and SDXL): x = x0 + sigma_ve noise, in k-diffusion's scaling.
+
+A plan always speaks flow sigma. A variance-exploding level with the same signal-to-noise ratio is
+sigma_ve = sigma / (1 - sigma). `add_noise` takes the plan's sigma and converts; `to_denoised` takes the level the
+engine was called with, which is sigma_ve for "epsilon" and "v" (`model_sigmas` converts a whole list).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.families import Prediction
+from mrflow_sched.plan.schedule import scaled_linear_ve
+
+__all__ = [
+    "add_noise",
+    "denoised_to_velocity",
+    "draw_noise",
+    "model_sigmas",
+    "sigma_to_ve",
+    "stage_seed",
+    "to_denoised",
+    "ve_to_sigma",
+]
+
+Level = TypeVar("Level", float, Tensor)
+
+_SEED_RANGE = 2**63
+
+
+# ------------------------------------------------------------------------------------------------------------ levels
+
+
+def sigma_to_ve(sigma: Level) -> Level:
+    """The sigma_ve with the signal-to-noise ratio of flow `sigma`: sigma / (1 - sigma). Floats or tensors in [0, 1).
+
+    For a float, 1 gives infinity: pure noise, which no finite sigma_ve is. Raises ValueError for a float outside [0,
+    1].
+    """
+    if isinstance(sigma, Tensor):
+        return sigma / (1.0 - sigma)
+    if not 0.0 <= sigma <= 1.0:
+        raise MrFlowError(f"sigma must lie between 0 and 1, got {sigma!r}; it is the fraction of noise.")
+    return math.inf if sigma == 1.0 else sigma / (1.0 - sigma)
+
+
+def ve_to_sigma(sigma_ve: Level) -> Level:
+    """The inverse of `sigma_to_ve`: sigma_ve / (1 + sigma_ve). Raises ValueError for a negative float or NaN."""
+    if isinstance(sigma_ve, Tensor):
+        return sigma_ve / (1.0 + sigma_ve)
+    if not sigma_ve >= 0.0:
+        raise MrFlowError(f"sigma_ve must not be negative, got {sigma_ve!r}; it is the noise's standard deviation.")
+    return 1.0 if math.isinf(sigma_ve) else sigma_ve / (1.0 + sigma_ve)
+
+
+def model_sigmas(sigmas: Sequence[float], prediction: Prediction) -> tuple[float, ...]:
+    """A plan's sigma list in the model's own measure: as it is for "flow", sigma_ve for "epsilon" and "v".
+
+    Pure noise (1.0) becomes the largest sigma_ve such models were trained with, 14.6.
+    """
+    _check_prediction(prediction)
+    if prediction == "flow":
+        return tuple(float(sigma) for sigma in sigmas)
+    largest = scaled_linear_ve()[-1]
+    return tuple(min(sigma_to_ve(float(sigma)), largest) for sigma in sigmas)
+
+
+# ----------------------------------------------------------------------------------------------------------- mixing
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor, prediction: Prediction = "flow") -> Tensor:
+    """Clean latents `x0` (B, ...) with `noise` of the same shape mixed in at the plan's flow `sigma` (float, or (B,)).
+
+    "flow": (1 - sigma) x0 + sigma noise. "epsilon", "v": x0 + sigma_ve noise at equal signal-to-noise ratio.
+    Computed and returned in float32 (float64 stays float64). Raises ValueError for shapes or levels that do not fit.
+    """
+    _check_prediction(prediction)
+    if x0.shape != noise.shape:
+        raise MrFlowError(f"noise must have the shape of x0, got {tuple(noise.shape)} for {tuple(x0.shape)}.")
+    clean = _state(x0)
+    level = _spread(sigma, clean)
+    if not bool(((level >= 0) & (level <= 1)).all()):
+        raise MrFlowError(f"sigma must lie between 0 and 1, got {sigma!r}; it is the fraction of noise.")
+    mixed_in = noise.to(clean)
+    if prediction == "flow":
+        return (1.0 - level) * clean + level * mixed_in
+    return clean + sigma_to_ve(level).clamp(max=scaled_linear_ve()[-1]) * mixed_in
+
+
+def to_denoised(output: Tensor, x: Tensor, sigma: float | Tensor, prediction: Prediction = "flow") -> Tensor:
+    """The clean estimate that a network's raw `output` at noisy `x` (B, ...) stands for.
+
+    `sigma` (float or (B,)) is the level the model was called with: flow sigma for "flow", sigma_ve for the others.
+    "flow": x - sigma v. "epsilon": x - sigma_ve eps. "v": x / (s^2 + 1) - v s / sqrt(s^2 + 1) with s = sigma_ve
+    (Salimans and Ho 2022, in variance-exploding scaling). Returns float32 (float64 stays float64).
+    """
+    _check_prediction(prediction)
+    state = _state(x)
+    level, raw = _spread(sigma, state), output.to(state)
+    if prediction == "v":
+        power = level**2 + 1.0
+        return state / power - raw * level / power.sqrt()
+    return state - level * raw
+
+
+def denoised_to_velocity(denoised: Tensor, x: Tensor, sigma: float | Tensor) -> Tensor:
+    """The direction dx/d sigma of the sampling path at `x` (B, ...): (x - denoised) / sigma, for sigma > 0.
+
+    For flow models this is the velocity noise - x0; for sigma_ve it is the noise. Raises ValueError for sigma <= 0.
+    """
+    state = _state(x)
+    level = _spread(sigma, state)
+    if not bool((level > 0).all()):
+        raise MrFlowError(f"sigma must be above 0, got {sigma!r}; a clean image has no velocity.")
+    return (state - denoised.to(state)) / level
+
+
+# ---------------------------------------------------------------------------------------------------------- randomness
+
+
+def stage_seed(seed: int, image: int, stage: int, rule: str = "offset") -> int:
+    """The seed of the noise of stage `stage` (0 is the first) for image `image` of a batch (0 is the first).
+
+    "offset": seed + image + stage, so a refine stage uses the seed after its stage 1, as the official scripts do. Image
+    i + 1's stage 1 then shares a seed with image i's stage 2; the tensors differ in shape, which makes this harmless.
+    "hash": 63 bits of BLAKE2 of the three numbers, unrelated for every stage and image.
+    Returns an integer from 0 to 2^63 - 1. Raises ValueError for an unknown rule or a negative image or stage.
+    """
+    if image < 0 or stage < 0:
+        raise MrFlowError(f"image and stage must be 0 or more, got image {image!r} and stage {stage!r}.")
+    if rule == "offset":
+        return (seed + image + stage) % _SEED_RANGE
+    if rule == "hash":
+        digest = hashlib.blake2b(f"{seed}/{image}/{stage}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % _SEED_RANGE
+    raise MrFlowError(f"seed_rule must be 'offset' or 'hash', got {rule!r}.")
+
+
+def draw_noise(
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    after: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise (B, *shape), one sample per seed, each from its own generator.
+
+    Drawn on the CPU in float32 and then moved, so a batch equals its images made one by one, and every device sees the
+    same numbers. No global random state is read or changed. `after` tensors of this shape are drawn and left out
+    before: those that somebody else took from the same seed.
+    """
+    if not seeds:
+        raise MrFlowError("seeds must hold at least one seed, got none; give one seed per image.")
+    samples: list[Tensor] = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(after):
+            torch.randn(tuple(shape), generator=generator)
+        samples.append(torch.randn(tuple(shape), generator=generator, dtype=torch.float32))
+    return torch.stack(samples).to(device=device, dtype=dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _state(x: Tensor) -> Tensor:
+    """`x` in the solver's state precision: float32, or float64 where the caller already works in it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _spread(sigma: float | Tensor, like: Tensor) -> Tensor:
+    """A level per batch or per sample, shaped to multiply `like` (B, ...)."""
+    level = torch.as_tensor(sigma, dtype=like.dtype, device=like.device)
+    if level.ndim == 0:
+        return level
+    if level.ndim != 1 or level.shape[0] not in (1, like.shape[0]):
+        raise MrFlowError(f"sigma must be a number or hold one per sample, got shape {tuple(level.shape)}.")
+    return level.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def _check_prediction(prediction: str) -> None:
+    if prediction not in ("flow", "epsilon", "v"):
+        raise MrFlowError(f"prediction must be 'flow', 'epsilon' or 'v', got {prediction!r}.")

@@ -1,0 +1,115 @@
+"""Enlarging to an exact size with a model of any scale."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mrflow_sched._runtime.cancel import Cancel, Warn, ignore, stop_if
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.memory import free_memory, is_memory_error
+from mrflow_sched.plan.sizes import fit_box
+from mrflow_sched.upscaling.lanczos import LanczosUpscaler, resize_lanczos
+from mrflow_sched.upscaling.model import ModelUpscaler
+from mrflow_sched.upscaling.role import PixelUpscaler, check_images
+
+NO_MODEL = (
+    "no super-resolution model was given, so the picture was enlarged with Lanczos, which leaves fine detail soft; "
+    "give an ESRGAN-type file (.safetensors or .pth) for sharper results."
+)
+
+
+# ---------------------------------------------------------------------------------------------------- exact target size
+
+
+def upscale_to(
+    images: Tensor,
+    width: int,
+    height: int,
+    upscaler: PixelUpscaler | None = None,
+    *,
+    cancel: Cancel | None = None,
+    warn: Warn | None = None,
+) -> Tensor:
+    """`images` (B, 3, h, w, float in [0, 1]) as (B, 3, height, width) float32 in [0, 1], on the same device.
+
+    The model runs until its result is nearest the needed factor (on a ratio scale); bicubic resizing with antialiasing,
+    in float32, does the rest either way. Where the shapes differ the picture fills the target and is cropped at the
+    centre (`plan.fit_box`). None and `LanczosUpscaler` resize with Lanczos, and `warn` hears so. `warn` gets one
+    sentence at a time. Raises ValueError for bad sizes or images, MemoryError, and `solvers.Cancelled` once `cancel`
+    answers True.
+    """
+    check_images(images)
+    say = warn or ignore
+    now_height, now_width = images.shape[-2:]
+    wide, high, left, top = fit_box(now_width, now_height, width, height)
+    stop_if(cancel)
+    result = images.float()
+    if upscaler is None or isinstance(upscaler, LanczosUpscaler):
+        if wide > now_width or high > now_height:
+            say(NO_MODEL)
+        result = resize_lanczos(result, wide, high)
+    else:
+        for _ in range(_passes(max(wide / now_width, high / now_height), upscaler.scale)):
+            stop_if(cancel)
+            result = _apply(upscaler, result, cancel, say)
+        result = _resize_bicubic(result, wide, high)
+    return result[..., top : top + height, left : left + width].clamp(0, 1).contiguous()
+
+
+def _apply(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None, say: Warn) -> Tensor:
+    if isinstance(upscaler, ModelUpscaler):
+        return upscaler.run(images, cancel=cancel, warn=say)
+    result = _whole_or_one_by_one(upscaler, images, cancel)
+    expected = (*images.shape[:2], *(side * upscaler.scale for side in images.shape[-2:]))
+    if result.shape != expected:
+        raise MrFlowError(
+            f"the upscaler {upscaler.name} gave shape {tuple(result.shape)} where its scale {upscaler.scale} "
+            f"asks for {expected}; correct its scale."
+        )
+    return result.to(images)
+
+
+def _whole_or_one_by_one(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None) -> Tensor:
+    """Somebody else's upscaler: a batch that does not fit into memory goes through image by image."""
+    for size in dict.fromkeys((len(images), 1)):
+        try:
+            done: list[Tensor] = []
+            for first in range(0, len(images), size):
+                stop_if(cancel)
+                done.append(upscaler(images[first : first + size]))
+            return torch.cat(done)
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+        free_memory(images.device)
+    height, width = images.shape[-2:]
+    raise MemoryError(
+        f"memory ran out while the upscaler {upscaler.name} enlarged {width}x{height} pixels; free memory, or choose a "
+        "smaller size or upscaler."
+    )
+
+
+def _passes(factor: float, scale: int) -> int:
+    """How often to run a model of `scale` for `factor`: once where it enlarges at all, more while that comes nearer.
+
+    Nearer on a ratio scale: another pass where more than sqrt(scale) is left, since too large is resized down to the
+    target, sharp, and too small is stretched up to it, soft. A restoration model (scale 1) runs once.
+    """
+    if scale == 1:
+        return 1
+    if factor <= 1:
+        return 0
+    passes = 1
+    while factor / scale**passes > math.sqrt(scale):
+        passes += 1
+    return passes
+
+
+def _resize_bicubic(images: Tensor, width: int, height: int) -> Tensor:
+    if images.shape[-2:] == (height, width):
+        return images
+    return functional.interpolate(images, (height, width), mode="bicubic", align_corners=False, antialias=True)

@@ -1,0 +1,166 @@
+"""A super-resolution model read by spandrel, run within memory, in tiles where it must be."""
+
+# spandrel ships its types without the marker that says so.
+# pyright: reportMissingTypeStubs=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.tiles import spans
+from mrflow_sched.upscaling.blend import feathered
+
+if TYPE_CHECKING:
+    from spandrel import ImageModelDescriptor
+from mrflow_sched._runtime.cancel import Cancel, Warn, ignore, stop_if
+from mrflow_sched._runtime.memory import free_memory, is_memory_error
+from mrflow_sched.upscaling.role import check_images
+
+MIN_TILE = 16
+# Tile sides tried, from large to small, after the full frame ran out of memory.
+FALLBACK_TILES = (1024, 512, 256, 128, 64)
+# Purely convolutional: these run a third faster with channels last; others may rely on the plain layout.
+CHANNELS_LAST = frozenset({"ESRGAN", "Compact"})
+
+
+@dataclass(frozen=True)
+class ModelUpscaler:
+    """A super-resolution model read by spandrel, ready to run.
+
+    `tile` limits the side, in input pixels, of what the model sees at once; None tries the full frame and goes over to
+    tiles only where memory runs out. Tiles overlap by `overlap` input pixels (at most half a tile) and are blended.
+    Images of a batch go through one by one: that is the contract of spandrel's models, and it makes a batch of N equal
+    N single runs bit for bit.
+    """
+
+    name: str
+    model: ImageModelDescriptor[torch.nn.Module] = field(repr=False)
+    tile: int | None = None
+    overlap: int = 32
+    cancel: Cancel | None = None
+
+    @property
+    def scale(self) -> int:
+        """Output side over input side."""
+        return self.model.scale
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs; images come back to where they were."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision the model runs in."""
+        return self.model.dtype
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) float32 in [0, 1] -> (B, 3, h*scale, w*scale) float32 in [0, 1], on the device of `images`."""
+        return self.run(images)
+
+    @torch.no_grad()
+    def run(self, images: Tensor, *, cancel: Cancel | None = None, warn: Warn | None = None) -> Tensor:
+        """As calling it; `cancel` is polled before every tile, and `warn` hears a sentence where tiles were needed.
+
+        Raises ValueError for images that are not (B, 3, h, w) in float and for a model whose result is not finite,
+        MemoryError where the smallest tile does not fit, and `solvers.Cancelled` once `cancel` answers True.
+        """
+        check_images(images)
+        say = warn or ignore
+        side = self._first_side(max(images.shape[-2:]), say)
+        done: list[Tensor] = []
+        for index in range(len(images)):
+            image = images[index : index + 1].float()
+            result, side = self._fit_memory(image, side, cancel or self.cancel, say)
+            done.append(result)
+        return torch.cat(done).clamp_(0, 1)
+
+    def _first_side(self, longest: int, say: Warn) -> int:
+        """The tile side to begin with; the image's own longest side means the full frame."""
+        if self.tile is None or self.tile >= longest:
+            return longest
+        if self._tiling == "INTERNAL":
+            say(f"the upscaler {self.name} does its own tiling, so the limit of {self.tile} pixels was not applied.")
+            return longest
+        if self._tiling == "DISCOURAGED":
+            say(f"the upscaler {self.name} looks at the whole picture, so tiles of {self.tile} pixels may show.")
+        return self.tile
+
+    def _fit_memory(self, image: Tensor, side: int, cancel: Cancel | None, say: Warn) -> tuple[Tensor, int]:
+        """One image's result in the largest pieces that memory allows, and their side, where the next image begins."""
+        while True:
+            result = self._attempt(image, side, cancel)
+            if result is not None:
+                return result, side
+            smaller = [tile for tile in FALLBACK_TILES if tile < side]
+            if not smaller or self._tiling == "INTERNAL":
+                raise MemoryError(
+                    f"memory ran out while the upscaler {self.name} enlarged {side}x{side} pixels at once; "
+                    "free memory, or choose a smaller size or upscaler."
+                )
+            side = smaller[0]
+            say(f"memory ran out in the upscaler {self.name}; the picture was enlarged in tiles of {side} pixels.")
+
+    def _attempt(self, image: Tensor, side: int, cancel: Cancel | None) -> Tensor | None:
+        """The result in pieces of at most `side`, or None where memory ran out; its tensors are gone by then."""
+        try:
+            if side >= max(image.shape[-2:]):
+                stop_if(cancel)
+                return self._piece(image)
+            return self._tiled(image, side, cancel)
+        except Exception as error:
+            if not is_memory_error(error):
+                raise
+        free_memory(self.device)
+        return None
+
+    def _tiled(self, image: Tensor, side: int, cancel: Cancel | None) -> Tensor:
+        """One image through overlapping tiles, blended with weights that fall linearly across each overlap."""
+        height, width = image.shape[-2:]
+        multiple = self.model.size_requirements.multiple_of
+        rows = spans(height, side, self.overlap, multiple)
+        columns = spans(width, side, self.overlap, multiple)
+        scale = self.scale
+        total = image.new_zeros((1, 3, height * scale, width * scale))
+        weight = image.new_zeros((1, 1, height * scale, width * scale))
+        for (top, bottom), down in feathered(rows, scale):
+            for (left, right), across in feathered(columns, scale):
+                stop_if(cancel)
+                piece = self._piece(image[..., top:bottom, left:right])
+                mask = (down[:, None] * across).to(image.device)
+                area = (..., slice(top * scale, bottom * scale), slice(left * scale, right * scale))
+                total[area] += piece * mask
+                weight[area] += mask
+        return total / weight
+
+    def _piece(self, image: Tensor) -> Tensor:
+        """One forward of the model, back on the image's device in float32."""
+        layout = torch.channels_last if self._id in CHANNELS_LAST else torch.contiguous_format
+        ready = image.to(self.device, self.dtype).contiguous(memory_format=layout)
+        result = self.model(ready).to(image.device, torch.float32)
+        if not bool(result.isfinite().all()):
+            raise MrFlowError(
+                f"the upscaler {self.name} gave values that are not finite in {str(self.dtype)[6:]}; "
+                "load it with dtype='float32', or use another file."
+            )
+        return result
+
+    @property
+    def _tiling(self) -> str:
+        return self.model.tiling.name
+
+    @property
+    def _id(self) -> str:
+        return str(self.model.architecture.id)
+
+
+def check_tile_and_overlap(tile: int | None, overlap: int) -> None:
+    if tile is not None and tile < MIN_TILE:
+        raise MrFlowError(f"tile must be {MIN_TILE} pixels or more, got {tile!r}; leave it out for the full frame.")
+    if overlap < 0:
+        raise MrFlowError(f"overlap must be 0 pixels or more, got {overlap!r}.")
