@@ -373,7 +373,9 @@ def test_dtype_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_the_module_imports_no_model_library() -> None:
-    code = "import sys, mrflow_sched.engines.diffusers.flux; "
+    code = (
+        "import sys, mrflow_sched.engines.diffusers.flux; "
         "print([n for n in ('diffusers', 'transformers') if n in sys.modules])"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
