@@ -400,9 +400,9 @@ def test_generate_native_needs_no_upscaler(mrflow: Any, tmp_path: Path) -> None:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *numbers: int, width: int = 32) -> None:
     """Make the decoder return no numbers for those images of a batch, at that size."""
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
+    from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
-    usual = FluxEngine.decode
+    usual = PipelineEngine.decode
 
     def decode(self: Any, latents: Any) -> Any:
         images = usual(self, latents).clone()
@@ -410,7 +410,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *numbers: int, width: int = 32) -> No
             images[number] = float("nan")
         return images
 
-    monkeypatch.setattr(FluxEngine, "decode", decode)
+    monkeypatch.setattr(PipelineEngine, "decode", decode)
 
 
 def test_one_bad_picture_does_not_lose_the_others(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,18 +550,18 @@ def test_the_bar_is_on_stderr_and_only_when_wanted(mrflow: Any, tmp_path: Path) 
 
 def press_at(monkeypatch: pytest.MonkeyPatch, forward: int, presses: int = 1) -> None:
     """Press Ctrl-C while the network makes its `forward`-th evaluation."""
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
+    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-    usual, count = FluxEngine.denoise, [0]
+    usual, count = FluxTransformer2DModel.forward, [0]
 
-    def denoise(self: Any, *args: Any, **words: Any) -> Any:
+    def forward(self: Any, *args: Any, **words: Any) -> Any:
         count[0] += 1
         if count[0] == forward:
             for _ in range(presses):
                 signal.raise_signal(signal.SIGINT)
         return usual(self, *args, **words)
 
-    monkeypatch.setattr(FluxEngine, "denoise", denoise)
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", forward)
 
 
 def test_ctrl_c_keeps_the_best_picture_so_far(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

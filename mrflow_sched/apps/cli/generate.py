@@ -16,7 +16,6 @@ from mrflow_sched.plan.stages import StagedPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
     from mrflow_sched.sampler import StagedResult
     from mrflow_sched.sampling.progress import Progress
@@ -111,7 +110,7 @@ def _read_record(path: Path) -> RunRecord:
 
 
 def _sample(
-    engine: FluxEngine | PipelineEngine,
+    engine: PipelineEngine,
     job: Job,
     upscaler: PixelUpscaler | None,
     callback: Callable[[Progress], None],

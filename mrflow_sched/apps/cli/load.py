@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from mrflow_sched.plan.families import FAMILIES
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
     from mrflow_sched.plan.families import Family
     from mrflow_sched.upscaling.role import PixelUpscaler
@@ -50,23 +48,9 @@ def model_family(args: argparse.Namespace) -> str | Family:
                 f"--family is {args.family!r}, but the embedded model is of family demo; give --model DIR."
             )
         return "demo"
-    if _is_flux(args.model):
-        from mrflow_sched.engines.diffusers.flux import read_family
-
-        found = read_family(args.model)
-        return args.family or found
     from mrflow_sched.engines.diffusers.folder import read_layout
 
     return read_layout(args.model, args.family).family
-
-
-def _is_flux(folder: str) -> bool:
-    """Whether a model folder is of FLUX.1, or of nothing that can be named, of which that engine tells best."""
-    try:
-        index: Any = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
-        return index.get("_class_name", "FluxPipeline") == "FluxPipeline"
-    except (OSError, ValueError, AttributeError):
-        return True
 
 
 def find_upscaler(args: argparse.Namespace, source: RunRecord | None = None) -> Path | None:
@@ -89,7 +73,7 @@ def find_upscaler(args: argparse.Namespace, source: RunRecord | None = None) -> 
 
 def load_parts(
     args: argparse.Namespace, job: Job, upscaler_path: Path | None
-) -> tuple[FluxEngine | PipelineEngine, PixelUpscaler | None]:
+) -> tuple[PipelineEngine, PixelUpscaler | None]:
     from mrflow_sched.upscaling.load import load_upscaler
 
     device, dtype = args.device, args.dtype
@@ -122,31 +106,23 @@ def _use_threads(record: RunRecord) -> None:
         torch.set_num_threads(record.threads)
 
 
-def load_engine(args: argparse.Namespace, device: str, dtype: str, family: str | None) -> FluxEngine | PipelineEngine:
+def load_engine(args: argparse.Namespace, device: str, dtype: Any, family: str | None) -> PipelineEngine:
     if args.model is None:
         from mrflow_sched import demo
 
         if args.offload_text:
-            say("--offload-text has no effect on the embedded model, whose text encoders are small.")
+            say("--offload-text has no effect on the embedded model, which is small.")
         return demo.load_engine(device=device, dtype=dtype)
-    if not _is_flux(args.model):
-        from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+    from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
-        known = family if family in FAMILIES else None  # a family made from a configuration is made from it again
-        engine = PipelineEngine.from_folder(
-            args.model, device=device, dtype=dtype, family=known, offload=args.offload_text
-        )
-        engine.pipe.set_progress_bar_config(disable=True)
-        return engine
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
-
-    return FluxEngine.from_folder(args.model, device=device, dtype=dtype, family=family, offload_text=args.offload_text)
+    known = family if family in FAMILIES else None  # a family made from a configuration is made from it again
+    return PipelineEngine.from_folder(args.model, device=device, dtype=dtype, family=known, offload=args.offload_text)
 
 
 def make_record(
     args: argparse.Namespace,
     job: Job,
-    engine: FluxEngine | PipelineEngine,
+    engine: PipelineEngine,
     upscaler: PixelUpscaler | None,
     upscaler_path: Path | None,
 ) -> RunRecord:

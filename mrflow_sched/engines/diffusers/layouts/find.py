@@ -96,6 +96,7 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
     Raises ValueError, one sentence, for what is no such pipeline or lacks something.
     """
     _check_pipeline(pipe)
+    family = family or pipe.config.get("_mrflow_family")
     kind = _kind_of(pipe)
     if kind is None:
         if not is_flow(pipe.scheduler):
