@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.plan.schedule import validate_sigmas
+from mrflow_sched.plan.schedule import scaled_linear_ve, validate_sigmas
 
 __all__ = [
     "TIERS",
@@ -25,7 +25,7 @@ __all__ = [
 
 Prediction = Literal["flow", "epsilon", "v"]
 GuidanceKind = Literal["embedded", "cfg", "none"]
-ShiftKind = Literal["none", "static", "exponential", "flux2", "beta", "scaled-linear", "list"]
+ShiftKind = Literal["none", "static", "exponential", "flux2", "beta", "scaled-linear", "zero-snr", "list"]
 
 TIERS = ("fast", "balanced", "best")
 """Names that every family has a preset for; "balanced" is its default."""
@@ -40,9 +40,11 @@ class ShiftRule:
 
     `kind`: "none" evenly spaced; "static" a fixed `shift` >= 1; "exponential" exp(mu) with mu on a line through
     (`base_tokens`, `base_shift`) and (`max_tokens`, `max_shift`); "flux2" its empirical mu of tokens and steps;
-    "beta" Beta(0.6, 0.6) quantiles, then the static `shift`; "scaled-linear" the training betas of SD1.5 and SDXL.
+    "beta" Beta(0.6, 0.6) quantiles, then the static `shift`; "scaled-linear" the training betas of SD1.5 and SDXL;
+    "zero-snr" the same, rescaled to zero terminal SNR.
     `terminal` stretches the schedule so that its last sigma above 0 is this one. `sigma_min` is the last sigma before
-    the shift (None: 1/steps). "list": a distilled model's own sigmas, one of `lists` by step count, each from 1 to 0.
+    the shift (None: 1/steps). `beta` spaces the finished schedule anew between its ends, at quantiles of
+    Beta(beta, beta). "list": a distilled model's own sigmas, one of `lists` by step count, each from 1 to 0.
     """
 
     kind: ShiftKind
@@ -53,7 +55,13 @@ class ShiftRule:
     max_shift: float = 1.15
     terminal: float | None = None
     sigma_min: float | None = None
+    beta: float | None = None
     lists: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def largest_ve(self) -> float:
+        """The sigma_ve that pure noise is told as to models of variance-exploding noise: 14.6, or 4096."""
+        return scaled_linear_ve(self.kind == "zero-snr")[-1]
 
     def __post_init__(self) -> None:
         if (self.kind == "list") != bool(self.lists):

@@ -10,7 +10,7 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts import known
 from mrflow_sched.engines.diffusers.layouts.base import Layout, takes
 from mrflow_sched.engines.diffusers.layouts.generic import generic_layout
-from mrflow_sched.engines.diffusers.layouts.shift import is_flow, shift_rule
+from mrflow_sched.engines.diffusers.layouts.shift import is_flow, shift_rule, ve_rule
 from mrflow_sched.plan.families import Family, Prediction, ShiftRule, family_of_pipeline, get_family
 
 __all__ = ["find_layout"]
@@ -36,7 +36,8 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
     layout: type[Layout] = getattr(known, told.pipeline.layout)
     experimental = told.prediction != "flow"
     if experimental and not is_flow(pipe.scheduler):
-        return layout(pipe, _measured(pipe, replace(found, prediction=_prediction(pipe)), found.shift), True)
+        rule = ve_rule(pipe.scheduler, found.shift)
+        return layout(pipe, _measured(pipe, replace(found, prediction=_prediction(pipe)), rule), True)
     if not is_flow(pipe.scheduler):
         raise MrFlowError(
             f"pipe.scheduler is {type(pipe.scheduler).__name__}, which samples no flow; {type(pipe).__name__} needs a "

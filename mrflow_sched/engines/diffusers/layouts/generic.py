@@ -92,6 +92,10 @@ def generic_layout(pipe: Any, family: str | None) -> Layout:
     shape = _shape(pipe)
     kind = _scaling(pipe, source, shape.packed)
     even = any("linspace" in line and not line.lstrip().startswith("#") for line in source.splitlines())
+    if re.search(
+        r"""config\[["']use_dynamic_shifting["']\]""", source
+    ):  # Bria: its own even list with that option only
+        even = even and bool(pipe.scheduler.config.get("use_dynamic_shifting"))
     known = ShiftRule("flux2") if "compute_empirical_mu" in source else None
     rule = shift_rule(pipe.scheduler, known, even_list=even)
     return kind(pipe, _family(pipe, shape, rule, family), True)
