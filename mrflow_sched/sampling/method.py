@@ -74,7 +74,8 @@ class StageRun:
             Cancelled: The caller wants the run to stop.
         """
         stage, able = self.stage, capabilities_of(self.engine)
-        sigmas = model_sigmas(stage.sigmas, self.engine.family.prediction)
+        family = self.engine.family
+        sigmas = model_sigmas(stage.sigmas, family.prediction, family.shift.largest_ve)
         if around is not None and not able.network_seam:
             raise MrFlowError(
                 f"this method stands between a loop and its network, which {type(self.engine).__name__} has no seam "
@@ -181,7 +182,8 @@ class Plain:
             noise = stage_noise(shape, posterior, run.seeds, device=engine.device)
             fitted = upscale_to(image, stage.width, stage.height)
             clean = encode_images(engine, fitted, posterior, run.seeds, warn=run.hooks.say)
-        return add_noise(clean, noise, stage.start_sigma, engine.family.prediction)
+        family = engine.family
+        return add_noise(clean, noise, stage.start_sigma, family.prediction, family.shift.largest_ve)
 
     def stage(self, run: StageRun, latents: Tensor) -> Tensor:
         """The stage's sigmas with its solver, at one guidance scale."""

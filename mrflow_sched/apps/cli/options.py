@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.plan.checks import SOLVER_NAMES
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
+from mrflow_sched.plan.solver_table import SOLVER_NAMES
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:

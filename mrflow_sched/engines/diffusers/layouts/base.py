@@ -49,11 +49,15 @@ class Layout:
     family: Family
     experimental: bool = False
 
-    # What `pipe.encode_prompt` returns, in order, by the names that `pipe.__call__` takes; "" is not passed on.
-    text_outputs: ClassVar[tuple[str, ...]] = ()
+    @property
+    def text_outputs(self) -> tuple[str, ...]:
+        """What `pipe.encode_prompt` returns, in order, by the names that `pipe.__call__` takes; "" is not passed on."""
+        return () if self.family.pipeline is None else self.family.pipeline.text_outputs
 
-    # Whether the pipeline brings given latents to its network's dtype by itself.
-    casts_latents: ClassVar[bool] = True
+    @property
+    def casts_latents(self) -> bool:
+        """Whether the pipeline brings given latents to its network's dtype by itself; a probed one may not."""
+        return self.family.pipeline is not None and self.family.pipeline.casts_latents
 
     # Which inputs of the network hold image tokens, where a subset of them can be passed.
     tokens: ClassVar[TokenInputs | None] = None
@@ -80,8 +84,13 @@ class Layout:
 
     @property
     def text_length(self) -> int | None:
-        """Most text tokens to ask the pipeline for; None where its own default is right."""
-        return None
+        """Most text tokens to ask the pipeline for, as the family says; None where the pipeline's default is right.
+
+        Fewer where the tokenizer was made for shorter texts.
+        """
+        said = None if self.family.pipeline is None else self.family.pipeline.max_sequence_length
+        longest = getattr(getattr(self.pipe, "tokenizer_2", None), "model_max_length", None)
+        return said if said is None or longest is None else min(int(longest), said)
 
     @property
     def call_names(self) -> frozenset[str]:
@@ -267,7 +276,7 @@ class Layout:
     @property
     def positive_first(self) -> bool:
         """Whether the positive branch comes first where CFG runs both in one batch."""
-        return False
+        return self.family.pipeline is not None and self.family.pipeline.positive_first
 
     def take_rows(self, inputs: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
         """The `rows` of a network's inputs that hold `count` samples; what is not of samples stays as it is."""

@@ -1,6 +1,7 @@
-"""One class for each family whose conventions differ from the plain kind, each named after what it serves.
+"""A class for each family whose conventions differ from the plain kind, which is `Layout` itself. Names of what a
+pipeline takes and gives stand in the family's file.
 
-Source of every convention: the pipeline of the same name in diffusers, and spec 1.6.
+Source of every convention: the pipeline of the same name in diffusers, and docs/method.md, section 1.6.
 """
 
 from __future__ import annotations
@@ -17,18 +18,14 @@ from mrflow_sched.engines.diffusers.layouts.base import Layout
 from mrflow_sched.sampling.network import TokenInputs
 
 __all__ = [
-    "AuraFlowLayout",
-    "ChromaLayout",
     "Flux2KleinLayout",
     "Flux2Layout",
     "FluxLayout",
     "HiDreamLayout",
     "HunyuanImageLayout",
-    "Lumina2Layout",
+    "Layout",
     "PackedLayout",
     "QwenImageLayout",
-    "SanaLayout",
-    "Sd3Layout",
     "StableDiffusionLayout",
     "StableDiffusionXLLayout",
     "VideoVaeLayout",
@@ -59,16 +56,9 @@ class PackedLayout(Layout):
 class FluxLayout(PackedLayout):
     """FLUX.1 in all its text-to-image pipelines: FluxPipeline, with ControlNet or Control, Kontext."""
 
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds", "")
     tokens: ClassVar[TokenInputs | None] = TokenInputs(
         "hidden_states", "img_ids", ("controlnet_block_samples", "controlnet_single_block_samples")
     )
-
-    @property
-    def text_length(self) -> int | None:
-        """The family's: T5 is padded to it. Less where the tokenizer was made for shorter texts."""
-        longest = getattr(getattr(self.pipe, "tokenizer_2", None), "model_max_length", None)
-        return self.family.text_tokens if longest is None else min(int(longest), self.family.text_tokens)
 
     def cut_prompt(self, prompts: Sequence[str], options: Mapping[str, Any]) -> tuple[int, int] | None:
         """By T5's tokens."""
@@ -130,8 +120,6 @@ class VideoVaeLayout(Layout):
 class QwenImageLayout(VideoVaeLayout, PackedLayout):
     """Qwen-Image: true CFG, a video VAE with one frame, statistics per channel."""
 
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_embeds_mask")
-
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
@@ -154,30 +142,6 @@ class QwenImageLayout(VideoVaeLayout, PackedLayout):
         return {"true_cfg_scale": guidance, **embedded}
 
 
-class Sd3Layout(Layout):
-    """Stable Diffusion 3 and 3.5: latents as they are."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    )
-
-
-class ChromaLayout(PackedLayout):
-    """Chroma: FLUX.1's latents, T5 with masks, true CFG."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "",
-        "negative_prompt_attention_mask",
-    )
-
-
 class Flux2Layout(Layout):
     """FLUX.2 dev: 2x2 patches first, then the VAE's running statistics; a latent pixel is a token.
 
@@ -185,8 +149,6 @@ class Flux2Layout(Layout):
     """
 
     tokens: ClassVar[TokenInputs | None] = TokenInputs("hidden_states", "img_ids")
-
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "")
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """(4C, H/16, W/16): what is one channel of the VAE's latents is four here."""
@@ -246,13 +208,6 @@ class ZImageLayout(Layout):
     The pipeline's scale g means p + g (p - n): its 5.0 is what others call a CFG scale of 6. Plans keep its numbers.
     """
 
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
-
-    @property
-    def positive_first(self) -> bool:
-        """It is."""
-        return True
-
     def plan_guidance(self, guidance: float) -> float:
         """0 and below are off, which a plan calls 1."""
         return 1.0 if guidance <= 0.0 else guidance
@@ -282,39 +237,8 @@ class ZImageLayout(Layout):
         return {name: value for name, value in super()._named(found).items() if value}
 
 
-class Lumina2Layout(Layout):
-    """Lumina-Image 2.0."""
-
-    casts_latents: ClassVar[bool] = False
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "negative_prompt_attention_mask",
-    )
-
-
-class SanaLayout(Layout):
-    """Sana: an autoencoder of factor 32 without a distribution."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = Lumina2Layout.text_outputs
-
-
-class AuraFlowLayout(Layout):
-    """AuraFlow."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = Lumina2Layout.text_outputs
-
-
 class HunyuanImageLayout(Layout):
     """HunyuanImage 2.1: guidance is a component of the pipeline (base) or an input of the network (distilled)."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "prompt_embeds_mask",
-        "prompt_embeds_2",
-        "prompt_embeds_mask_2",
-    )
 
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
@@ -344,16 +268,6 @@ class HunyuanImageLayout(Layout):
 
 class HiDreamLayout(Layout):
     """HiDream-I1: four text encoders, at most the tokens that its network was made for."""
-
-    casts_latents: ClassVar[bool] = False
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds_t5",
-        "negative_prompt_embeds_t5",
-        "prompt_embeds_llama3",
-        "negative_prompt_embeds_llama3",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    )
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """(C, h, w). Raises ValueError off the grid, and above the network's longest sequence."""
@@ -389,9 +303,6 @@ class HiDreamLayout(Layout):
 class StableDiffusionLayout(Layout):
     """Stable Diffusion 1.5 and its kin: a U-Net of variance-exploding noise, carried over by equal signal-to-noise."""
 
-    casts_latents: ClassVar[bool] = False
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
-
     def finish(self, images: Tensor) -> Tensor:
         """Black where the pipeline has a safety checker that says so."""
         if getattr(self.pipe, "safety_checker", None) is None:
@@ -420,8 +331,6 @@ class StableDiffusionLayout(Layout):
 
 class StableDiffusionXLLayout(StableDiffusionLayout):
     """Stable Diffusion XL."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = Sd3Layout.text_outputs
 
     def finish(self, images: Tensor) -> Tensor:
         """With the pipeline's invisible watermark, where it has one."""
