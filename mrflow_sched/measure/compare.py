@@ -204,7 +204,7 @@ def _write_sheet(prompt: str, native: Run, staged: Run, path: Path) -> Path:
     from mrflow_sched.images.files import open_image, save_png
     from mrflow_sched.measure.sheet import draw_sheet
 
-    pictures = [open_image(run.path).convert("RGB") for run in (native, staged)]
+    pictures = [open_image(run.path, own=True).convert("RGB") for run in (native, staged)]
     sheet = torch.tensor(np.array(draw_sheet(prompt, native, staged, pictures)))
     save_png(path, sheet.permute(2, 0, 1).float() / 255, {})
     return path
