@@ -30,6 +30,7 @@ from mrflow_sched.engines.diffusers.pipeline import PipelineEngine, given_embedd
 from mrflow_sched.engines.diffusers.view import HINT
 from mrflow_sched.images.convert import from_pictures, to_pil
 from mrflow_sched.plan.make import make_plan
+from mrflow_sched.plan.options import OPTIONS
 from mrflow_sched.plan.sizes import fit_box
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.lanczos import resize_lanczos
@@ -46,9 +47,8 @@ if TYPE_CHECKING:
 __all__ = ["MrFlow", "MrFlowOutput"]
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-_PLAN_WORDS = frozenset(inspect.signature(make_plan).parameters) - {
-    *("family", "width", "height", "preset", "guidance", "seed", "native", "steps"),
-}
+# Options of a plan that are no parameters of the call under another name.
+_PLAN_WORDS = frozenset(OPTIONS) - {"preset", "guidance", "seed", "native", "steps"}
 # What a pipeline's call takes and a plan decides: word -> what to say in its place.
 _DECIDED = {
     "num_inference_steps": "low_steps and refine_steps",

@@ -6,23 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.checks import (
-    MAX_STEPS,
     Number,
-    Posterior,
-    SeedRule,
-    check_choice,
     check_finite,
     check_solver,
     check_tile,
-    check_whole,
-    is_number,
 )
 from mrflow_sched.plan.families import Family, ShiftRule, get_family
 from mrflow_sched.plan.notes import plan_notes
+from mrflow_sched.plan.options import OPTIONS, MadeOptions, NativeOptions, PlanOptions, check_options
 from mrflow_sched.plan.schedule import (
     MAX_MU,
     mu_flux2,
@@ -32,129 +27,107 @@ from mrflow_sched.plan.schedule import (
 from mrflow_sched.plan.sizes import handoff_factors, snap_size, stage_sizes, tokens_of
 from mrflow_sched.plan.stages import Stage, StagedPlan
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_T = TypeVar("_T")
+
 # ------------------------------------------------------------------------------------------------------------- making
 
 
 def make_plan(
-    family: str | Family,
-    width: int,
-    height: int,
-    preset: str | None = None,
-    *,
-    factor: float | None = None,
-    factors: Sequence[float] | None = None,
-    low_steps: int | None = None,
-    refine_steps: int | Sequence[int] | None = None,
-    sigma: float | Sequence[float] | None = None,
-    solver: str | None = None,
-    refine_curve: str = "linear",
-    shift_tokens: Literal["low", "final"] | int = "low",
-    mu: float | None = None,
-    guidance: float | None = None,
-    refine_guidance: float | None = None,
-    seed: int = 0,
-    seed_rule: SeedRule = "offset",
-    posterior: Posterior = "mode",
-    tile: int = 0,
-    guidance_interval: tuple[float, float] | None = None,
-    stages: int | None = None,
-    native: bool = False,
-    steps: int | None = None,
+    family: str | Family, width: int, height: int, preset: str | None = None, **options: Unpack[MadeOptions]
 ) -> StagedPlan:
-    """Decide all numbers of a staged run of `family` at `width` x `height` pixels.
+    """Decide all numbers of a staged run.
 
-    Start from a `preset` ("12+1", "fast", "best"; None: the family's default) and override what you like.
-    `factor` (1.25 to 4) is the size step between stages and `stages` their count: 2048 px with factor 2 and 3 stages
-    runs at 512, 1024 and 2048. `factors` gives each step its own factor instead. `low_steps` are the steps of stage 1;
-    `refine_steps` (0: keep the upscaler's image) and `sigma` (the noise fraction a refine stage starts at, between 0
-    and 1) take one value, or one per later stage. `solver`: one of SOLVER_NAMES. `refine_curve`: "linear" or
-    "shifted". `shift_tokens`: the token count that sets mu of stage 1 ("low": its own, as diffusers does; "final"; or
-    a number); `mu` sets it outright. `guidance`, `refine_guidance`: scales of stage 1 and of later stages; 1 turns CFG
-    off and halves the cost. `guidance_interval`: the least and the highest sigma at which the CFG of stage 1 is in
-    force; outside it a step costs one forward in place of two (Kynkaanniemi et al. 2024). `tile` lets the network see
-    later stages in tiles of that many pixels a side, where they are larger: less work and memory at sizes far above the
-    model's own. `native=True` with `steps` plans plain sampling at the final size (`make_native_plan`).
-    Sizes are rounded to the family's grid; `notes` of the plan say what was rounded. Raises ValueError, one sentence,
-    for anything out of range.
+    Args:
+        family: a name of `FAMILIES`, or a `Family` of your own.
+        width: width in pixels of the final image, 1 to 32768; rounded to the family's grid.
+        height: height in pixels, likewise.
+        preset: where to start from ("12+1", "fast", "best"; None: the family's default). Options override its numbers.
+        **options: what else to decide, see `options.OPTIONS`: each with its type, range and meaning. None is the same
+            as leaving an option out. `stages` counts the stages and `factor` is the size step between them: 2048 px
+            with factor 2 and 3 stages runs at 512, 1024 and 2048. `refine_steps` and `sigma` take one value, or one per
+            later stage. Outside `guidance_interval` a step costs one forward in place of two (Kynkaanniemi et al. 2024,
+            arXiv 2404.07724). `native=True` with `steps` is `make_native_plan`.
+
+    Returns:
+        The plan; its `notes` say what was rounded or cropped.
+
+    Raises:
+        MrFlowError: one sentence for an option that is unknown, out of range, or does not go with another one.
     """
     known = family if isinstance(family, Family) else get_family(family)
-    if native:
-        given = (
-            preset,
-            factor,
-            factors,
-            low_steps,
-            refine_steps,
-            sigma,
-            refine_guidance,
-            stages,
-            tile or None,
-            guidance_interval,
-        )
-        shaped = refine_curve != "linear" or shift_tokens != "low"
-        if shaped or any(value is not None for value in given):
-            raise MrFlowError("native=True plans one stage and takes steps, solver, mu, guidance and seed only.")
-        return make_native_plan(
-            known,
-            width,
-            height,
-            steps=steps,
-            solver=solver,
-            mu=mu,
-            guidance=guidance,
-            seed=seed,
-            seed_rule=seed_rule,
-            posterior=posterior,
-        )
-    if steps is not None:
-        raise MrFlowError(f"steps={steps!r} is for native=True; a staged plan takes low_steps and refine_steps.")
-    chosen = known.get_preset(preset)
-    sizes = stage_sizes(known, width, height, handoff_factors(known, factor, factors, stages))
-    later = len(sizes) - 1
-    low = chosen.low_steps if low_steps is None else low_steps
-    refine = _one_each(chosen.refine_steps if refine_steps is None else refine_steps, later, "refine_steps")
-    starts = _one_each(chosen.sigma if sigma is None else sigma, later, "sigma")
-    low_guidance = known.guidance if guidance is None else guidance
-    high_guidance = low_guidance if refine_guidance is None else refine_guidance
-    solver = known.solver if solver is None else solver
-    tokens = _shift_tokens(known, shift_tokens, sizes)
-    first = _first_stage(known, sizes[0], low, tokens, mu, solver, low_guidance)
-    made = [first if guidance_interval is None else _guided_within(first, known, guidance_interval)]
-    for size, count, start in zip(sizes[1:], refine, starts, strict=True):
-        made.append(_refine_stage(known, size, count, start, refine_curve, solver, high_guidance))
-    name = chosen.name if low_steps is None and refine_steps is None else "+".join(map(str, (low, *refine)))
-    plan = _assemble(known, name, width, height, made, low_guidance, None, seed, seed_rule, posterior)
-    if tile:
-        check_tile(tile, known)
-        plan = replace(plan, tile=tile)
-        plan = replace(plan, notes=plan_notes(plan, known))
-    return plan
+    given = cast("PlanOptions", check_options({"preset": preset, **options}))
+    if given.get("native"):
+        return _native_by_options(known, width, height, given)
+    if "steps" in given:
+        raise MrFlowError(f"steps={given['steps']!r} is for native=True; a staged plan takes low_steps, refine_steps.")
+    return _staged_plan(known, width, height, given)
 
 
-def make_native_plan(
-    family: str | Family,
-    width: int,
-    height: int,
-    *,
-    steps: int | None = None,
-    solver: str | None = None,
-    mu: float | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-    seed_rule: SeedRule = "offset",
-    posterior: Posterior = "mode",
-) -> StagedPlan:
+def make_native_plan(family: str | Family, width: int, height: int, **options: Unpack[NativeOptions]) -> StagedPlan:
     """Plain sampling at the final size as a plan of one stage, named "native": what a staged run is compared with.
 
-    `steps` defaults to the family's native count, `solver` to Euler, which is what native pipelines run. Other
-    arguments and errors as in `make_plan`.
+    Args:
+        family: as in `make_plan`.
+        width: width in pixels of the image; rounded to the family's grid.
+        height: height in pixels, likewise.
+        **options: `steps` (None: the family's native count), `solver` (None: Euler, which is what native pipelines
+            run), and the other options of `OPTIONS` that apply to native plans.
+
+    Raises:
+        MrFlowError: one sentence, as `make_plan`.
     """
     known = family if isinstance(family, Family) else get_family(family)
-    size = snap_size(known, width, height)
-    count = known.native_steps if steps is None else steps
-    scale = known.guidance if guidance is None else guidance
-    stage = _first_stage(known, size, count, tokens_of(known, size), mu, "euler" if solver is None else solver, scale)
-    return _assemble(known, "native", width, height, [stage], scale, stage, seed, seed_rule, posterior)
+    given = cast("PlanOptions", check_options(options, "make_native_plan"))
+    return _native_by_options(known, width, height, given)
+
+
+def _native_by_options(family: Family, width: int, height: int, given: PlanOptions) -> StagedPlan:
+    for name, value in given.items():
+        option = OPTIONS[name]
+        if option.applies == "staged" and value != option.default:
+            taken = ", ".join(
+                other for other, each in OPTIONS.items() if each.applies != "staged" and other != "native"
+            )
+            raise MrFlowError(f"native=True plans one stage and takes {taken}; leave {name}={value!r} out.")
+    size = snap_size(family, width, height)
+    count, scale = _or(given.get("steps"), family.native_steps), _or(given.get("guidance"), family.guidance)
+    solver = _or(given.get("solver"), "euler")
+    stage = _first_stage(family, size, count, tokens_of(family, size), given.get("mu"), solver, scale)
+    return _assemble(family, "native", width, height, [stage], scale, stage, given)
+
+
+def _staged_plan(family: Family, width: int, height: int, given: PlanOptions) -> StagedPlan:
+    chosen = family.get_preset(given.get("preset"))
+    factors = handoff_factors(family, given.get("factor"), given.get("factors"), given.get("stages"))
+    sizes = stage_sizes(family, width, height, factors)
+    later = len(sizes) - 1
+    low = _or(given.get("low_steps"), chosen.low_steps)
+    refine = _one_each(_or(given.get("refine_steps"), chosen.refine_steps), later, "refine_steps")
+    starts = _one_each(_or(given.get("sigma"), chosen.sigma), later, "sigma")
+    scale, solver = _or(given.get("guidance"), family.guidance), _or(given.get("solver"), family.solver)
+    tokens = _shift_tokens(family, _value(given, "shift_tokens"), sizes)
+    made = [_first_stage(family, sizes[0], low, tokens, given.get("mu"), solver, scale)]
+    interval = given.get("guidance_interval")
+    if interval is not None:
+        made[0] = _guided_within(made[0], family, interval)
+    high, curve = _or(given.get("refine_guidance"), scale), _value(given, "refine_curve")
+    for size, count, start in zip(sizes[1:], refine, starts, strict=True):
+        made.append(_refine_stage(family, size, count, start, curve, solver, high))
+    own_steps = "low_steps" in given or "refine_steps" in given
+    name = "+".join(map(str, (low, *refine))) if own_steps else chosen.name
+    return _assemble(family, name, width, height, made, scale, None, given)
+
+
+def _or(value: _T | None, otherwise: _T) -> _T:
+    return otherwise if value is None else value
+
+
+def _value(given: PlanOptions, name: str) -> Any:
+    """The option's value, or its default."""
+    return given.get(name, OPTIONS[name].default)
 
 
 def _assemble(
@@ -165,9 +138,7 @@ def _assemble(
     stages: Sequence[Stage],
     guidance: float,
     native: Stage | None,
-    seed: int,
-    seed_rule: SeedRule,
-    posterior: Posterior,
+    given: PlanOptions,
 ) -> StagedPlan:
     """The plan around its stages; `native` is the stage to compare with, by default Euler at the native step count."""
     native_steps = native.steps if native else family.native_steps
@@ -178,22 +149,27 @@ def _assemble(
         requested_width=width,
         requested_height=height,
         stages=tuple(stages),
-        seed=seed,
-        seed_rule=seed_rule,
-        posterior=posterior,
+        seed=_value(given, "seed"),
+        seed_rule=_value(given, "seed_rule"),
+        posterior=_value(given, "posterior"),
         native_steps=native_steps,
         native_forwards=native_forwards,
         text_tokens=family.text_tokens,
         # Six digits say all that is known of a cost and keep the plan's line short.
         attention=float(f"{family.attention_cost / family.linear_cost:.6g}"),
+        tile=_checked_tile(family, _value(given, "tile")),
     )
     return replace(plan, notes=plan_notes(plan, family))
+
+
+def _checked_tile(family: Family, tile: int) -> int:
+    check_tile(tile, family)
+    return tile
 
 
 def _first_stage(
     family: Family, size: tuple[int, int], steps: int, shift_tokens: int, mu: float | None, solver: str, guidance: float
 ) -> Stage:
-    check_whole(steps, "low_steps", 1, MAX_STEPS)
     if mu is not None:
         mu = _given_mu(family, mu)
     else:
@@ -210,10 +186,6 @@ def _first_stage(
 def _refine_stage(
     family: Family, size: tuple[int, int], steps: int, start: float, curve: str, solver: str, guidance: float
 ) -> Stage:
-    check_whole(steps, "refine_steps", 0, MAX_STEPS)
-    check_choice(curve, "refine_curve", ("linear", "shifted"))
-    if not is_number(start) or not 0.0 < start < 1.0:
-        raise MrFlowError(f"sigma must lie between 0 and 1, got {start!r}; it is the noise fraction, usually 0.12.")
     recipe = f"{curve} {steps} start={float(start)!r}" if steps else "none"
     return make_stage(family, size, None, recipe, solver, guidance)
 
@@ -273,8 +245,6 @@ def _per_step(family: Family, guidance: float) -> int:
         raise MrFlowError(f"guidance must be left out or 1 for {family.name}, which is distilled; got {guidance!r}.")
     if family.guidance_kind == "cfg" and guidance < 1.0:
         raise MrFlowError(f"guidance must be at least 1 for {family.name}, got {guidance!r}; 1 turns CFG off.")
-    if guidance < 0.0:
-        raise MrFlowError(f"guidance must not be negative, got {guidance!r}; {family.guidance!r} is usual.")
     return 2 if family.guidance_kind == "cfg" and guidance != 1.0 else 1
 
 
@@ -301,8 +271,6 @@ def _mu_of(family: Family, tokens: int, steps: int) -> float | None:
 def _given_mu(family: Family, mu: float) -> float:
     if family.shift.kind == "scaled-linear":
         raise MrFlowError(f"mu must be left out for {family.name}, whose schedule has no shift; got {mu!r}.")
-    if not is_number(mu):
-        raise MrFlowError(f"mu must be a number from {-MAX_MU:g} to {MAX_MU:g}, got {mu!r}; it is log(shift).")
     return float(mu)
 
 
@@ -322,8 +290,6 @@ def _shift_tokens(family: Family, rule: Literal["low", "final"] | int, sizes: Se
         return tokens_of(family, sizes[0])
     if rule == "final":
         return tokens_of(family, sizes[-1])
-    if not is_number(rule) or isinstance(rule, (str, float)) or rule < 1:
-        raise MrFlowError(f"shift_tokens must be 'low', 'final' or a token count, got {rule!r}.")
     return rule
 
 

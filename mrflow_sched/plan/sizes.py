@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.plan.checks import MAX_FACTOR, MIN_FACTOR, check_side, check_whole, is_number
+from mrflow_sched.plan.checks import check_side, check_whole
 from mrflow_sched.plan.families import Family
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -63,15 +63,5 @@ def handoff_factors(
             )
         if not factors:
             raise MrFlowError("factors must hold at least one size step, got none; for one stage use native=True.")
-        chosen = tuple(factors)
-    else:
-        count = 2 if stages is None else stages
-        check_whole(count, "stages", 2, 8, "for one stage use native=True")
-        chosen = (family.factor if factor is None else factor,) * (count - 1)
-    for value in chosen:
-        if not is_number(value) or not MIN_FACTOR <= value <= MAX_FACTOR:
-            raise MrFlowError(
-                f"factor must lie between {MIN_FACTOR} and {MAX_FACTOR:g}, got {value!r}; "
-                "for a larger step use more stages."
-            )
-    return chosen
+        return tuple(factors)
+    return (family.factor if factor is None else factor,) * ((2 if stages is None else stages) - 1)
