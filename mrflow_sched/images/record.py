@@ -93,9 +93,7 @@ class RunRecord:
         known = {name: values.get(name) for name in _KINDS}
         wrong = next((name for name, fits in _KINDS.items() if not fits(known[name])), None)
         if wrong is not None:
-            raise MrFlowError(
-                f"the mrflow record has {wrong} = {known[wrong]!a:.80}; the image's text was altered."
-            )
+            raise MrFlowError(f"the mrflow record has {wrong} = {known[wrong]!a:.80}; the image's text was altered.")
         record = cls(**cast("dict[str, Any]", known))
         if record.image >= record.batch:
             raise MrFlowError(

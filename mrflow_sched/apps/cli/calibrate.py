@@ -15,7 +15,6 @@ from mrflow_sched._runtime.errors import FileError, MrFlowError
 from mrflow_sched.apps.cli.console import DONE, counted, os_reason, print_json, say, saying_warnings, writable
 from mrflow_sched.apps.cli.load import find_upscaler, load_engine, plan_family
 from mrflow_sched.apps.cli.options import (
-    SEED_END,
     Commands,
     ModelChoices,
     OutputChoices,
@@ -27,6 +26,7 @@ from mrflow_sched.apps.cli.options import (
     size_option,
     whole_number,
 )
+from mrflow_sched.plan.checks import MAX_SEED
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
 
@@ -91,7 +91,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--images", type=Path, nargs="+", metavar="IMAGE", help="image files to measure in place of native images"
     )
-    parser.add_argument("--seed", type=whole_number(0, SEED_END), default=0, help="seed of the first image (default 0)")
+    parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the first image (default 0)")
     parser.set_defaults(from_args=CalibrateRequest.from_args, run=run)
 
 

@@ -23,6 +23,7 @@ from mrflow_sched.apps.cli.options import (
     whole_number,
 )
 from mrflow_sched.images.record import KEY
+from mrflow_sched.plan.options import PlanOptions
 
 if TYPE_CHECKING:
     from mrflow_sched.measure.runs import Comparison, Part
@@ -42,17 +43,19 @@ class CompareRequest:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> CompareRequest:
-        # Euler unless --solver says otherwise, because that is what native pipelines run.
-        choices = replace(PlanChoices.from_args(args, solver="euler"), steps=None)
+        choices = PlanChoices.from_args(args)
+        # Euler unless --solver says otherwise, because that is what native pipelines run; --steps is the native run's.
+        options: PlanOptions = {"solver": "euler", **choices.options}
+        options.pop("steps", None)
         model, output = ModelChoices.from_args(args), OutputChoices.from_args(args)
-        return cls(args.prompt, choices, args.steps, args.repeats, model, output)
+        return cls(args.prompt, replace(choices, options=options), args.steps, args.repeats, model, output)
 
 
 def add_parser(commands: Commands) -> None:
     """Add `mrflow compare`."""
     parser = commands.add_parser(
         "compare",
-        parents=[plan_options(), model_options(), output_options(), common_options()],
+        parents=[plan_options(native=False), model_options(), output_options(), common_options()],
         allow_abbrev=False,
         help="measure native and staged sampling",
     )

@@ -33,7 +33,6 @@ from mrflow_sched.apps.cli.load import (
     threads_of,
 )
 from mrflow_sched.apps.cli.options import (
-    PLAN_WORDS,
     Commands,
     ModelChoices,
     OutputChoices,
@@ -47,6 +46,7 @@ from mrflow_sched.apps.cli.options import (
     whole_number,
 )
 from mrflow_sched.images.record import KEY, MAX_BATCH, RunRecord
+from mrflow_sched.plan.options import OPTIONS
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
         if args.native and args.upscaler is not None:
             raise MrFlowError("--native samples in one stage, so --upscaler has no meaning; leave one out.")
         return GenerateRequest(args.prompt, args.negative, args.batch or 1, choices, model, args.save_stages, output)
-    recorded = (*PLAN_WORDS, "size", "steps", "prompt", "negative", "family", "calibration", "batch")
-    given = [word for word in recorded if getattr(args, word) is not None] + (["native"] if args.native else [])
+    recorded = (*OPTIONS, "size", "prompt", "negative", "family", "calibration", "batch")
+    given = [word for word in recorded if getattr(args, word) is not None]
     if given:
         name = "a prompt" if given[0] == "prompt" else option_name(given[0])
         raise MrFlowError(
@@ -131,7 +131,6 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("prompt", nargs="?", type=prompt_option, metavar="PROMPT")
     parser.add_argument("--negative", metavar="TEXT", help="what the image should not show, for models that use it")
     parser.add_argument("--batch", type=whole_number(1, MAX_BATCH), metavar="N", help="number of images (default 1)")
-    parser.add_argument("--native", action="store_true", help="sample at full size throughout, in one stage")
     parser.add_argument("--save-stages", action="store_true", help="save the image of every stage too")
     parser.add_argument("--from", dest="source", type=Path, metavar="IMAGE.png", help="repeat the run of a saved image")
     parser.set_defaults(from_args=request_of, run=run)

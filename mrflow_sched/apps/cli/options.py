@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.plan.checks import SOLVER_NAMES
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
+from mrflow_sched.plan.options import OPTIONS, Option, PlanOptions
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 LANCZOS = "lanczos"
 """The --upscaler that needs no file."""
-
-SEED_END = 2**63 - 2**20
-"""Seeds stay below what a torch generator takes, with room for the offsets of images and stages."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,15 +47,6 @@ def size_option(text: str) -> tuple[int, int]:
     return size
 
 
-def interval_option(text: str) -> tuple[float, float]:
-    """(low, high) of "LOW-HIGH"."""
-    found = re.fullmatch(r"([0-9.]+)-([0-9.]+)", text.strip())
-    try:
-        return float(found[1]), float(found[2])  # type: ignore[index]
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an interval; write LOW-HIGH, for example 0.2-0.9") from None
-
-
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     """A reader of whole numbers from `low` to `high`."""
 
@@ -75,21 +63,6 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def number_between(low: float, high: float) -> Callable[[str], float]:
-    """A reader of numbers from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = float("nan")
-        if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
-        return number
-
-    return parse
-
-
 def prompt_option(text: str) -> str:
     """A prompt, which is neither empty nor broken text."""
     try:
@@ -99,10 +72,6 @@ def prompt_option(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("it is empty; say what the image shows")
     return text
-
-
-def _shift_tokens(text: str) -> str | int:
-    return text if text in ("low", "final") else whole_number(1)(text)
 
 
 # --- every command -----------------------------------------------------------------------------
@@ -121,48 +90,19 @@ def common_options() -> Parser:
 # --- the plan ----------------------------------------------------------------------------------
 
 
-PLAN_WORDS = (
-    *("preset", "low_steps", "refine_steps", "sigma", "solver", "factor", "stages", "refine_curve", "shift_tokens"),
-    *("mu", "guidance", "refine_guidance", "seed", "seed_rule", "posterior", "tile", "guidance_interval"),
-)
-_STAGED_WORDS = (
-    *("preset", "low_steps", "refine_steps", "sigma", "factor", "stages", "refine_curve", "shift_tokens"),
-    *("refine_guidance", "tile", "guidance_interval"),
-)
+def plan_options(*, native: bool = True) -> Parser:
+    """Options that decide a plan, made from `OPTIONS`; what is left out comes from the family and its preset.
 
-
-def plan_options() -> Parser:
-    """Options that decide a plan; what is left out comes from the family and its preset."""
+    `native` False leaves out --native, for commands that need a staged plan.
+    """
     parser = Parser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("the plan (what is left out comes from the family's preset)")
     group.add_argument("--size", type=size_option, metavar="WxH", help="size of the final image in pixels")
-    group.add_argument("--preset", help="fast, balanced, best, or low steps + refine steps, for example 12+1")
-    group.add_argument("--low-steps", type=whole_number(1, 1000), metavar="N", help="steps of the first stage")
-    group.add_argument("--refine-steps", type=whole_number(0, 1000), metavar="N", help="steps of every later stage")
-    group.add_argument("--sigma", type=float, metavar="S", help="fraction of noise at which refining starts, 0 < S < 1")
-    group.add_argument("--solver", help=", ".join(SOLVER_NAMES))
-    group.add_argument("--factor", type=float, metavar="F", help="upscale factor between stages, 1.25 to 4")
-    group.add_argument("--stages", type=whole_number(2, 8), metavar="N", help="number of stages, 2 to 8")
-    group.add_argument("--refine-curve", choices=("linear", "shifted"), help="spacing of the refine sigmas")
-    group.add_argument("--shift-tokens", type=_shift_tokens, metavar="low|final|N", help="token count that sets mu")
-    group.add_argument("--mu", type=number_between(-20, 20), help="shift of the first stage, as log(shift)")
-    group.add_argument("--guidance", type=number_between(0, 100), metavar="G", help="guidance of the first stage")
-    group.add_argument(
-        "--refine-guidance", type=number_between(0, 100), metavar="G", help="guidance of every later stage"
-    )
-    group.add_argument("--seed", type=whole_number(0, SEED_END), help="seed of the first image's noise (default 0)")
-    group.add_argument("--seed-rule", choices=("offset", "hash"), help="how seeds of stages and batch images differ")
-    group.add_argument("--posterior", choices=("mode", "sample"), help="what to take from the VAE's encoder")
-    group.add_argument(
-        "--guidance-interval",
-        type=interval_option,
-        metavar="LOW-HIGH",
-        help="sigmas between which CFG is on in stage 1",
-    )
-    group.add_argument(
-        "--tile", type=whole_number(0, 32768), metavar="PIXELS", help="refine larger images in tiles of this side"
-    )
-    group.add_argument("--steps", type=whole_number(1, 1000), metavar="N", help="steps of native sampling")
+    for option in OPTIONS.values():
+        if option.name != "native":
+            _add_option(group, option)
+        elif native:
+            group.add_argument("--native", action="store_true", default=None, help=option.help)
     group.add_argument(
         "--calibration",
         type=Path,
@@ -172,43 +112,77 @@ def plan_options() -> Parser:
     return parser
 
 
+def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:  # pyright: ignore[reportPrivateUsage]
+    default = "" if option.default in (None, 0) and option.name != "seed" else f" (default {option.default})"
+    words = option.metavar or "|".join(option.choices) or None
+    if option.per_stage or option.kind == "numbers":
+        words = f"{words}[,{words}...]"
+    group.add_argument(option_name(option.name), type=_reader(option), metavar=words, help=option.help + default)
+
+
+def _reader(option: Option) -> Callable[[str], object]:
+    """A function that reads the option's value from text; the option itself says what it may be."""
+
+    def read(text: str) -> object:
+        value = _value_of(option, text.strip())
+        try:
+            option.check(value)
+        except MrFlowError as error:
+            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+        return value
+
+    return read
+
+
+def _value_of(option: Option, text: str) -> object:
+    """`text` as the option's kind of value, or as it is where it is of another kind."""
+    if option.kind == "interval":
+        found = re.fullmatch(r"([0-9.]+)-([0-9.]+)", text)
+        numbers = tuple(_number(part, float) for part in found.groups()) if found else ()
+        if not numbers or any(isinstance(number, str) for number in numbers):
+            raise argparse.ArgumentTypeError(f"{text!r} is not an interval; write LOW-HIGH, for example 0.2-0.9")
+        return numbers
+    kind = int if option.kind == "whole" else float
+    if option.kind == "text" or text in option.choices:
+        return text
+    if option.kind == "numbers" or (option.per_stage and "," in text):
+        return tuple(_number(part, kind) for part in text.split(","))
+    return _number(text, kind)
+
+
+def _number(text: str, kind: type[int] | type[float]) -> object:
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
 @dataclass(frozen=True)
 class PlanChoices:
-    """What the plan's options ask for; `options` holds those that were given, by their names in `make_plan`."""
+    """What the plan's options ask for; `options` has those that were given, as keywords of `make_plan`."""
 
     size: tuple[int, int] | None
-    options: Mapping[str, Any]
-    steps: int | None
-    native: bool
+    options: PlanOptions
     calibration: Path | None
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace, **defaults: Any) -> PlanChoices:
-        """The choices in `args`; `defaults` are plan options that count where none was given."""
-        values = {word: getattr(args, word) for word in PLAN_WORDS}
-        given = {word: value for word, value in values.items() if value is not None}
-        return cls(args.size, defaults | given, args.steps, getattr(args, "native", False), args.calibration)
+    def from_args(cls, args: argparse.Namespace) -> PlanChoices:
+        return cls(args.size, given_options(args), args.calibration)
 
     def make_plan(self, family: str | Family) -> StagedPlan:
         """The plan that the options ask for; everything not given is left to `plan.make.make_plan`.
 
+        Args:
+            family: the model's family, or its name.
+
         Raises:
-            MrFlowError: An option is out of range, or has no meaning beside another.
+            MrFlowError: An option is out of range, or has no meaning beside another; --calibration cannot be read.
         """
-        given = dict(self.options)
-        clash = [word for word in _STAGED_WORDS if word in given] if self.native else []
-        if clash:
-            raise MrFlowError(
-                f"--native samples in one stage, so {option_name(clash[0])} has no meaning; leave one out."
-            )
-        if self.steps is not None:
-            if not self.native:
-                raise MrFlowError(f"--steps {self.steps} counts native steps; add --native, or use --low-steps.")
-            given["steps"] = self.steps
-        _check_meaning(given)
+        native = bool(self.options.get("native"))
+        _check_meaning(self.options, native)
         known = self._calibrated(get_family(family) if isinstance(family, str) else family)
-        width, height = self.size or default_size(known, native=self.native)
-        return make_plan(known, width, height, native=self.native, **given)
+        width, height = self.size or default_size(known, native=native)
+        return make_plan(known, width, height, **self.options)
 
     def _calibrated(self, family: Family) -> Family:
         """`family` with the preset of --calibration, where that is given."""
@@ -226,13 +200,25 @@ class PlanChoices:
         return Calibration.from_json(text).apply(family)
 
 
+def given_options(args: argparse.Namespace) -> PlanOptions:
+    """The plan's options that were given in `args`."""
+    found = {name: getattr(args, name, None) for name in OPTIONS}
+    return cast("PlanOptions", {name: value for name, value in found.items() if value is not None})
+
+
 def option_name(word: str) -> str:
     """The option that is called `word` in Python."""
     return f"--{word.replace('_', '-')}"
 
 
-def _check_meaning(given: Mapping[str, Any]) -> None:
-    """Refuse options that another one makes meaningless."""
+def _check_meaning(given: PlanOptions, native: bool) -> None:
+    """Refuse options that another one makes meaningless, by the names that they have here."""
+    for name, value in given.items():
+        option = OPTIONS[name]
+        if native and option.applies == "staged" and value != option.default:
+            raise MrFlowError(f"--native samples in one stage, so {option_name(name)} has no meaning; leave one out.")
+        if not native and option.applies == "native":
+            raise MrFlowError(f"{option_name(name)} {value} is for native sampling; add --native, or use --low-steps.")
     if "mu" in given and "shift_tokens" in given:
         raise MrFlowError("--mu sets the shift outright, so --shift-tokens has no meaning; leave one out.")
     idle = [word for word in ("sigma", "refine_curve", "refine_guidance") if word in given]

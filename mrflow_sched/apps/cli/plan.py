@@ -37,7 +37,6 @@ def add_parser(commands: Commands) -> None:
         "plan", parents=[plan_options(), common_options()], allow_abbrev=False, help="show the numbers of a run"
     )
     parser.add_argument("--family", required=True, metavar="NAME", help=", ".join(FAMILIES))
-    parser.add_argument("--native", action="store_true", help="plan ordinary sampling in one stage")
     parser.add_argument(
         "--timings",
         type=Path,
