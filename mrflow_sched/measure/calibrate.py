@@ -46,7 +46,7 @@ NEAR_DB = 1.0
 CONVERGED = 32
 """Heun steps that stand for infinitely many."""
 PROVEN = 20
-"""Euler steps of stage 1 in the paper's larger setting: what fewer steps of a more accurate solver are compared with."""
+"""Euler steps of stage 1 in the paper's larger setting: fewer steps of a more accurate solver are compared with it."""
 PRESET = "calibrated"
 MAX_PSNR = 100.0
 _FORMAT = "mrflow-calibration-1"
@@ -268,8 +268,8 @@ def band_power(latents: Tensor, factor: float) -> tuple[float, float]:
 
 
 def choose(rows: Sequence[SweepRow], least: float) -> SweepRow:
-    """The row with the smallest sigma, from `least` on, whose detail is the model's own to `NEAR_DB`; where none is, the
-    one that comes nearest."""
+    """The row of the smallest sigma, from `least` on, whose detail is the model's own to `NEAR_DB`; where none is, the
+    nearest one."""
     allowed = [row for row in rows if row.sigma >= least - 1e-9] or list(rows)
     near = [row for row in allowed if abs(row.detail_db) <= NEAR_DB]
     if near:

@@ -16,6 +16,9 @@ from mrflow_sched.plan.cost import Speeds, part_costs, peak_memory, work_ratio
 from mrflow_sched.plan.families import FAMILIES
 from mrflow_sched.plan.stages import StagedPlan
 
+MAX_SECONDS = 1e7
+"""The longest part of a run, in seconds, that --timings takes."""
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -68,6 +71,8 @@ def _predicted(plan: StagedPlan, path: Path) -> tuple[tuple[str, float], ...]:
         found = json.loads(path.read_text(encoding="utf-8"))
         measured = StagedPlan.from_string(found["plan"])
         seconds = {str(part["name"]): float(part["seconds"]) for part in found["stages"]}
+        if not all(0 <= value <= MAX_SECONDS for value in seconds.values()):
+            raise MrFlowError(f"a part's seconds are not a number from 0 to {MAX_SECONDS:g}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MrFlowError(
             f"--timings is {str(path)!r}, which cannot be read ({first_line(error)}); give what "
@@ -77,7 +82,10 @@ def _predicted(plan: StagedPlan, path: Path) -> tuple[tuple[str, float], ...]:
         raise MrFlowError(
             f"--timings is {str(path)!r}, which is of family {measured.family}, not {plan.family}; compare this model."
         )
-    return Speeds.measured(measured, seconds).predict(plan)
+    try:
+        return Speeds.measured(measured, seconds).predict(plan)
+    except MrFlowError as error:
+        raise MrFlowError(f"--timings is {str(path)!r}, which does not fit: {error}") from error
 
 
 def _tera(flop: float) -> str:
