@@ -101,9 +101,6 @@ def test_every_part_is_loaded_in_its_recorded_dtype(
     with monkeypatch.context() as patch:
         parts = {"transformer": network, "text_encoder": network, "text_encoder_2": network, "vae": vae}
         patch.setattr(load, "load_engine", lambda model, _dtypes: usual(model, parts))
-        patch.setattr(
-            "mrflow_sched.upscaling.load.load_upscaler", lambda path, **more: load_upscaler(path, device="cpu")
-        )
         words = [word for word in SMALL if word not in ("--dtype", "float32")]
         words += ["--upscaler", str(demo.upscaler_path())]
         code, out, _ = mrflow("generate", "a star", *words, "--out", str(tmp_path / "first"))
