@@ -321,6 +321,6 @@ def test_acceptance_12_the_cost_model_predicts_a_dummy_backbone() -> None:
 
 
 def test_every_solver_name_of_the_plan_exists() -> None:
-    from mrflow_sched.plan.checks import SOLVER_NAMES
+    from mrflow_sched.plan.solver_table import SOLVER_NAMES
 
     assert set(SOLVER_NAMES) <= set(SOLVERS)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mrflow_sched.plan.checks import SOLVER_NAMES
-from mrflow_sched.plan.families import FAMILIES, get_family
-from mrflow_sched.plan.make import expected_speedup, make_native_plan, make_plan, solver_evaluations
+from mrflow_sched.plan.families import FAMILIES, ShiftRule, get_family
+from mrflow_sched.plan.make import expected_speedup, make_native_plan, make_plan
 from mrflow_sched.plan.schedule import mu_for_tokens, native_sigmas, refine_sigmas, scaled_linear_sigmas
 from mrflow_sched.plan.sizes import fit_box
+from mrflow_sched.plan.solver_table import SOLVER_NAMES, SOLVERS, evaluated_sigmas, solver_evaluations
 from mrflow_sched.plan.stages import Stage, StagedPlan
 
 quick = settings(deadline=None, max_examples=40)
@@ -165,6 +165,58 @@ def test_a_refine_stage_without_steps_keeps_the_upscaled_image() -> None:
     assert "no step" in notes(plan)
 
 
+# ------------------------------------------------------------------------------------------------------ explicit sigmas
+
+OWN = (1.0, 0.9, 0.6, 0.2)
+
+
+def test_a_list_of_ones_own_is_stage_1() -> None:
+    plan = make_plan("flux1-dev", 1024, 1024, sigmas=OWN)
+    first = plan.stages[0]
+    assert (plan.preset, first.sigmas, first.mu, first.steps, first.forwards) == ("4+1", (*OWN, 0.0), None, 4, 4)
+    assert make_plan("flux1-dev", 1024, 1024, sigmas=(*OWN, 0.0), low_steps=4) == plan
+    assert StagedPlan.from_string(plan.to_string()) == plan
+    assert StagedPlan.from_json(plan.to_json()) == plan
+    native = make_native_plan("flux1-dev", 1024, 1024, sigmas=OWN)
+    assert (native.stages[0].sigmas, native.native_steps) == ((*OWN, 0.0), 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"sigmas": OWN, "low_steps": 5}, "low_steps=5 does not fit sigmas, which makes 4 steps"),
+        ({"sigmas": OWN, "mu": 0.5}, "mu=0.5 shifts a schedule, and nothing shifts sigmas"),
+        ({"sigmas": OWN, "shift_tokens": "low"}, "shift_tokens='low' shifts a schedule"),
+        ({"sigmas": OWN, "native": True, "steps": 5}, "steps=5 does not fit sigmas"),
+        ({"sigmas": (0.9, 0.5)}, "sigmas must start at 1, which is pure noise, got 0.9"),
+        ({"sigmas": (1.0, 0.5, 0.5)}, "sigmas must fall from each value to the next"),
+        ({"sigmas": (1.0, math.nan)}, "sigmas must be a number from 0 to 1, got nan"),
+        ({"sigmas": ()}, "sigmas must hold at least two values"),
+        ({"sigmas": "1 0"}, "sigmas must be a list of numbers"),
+        ({"sigmas": [1 - index / 2000 for index in range(2000)]}, "sigmas must make at most 1000 steps, got 2000"),
+    ],
+)
+def test_lists_that_cannot_be_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        make_plan("flux1-dev", 1024, 1024, **options)
+
+
+def test_a_family_may_ship_its_own_lists() -> None:
+    four = (1.0, 0.9, 0.7, 0.4, 0.0)
+    family = replace(get_family("flux1-schnell"), name="mine", shift=ShiftRule("list", lists=(four, (1.0, 0.5, 0.0))))
+    assert make_plan(family, 1024, 1024).stages[0].sigmas == four
+    assert make_plan(family, 1024, 1024, "2+1").stages[0].sigmas == (1.0, 0.5, 0.0)
+    assert make_plan(family, 1024, 1024, sigmas=OWN).stages[0].sigmas == (*OWN, 0.0)
+    with pytest.raises(ValueError, match=r"stage 1 of FLUX\.1-schnell must take 2 or 4 steps, .* got 3"):
+        make_plan(family, 1024, 1024, low_steps=3)
+    with pytest.raises(ValueError, match="mu must be left out for mine"):
+        make_plan(family, 1024, 1024, mu=1.0)
+    with pytest.raises(ValueError, match="lists must start at 1"):
+        ShiftRule("list", lists=((0.9, 0.0),))
+    with pytest.raises(ValueError, match="lists must be given for the shift rule 'list' and no other"):
+        ShiftRule("static", lists=(four,))
+
+
 def test_native_plans() -> None:
     plan = make_native_plan("qwen-image", 1024, 1024)
     assert (plan.preset, len(plan.stages), plan.forwards, plan.cost_ratio) == ("native", 1, 100, 1.0)
@@ -185,6 +237,16 @@ def test_the_solvers_of_plans_are_those_there_are() -> None:
     assert set(SOLVER_NAMES) == set(solvers.SOLVERS)
     for name in SOLVER_NAMES:
         assert [solver_evaluations(name, n) for n in range(4)] == [solvers.solver_forwards(name, n) for n in range(4)]
+
+
+@pytest.mark.parametrize("name", SOLVER_NAMES)
+def test_evaluated_sigmas_are_those_of_the_solver_itself(name: str) -> None:
+    solvers = pytest.importorskip("mrflow_sched.sampling.solvers")
+    sigmas = native_sigmas(5)
+    assert evaluated_sigmas(name, sigmas) == solvers.evaluation_sigmas(name, sigmas)
+    assert len(evaluated_sigmas(name, sigmas)) == solver_evaluations(name, 5)
+    assert SOLVERS[name].evaluations_per_step == (2 if name == "heun" else 1)
+    assert SOLVERS[name].order == (1 if name == "euler" else 2)
 
 
 def test_plans_are_frozen() -> None:
@@ -336,6 +398,25 @@ def test_json_has_the_keys_of_the_command_line() -> None:
     assert data["plan"] == plan.to_string()
     assert data["cost_ratio"] == plan.cost_ratio
     assert data["stages"][1]["sigmas"] == [0.12, 0.0]
+
+
+def test_the_guidance_interval_is_read_under_both_of_its_names() -> None:
+    plan = make_plan("sd3", 1024, 1024, guidance_interval=(0.3, 0.9))
+    assert plan.stages[0].guidance_interval == plan.stages[0].guided == (0.3, 0.9)
+    for name in ("guided", "guidance_interval"):
+        data = plan.to_dict()
+        for stage in data["stages"]:
+            del stage[name]
+        assert StagedPlan.from_json(json.dumps(data)) == plan
+
+
+def test_guidance_reaches_an_interval_ends_rounded_to_float32() -> None:
+    """float32(0.3) is 0.30000001 and float32(0.9) is 0.89999998: a bound must not turn CFG off by that."""
+    stage = make_plan("sd3", 1024, 1024, guidance_interval=(0.3, 0.9)).stages[0]
+    for sigma in (0.3 - 5e-8, 0.3, 0.9, 0.9 + 5e-8):
+        assert stage.guidance_at(sigma) == 7.0
+    for sigma in (0.3 - 1e-5, 0.9 + 1e-5):
+        assert stage.guidance_at(sigma) == 1.0
 
 
 def test_an_edited_line_is_noticed_but_may_be_used() -> None:

@@ -47,8 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["MrFlow", "MrFlowOutput"]
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# Options of a plan that are no parameters of the call under another name.
-_PLAN_WORDS = frozenset(OPTIONS) - {"preset", "guidance", "seed", "native", "steps"}
+# Options of a plan that the call takes by these names. A pipeline's `sigmas` are shifted, a plan's are not: neither is
+# taken, so that nobody gets the other one.
+_PLAN_WORDS = frozenset(OPTIONS) - {"preset", "guidance", "seed", "native", "steps", "sigmas"}
 # What a pipeline's call takes and a plan decides: word -> what to say in its place.
 _DECIDED = {
     "num_inference_steps": "low_steps and refine_steps",

@@ -13,7 +13,6 @@ SeedRule = Literal["offset", "hash"]
 Posterior = Literal["mode", "sample"]
 Number = TypeVar("Number", int, float)
 
-SOLVER_NAMES = ("euler", "heun", "multistep", "careful", "dpmpp_2m")
 MIN_FACTOR, MAX_FACTOR = 1.25, 4.0
 MAX_SIDE = 32768
 LEAST_TILE = 64
@@ -63,8 +62,3 @@ def check_finite(value: object, name: str) -> None:
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise MrFlowError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")
-
-
-def check_solver(solver: str) -> None:
-    if solver not in SOLVER_NAMES:
-        raise MrFlowError(f"solver must be one of {', '.join(SOLVER_NAMES)}, got {solver!r}.")

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.schedule import validate_sigmas
 
 __all__ = ["FAMILIES", "TIERS", "Family", "GuidanceKind", "Prediction", "Preset", "ShiftRule", "get_family"]
 
@@ -30,10 +31,10 @@ class ShiftRule:
     (`base_tokens`, `base_shift`) and (`max_tokens`, `max_shift`); "flux2" its empirical mu of tokens and steps;
     "beta" Beta(0.6, 0.6) quantiles, then the static `shift`; "scaled-linear" the training betas of SD1.5 and SDXL.
     `terminal` stretches the list so that its last level above 0 is this one. `sigma_min` is the last level before the
-    shift (None: 1/steps).
+    shift (None: 1/steps). "list": a distilled model's own sigmas, one of `lists` by step count, each from 1 to 0.
     """
 
-    kind: Literal["none", "static", "exponential", "flux2", "beta", "scaled-linear"]
+    kind: Literal["none", "static", "exponential", "flux2", "beta", "scaled-linear", "list"]
     shift: float = 1.0
     base_tokens: int = 256
     max_tokens: int = 4096
@@ -41,6 +42,14 @@ class ShiftRule:
     max_shift: float = 1.15
     terminal: float | None = None
     sigma_min: float | None = None
+    lists: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.kind == "list") != bool(self.lists):
+            raise MrFlowError(f"lists must be given for the shift rule 'list' and no other, got {self.lists!r}.")
+        for sigmas in self.lists:
+            if validate_sigmas(sigmas, "lists")[0] != 1.0:
+                raise MrFlowError(f"lists must start at 1, which is pure noise, got {sigmas!r}.")
 
 
 TIERS = ("fast", "balanced", "best")

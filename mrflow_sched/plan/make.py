@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.checks import (
+    MAX_STEPS,
     Number,
     check_finite,
-    check_solver,
     check_tile,
 )
 from mrflow_sched.plan.families import Family, ShiftRule, get_family
@@ -20,11 +19,15 @@ from mrflow_sched.plan.notes import plan_notes
 from mrflow_sched.plan.options import OPTIONS, MadeOptions, NativeOptions, PlanOptions, check_options
 from mrflow_sched.plan.schedule import (
     MAX_MU,
+    Sigmas,
+    explicit_recipe,
     mu_flux2,
     mu_for_tokens,
     sigmas_from_recipe,
+    validate_sigmas,
 )
 from mrflow_sched.plan.sizes import handoff_factors, snap_size, stage_sizes, tokens_of
+from mrflow_sched.plan.solver_table import evaluated_sigmas, solver_evaluations
 from mrflow_sched.plan.stages import Stage, StagedPlan
 
 if TYPE_CHECKING:
@@ -92,14 +95,16 @@ def _native_by_options(family: Family, width: int, height: int, given: PlanOptio
                 other for other, each in OPTIONS.items() if each.applies != "staged" and other != "native"
             )
             raise MrFlowError(f"native=True plans one stage and takes {taken}; leave {name}={value!r} out.")
+    _check_first(family, given, "steps")
     size = snap_size(family, width, height)
     count, scale = _or(given.get("steps"), family.native_steps), _or(given.get("guidance"), family.guidance)
     solver = _or(given.get("solver"), "euler")
-    stage = _first_stage(family, size, count, tokens_of(family, size), given.get("mu"), solver, scale)
+    stage = _first_stage(family, size, count, tokens_of(family, size), solver, scale, given)
     return _assemble(family, "native", width, height, [stage], scale, stage, given)
 
 
 def _staged_plan(family: Family, width: int, height: int, given: PlanOptions) -> StagedPlan:
+    _check_first(family, given, "low_steps")
     chosen = family.get_preset(given.get("preset"))
     factors = handoff_factors(family, given.get("factor"), given.get("factors"), given.get("stages"))
     sizes = stage_sizes(family, width, height, factors)
@@ -109,15 +114,15 @@ def _staged_plan(family: Family, width: int, height: int, given: PlanOptions) ->
     starts = _one_each(_or(given.get("sigma"), chosen.sigma), later, "sigma")
     scale, solver = _or(given.get("guidance"), family.guidance), _or(given.get("solver"), family.solver)
     tokens = _shift_tokens(family, _value(given, "shift_tokens"), sizes)
-    made = [_first_stage(family, sizes[0], low, tokens, given.get("mu"), solver, scale)]
+    made = [_first_stage(family, sizes[0], low, tokens, solver, scale, given)]
     interval = given.get("guidance_interval")
     if interval is not None:
         made[0] = _guided_within(made[0], family, interval)
     high, curve = _or(given.get("refine_guidance"), scale), _value(given, "refine_curve")
     for size, count, start in zip(sizes[1:], refine, starts, strict=True):
         made.append(_refine_stage(family, size, count, start, curve, solver, high))
-    own_steps = "low_steps" in given or "refine_steps" in given
-    name = "+".join(map(str, (low, *refine))) if own_steps else chosen.name
+    own_steps = {"low_steps", "refine_steps", "sigmas"} & set(given)
+    name = "+".join(map(str, (made[0].steps, *refine))) if own_steps else chosen.name
     return _assemble(family, name, width, height, made, scale, None, given)
 
 
@@ -168,19 +173,59 @@ def _checked_tile(family: Family, tile: int) -> int:
 
 
 def _first_stage(
-    family: Family, size: tuple[int, int], steps: int, shift_tokens: int, mu: float | None, solver: str, guidance: float
+    family: Family,
+    size: tuple[int, int],
+    steps: int,
+    shift_tokens: int,
+    solver: str,
+    guidance: float,
+    given: PlanOptions,
 ) -> Stage:
-    if mu is not None:
-        mu = _given_mu(family, mu)
-    else:
-        mu = _mu_of(family, shift_tokens, steps)
-        if mu is not None and mu > MAX_MU:
-            raise MrFlowError(
-                f"size or shift_tokens must be smaller for {family.title}: {shift_tokens} tokens would shift stage 1 "
-                f"by mu = {mu:.1f}, and {MAX_MU:g} is the most; choose more stages or a larger factor, or give mu."
-            )
-    recipe = _first_recipe(family.shift, steps, mu)
-    return make_stage(family, size, mu, recipe, solver, guidance)
+    sigmas = given.get("sigmas")
+    if sigmas is not None:
+        return make_stage(family, size, None, explicit_recipe(_whole_list(sigmas)), solver, guidance)
+    if family.shift.kind == "list":
+        return make_stage(family, size, None, explicit_recipe(_family_list(family, steps)), solver, guidance)
+    mu = given.get("mu")
+    mu = _family_mu(family, shift_tokens, steps) if mu is None else float(mu)
+    return make_stage(family, size, mu, _first_recipe(family.shift, steps, mu), solver, guidance)
+
+
+def _check_first(family: Family, given: PlanOptions, counted: Literal["low_steps", "steps"]) -> None:
+    """Refuse options of stage 1's schedule that exclude each other; `counted` names its steps."""
+    mu, sigmas, steps = given.get("mu"), given.get("sigmas"), given.get(counted)
+    if mu is not None and family.shift.kind in ("scaled-linear", "list"):
+        raise MrFlowError(f"mu must be left out for {family.name}, whose schedule has no shift; got {mu!r}.")
+    if sigmas is None:
+        return
+    for name, value in (("mu", mu), ("shift_tokens", given.get("shift_tokens"))):
+        if value is not None:
+            raise MrFlowError(f"{name}={value!r} shifts a schedule, and nothing shifts sigmas; leave one out.")
+    own = len(_whole_list(sigmas)) - 1
+    if steps is not None and steps != own:
+        raise MrFlowError(f"{counted}={steps} does not fit sigmas, which makes {own} steps; leave {counted} out.")
+
+
+def _whole_list(sigmas: Sequence[float]) -> Sigmas:
+    """The sigmas of a whole stage 1 with their final 0. Raises MrFlowError for what is no such list."""
+    made = validate_sigmas((*sigmas, 0.0) if sigmas and sigmas[-1] != 0.0 else sigmas, "sigmas")
+    if made[0] != 1.0:
+        raise MrFlowError(f"sigmas must start at 1, which is pure noise, got {made[0]!r}.")
+    if len(made) - 1 > MAX_STEPS:
+        raise MrFlowError(f"sigmas must make at most {MAX_STEPS} steps, got {len(made) - 1}.")
+    return made
+
+
+def _family_list(family: Family, steps: int) -> Sigmas:
+    """The list that a family ships for that many steps."""
+    lists = {len(sigmas) - 1: sigmas for sigmas in family.shift.lists}
+    if steps not in lists:
+        counts = " or ".join(map(str, sorted(lists)))
+        raise MrFlowError(
+            f"stage 1 of {family.title} must take {counts} steps, for which the model has sigmas of its own, got "
+            f"{steps}; choose one of them, or give sigmas."
+        )
+    return lists[steps]
 
 
 def _refine_stage(
@@ -193,7 +238,6 @@ def _refine_stage(
 def make_stage(
     family: Family, size: tuple[int, int], mu: float | None, recipe: str, solver: str, guidance: float
 ) -> Stage:
-    check_solver(solver)
     check_finite(guidance, "guidance")
     sigmas = sigmas_from_recipe(recipe)
     evaluations = solver_evaluations(solver, max(len(sigmas) - 1, 0))
@@ -217,25 +261,11 @@ def _guided_within(stage: Stage, family: Family, interval: tuple[float, float]) 
             f"guidance_interval={interval!r} is for CFG, which takes a second forward; this run of {family.name} has "
             "none: leave it out."
         )
-    limited = replace(stage, guided=interval)
-    forwards = sum(1 if limited.guidance_at(sigma) == 1.0 else 2 for sigma in _evaluated(stage))
+    limited = replace(stage, guidance_interval=interval)
+    forwards = sum(
+        1 if limited.guidance_at(sigma) == 1.0 else 2 for sigma in evaluated_sigmas(stage.solver, stage.sigmas)
+    )
     return replace(limited, forwards=forwards)
-
-
-def _evaluated(stage: Stage) -> list[float]:
-    """The levels at which the stage's solver evaluates the network, in order."""
-    if stage.solver != "heun":
-        return list(stage.sigmas[:-1])
-    return [sigma for pair in pairwise(stage.sigmas) for sigma in pair if sigma > 0]
-
-
-def solver_evaluations(solver: str, steps: int) -> int:
-    """How often `solver` evaluates the model over `steps` steps that end at sigma 0.
-
-    Once per step; Heun twice, except in its last step. Raises ValueError for an unknown solver.
-    """
-    check_solver(solver)
-    return max(2 * steps - 1, 0) if solver == "heun" else steps
 
 
 def _per_step(family: Family, guidance: float) -> int:
@@ -251,8 +281,18 @@ def _per_step(family: Family, guidance: float) -> int:
 # ------------------------------------------------------------------------------------------------------------- shift
 
 
-def _mu_of(family: Family, tokens: int, steps: int) -> float | None:
-    rule = family.shift
+def _family_mu(family: Family, tokens: int, steps: int) -> float | None:
+    """mu of the family's own shift rule; None for a schedule without one."""
+    mu = _mu_of(family.shift, tokens, steps)
+    if mu is not None and mu > MAX_MU:
+        raise MrFlowError(
+            f"size or shift_tokens must be smaller for {family.title}: {tokens} tokens would shift stage 1 "
+            f"by mu = {mu:.1f}, and {MAX_MU:g} is the most; choose more stages or a larger factor, or give mu."
+        )
+    return mu
+
+
+def _mu_of(rule: ShiftRule, tokens: int, steps: int) -> float | None:
     if rule.kind == "scaled-linear":
         return None
     if rule.kind == "flux2":
@@ -266,12 +306,6 @@ def _mu_of(family: Family, tokens: int, steps: int) -> float | None:
             max_shift=rule.max_shift,
         )
     return math.log(rule.shift) if rule.kind in ("static", "beta") else 0.0
-
-
-def _given_mu(family: Family, mu: float) -> float:
-    if family.shift.kind == "scaled-linear":
-        raise MrFlowError(f"mu must be left out for {family.name}, whose schedule has no shift; got {mu!r}.")
-    return float(mu)
 
 
 def _first_recipe(rule: ShiftRule, steps: int, mu: float | None) -> str:

@@ -22,13 +22,13 @@ from mrflow_sched.plan.checks import (
     MAX_STAGES,
     MAX_STEPS,
     MIN_FACTOR,
-    SOLVER_NAMES,
     Posterior,
     SeedRule,
     checked_interval,
     is_number,
 )
 from mrflow_sched.plan.schedule import MAX_MU
+from mrflow_sched.plan.solver_table import SOLVER_NAMES
 
 __all__ = ["OPTIONS", "NativeOptions", "Option", "PlanOptions", "StagedOptions", "check_options"]
 
@@ -144,6 +144,16 @@ class _SharedOptions(TypedDict, total=False):
             low=-MAX_MU,
             high=MAX_MU,
             advice="it is log(shift)",
+        ),
+    ]
+    sigmas: Annotated[
+        Sequence[float] | None,
+        Option(
+            help="the sigmas of the first stage themselves, from 1 to 0, which nothing shifts",
+            low=0,
+            high=1,
+            metavar="S",
+            advice="it is the fraction of noise",
         ),
     ]
     guidance: Annotated[
@@ -285,9 +295,12 @@ def _facts(hint: Any, option: Option) -> dict[str, Any]:
     origins = [get_origin(part) for part in parts]
     words = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
     names: Mapping[Any, Kind] = {int: "whole", float: "number", bool: "flag", str: "text"}
-    plain = [names[part] for part in parts if part in names]
-    lists: Kind = "interval" if tuple in origins else "numbers"
-    kind: Kind = plain[0] if plain else lists if {tuple, Sequence} & {*origins} else "text"
+    plain: list[Kind] = [names[part] for part in parts if part in names]
+    kind: Kind = plain[0] if plain else "text"
+    if not plain and tuple in origins:
+        kind = "interval"
+    elif not plain and Sequence in origins:
+        kind = "numbers"
     listed = bool(plain) and Sequence in origins
     return {"kind": kind, "per_stage": listed, "choices": words or option.choices}
 

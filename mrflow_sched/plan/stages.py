@@ -16,7 +16,6 @@ from mrflow_sched.plan.checks import (
     check_choice,
     check_finite,
     check_side,
-    check_solver,
     check_tile,
     check_whole,
     checked_interval,
@@ -27,6 +26,7 @@ from mrflow_sched.plan.schedule import (
     sigmas_from_recipe,
     validate_sigmas,
 )
+from mrflow_sched.plan.solver_table import check_solver
 from mrflow_sched.plan.text import (
     FORMAT,
     NAME,
@@ -51,8 +51,8 @@ class Stage:
 
     `width`, `height` in pixels; `tokens` image tokens of the network. `mu` is the logarithm of the shift in `sigmas`,
     None where there is none. `sigmas` = () means that no step is taken and the upscaler's image is kept. `forwards`
-    counts network evaluations per image. `guided`: the least and the highest sigma at which guidance is in force;
-    outside it is off. `recipe` tells `sigmas` in short (see `schedule.sigmas_from_recipe`); left
+    counts network evaluations per image. `guidance_interval`: (low, high) range of sigma in which
+    guidance is applied. `recipe` tells `sigmas` in short (see `schedule.sigmas_from_recipe`); left
     out, or not matching, it is made to spell the values out. Raises ValueError for values that cannot be a stage.
     """
 
@@ -65,7 +65,7 @@ class Stage:
     guidance: float
     forwards: int
     recipe: str = ""
-    guided: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         check_side(self.width, "width")
@@ -76,7 +76,7 @@ class Stage:
         check_finite(self.guidance, "guidance")
         if self.mu is not None:
             check_finite(self.mu, "mu")
-        object.__setattr__(self, "guided", checked_interval(self.guided))
+        object.__setattr__(self, "guidance_interval", checked_interval(self.guidance_interval))
         sigmas = validate_sigmas(self.sigmas, "sigmas") if self.sigmas else ()
         object.__setattr__(self, "sigmas", sigmas)
         if not self.recipe or sigmas_from_recipe(self.recipe) != sigmas:
@@ -88,14 +88,21 @@ class Stage:
         return max(len(self.sigmas) - 1, 0)
 
     @property
+    def guided(self) -> tuple[float, float]:
+        """The former name of `guidance_interval`."""
+        return self.guidance_interval
+
+    @property
     def always_guided(self) -> bool:
-        """Whether guidance is in force at every level of the list."""
-        return all(self.guided[0] <= sigma <= self.guided[1] for sigma in self.sigmas[:-1])
+        """Whether guidance is applied at every sigma of the stage."""
+        low, high = self.guidance_interval
+        return all(low <= sigma <= high for sigma in self.sigmas[:-1])
 
     def guidance_at(self, sigma: float) -> float:
-        """The guidance in force at flow sigma `sigma`: the stage's, or 1, which is off."""
-        # Levels go through float32 on their way to the network.
-        return self.guidance if self.guided[0] - 1e-6 <= sigma <= self.guided[1] + 1e-6 else 1.0
+        """The guidance that is applied at flow sigma `sigma`: the stage's, or 1, which is off."""
+        low, high = self.guidance_interval
+        # Sigmas go through float32 on their way to the network.
+        return self.guidance if low - 1e-6 <= sigma <= high + 1e-6 else 1.0
 
     @property
     def start_sigma(self) -> float:

@@ -33,7 +33,7 @@ def stage_to_string(stage: Stage) -> str:
 
 
 def _guidance(stage: Stage) -> str:
-    low, high = stage.guided
+    low, high = stage.guidance_interval
     return repr(stage.guidance) if (low, high) == (0.0, 1.0) else f"{stage.guidance!r}@{low!r}-{high!r}"
 
 
@@ -56,7 +56,7 @@ def stage_from_string(text: str) -> dict[str, Any]:
         "guidance": float(scale),
         "forwards": int(forwards[1:]),
         "recipe": recipe,
-        "guided": (float(low), float(high)) if interval else (0.0, 1.0),
+        "guidance_interval": (float(low), float(high)) if interval else (0.0, 1.0),
     }
 
 
@@ -71,14 +71,15 @@ def stage_to_dict(stage: Stage) -> dict[str, Any]:
         "solver": stage.solver,
         "guidance": stage.guidance,
         "recipe": stage.recipe,
-        "guided": list(stage.guided),
+        "guidance_interval": list(stage.guidance_interval),
+        "guided": list(stage.guidance_interval),  # its name up to version 0.1
     }
 
 
 def stage_from_dict(data: Mapping[str, Any]) -> dict[str, Any]:
     names = ("width", "height", "tokens", "mu", "solver", "guidance", "forwards", "recipe")
-    low, high = data.get("guided", (0.0, 1.0))
-    return {"sigmas": tuple(data["sigmas"]), "guided": (low, high), **{name: data[name] for name in names}}
+    low, high = data.get("guidance_interval", data.get("guided", (0.0, 1.0)))
+    return {"sigmas": tuple(data["sigmas"]), "guidance_interval": (low, high), **{name: data[name] for name in names}}
 
 
 def checksum(text: str, stages: Sequence[Stage]) -> str:
