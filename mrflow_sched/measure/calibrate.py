@@ -208,14 +208,14 @@ def calibrate(
         clean = torch.cat([engine.encode(each[None]) for each in large])
         upscaled = upscale_to(small, high.width, high.height, upscaler)
         wrong = torch.cat([engine.encode(each[None]) for each in upscaled]) - clean
-        power = band_power(_spread(clean, family), step)[1]
-        error_low, error = band_power(_spread(wrong, family), step)
+        power = band_power(unfold_patches(clean, family), step)[1]
+        error_low, error = band_power(unfold_patches(wrong, family), step)
 
         def refined(sigma: float, steps: int) -> SweepRow:
             say(f"refining from sigma {sigma:g} in {steps}")
             started = make_plan(family, width, height, factor=step, sigma=sigma, refine_steps=steps, seed=seed)
             made, latents = sampled(started, image=small)
-            detail = band_power(_spread(latents, family), step)[1]
+            detail = band_power(unfold_patches(latents, family), step)[1]
             return SweepRow(sigma, steps, _decibel(detail / power), _psnr(made, large))
 
         least = min(bound(power), bound(error))
@@ -241,7 +241,7 @@ def calibrate(
         sweep=tuple(rows),
         low_steps_distance=distances,
         sigma=best.sigma,
-        low_steps=_enough(distances),
+        low_steps=fewest_steps(distances),
         refine_steps=2 if twice else 1,
     )
 
@@ -297,14 +297,14 @@ def _low_distances(
     )
 
 
-def _enough(distances: Sequence[tuple[str, int, float]]) -> int:
+def fewest_steps(distances: Sequence[tuple[str, int, float]]) -> int:
     """The fewest steps that come as near as the proven number of Euler steps."""
     proven = distances[0][2]
     near = [steps for _, steps, distance in distances[1:] if distance <= proven]
     return min(near) if near else PROVEN
 
 
-def _spread(latents: Tensor, family: Family) -> Tensor:
+def unfold_patches(latents: Tensor, family: Family) -> Tensor:
     """Latents that hold a 2x2 patch in their channels (FLUX.2), as pixels again: frequencies are of pixels."""
     batch, channels, rows, columns = latents.shape
     if channels != 4 * family.latent_channels:

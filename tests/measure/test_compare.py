@@ -1,4 +1,4 @@
-"""What `compare` measures with and draws: peak memory, the sheet, records, plans of the two ways."""
+"""What `compare` measures: the two plans, the runs that count, and all files or none."""
 
 from __future__ import annotations
 
@@ -9,79 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
-from mrflow_sched._runtime import peak as _memory
-from mrflow_sched._runtime.peak import PeakMemory
+from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError
 from mrflow_sched.engines.analytic import GaussianFieldEngine
-from mrflow_sched.images.files import save_png
-from mrflow_sched.images.record import RunRecord, library_versions
-from mrflow_sched.measure import sheet as _sheet
+from mrflow_sched.images.files import read_png_text, save_png
 from mrflow_sched.measure.compare import compare, native_plan_of, shortest
 from mrflow_sched.measure.runs import Comparison, Part, Run
 from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.sampler import StagedResult
-
-MEGABYTE = 1 << 20
-
-
-def hold(megabytes: int) -> int:
-    """Fill that much memory and let go of it."""
-    return int(torch.ones(megabytes * MEGABYTE, dtype=torch.uint8)[-1])
-
-
-# --- peak memory
-
-
-@pytest.mark.parametrize("kernel", [True, False])
-def test_peak_memory_sees_what_was_held_and_freed(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not kernel:
-        monkeypatch.setattr(_memory, "_reset_high_water", lambda: False)
-    peaks: list[int] = []
-    for size in (200, 20, 200):
-        with PeakMemory(torch.device("cpu")) as peak:
-            for _ in range(3):
-                hold(size)
-        peaks.append(peak.bytes)
-    for large in (peaks[0], peaks[2]):
-        assert 120 * MEGABYTE < large - peaks[1] < 240 * MEGABYTE
-
-
-def test_the_kernels_mark_is_used_only_where_it_moves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_memory, "_CLEAR", tmp_path / "none" / "clear_refs")
-    assert not _memory._reset_high_water()
-    monkeypatch.setattr(_memory, "_CLEAR", tmp_path / "clear_refs")
-    monkeypatch.setattr(_memory, "_STATUS", tmp_path / "status")
-    (tmp_path / "status").write_text("VmHWM:   2000 kB\nVmRSS:   1000 kB\n")
-    assert not _memory._reset_high_water()
-    (tmp_path / "status").write_text("VmHWM:   1000 kB\nVmRSS:   1000 kB\n")
-    assert _memory._reset_high_water()
-    (tmp_path / "status").write_text("Name: x\n")
-    assert not _memory._reset_high_water()
-
-
-def test_cuda_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 7)):
-        monkeypatch.setattr(torch.cuda, name, lambda _d, name=name, value=value: calls.append(name) or value)
-    with PeakMemory(torch.device("cuda")) as peak:
-        pass
-    assert peak.bytes == 7
-    assert calls == ["synchronize", "reset_peak_memory_stats", "max_memory_allocated"]
-
-
-def test_systems_without_trimming_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_memory.sys, "platform", "win32")
-    _memory.give_back()
-    monkeypatch.setattr(_memory.sys, "platform", "linux")
-    monkeypatch.setattr(_memory.ctypes, "CDLL", lambda _name: object())
-    _memory.give_back()
-
-
-# --- the two plans and the comparison
 
 
 def test_the_native_plan_shares_size_solver_guidance_and_seed() -> None:
@@ -125,7 +61,7 @@ def test_the_figures_follow_from_the_seconds() -> None:
 
 def test_compare_from_python_saves_without_a_record(tiny_engine: Any, tmp_path: Path) -> None:
     plan = make_plan("demo", 32, 32, low_steps=2, solver="euler")
-    with pytest.raises(ValueError, match="repeats is 0"):
+    with pytest.raises(MrFlowError, match="repeats is 0; give 1 or more"):
         compare(tiny_engine, "a star", plan, tmp_path, repeats=0)
     found = compare(tiny_engine, "a star", plan, tmp_path, native_plan=native_plan_of(plan, 2))
     assert found.sheet == tmp_path / "compare.png"
@@ -134,6 +70,33 @@ def test_compare_from_python_saves_without_a_record(tiny_engine: Any, tmp_path: 
         assert picture.info == {}
     assert found.staged.detail == "16x16 then 32x32, euler, sigma 0.12, 3 forwards"
     assert found.native.title == "native, 2 steps"
+
+
+@pytest.mark.parametrize(("repeats", "native", "staged"), [(3, 5.0, 3.0), (4, 5.0, 3.0), (1, 5.0, 1.0)])
+def test_the_run_of_median_time_counts(
+    repeats: int, native: float, staged: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of our own, which moves only while an image is saved; of an even number the faster middle one."""
+    now = [0.0]
+    seconds = {"native.png": [100.0, 5.0, 2.0, 8.0, 9.0], "staged.png": [100.0, 1.0, 9.0, 3.0, 4.0]}
+    taken = {name: iter(values) for name, values in seconds.items()}
+
+    def save(result: StagedResult, path: Path) -> None:
+        save_png(path, result.images[0])
+        now[0] += next(taken[path.name])
+
+    plan = make_plan("demo", 32, 32, low_steps=2)
+    engine = GaussianFieldEngine()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: now[0])
+        found = compare(engine, "", plan, tmp_path, native_plan=native_plan_of(plan, 2), save=save, repeats=repeats)
+    assert (found.native.seconds, found.staged.seconds) == (native, staged)
+
+
+def test_the_sheet_keeps_the_prompt_as_text(tmp_path: Path) -> None:
+    plan = make_plan("demo", 32, 32, low_steps=2)
+    found = compare(GaussianFieldEngine(), "海港の夜明け", plan, tmp_path, native_plan=native_plan_of(plan, 2))
+    assert read_png_text(found.sheet) == {"prompt": "海港の夜明け"}
 
 
 def test_an_engine_of_its_own_family_needs_no_native_plan(tmp_path: Path) -> None:
@@ -195,7 +158,8 @@ def test_a_broken_comparison_leaves_the_folder_as_it_was(
         usual(source, target)
 
     small = Image.new("RGB", (8, 8))
-    monkeypatch.setattr(_sheet, "draw_sheet", fail if where == "sheet" else lambda *_: small)
+    drawing = fail if where == "sheet" else lambda *_: small
+    monkeypatch.setattr("mrflow_sched.measure.compare.draw_sheet", drawing)
     if where == "second move":
         monkeypatch.setattr(os, "replace", move)
     with pytest.raises(type(error)):
@@ -205,122 +169,9 @@ def test_a_broken_comparison_leaves_the_folder_as_it_was(
 
 def test_a_folder_that_cannot_take_the_pictures_is_refused_before_the_run(tmp_path: Path) -> None:
     plan = make_plan("demo", 32, 32, guidance=1.0)
-    with pytest.raises(FileNotFoundError, match="does not exist; make it first"):
+    with pytest.raises(MissingFileError, match="does not exist; make it first"):
         compare(GaussianFieldEngine(), "", plan, tmp_path / "none")
     (tmp_path / "staged.png").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"staged\.png.*a folder has that name"):
+    with pytest.raises(FileError, match=r"staged\.png.*a folder has that name"):
         compare(GaussianFieldEngine(), "", plan, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["staged.png"]
-
-
-# --- the sheet
-
-
-@pytest.mark.parametrize("size", [(32, 32), (256, 128), (640, 700)])
-@pytest.mark.parametrize("prompt", ["a star", "星 über " * 60, "x" * 500])
-def test_any_size_and_prompt_fit_on_the_sheet(size: tuple[int, int], prompt: str) -> None:
-    pictures = [Image.new("RGB", size, colour) for colour in ((255, 0, 0), (0, 0, 255))]
-    sheet = _sheet.draw_sheet(prompt, NATIVE, STAGED, pictures)
-    factor = max(1, round(512 / size[0]))
-    colours = {colour: count for count, colour in sheet.getcolors(1 << 24) or []}
-    assert colours[(255, 0, 0)] == colours[(0, 0, 255)] == size[0] * size[1] * factor**2
-    # Text and bars end before the sheet does: its right and bottom margins are paper.
-    paper = {sheet.getpixel((sheet.width - 3, y)) for y in range(0, sheet.height, 3)}
-    paper |= {sheet.getpixel((x, sheet.height - 3)) for x in range(0, sheet.width, 3)}
-    assert paper == {_sheet._PAPER}
-
-
-def test_a_word_without_end_is_cut_in_little_time() -> None:
-    begin = time.perf_counter()
-    sheet = _sheet.draw_sheet("x" * 100_000, NATIVE, STAGED, [Image.new("RGB", (32, 32))] * 2)
-    assert time.perf_counter() - begin < 10
-    assert sheet.size == _sheet.draw_sheet("x" * 500, NATIVE, STAGED, [Image.new("RGB", (32, 32))] * 2).size
-
-
-def test_bars_are_as_long_as_the_seconds() -> None:
-    pictures = [Image.new("RGB", (512, 8)) for _ in range(2)]
-    sheet = _sheet.draw_sheet("a star", NATIVE, STAGED, pictures)
-    widths = [
-        sum(1 for x in range(sheet.width) if sheet.getpixel((x, y)) == _sheet._SAMPLING) for y in range(sheet.height)
-    ]
-    assert max(widths) > 500
-    staged = [width for width in widths if 30 < width < 200]
-    assert staged
-    assert max(widths) / max(staged) == pytest.approx(9.0 / 0.75, rel=0.1)
-
-
-def test_old_pillow_draws_with_its_small_font(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = _sheet.ImageFont.load_default
-    small = usual(size=10)
-
-    def old(*args: Any, **words: Any) -> Any:
-        if words:
-            raise TypeError("load_default() got an unexpected keyword argument 'size'")
-        return small
-
-    monkeypatch.setattr(_sheet.ImageFont, "load_default", old)
-    assert _sheet.draw_sheet("a star", NATIVE, STAGED, [Image.new("RGB", (32, 32))] * 2).width > 1000
-
-
-# --- records
-
-
-RECORD = RunRecord(
-    plan="p",
-    prompt="a star",
-    negative=None,
-    seed=1,
-    batch=2,
-    image=1,
-    model="m",
-    model_fingerprint="f",
-    upscaler="u",
-    upscaler_sha256=None,
-    device="cpu",
-    dtype="float32",
-    vae_dtype="float32",
-    threads=2,
-    versions={"torch": "2"},
-)
-
-
-@given(prompt=st.text(), negative=st.none() | st.text(), seed=st.integers(0, 2**63), unfinished=st.booleans())
-def test_a_record_survives_its_json(prompt: str, negative: str | None, seed: int, unfinished: bool) -> None:
-    from dataclasses import replace
-
-    record = replace(RECORD, prompt=prompt, negative=negative, seed=seed, unfinished=unfinished)
-    text = record.to_json()
-    assert text.isascii()
-    assert "\n" not in text
-    assert RunRecord.from_json(text) == record
-
-
-def test_newer_and_older_records_are_read() -> None:
-    found = json.loads(RECORD.to_json())
-    del found["unfinished"]
-    assert RunRecord.from_json(json.dumps(found | {"added later": 1})) == RECORD
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"seed": "1"}, {"seed": True}, {"versions": []}, {"prompt": None}, {"unfinished": 0}),
-        *({"image": 2}, {"image": -1}, {"batch": 0}, {"batch": 10**9}),
-    ],
-)
-def test_an_altered_record_is_refused(change: dict[str, Any]) -> None:
-    text = json.dumps(json.loads(RECORD.to_json()) | change)
-    with pytest.raises(ValueError, match=next(iter(change))):
-        RunRecord.from_json(text)
-    for other in ("{", "[]", "null", "[" * 200_000):
-        with pytest.raises(ValueError, match="altered"):
-            RunRecord.from_json(other)
-
-
-def test_versions_name_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mrflow_sched.images import record
-
-    monkeypatch.setattr(record, "_LIBRARIES", ("torch", "no-such-library"))
-    found = library_versions()
-    assert found["no-such-library"] == "absent"
-    assert found["torch"][0].isdigit()
