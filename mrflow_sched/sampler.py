@@ -149,7 +149,7 @@ def _first_state(run: _Run, image: Tensor | None) -> Tensor:
         noise = stage_noise(shape, posterior, seeds, device=engine.device)
         fitted = upscale_to(image, stage.width, stage.height)
         clean = encode_images(engine, fitted, posterior, seeds, warn=run.warnings.append)
-    return add_noise(clean, noise, stage.start_sigma, engine.family.prediction)
+    return add_noise(clean, noise, stage.start_sigma, engine.family.prediction, engine.family.shift.largest_ve)
 
 
 def _hand_over(run: _Run, index: int) -> Tensor | None:
@@ -195,7 +195,7 @@ def _sample(run: _Run, index: int, latents: Tensor, text: Any) -> Tensor:
         run.count_forwards(stage, state.get("images", run.batch) / run.batch)
         after_evaluation(state)
 
-    sigmas = model_sigmas(stage.sigmas, engine.family.prediction)
+    sigmas = model_sigmas(stage.sigmas, engine.family.prediction, engine.family.shift.largest_ve)
     if run.plan.tiled(index):
         engine = TiledEngine(engine, run.plan.tile, cancel=run.stop_if_cancelled)
     elif stage.always_guided and isinstance(engine, StageEngine):

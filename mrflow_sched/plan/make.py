@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _T = TypeVar("_T")
+_UNSHIFTED = ("scaled-linear", "zero-snr")
 
 # ------------------------------------------------------------------------------------------------------------- making
 
@@ -194,7 +195,7 @@ def _first_stage(
 def _check_first(family: Family, given: PlanOptions, counted: Literal["low_steps", "steps"]) -> None:
     """Refuse options of stage 1's schedule that exclude each other; `counted` names its steps."""
     mu, sigmas, steps = given.get("mu"), given.get("sigmas"), given.get(counted)
-    if mu is not None and family.shift.kind in ("scaled-linear", "list"):
+    if mu is not None and family.shift.kind in (*_UNSHIFTED, "list"):
         raise MrFlowError(f"mu must be left out for {family.name}, whose schedule has no shift; got {mu!r}.")
     if sigmas is None:
         return
@@ -293,7 +294,7 @@ def _family_mu(family: Family, tokens: int, steps: int) -> float | None:
 
 
 def _mu_of(rule: ShiftRule, tokens: int, steps: int) -> float | None:
-    if rule.kind == "scaled-linear":
+    if rule.kind in _UNSHIFTED:
         return None
     if rule.kind == "flux2":
         return mu_flux2(tokens, steps)
@@ -309,13 +310,15 @@ def _mu_of(rule: ShiftRule, tokens: int, steps: int) -> float | None:
 
 
 def _first_recipe(rule: ShiftRule, steps: int, mu: float | None) -> str:
-    if rule.kind == "scaled-linear":
-        return f"scaled-linear {steps}"
+    if rule.kind in _UNSHIFTED:
+        return f"{rule.kind} {steps}"
     words = ["beta" if rule.kind == "beta" else "native", str(steps), f"mu={mu!r}"]
     if rule.terminal is not None:
         words.append(f"terminal={rule.terminal!r}")
     if rule.sigma_min is not None:
         words.append(f"min={rule.sigma_min!r}")
+    if rule.beta is not None:
+        words.append(f"beta={rule.beta!r}")
     return " ".join(words)
 
 

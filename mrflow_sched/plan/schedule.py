@@ -5,7 +5,7 @@ A sigma list is a tuple of N + 1 noise fractions for N solver steps. It falls st
 * Stage-1 lists start at exactly 1.0 (pure noise). They follow the model's own schedule: `native_sigmas`, `beta_sigmas`
   and, for variance-exploding models, `scaled_linear_sigmas`. Their `shift` is always an explicit argument.
 * Refine lists start at a chosen `start_sigma` below 1: `refine_sigmas`. Nothing ever shifts them. Schedulers that do
-  (spec 1.5) run FLUX.1's 0.12 at 0.301 and Qwen-Image's 0.12 at 0.020.
+  (docs/method.md, section 1.5) run FLUX.1's 0.12 at 0.301 and Qwen-Image's 0.12 at 0.020.
 
 A `recipe` is the short text that makes a list again, such as "native 12 mu=0.63": see `sigmas_from_recipe`.
 Nothing here needs torch.
@@ -14,9 +14,10 @@ Nothing here needs torch.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from mrflow_sched._runtime.errors import MrFlowError
 
@@ -110,50 +111,87 @@ def mu_flux2(tokens: int, steps: int) -> float:
 
 
 def stretch_to_terminal(sigmas: Sequence[float], terminal: float) -> Sigmas:
-    """Stretch a list about 1 so that its last noise level above zero becomes `terminal`; the final 0 stays.
+    """Stretch a schedule about 1 so that its last sigma above zero becomes `terminal`; the final 0 stays.
 
     Qwen-Image's scheduler does this with 0.02. `sigmas` must start at 1.0; `terminal` in (0, 1).
-    A list of one step has nothing to stretch and comes back as it is. Raises ValueError for other input.
+    A schedule of one step has nothing to stretch and comes back as it is. Raises MrFlowError for other input.
     Source: diffusers FlowMatchEulerDiscreteScheduler, `shift_terminal`.
     """
     checked = validate_sigmas(sigmas, "sigmas")
     if checked[0] != 1.0:
-        raise MrFlowError(f"sigmas must start at 1.0 to be stretched, got {checked[0]!r}; refine lists never are.")
+        raise MrFlowError(f"sigmas must start at 1.0 to be stretched, got {checked[0]!r}; refine schedules never are.")
     if not 0.0 < terminal < 1.0:
         raise MrFlowError(f"terminal must lie between 0 and 1, got {terminal!r}; Qwen-Image uses 0.02.")
-    if len(checked) == 2:
-        return checked
-    scale = (1.0 - terminal) / (1.0 - checked[-2])
-    inner = [1.0 - (1.0 - sigma) * scale for sigma in checked[1:-2]]
-    return validate_sigmas([1.0, *inner, terminal, 0.0], "sigmas")
+    return validate_sigmas([*stretched(checked[:-1], terminal), 0.0], "sigmas")
+
+
+def stretched(above_zero: Sequence[float], terminal: float) -> list[float]:
+    """Sigmas without their final 0, stretched about 1 until the last one is `terminal`; one at 1 stays as it is."""
+    if above_zero[-1] >= 1.0:
+        return list(above_zero)
+    scale = (1.0 - terminal) / (1.0 - above_zero[-1])
+    return [*(1.0 - (1.0 - sigma) * scale for sigma in above_zero[:-1]), terminal]
+
+
+def evenly(first: float, last: float, count: int) -> list[float]:
+    """`count` evenly spaced values from `first` to `last`; one value is `first`."""
+    spacing, (low, high) = (first - last) / max(count - 1, 1), sorted((first, last))
+    return [min(max(first - index * spacing, low), high) for index in range(count)]  # rounding must not leave the range
 
 
 def native_sigmas(
-    steps: int, *, mu: float = 0.0, terminal: float | None = None, sigma_min: float | None = None
+    steps: int,
+    *,
+    mu: float = 0.0,
+    terminal: float | None = None,
+    sigma_min: float | None = None,
+    beta: float | None = None,
 ) -> Sigmas:
-    """A flow model's own list: evenly spaced noise fractions from 1, warped by shift = exp(mu), then a final 0.
+    """A flow model's own schedule: evenly spaced noise fractions from 1, shifted, then a final 0.
 
-    `sigma_min` is the last fraction above zero *before* the shift (default 1/steps, which spaces all steps evenly).
-    `terminal`: see `stretch_to_terminal`. Returns steps + 1 floats from exactly 1.0 to exactly 0.0.
-    Raises ValueError for steps < 1, a mu that is not finite, or a sigma_min outside (0, 1).
-    Source: diffusers FluxPipeline (sigmas) and FlowMatchEulerDiscreteScheduler (shift).
+    Args:
+        steps: 1 or more.
+        mu: logarithm of the shift.
+        terminal: the last sigma above zero that the shifted schedule is stretched to, see `stretch_to_terminal`.
+        sigma_min: the last fraction above zero before the shift (None: 1/steps, which spaces all steps evenly).
+        beta: space the finished schedule anew between its ends, at quantiles of Beta(beta, beta).
+
+    Returns:
+        steps + 1 floats from exactly 1.0 to exactly 0.0.
+
+    Raises:
+        MrFlowError: for steps < 1, a mu that is not finite, or another number out of its range.
+
+    Source: diffusers FluxPipeline (sigmas) and FlowMatchEulerDiscreteScheduler (shift, terminal, beta).
     """
     _check_count(steps, "steps")
     shift = _shift_of(mu)
     last = 1.0 / steps if sigma_min is None else sigma_min
     if not 0.0 < last <= 1.0 or (sigma_min is not None and last == 1.0):
         raise MrFlowError(f"sigma_min must lie between 0 and 1, got {sigma_min!r}; leave it out for even spacing.")
-    spacing = (1.0 - last) / (steps - 1) if steps > 1 else 0.0
-    shifted = [shift_sigma(1.0 - index * spacing, shift) for index in range(1, steps)]
-    sigmas = validate_sigmas([1.0, *shifted, 0.0], "sigmas")
-    return sigmas if terminal is None else stretch_to_terminal(sigmas, terminal)
+    shifted = [1.0, *(shift_sigma(sigma, shift) for sigma in evenly(1.0, last, steps)[1:])]
+    sigmas = validate_sigmas([*shifted, 0.0], "sigmas")
+    if terminal is not None:
+        sigmas = stretch_to_terminal(sigmas, terminal)
+    return sigmas if beta is None else validate_sigmas([*spaced_by_beta(sigmas[:-1], beta), 0.0], "sigmas")
+
+
+def spaced_by_beta(above_zero: Sequence[float], beta: float = 0.6) -> list[float]:
+    """As many sigmas between the same two ends, at quantiles of Beta(beta, beta).
+
+    Source: Lee et al. 2024 (arXiv 2407.12173), with both ends on the schedule as diffusers' schedulers have it.
+    """
+    top, bottom, count = above_zero[0], above_zero[-1], len(above_zero)
+    quantiles = beta_sigmas(count - 1, alpha=beta, beta=beta) if count > 1 else (1.0,)
+    inner = [bottom + quantile * (top - bottom) for quantile in quantiles[1:-1]]
+    return [top, *inner, bottom] if count > 1 else [top]
 
 
 def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float = 0.0) -> Sigmas:
-    """Levels at evenly spaced quantiles of a Beta(alpha, beta) distribution, then shifted by exp(mu).
+    """Sigmas at evenly spaced quantiles of a Beta(alpha, beta) distribution, then shifted by exp(mu).
 
     With both below 1 the steps crowd at the two ends. Returns steps + 1 floats from exactly 1.0 to exactly 0.0.
-    Raises ValueError for steps < 1, or alpha or beta outside 0.2..10.
+    Raises MrFlowError for steps < 1, or alpha or beta outside 0.2..10.
     Source: Lee et al. 2024, "Beta Sampling is All You Need" (arXiv 2407.12173), which uses 0.6 and 0.6.
     """
     _check_count(steps, "steps")
@@ -165,30 +203,58 @@ def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float 
     return validate_sigmas([1.0, *inner, 0.0], "sigmas")
 
 
-def scaled_linear_sigmas(steps: int) -> Sigmas:
-    """The list of SD1.5 and SDXL (scaled-linear betas, trailing spacing), told in equal-SNR flow sigma.
+# ---------------------------------------------------------------------------------------- variance-exploding schedules
 
-    A variance-exploding level sigma_ve has the signal-to-noise ratio of the flow level sigma_ve / (1 + sigma_ve).
-    The first level is set to 1.0 (pure noise), which these models meet at their largest sigma_ve, 14.6.
-    Returns steps + 1 floats; raises ValueError unless 1 <= steps <= 1000.
-    Source: Rombach et al. 2022 training betas 0.00085..0.012; trailing spacing of Lin et al. 2023 (arXiv 2305.08891).
+
+def scaled_linear_sigmas(steps: int, *, zero_snr: bool = False) -> Sigmas:
+    """The schedule of SD1.5 and SDXL (scaled-linear betas, trailing spacing), told in equal-SNR flow sigma.
+
+    A variance-exploding sigma_ve has the signal-to-noise ratio of the flow sigma sigma_ve / (1 + sigma_ve).
+    The first sigma is set to 1.0 (pure noise), which these models meet at their largest sigma_ve: 14.6, or 4096 where
+    their betas are rescaled to zero terminal SNR (`zero_snr`).
+    Returns steps + 1 floats; raises MrFlowError unless 1 <= steps <= 1000.
+    Source: Rombach et al. 2022 training betas 0.00085..0.012; trailing spacing and zero SNR of Lin et al. 2023
+    (arXiv 2305.08891).
     """
     _check_count(steps, "steps")
-    table = scaled_linear_ve()
+    table = scaled_linear_ve(zero_snr)
     if steps > len(table):
         raise MrFlowError(f"steps must be at most {len(table)} for this schedule, got {steps!r}; ask for fewer steps.")
-    picked = [table[round(len(table) * (1.0 - index / steps)) - 1] for index in range(1, steps)]
+    picked = [table[step] for step in trailing_steps(len(table), steps)[1:]]
     return validate_sigmas([1.0, *(ve / (1.0 + ve) for ve in picked), 0.0], "sigmas")
 
 
-@lru_cache(maxsize=1)
-def scaled_linear_ve() -> Sigmas:
-    """sigma_ve of the 1000 training steps of SD1.5 and SDXL, rising: sqrt((1 - abar) / abar)."""
-    low, high = math.sqrt(0.00085), math.sqrt(0.012)
-    kept, table = 1.0, list[float]()
-    for step in range(1000):
-        kept *= 1.0 - (low + (high - low) * step / 999) ** 2
-        table.append(math.sqrt((1.0 - kept) / kept))
+def trailing_steps(training: int, count: int) -> list[int]:
+    """Training steps to visit, falling from the last one: "trailing" of Lin et al. 2023, table 2."""
+    return [round(training - index * training / count) - 1 for index in range(count)]
+
+
+@lru_cache(maxsize=2)
+def scaled_linear_ve(zero_snr: bool = False) -> Sigmas:
+    """sigma_ve of the 1000 training steps of SD1.5 and SDXL, rising."""
+    return ve_of_betas(scaled_linear_betas(0.00085, 0.012, 1000), zero_snr=zero_snr)
+
+
+def scaled_linear_betas(first: float, last: float, count: int) -> list[float]:
+    """Betas whose square roots are evenly spaced (Rombach et al. 2022)."""
+    return [root**2 for root in evenly(math.sqrt(first), math.sqrt(last), count)]
+
+
+def ve_of_betas(betas: Sequence[float], *, zero_snr: bool = False) -> Sigmas:
+    """sigma_ve of every training step, rising: sqrt((1 - abar) / abar), where abar is the product of 1 - beta.
+
+    With `zero_snr` the roots of abar are shifted and scaled so that the last is 0 (Lin et al. 2023, algorithm 1). It is
+    then set to 2^-24, as in diffusers, so that its sigma_ve is finite: 4096. Steps before it that would lie above are
+    lowered to just below, so that the table rises.
+    """
+    kept: list[float] = list(accumulate((1.0 - beta for beta in betas), operator.mul))
+    if zero_snr:
+        roots = [math.sqrt(each) for each in kept]
+        scale = roots[0] / (roots[0] - roots[-1])
+        kept = [((root - roots[-1]) * scale) ** 2 for root in roots[:-1]] + [2.0**-24]
+    table = [math.sqrt((1.0 - each) / each) if each > 0.0 else math.inf for each in kept]
+    for step in range(len(table) - 2, -1, -1):
+        table[step] = min(table[step], table[step + 1] * (1.0 - 1e-9))
     return tuple(table)
 
 
@@ -201,7 +267,7 @@ def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigm
     "linear" falls in equal steps; "shifted" takes shorter steps first, more so with more steps, with an inner shift of
     0.25·(steps-1) that never moves the two ends. For one step both are (start_sigma, 0). No model's shift enters.
     Returns steps + 1 floats. Raises ValueError unless 0 < start_sigma < 1, steps >= 1 and the curve is known.
-    Source: spec 1.4 (a) and (b); the official code's direct refine list and its ComfyUI node.
+    Source: docs/method.md, section 1.4 (a) and (b); the official code's direct refine list and its ComfyUI node.
     """
     if not 0.0 < start_sigma < 1.0:
         raise MrFlowError(f"start_sigma must lie between 0 and 1, got {start_sigma!r}; 0.12 is the usual value.")
@@ -243,9 +309,9 @@ def sigmas_from_recipe(recipe: str) -> Sigmas:
     """Make the list that a recipe describes: a kind, then words. Numbers are written in full precision.
 
     =======================================  ===================================
-    "native 12 mu=0.63 [terminal= min=]"     `native_sigmas`
+    "native 12 mu=0.63 [terminal= min= beta=]"  `native_sigmas`
     "beta 12 mu=0.0"                         `beta_sigmas` with 0.6 and 0.6
-    "scaled-linear 30"                       `scaled_linear_sigmas`
+    "scaled-linear 30", "zero-snr 30"        `scaled_linear_sigmas`
     "linear 1 start=0.12", "shifted ..."     `refine_sigmas`
     "list 1.0 0.5 0.0"                       these very values
     "none"                                   the empty list: a stage without steps
@@ -273,14 +339,16 @@ def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
     """The list of `kind`; takes the numbers that it uses out of `numbers`."""
     if kind == "native":
         mu, terminal, sigma_min = numbers.pop("mu"), numbers.pop("terminal", None), numbers.pop("min", None)
-        return native_sigmas(steps, mu=mu, terminal=terminal, sigma_min=sigma_min)
+        return native_sigmas(steps, mu=mu, terminal=terminal, sigma_min=sigma_min, beta=numbers.pop("beta", None))
     if kind == "beta":
         return beta_sigmas(steps, mu=numbers.pop("mu"))
-    if kind == "scaled-linear":
-        return scaled_linear_sigmas(steps)
+    if kind in ("scaled-linear", "zero-snr"):
+        return scaled_linear_sigmas(steps, zero_snr=kind == "zero-snr")
     if kind in ("linear", "shifted"):
         return refine_sigmas(numbers.pop("start"), steps, kind)
-    raise MrFlowError(f"recipe must begin with native, beta, scaled-linear, linear, shifted, list or none: {kind!r}.")
+    raise MrFlowError(
+        f"recipe must begin with native, beta, scaled-linear, zero-snr, linear, shifted, list or none: {kind!r}."
+    )
 
 
 def _number(word: str) -> tuple[str, float]:

@@ -15,7 +15,7 @@ import inspect
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,11 +48,15 @@ class Layout:
     family: Family
     experimental: bool = False
 
-    # What `pipe.encode_prompt` returns, in order, by the names that `pipe.__call__` takes; "" is not passed on.
-    text_outputs: ClassVar[tuple[str, ...]] = ()
+    @property
+    def text_outputs(self) -> tuple[str, ...]:
+        """What `pipe.encode_prompt` returns, in order, by the names that `pipe.__call__` takes; "" is not passed on."""
+        return () if self.family.pipeline is None else self.family.pipeline.text_outputs
 
-    # Whether the pipeline brings given latents to its network's dtype by itself.
-    casts_latents: ClassVar[bool] = True
+    @property
+    def casts_latents(self) -> bool:
+        """Whether the pipeline brings given latents to its network's dtype by itself; a probed one may not."""
+        return self.family.pipeline is not None and self.family.pipeline.casts_latents
 
     @property
     def _network(self) -> Any:

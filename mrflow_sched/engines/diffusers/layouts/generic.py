@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ _WIDTH, _HEIGHT = 192, 128
 
 class _Generic(Layout):
     """What all generic layouts share: text as strings, and guidance in the words of the pipeline's signature."""
-
-    casts_latents: ClassVar[bool] = False
 
     def encode_text(self, prompts: Any, negative_prompts: Any = None, options: Any = None) -> dict[str, Any]:
         """The prompts as they are, with what the pipeline's call takes of `options`."""
@@ -94,6 +92,10 @@ def generic_layout(pipe: Any, family: str | None) -> Layout:
     shape = _shape(pipe)
     kind = _scaling(pipe, source, shape.packed)
     even = any("linspace" in line and not line.lstrip().startswith("#") for line in source.splitlines())
+    if re.search(
+        r"""config\[["']use_dynamic_shifting["']\]""", source
+    ):  # Bria: its own even list with that option only
+        even = even and bool(pipe.scheduler.config.get("use_dynamic_shifting"))
     known = ShiftRule("flux2") if "compute_empirical_mu" in source else None
     rule = shift_rule(pipe.scheduler, known, even_list=even)
     return kind(pipe, _family(pipe, shape, rule, family), True)
@@ -219,6 +221,7 @@ def _family(pipe: Any, shape: _Shape, rule: ShiftRule, name: str | None) -> Fami
         "vae_factor": shape.factor,
         "patch": shape.patch,
         "latent_channels": shape.channels,
+        "pipeline": None,
     }
     if name is not None:
         known = get_family(name)
@@ -248,5 +251,6 @@ def _family(pipe: Any, shape: _Shape, rule: ShiftRule, name: str | None) -> Fami
         # Every weight meets every token about once; pairs of tokens are left out.
         "linear_cost": 2.0 * sum(weight.numel() for weight in network.parameters()),
         "attention_cost": 0.0,
+        "network_cost": None,
     }
     return replace(like, **own, sources=MappingProxyType(dict.fromkeys(like.sources, "read from the pipeline")))

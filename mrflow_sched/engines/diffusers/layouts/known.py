@@ -1,11 +1,12 @@
-"""One class for each family whose conventions differ from the plain kind, each named after what it serves.
+"""A class for each family whose conventions differ from the plain kind, which is `Layout` itself. Names of what a
+pipeline takes and gives stand in the family's file.
 
-Source of every convention: the pipeline of the same name in diffusers, and spec 1.6.
+Source of every convention: the pipeline of the same name in diffusers, and docs/method.md, section 1.6.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +15,14 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts.base import Layout
 
 __all__ = [
-    "AuraFlowLayout",
-    "ChromaLayout",
     "Flux2KleinLayout",
     "Flux2Layout",
     "FluxLayout",
     "HiDreamLayout",
     "HunyuanImageLayout",
-    "Lumina2Layout",
+    "Layout",
     "PackedLayout",
     "QwenImageLayout",
-    "SanaLayout",
-    "Sd3Layout",
     "StableDiffusionLayout",
     "StableDiffusionXLLayout",
     "VideoVaeLayout",
@@ -55,8 +52,6 @@ class PackedLayout(Layout):
 
 class FluxLayout(PackedLayout):
     """FLUX.1 in all its text-to-image pipelines: FluxPipeline, with ControlNet or Control, Kontext."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds", "")
 
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
@@ -102,8 +97,6 @@ class VideoVaeLayout(Layout):
 class QwenImageLayout(VideoVaeLayout, PackedLayout):
     """Qwen-Image: true CFG, a video VAE with one frame, statistics per channel."""
 
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_embeds_mask")
-
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
@@ -126,37 +119,11 @@ class QwenImageLayout(VideoVaeLayout, PackedLayout):
         return {"true_cfg_scale": guidance, **embedded}
 
 
-class Sd3Layout(Layout):
-    """Stable Diffusion 3 and 3.5: latents as they are."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    )
-
-
-class ChromaLayout(PackedLayout):
-    """Chroma: FLUX.1's latents, T5 with masks, true CFG."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "",
-        "negative_prompt_attention_mask",
-    )
-
-
 class Flux2Layout(Layout):
     """FLUX.2 dev: 2x2 patches first, then the VAE's running statistics; a latent pixel is a token.
 
     Latents are (128, H/16, W/16), the shape in which the pipeline draws its noise.
     """
-
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "")
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """(4C, H/16, W/16): what is one channel of the VAE's latents is four here."""
@@ -216,8 +183,6 @@ class ZImageLayout(Layout):
     The pipeline's scale g means p + g (p - n): its 5.0 is what others call a CFG scale of 6. Plans keep its numbers.
     """
 
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
-
     def plan_guidance(self, guidance: float) -> float:
         """0 and below are off, which a plan calls 1."""
         return 1.0 if guidance <= 0.0 else guidance
@@ -243,39 +208,8 @@ class ZImageLayout(Layout):
         return {name: value for name, value in super()._named(found).items() if value}
 
 
-class Lumina2Layout(Layout):
-    """Lumina-Image 2.0."""
-
-    casts_latents: ClassVar[bool] = False
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "negative_prompt_attention_mask",
-    )
-
-
-class SanaLayout(Layout):
-    """Sana: an autoencoder of factor 32 without a distribution."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = Lumina2Layout.text_outputs
-
-
-class AuraFlowLayout(Layout):
-    """AuraFlow."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = Lumina2Layout.text_outputs
-
-
 class HunyuanImageLayout(Layout):
     """HunyuanImage 2.1: guidance is a component of the pipeline (base) or an input of the network (distilled)."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "prompt_embeds_mask",
-        "prompt_embeds_2",
-        "prompt_embeds_mask_2",
-    )
 
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
@@ -306,16 +240,6 @@ class HunyuanImageLayout(Layout):
 class HiDreamLayout(Layout):
     """HiDream-I1: four text encoders, at most the tokens that its network was made for."""
 
-    casts_latents: ClassVar[bool] = False
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds_t5",
-        "negative_prompt_embeds_t5",
-        "prompt_embeds_llama3",
-        "negative_prompt_embeds_llama3",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    )
-
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """(C, h, w). Raises ValueError off the grid, and above the network's longest sequence."""
         made = super().latent_shape(width, height)
@@ -345,9 +269,6 @@ class HiDreamLayout(Layout):
 class StableDiffusionLayout(Layout):
     """Stable Diffusion 1.5 and its kin: a U-Net of variance-exploding noise, carried over by equal signal-to-noise."""
 
-    casts_latents: ClassVar[bool] = False
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
-
     def finish(self, images: Tensor) -> Tensor:
         """Black where the pipeline has a safety checker that says so."""
         if getattr(self.pipe, "safety_checker", None) is None:
@@ -376,8 +297,6 @@ class StableDiffusionLayout(Layout):
 
 class StableDiffusionXLLayout(StableDiffusionLayout):
     """Stable Diffusion XL."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = Sd3Layout.text_outputs
 
     def finish(self, images: Tensor) -> Tensor:
         """With the pipeline's invisible watermark, where it has one."""
