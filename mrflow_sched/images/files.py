@@ -101,11 +101,14 @@ def load_image(path: str | os.PathLike[str]) -> Tensor:
         MissingFileError: There is no such file.
         MrFlowError: It is not a whole image of a known format.
     """
-    image = ImageOps.exif_transpose(open_image(path))
-    if image.mode.startswith("I;16"):
-        grey = pixels_of(image.convert("I"), torch.int32, 1)
-        return (grey.float() / 65535).clamp(0, 1).expand(3, -1, -1).contiguous()
-    return pixels_of(image.convert("RGB"), torch.uint8, 3).float() / 255
+    opened = open_image(path)
+    with _refusing(path):
+        image = ImageOps.exif_transpose(opened)
+        deep = image.mode.startswith("I;16")
+        image = image.convert("I" if deep else "RGB")
+    if deep:
+        return (pixels_of(image, torch.int32, 1).float() / 65535).clamp(0, 1).expand(3, -1, -1).contiguous()
+    return pixels_of(image, torch.uint8, 3).float() / 255
 
 
 def _encode_png(pixels: Tensor, text: Mapping[str, str]) -> bytes:
@@ -164,7 +167,9 @@ def _refusing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
         raise MissingFileError(f"there is no image file {str(path)!r}; check the path.") from error
     except (UnidentifiedImageError, IsADirectoryError) as error:
         raise MrFlowError(f"{str(path)!r} is not an image file of a known format; give a PNG, JPEG or WebP.") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever Pillow's readers may raise for a damaged file
         raise MrFlowError(
             f"the image file {str(path)!r} cannot be read ({_reason(error)}); it is damaged or too large."
         ) from error

@@ -114,11 +114,12 @@ class RunRecord:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+    """Whether `value` is text that can be written as UTF-8; JSON may hold half of a surrogate pair, which cannot."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _is_text_or_none(value: object) -> bool:
-    return value is None or isinstance(value, str)
+    return value is None or _is_text(value)
 
 
 def _is_whole(low: int, high: int) -> Callable[[object], bool]:
@@ -130,7 +131,7 @@ def _is_table(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     table = cast("dict[object, object]", value)
-    return len(table) <= MAX_ENTRIES and all(isinstance(each, str) for pair in table.items() for each in pair)
+    return len(table) <= MAX_ENTRIES and all(_is_text(each) for pair in table.items() for each in pair)
 
 
 # What an older version did not write.

@@ -20,6 +20,7 @@ MAX_STEPS = 1000
 MAX_STAGES = 8
 MAX_GUIDANCE = 100
 MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**40  # of tokens, forwards and steps of a plan that is read: far above any real one
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

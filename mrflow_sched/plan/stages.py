@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.checks import (
+    MAX_COUNT,
     MAX_SEED,
     Posterior,
     SeedRule,
@@ -70,8 +71,8 @@ class Stage:
     def __post_init__(self) -> None:
         check_side(self.width, "width")
         check_side(self.height, "height")
-        check_whole(self.tokens, "tokens", 1)
-        check_whole(self.forwards, "forwards", 0)
+        check_whole(self.tokens, "tokens", 1, MAX_COUNT)
+        check_whole(self.forwards, "forwards", 0, MAX_COUNT)
         check_solver(self.solver)
         check_finite(self.guidance, "guidance")
         if self.mu is not None:
@@ -146,9 +147,9 @@ class StagedPlan:
         check_whole(self.seed, "seed", 0, MAX_SEED)
         check_choice(self.seed_rule, "seed_rule", ("offset", "hash"))
         check_choice(self.posterior, "posterior", ("mode", "sample"))
-        check_whole(self.native_steps, "native_steps", 1)
-        check_whole(self.native_forwards, "native_forwards", 1)
-        check_whole(self.text_tokens, "text_tokens", 0)
+        check_whole(self.native_steps, "native_steps", 1, MAX_COUNT)
+        check_whole(self.native_forwards, "native_forwards", 1, MAX_COUNT)
+        check_whole(self.text_tokens, "text_tokens", 0, MAX_COUNT)
         check_finite(self.attention, "attention")
         if self.attention < 0:
             raise MrFlowError(f"attention must not be negative, got {self.attention!r}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import stat
 import struct
 import zlib
@@ -255,3 +256,26 @@ def test_text_is_read_from_png_only(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="JPEG image, not a PNG"):
         read_png_text(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP", "TGA", "PPM", "ICO"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_one_sentence_whatever_the_reader_raises(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a damaged header may ask for gigabytes
+    path = tmp_path / f"a.{kind.lower()}"
+    Image.new("RGB", (16, 16), (9, 200, 30)).save(path, kind)
+    whole = path.read_bytes()
+    chance = random.Random(7)
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 6)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        path.write_bytes(bytes(data[: chance.randint(4, len(data))]))
+        said = ""
+        try:
+            load_image(path)
+        except MrFlowError as error:
+            said = str(error)
+        assert "\n" not in said

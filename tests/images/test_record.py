@@ -64,7 +64,7 @@ def test_the_dtype_of_a_part_is_found_in_records_of_any_age() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *({"seed": "1"}, {"seed": True}, {"versions": []}, {"prompt": None}, {"unfinished": 0}),
+        *({"seed": "1"}, {"seed": True}, {"versions": []}, {"prompt": None}, {"prompt": "\ud800"}, {"unfinished": 0}),
         *({"image": 2}, {"image": -1}, {"batch": 0}, {"batch": 10**9}, {"seed": -1}, {"seed": 2**64}),
         *({"threads": 0}, {"threads": 4097}, {"versions": {"torch": 2}}, {"dtypes": {"vae": None}}, {"dtypes": "all"}),
         *({"versions": {str(number): "1" for number in range(1000)}}, {"threads": float("nan")}),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrflow_sched._runtime.errors import FileError, MrFlowError
-from mrflow_sched.apps.cli.console import DONE, counted, os_reason, print_json, say, saying_warnings, writable
+from mrflow_sched.apps.cli.console import DONE, counted, os_reason, print_json, say, saying_warnings, show, writable
 from mrflow_sched.apps.cli.load import find_upscaler, load_engine, plan_family
 from mrflow_sched.apps.cli.options import (
     Commands,
@@ -126,8 +126,7 @@ def run(request: CalibrateRequest) -> int:
     if output.json:
         print_json({"file": str(path), "calibration": json.loads(found.to_json())})
     else:
-        print("\n".join(_lines(found)))
-        print(path)
+        show(*_lines(found), str(path))
     return DONE
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mrflow_sched.apps.cli.console import DONE, print_json, progress_bar, say, saying_warnings, writable
+from mrflow_sched.apps.cli.console import DONE, print_json, progress_bar, say, saying_warnings, show, writable
 from mrflow_sched.apps.cli.load import Job, find_upscaler, load, make_record, plan_family
 from mrflow_sched.apps.cli.options import (
     Commands,
@@ -89,7 +89,7 @@ def run(request: CompareRequest) -> int:
             one = replace(record, plan=result.plan.to_string())
             save_png(path, result.images[0], {KEY: one.to_json()})
 
-        with progress_bar(request.output.progress) as show:
+        with progress_bar(request.output.progress) as bar:
             found = compare(
                 loaded.engine,
                 request.prompt,
@@ -99,14 +99,14 @@ def run(request: CompareRequest) -> int:
                 upscaler=loaded.upscaler,
                 save=save,
                 repeats=request.repeats,
-                callback=show,
+                callback=bar,
             )
     for note in dict.fromkeys(found.notes):
         say(note)
     if request.output.json:
         print_json(found.to_dict())
     else:
-        print("\n".join(_lines(found)))
+        show(*_lines(found))
     return DONE
 
 

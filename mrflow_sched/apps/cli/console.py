@@ -44,6 +44,13 @@ def say(text: str) -> None:
     print(f"mrflow: {text}", file=sys.stderr)
 
 
+def show(*lines: str) -> None:
+    """Lines of the result, on standard output; a letter that its encoding lacks is written as an escape."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    for line in lines:
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def print_json(value: Any) -> None:
     """The result as JSON, on standard output."""
     print(json.dumps(value, indent=2))

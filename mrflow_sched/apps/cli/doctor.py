@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 
-from mrflow_sched.apps.cli.console import DONE, UNHEALTHY, print_json
+from mrflow_sched.apps.cli.console import DONE, UNHEALTHY, print_json, show
 from mrflow_sched.apps.cli.options import Commands, common_options
 
 
@@ -44,6 +44,5 @@ def run(request: DoctorRequest) -> int:
     if request.json:
         print_json({"ok": healthy, "findings": [asdict(finding) for finding in findings]})
     else:
-        for finding in findings:
-            print(f"{'ok  ' if finding.good else 'FAIL'} {finding.name}: {finding.text}")
+        show(*(f"{'ok  ' if finding.good else 'FAIL'} {finding.name}: {finding.text}" for finding in findings))
     return DONE if healthy else UNHEALTHY

@@ -19,6 +19,7 @@ from mrflow_sched.apps.cli.console import (
     progress_bar,
     say,
     saying_warnings,
+    show,
     writable,
 )
 from mrflow_sched.apps.cli.load import (
@@ -43,6 +44,7 @@ from mrflow_sched.apps.cli.options import (
     output_options,
     plan_options,
     prompt_option,
+    text_option,
     whole_number,
 )
 from mrflow_sched.images.record import KEY, MAX_BATCH, RunRecord
@@ -129,7 +131,9 @@ def add_parser(commands: Commands) -> None:
         help="make images from a prompt",
     )
     parser.add_argument("prompt", nargs="?", type=prompt_option, metavar="PROMPT")
-    parser.add_argument("--negative", metavar="TEXT", help="what the image should not show, for models that use it")
+    parser.add_argument(
+        "--negative", type=text_option, metavar="TEXT", help="what the image should not show, for models that use it"
+    )
     parser.add_argument("--batch", type=whole_number(1, MAX_BATCH), metavar="N", help="number of images (default 1)")
     parser.add_argument("--save-stages", action="store_true", help="save the image of every stage too")
     parser.add_argument("--from", dest="source", type=Path, metavar="IMAGE.png", help="repeat the run of a saved image")
@@ -148,8 +152,8 @@ def run(request: GenerateRequest | RepeatRequest) -> int:
         _check_repeatable(job.source, record)
         for note in job.plan.notes:
             say(note)
-        with progress_bar(output.progress) as show, ctrl_c() as stopped:
-            result = _sample(loaded, job, lambda step: show("", step), stopped, request.save_stages)
+        with progress_bar(output.progress) as bar, ctrl_c() as stopped:
+            result = _sample(loaded, job, lambda step: bar("", step), stopped, request.save_stages)
         for note in dict.fromkeys(result.warnings):
             say(note)
         paths, lost = _save_images(output.folder, job, replace(record, unfinished=result.unfinished), result)
@@ -158,7 +162,7 @@ def run(request: GenerateRequest | RepeatRequest) -> int:
     if output.json:
         print_json(_result_json(job, result, paths))
     else:
-        print("\n".join(str(path) for path in paths))
+        show(*(str(path) for path in paths))
     return STOPPED if result.cancelled else REFUSED if lost or result.unfinished else DONE
 
 

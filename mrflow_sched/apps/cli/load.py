@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,7 @@ def load(model: ModelChoices, job: Job, file: Path | None) -> Loaded:
     """
     from mrflow_sched.upscaling.load import load_upscaler
 
+    _check_offload(model)
     source = job.source
     device = _device_of(source) if source is not None and model.device == "auto" else model.device
     dtypes: str | Mapping[str, str] = model.dtype
@@ -119,6 +121,18 @@ def load(model: ModelChoices, job: Job, file: Path | None) -> Loaded:
     if len(job.plan.stages) == 1:
         return Loaded(engine, None, None)
     return Loaded(engine, load_upscaler(file, device=engine.device, dtype=own), file)
+
+
+def _check_offload(model: ModelChoices) -> None:
+    """Refuse --offload-text where the library that it needs is missing; on a CPU nothing is offloaded."""
+    from mrflow_sched._runtime.device import resolve_device
+
+    if not model.offload or model.model is None or find_spec("accelerate") is not None:
+        return
+    if resolve_device(model.device).type != "cpu":
+        raise MrFlowError(
+            "--offload-text needs the package accelerate, which is not installed; pip install accelerate."
+        )
 
 
 def load_engine(model: ModelChoices, dtypes: str | Mapping[str, str]) -> FluxEngine | PipelineEngine:

@@ -63,13 +63,18 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def prompt_option(text: str) -> str:
-    """A prompt, which is neither empty nor broken text."""
+def text_option(text: str) -> str:
+    """Text, which may be empty but not broken."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("it contains bytes that are not UTF-8; type the prompt again") from None
-    if not text.strip():
+        raise argparse.ArgumentTypeError("it contains bytes that are not UTF-8; type the text again") from None
+    return text
+
+
+def prompt_option(text: str) -> str:
+    """A prompt, which is neither empty nor broken text."""
+    if not text_option(text).strip():
         raise argparse.ArgumentTypeError("it is empty; say what the image shows")
     return text
 
@@ -252,7 +257,12 @@ def model_options() -> Parser:
         "--upscaler", metavar="FILE", help=f"ESRGAN-type file, .safetensors or .pth; or {LANCZOS}, which adds no detail"
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of the model; auto is bfloat16 where the hardware multiplies it, else float32",
+    )
     group.add_argument("--offload-text", action="store_true", help="keep parts on the CPU while they are idle")
     return parser
 

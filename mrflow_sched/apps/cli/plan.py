@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line
-from mrflow_sched.apps.cli.console import DONE, counted, print_json
+from mrflow_sched.apps.cli.console import DONE, counted, print_json, show
 from mrflow_sched.apps.cli.options import Commands, PlanChoices, common_options, plan_options
 from mrflow_sched.plan.cost import Speeds, part_costs, peak_memory, work_ratio
 from mrflow_sched.plan.families import FAMILIES
@@ -57,7 +57,7 @@ def run(request: PlanRequest) -> int:
         more = {} if seconds is None else {"seconds": [{"name": name, "seconds": value} for name, value in seconds]}
         print_json({**plan.to_dict(), "work_ratio": work_ratio(plan), "work": _work(plan), **more})
     else:
-        print("\n".join(_lines(plan, seconds)))
+        show(*_lines(plan, seconds))
     return DONE
 
 

@@ -44,6 +44,7 @@ BAD = {
     "empty prompt": ["generate", " "],
     "no prompt": ["generate"],
     "not UTF-8": ["generate", "a \udcff star"],
+    "negative not UTF-8": ["generate", "p", "--negative", "a \udcff star"],
     "batch 0": ["generate", "p", "--batch", "0"],
     "batch word": ["generate", "p", "--batch", "two"],
     "seed -1": ["generate", "p", "--seed", "-1"],
@@ -328,3 +329,13 @@ def test_a_failure_leaves_an_older_folder_alone(mrflow: Any, tmp_path: Path) -> 
     code, _, _ = mrflow("generate", "p", *SMALL, "--device", "quantum", "--out", str(tmp_path / "o"))
     assert code == 2
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["mine.txt"]
+
+
+def test_paths_of_any_letters_are_printed_whatever_the_encoding(mrflow: Any, tmp_path: Path) -> None:
+    code = "import sys; from mrflow_sched.apps.cli.console import show; show(sys.argv[1])"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    found = subprocess.run([sys.executable, "-c", code, "港.png"], capture_output=True, text=True, check=True, env=env)
+    assert found.stdout == "\\u6e2f.png\n"
+    shown = mrflow("generate", "p", *SMALL, "--out", str(tmp_path / "a \udcff"))
+    assert shown[0] == 0
+    assert "\\udcff" in shown[1]

@@ -191,3 +191,15 @@ def test_the_bar_is_on_stderr_and_only_when_wanted(mrflow: Any, tmp_path: Path) 
     assert "100%" in err
     _, _, err = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path))
     assert "%|" not in err
+
+
+def test_offloading_without_its_library_is_a_refusal(
+    mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr("mrflow_sched._runtime.device.resolve_device", lambda _device: torch.device("cuda"))
+    monkeypatch.setattr("mrflow_sched.apps.cli.load.find_spec", lambda _name: None)
+    code, out, err = mrflow("generate", "a star", "--offload-text", "--out", str(tmp_path / "o"))
+    assert (code, out) == (2, "")
+    assert "--offload-text needs the package accelerate, which is missing" in err
