@@ -202,4 +202,4 @@ def test_offloading_without_its_library_is_a_refusal(
     monkeypatch.setattr("mrflow_sched.apps.cli.load.find_spec", lambda _name: None)
     code, out, err = mrflow("generate", "a star", "--offload-text", "--out", str(tmp_path / "o"))
     assert (code, out) == (2, "")
-    assert "--offload-text needs the package accelerate, which is missing" in err
+    assert "--offload-text needs the package accelerate, which is not installed" in err
