@@ -22,7 +22,7 @@ from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched._runtime.memory import is_memory_error
 from mrflow_sched.methods.tiled import TiledEngine
-from mrflow_sched.plan.schedule import explicit_recipe
+from mrflow_sched.plan.recipes import explicit_recipe
 from mrflow_sched.sampling.engine import StageEngine
 from mrflow_sched.sampling.handoff import encode_images, handoff, stage_noise
 from mrflow_sched.sampling.memory import within_memory

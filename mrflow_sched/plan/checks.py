@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
@@ -20,7 +19,10 @@ MAX_STEPS = 1000
 MAX_STAGES = 8
 MAX_GUIDANCE = 100
 MAX_SEED = 2**63 - 1
-MAX_COUNT = 2**40  # of tokens, forwards and steps of a plan that is read: far above any real one
+# Plans are read from image metadata, which anyone can write: no number there may be larger than a real plan's.
+MAX_TOKENS = MAX_SIDE**2
+MAX_FORWARDS = 1_000_000
+MAX_SCALE = 1000.0
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -55,9 +57,10 @@ def check_tile(tile: int, family: Family | None = None) -> None:
         raise MrFlowError(f"tile must be 0 (none) or {least} pixels and more a side, got {tile!r}.")
 
 
-def check_finite(value: object, name: str) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise MrFlowError(f"{name} must be a finite number, got {value!r}.")
+def check_number(value: object, name: str, low: float, high: float) -> None:
+    """Raise MrFlowError unless `value` is a number from `low` to `high`; NaN and infinity are none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise MrFlowError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}.")
 
 
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:

@@ -11,19 +11,17 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.checks import (
     MAX_STEPS,
     Number,
-    check_finite,
     check_tile,
 )
 from mrflow_sched.plan.families import Family, ShiftRule, get_family
 from mrflow_sched.plan.notes import plan_notes
 from mrflow_sched.plan.options import OPTIONS, MadeOptions, NativeOptions, PlanOptions, check_options
+from mrflow_sched.plan.recipes import explicit_recipe, sigmas_from_recipe
 from mrflow_sched.plan.schedule import (
     MAX_MU,
     Sigmas,
-    explicit_recipe,
     mu_flux2,
     mu_for_tokens,
-    sigmas_from_recipe,
     validate_sigmas,
 )
 from mrflow_sched.plan.sizes import handoff_factors, snap_size, stage_sizes, tokens_of
@@ -239,7 +237,6 @@ def _refine_stage(
 def make_stage(
     family: Family, size: tuple[int, int], mu: float | None, recipe: str, solver: str, guidance: float
 ) -> Stage:
-    check_finite(guidance, "guidance")
     sigmas = sigmas_from_recipe(recipe)
     evaluations = solver_evaluations(solver, max(len(sigmas) - 1, 0))
     return Stage(
@@ -271,7 +268,6 @@ def _guided_within(stage: Stage, family: Family, interval: tuple[float, float]) 
 
 def _per_step(family: Family, guidance: float) -> int:
     """Forwards per model evaluation: two with CFG in force."""
-    check_finite(guidance, "guidance")
     if family.guidance_kind == "none" and guidance != 1.0:
         raise MrFlowError(f"guidance must be left out or 1 for {family.name}, which is distilled; got {guidance!r}.")
     if family.guidance_kind == "cfg" and guidance < 1.0:

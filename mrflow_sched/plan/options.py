@@ -7,7 +7,6 @@ shows them to a user: the command line, MrFlow, node editors. A new option is on
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -96,8 +95,6 @@ class Option:
     def _in_range(self, value: Any) -> bool:
         if self.low is None or self.high is None:
             return True
-        if not math.isfinite(value):
-            return False
         return self.low < value < self.high if self.open_range else self.low <= value <= self.high
 
     @property

@@ -7,8 +7,7 @@ A sigma list is a tuple of N + 1 noise fractions for N solver steps. It falls st
 * Refine lists start at a chosen `start_sigma` below 1: `refine_sigmas`. Nothing ever shifts them. Schedulers that do
   (docs/method.md, section 1.5) run FLUX.1's 0.12 at 0.301 and Qwen-Image's 0.12 at 0.020.
 
-A `recipe` is the short text that makes a list again, such as "native 12 mu=0.63": see `sigmas_from_recipe`.
-Nothing here needs torch.
+`recipes` has the short texts that stand for such lists. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -23,14 +22,12 @@ from mrflow_sched._runtime.errors import MrFlowError
 
 __all__ = [
     "beta_sigmas",
-    "explicit_recipe",
     "mu_flux2",
     "mu_for_tokens",
     "native_sigmas",
     "refine_sigmas",
     "scaled_linear_sigmas",
     "shift_sigma",
-    "sigmas_from_recipe",
     "stretch_to_terminal",
     "unshift_sigma",
     "validate_sigmas",
@@ -38,8 +35,6 @@ __all__ = [
 
 Sigmas = tuple[float, ...]
 
-# Recipes come from image metadata, which anyone can write: keep a hostile one from filling memory.
-_MAX_RECIPE_STEPS = 1000
 # exp(20) squeezes all but the last step into the topmost billionth: no list beyond it means anything.
 MAX_MU = 20.0
 
@@ -299,72 +294,6 @@ def validate_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> Sigmas:
     if values[-1] != 0.0:
         raise MrFlowError(f"{name} must end in exactly 0, got {values[-1]!r} at the end.")
     return values
-
-
-# ------------------------------------------------------------------------------------------------------------- recipes
-
-
-@lru_cache(maxsize=64)
-def sigmas_from_recipe(recipe: str) -> Sigmas:
-    """Make the list that a recipe describes: a kind, then words. Numbers are written in full precision.
-
-    =======================================  ===================================
-    "native 12 mu=0.63 [terminal= min= beta=]"  `native_sigmas`
-    "beta 12 mu=0.0"                         `beta_sigmas` with 0.6 and 0.6
-    "scaled-linear 30", "zero-snr 30"        `scaled_linear_sigmas`
-    "linear 1 start=0.12", "shifted ..."     `refine_sigmas`
-    "list 1.0 0.5 0.0"                       these very values
-    "none"                                   the empty list: a stage without steps
-    =======================================  ===================================
-
-    Raises ValueError for text that is none of these.
-    """
-    kind, *words = recipe.split(" ")
-    try:
-        if kind in ("list", "none"):
-            values = [float(word) for word in words]
-            return validate_sigmas(values) if kind == "list" else _no_values(values)
-        steps, numbers = int(words[0]), dict(_number(word) for word in words[1:])
-        if steps > _MAX_RECIPE_STEPS:
-            raise MrFlowError(f"recipe {recipe!r} asks for more than {_MAX_RECIPE_STEPS} steps.")
-        made = _from_numbers(kind, steps, numbers)
-    except (IndexError, KeyError) as error:
-        raise MrFlowError(f"recipe {recipe!r} lacks a number; see sigmas_from_recipe for the forms.") from error
-    if numbers:
-        raise MrFlowError(f"recipe {recipe!r} has a number {kind} lists do not take: {next(iter(numbers))}.")
-    return made
-
-
-def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
-    """The list of `kind`; takes the numbers that it uses out of `numbers`."""
-    if kind == "native":
-        mu, terminal, sigma_min = numbers.pop("mu"), numbers.pop("terminal", None), numbers.pop("min", None)
-        return native_sigmas(steps, mu=mu, terminal=terminal, sigma_min=sigma_min, beta=numbers.pop("beta", None))
-    if kind == "beta":
-        return beta_sigmas(steps, mu=numbers.pop("mu"))
-    if kind in ("scaled-linear", "zero-snr"):
-        return scaled_linear_sigmas(steps, zero_snr=kind == "zero-snr")
-    if kind in ("linear", "shifted"):
-        return refine_sigmas(numbers.pop("start"), steps, kind)
-    raise MrFlowError(
-        f"recipe must begin with native, beta, scaled-linear, zero-snr, linear, shifted, list or none: {kind!r}."
-    )
-
-
-def _number(word: str) -> tuple[str, float]:
-    name, _, value = word.partition("=")
-    return name, float(value)
-
-
-def _no_values(values: list[float]) -> Sigmas:
-    if values:
-        raise MrFlowError(f"recipe 'none' takes no values, got {values!r}.")
-    return ()
-
-
-def explicit_recipe(sigmas: Sequence[float]) -> str:
-    """The recipe that spells out every value: "list 1.0 0.5 0.0", or "none" for no values."""
-    return " ".join(["list", *(repr(float(sigma)) for sigma in sigmas)]) if sigmas else "none"
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

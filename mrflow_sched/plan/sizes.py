@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.plan.checks import check_side, check_whole
+from mrflow_sched.plan.checks import MAX_STAGES, check_side, check_whole
 from mrflow_sched.plan.families import Family
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -63,5 +63,6 @@ def handoff_factors(
             )
         if not factors:
             raise MrFlowError("factors must hold at least one size step, got none; for one stage use native=True.")
+        check_whole(len(factors), "the count of factors", 1, MAX_STAGES - 1)
         return tuple(factors)
     return (family.factor if factor is None else factor,) * ((2 if stages is None else stages) - 1)

@@ -16,7 +16,8 @@ from mrflow_sched.apps.webui.upscaler import MARK, pick_automatic, scale_in_name
 from mrflow_sched.plan.cost import work_ratio
 from mrflow_sched.plan.families import TIERS, Family, Preset
 from mrflow_sched.plan.make import make_plan
-from mrflow_sched.plan.schedule import refine_sigmas, sigmas_from_recipe
+from mrflow_sched.plan.recipes import sigmas_from_recipe
+from mrflow_sched.plan.schedule import refine_sigmas
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampling.noise import model_sigmas
 
