@@ -43,10 +43,11 @@ def test_plan_tells_work_memory_and_tiles(mrflow: Any) -> None:
     _, out, _ = mrflow("plan", "--family", "hunyuan-image")
     assert "with upscaler; the VAE was not counted" in out
     assert "memory" not in out
-    code, out, _ = mrflow("plan", "--family", "flux1-dev", "--size", "4096x4096", "--stages", "3", "--tile", "1024")
-    assert (code, "tile 1024" in out) == (0, True)
-    _, out, _ = mrflow("plan", "--family", "sd35", "--guidance-interval", "0.3-0.9")
-    assert "@0.3-0.9 " in out
+    words = ("--size", "4096x4096", "--stages", "3", "--tile", "1024", "--json")
+    code, out, _ = mrflow("plan", "--family", "flux1-dev", *words)
+    assert (code, StagedPlan.from_string(json.loads(out)["plan"]).tile) == (0, 1024)
+    _, out, _ = mrflow("plan", "--family", "sd35", "--guidance-interval", "0.3-0.9", "--json")
+    assert StagedPlan.from_string(json.loads(out)["plan"]).stages[0].guidance_interval == (0.3, 0.9)
     code, _, err = mrflow("plan", "--family", "sd35", "--guidance-interval", "wide")
     assert (code, "write LOW-HIGH" in err) == (2, True)
     code, _, err = mrflow("plan", "--family", "flux1-dev", "--native", "--tile", "1024")
