@@ -146,3 +146,17 @@ def tiny_engine(tiny_folder: Path) -> Any:
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
     return PipelineEngine.from_folder(tiny_folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def mrflow(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command; the model is the tiny folder wherever a model is taken. Returns (code, stdout, stderr)."""
+    from mrflow_sched.apps.cli.main import main
+
+    def run(command: str, *words: str, model: Path | None = tiny_folder) -> tuple[int, str, str]:
+        where = ("--model", str(model)) if model and command != "plan" else ()
+        code = main([command, *words, *where])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

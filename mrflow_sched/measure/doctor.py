@@ -20,7 +20,7 @@ __all__ = ["Finding", "examine"]
 
 _REQUIRED = ("torch", "diffusers", "transformers", "spandrel", "safetensors", "pillow")
 _OPTIONAL = {
-    "accelerate": "large folders load slower, and offloading is not there",
+    "accelerate": "large folders load slower, and --offload-text does not work",
     "peft": "LoRA files cannot be loaded into pipelines",
     "torchvision": "upscaler files cannot be read",
 }

@@ -69,7 +69,7 @@ class Stage:
     def __post_init__(self) -> None:
         check_side(self.width, "width")
         check_side(self.height, "height")
-        check_whole(self.tokens, "tokens", 1, MAX_TOKENS)
+        check_whole(self.tokens, "tokens", 1, self.width * self.height)
         check_whole(self.forwards, "forwards", 0, MAX_FORWARDS)
         check_solver(self.solver)
         check_number(self.guidance, "guidance", -MAX_SCALE, MAX_SCALE)
