@@ -41,7 +41,9 @@ $(OLDEST)/.made:
 	@touch $@
 
 lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
