@@ -64,11 +64,11 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 
 # Trains the embedded model again, from nothing, in six to seven hours on two CPU cores; WORK needs 12 GB.
 train: $(VENV)/.dev
-	$(BIN)/python tools/train.py --work $(WORK)
+	$(BIN)/python -m tools.train --work $(WORK)
 
 # Pictures and tables of docs/, from the weights and the training record in WORK.
 figures: $(VENV)/.dev
-	$(BIN)/python tools/figures.py --work $(WORK)
+	$(BIN)/python -m tools.figures --work $(WORK)
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist .pytest_cache .ruff_cache .coverage

@@ -1,7 +1,7 @@
 """The official scripts' procedure beside ours, on the embedded model, in one run.
 
-    python bench/reference.py --out DIR          reference.md, reference.json (some minutes); --size, --seeds
-    python bench/reference.py --quick            one prompt, prints only
+    python -m bench.reference --out DIR          reference.md, reference.json (some minutes); --size, --seeds
+    python -m bench.reference --quick            one prompt, prints only
 
 The reference is written from the description in docs/official.md, with diffusers' own pipeline and scheduler: few Euler
 steps at half size with the shift of that size, an 8-bit picture, super-resolution in 192-pixel tiles, an 8-bit picture,
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,11 +52,12 @@ class Reference:
     """The official order of operations, on a `FluxPipeline`."""
 
     def __init__(self, pipe: Any, tiles: Tiles, size: int, guidance: float) -> None:
-        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+        import diffusers
 
+        library: Any = diffusers  # its annotations speak of tuples of one
         self._pipe, self._tiles, self._size = pipe, tiles, size
-        unshifted = FlowMatchEulerDiscreteScheduler(shift=1.0)  # the start sigma reaches the network as it is
-        self._refiner = FluxPipeline(**{**pipe.components, "scheduler": unshifted})
+        unshifted = library.FlowMatchEulerDiscreteScheduler(shift=1.0)  # the start sigma reaches the network as it is
+        self._refiner = library.FluxPipeline(**{**pipe.components, "scheduler": unshifted})
         for one in (pipe, self._refiner):
             one.set_progress_bar_config(disable=True)
         self._more = {"guidance_scale": guidance}
@@ -152,7 +153,7 @@ class Row:
 def ways(size: int) -> dict[str, Picture]:
     """All ways by name, each a function (prompt, seed) -> picture."""
     pipe = load_pipeline(demo.weights_path(), device="cpu", dtype="float32")
-    upscaler = load_upscaler(demo.upscaler_path(), device="cpu", dtype="float32")
+    upscaler = cast(ModelUpscaler, load_upscaler(demo.upscaler_path(), device="cpu", dtype="float32"))
     guidance = MrFlow(pipe, family="demo").family.guidance
 
     def ours(upscaler: Any, **choices: Any) -> Picture:
@@ -238,7 +239,7 @@ def _db(value: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=256, help="side of the picture in pixels (default 256)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds per prompt (default 2)")
     parser.add_argument("--quick", action="store_true", help="one prompt and seed")

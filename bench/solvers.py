@@ -1,8 +1,8 @@
 """How true is each solver? RMS distance to the converged solution, by solver, step count and guidance.
 
-    python bench/solvers.py --out DIR      random Gaussian-mixture flows (about a minute): solvers.md, solvers.json
-    python bench/solvers.py --demo --out DIR   the embedded network, in float32 (some minutes): solvers-demo.*
-    python bench/solvers.py --quick        fewer problems and samples, prints only
+    python -m bench.solvers --out DIR      random Gaussian-mixture flows (about a minute): solvers.md, solvers.json
+    python -m bench.solvers --demo --out DIR   the embedded network, in float32 (some minutes): solvers-demo.*
+    python -m bench.solvers --quick        fewer problems and samples, prints only
 
 From Python, `measure` runs on any engine, text and latent shape:
 

@@ -1,6 +1,6 @@
-"""Make the pictures and tables of docs/ from the embedded model: ``python tools/figures.py --work DIR``.
+"""Make the pictures and tables of docs/ from the embedded model: ``python -m tools.figures --work DIR``.
 
-Needs the work folder of ``tools/train.py`` (curves, judge) and the finished weights. Everything in docs/images/ and the
+Needs the work folder of ``tools.train`` (curves, judge) and the finished weights. Everything in docs/images/ and the
 numbers in docs/demo-model.json come from here.
 """
 
@@ -9,27 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from mrflow_sched._runtime.torchvision_ops import ensure_ops
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image
+from safetensors import safe_open
 
-ensure_ops()
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-
-import matplotlib  # noqa: E402
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from train_demo import evaluate  # noqa: E402
-
-from mrflow_sched import demo, load_upscaler, make_plan, sample_staged  # noqa: E402
-from mrflow_sched.images.files import save_png  # noqa: E402
+from bench import solvers
+from mrflow_sched import demo, load_upscaler, make_plan, sample_staged
+from mrflow_sched.images.files import save_png
+from tools.train_demo import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -145,9 +136,7 @@ def record_rows(record: dict[str, Any]) -> list[str]:
 
 
 def solver_rows(path: Path, *, ratios: bool) -> list[str]:
-    """Solver tables of docs/solvers.md from a result of bench/solvers.py: ratios to the best, or plain distances."""
-    import solvers  # bench/solvers.py
-
+    """Solver tables of docs/solvers.md from a result of bench.solvers: ratios to the best, or plain distances."""
     found = [solvers.Row(**row) for row in json.loads(path.read_text())]
     rows: list[str] = []
     for scale in sorted({row.guidance for row in found}):

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.quality import judge, metrics
 from mrflow_sched.demo.scenes import Scene
-
-from . import judge, metrics
 
 WEIGHTS: Mapping[str, float] = {
     "attributes": 0.40,

@@ -1,6 +1,6 @@
 """FLOP and memory of true-size networks, counted without running them: on tensors that have a shape and no numbers.
 
-    python bench/speed/count.py            the table that mrflow_sched's families and cost model take their numbers from
+    python -m bench.speed.count            the table that mrflow_sched's families and cost model take their numbers from
 
 FLOP: torch's own counter (two per multiply-add; matrix products, convolutions and attention). Memory: the most bytes of
 tensors alive at once that a forward makes, without the weights, workspaces and fragmentation.
@@ -8,14 +8,10 @@ tensors alive at once that a forward makes, without the weights, workspaces and 
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import Tensor
@@ -24,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from speed import networks
+from bench.speed import networks
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def large(side: int = 4096, stages: int = 4, tile: int = 1024) -> str:
 
 def kinds(parts: Mapping[str, float], whole: float) -> dict[str, float]:
     """Seconds of a run by kind of part; "other" is what no part holds."""
-    found = dict.fromkeys(KINDS, 0.0)
+    found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for name, seconds in parts.items():
         kind = name if name in KINDS else name.split()[-1]
         found["other" if kind not in KINDS else kind] += seconds

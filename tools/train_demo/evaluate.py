@@ -17,7 +17,7 @@ from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption
 from mrflow_sched.engines.diffusers.flux import FluxEngine
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.load import load_upscaler
-from train_demo import classifier, data
+from tools.train_demo import classifier, data
 
 
 def sheet(pictures: Tensor, columns: int) -> Image.Image:
