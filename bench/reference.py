@@ -33,6 +33,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from bench.markdown import table
+from bench.psnr import psnr
 from mrflow_sched import MrFlow, demo, load_upscaler
 from mrflow_sched._runtime.peak import PeakMemory
 from mrflow_sched.engines.diffusers.folder import load_pipeline
@@ -213,25 +215,27 @@ def measure(size: int, prompts: Sequence[str], seeds: Sequence[int], tell: Calla
 
 def _psnr(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
     """Of the mean square error over all pictures."""
-    error = statistics.fmean(
-        float(np.square((a - b).astype(np.float64)).mean()) for a, b in zip(some, others, strict=True)
-    )
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+    first, second = (torch.from_numpy(np.stack(list(each)))[None].double() / 255 for each in (some, others))
+    return float(psnr(first, second))
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The rows as a table."""
     native = next(row for row in rows if row.name == "native")
-    lines = [
-        "| way | seconds | native / this | peak MiB | to the reference: worst, mean level | PSNR to reference "
-        "| PSNR to native |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    head = ["way", "seconds", "native / this", "peak MiB", "to the reference: worst, mean level"]
+    cells = [
+        [
+            row.name,
+            f"{row.seconds:.2f}",
+            f"{native.seconds / row.seconds:.2f}",
+            f"{row.peak_mib:.0f}",
+            f"{row.worst_levels_to_reference}, {row.mean_levels_to_reference:.3f}",
+            _db(row.psnr_to_reference),
+            _db(row.psnr_to_native),
+        ]
+        for row in rows
     ]
-    for row in rows:
-        levels = f"{row.worst_levels_to_reference}, {row.mean_levels_to_reference:.3f}"
-        values = f"{row.seconds:.2f} | {native.seconds / row.seconds:.2f} | {row.peak_mib:.0f} | {levels}"
-        lines.append(f"| {row.name} | {values} | {_db(row.psnr_to_reference)} | {_db(row.psnr_to_native)} |")
-    return "\n".join(lines)
+    return table([*head, "PSNR to reference", "PSNR to native"], cells)
 
 
 def _db(value: float) -> str:
@@ -248,14 +252,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = demo.example_prompts()[: 1 if options.quick else None]
     seeds = range(3, 3 + (1 if options.quick else options.seeds))
     rows = measure(options.size, prompts, seeds, lambda line: print(line, file=sys.stderr))
-    table = to_markdown(rows)
-    print(table)
+    text = to_markdown(rows)
+    print(text)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         said = {"size": options.size, "prompts": list(prompts), "seeds": list(seeds), "torch": torch.__version__}
         record = {**said, "threads": torch.get_num_threads(), "rows": [asdict(row) for row in rows]}
         (options.out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")
-        (options.out / "reference.md").write_text(table + "\n")
+        (options.out / "reference.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

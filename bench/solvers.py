@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from bench import markdown
 from mrflow_sched.engines.analytic import MixtureEngine
 from mrflow_sched.plan.schedule import native_sigmas
 from mrflow_sched.sampling.engine import Engine
@@ -142,9 +143,7 @@ def mean_ratios(rows: Iterable[Row], steps: Sequence[int]) -> dict[str, dict[int
 
 def table(title: str, values: Mapping[str, Mapping[int, float]], steps: Sequence[int]) -> str:
     """A markdown table: one line per solver, one column per step count."""
-    head = f"| {title} | " + " | ".join(map(str, steps)) + " |\n|---|" + "---|" * len(steps)
-    lines = [f"| {name} | " + " | ".join(f"{row[n]:.3f}" for n in steps) + " |" for name, row in values.items()]
-    return "\n".join([head, *lines])
+    return markdown.table([title, *steps], [[name, *(f"{row[n]:.3f}" for n in steps)] for name, row in values.items()])
 
 
 def report(rows: Sequence[Row], guidance: Sequence[float], steps: Sequence[int]) -> str:

@@ -33,8 +33,6 @@ def test_pictures_are_nearest_to_themselves(truth: Any) -> None:
     soft = blurred(true)
     assert torch.allclose(metrics.ssim(true, true), torch.ones(len(true)))
     assert bool((metrics.ssim(soft, true) < 0.999).all())
-    assert bool(metrics.psnr(true, true).isinf().all())
-    assert float(metrics.psnr(true, true + 0.1).mean()) == pytest.approx(20.0, abs=1e-3)
     maps = judge.maps(true)
     assert float(metrics.perceptual(maps, maps).max()) == 0
     assert float(metrics.perceptual(judge.maps(soft), maps).min()) > 0
@@ -307,15 +305,15 @@ def test_goals_are_met_or_missed_as_the_numbers_say() -> None:
             "midway": a_row("midway", 3.2, 0.95, 0.9, 0, 0),
         },
     }
-    rows = [line.split(" | ") for line in report.goals(record)[2:]]
-    assert [row[2].strip(" |") for row in rows] == ["yes", "yes", "yes", "no", "yes", "yes"]
+    rows = report.goals(record)
+    assert [met for _, _, met in rows] == [True, True, True, False, True, True]
     assert rows[3][1] == "not better than midway"  # nothing of ours costs as little
     assert "18 px" not in rows[4][1]
     record["ways"]["staged 12+1"] = a_row("staged", 3.3, 0.95, 0.8, -0.03, -0.01)
     record["ways"]["staged 12+1"]["colour drift"]["low to final"]["mean"] = 1.2
     record["ways"]["staged 20+1"] = a_row("staged", 4.8, 0.95, 0.9, -0.03, -0.01)
     record["ways"]["native 50"]["accuracy"] = 0.9
-    assert all(line.endswith("| no |") for line in report.goals(record)[2:])
+    assert not any(met for _, _, met in report.goals(record))
 
 
 def test_the_worst_pictures_come_first(truth: Any) -> None:

@@ -85,3 +85,33 @@ def test_make_lint_looks_at_format_rules_and_contracts() -> None:
     [recipe] = re.findall(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in ("ruff format --check .", "ruff check .", "lint-imports"):
         assert command in recipe
+
+
+def texts() -> dict[str, str]:
+    """Every text that people or programs read for commands, by its path; this file's own strings aside."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    paths = [ROOT / name for name in listed if name.endswith((".py", ".md", ".yml", "Makefile", "run"))]
+    if not paths:
+        pytest.skip("not a git checkout")
+    own = Path(__file__).resolve()
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in paths if path != own and path.exists()
+    }
+
+
+def test_nothing_edits_the_path() -> None:
+    edits = re.compile(r"sys\.path(\.(insert|append|extend)|\[[^]]*\] *=| *\+?=)")
+    assert [name for name, text in texts().items() if edits.search(text)] == []
+
+
+def test_benches_and_tools_are_called_as_modules_that_exist() -> None:
+    named: set[str] = set()
+    for name, text in texts().items():
+        assert not re.search(r"python (bench|tools)/", text), name
+        named |= set(re.findall(r"python -m ((?:bench|tools)[\w.]*)", text))
+    assert {"bench.quality", "bench.reference", "bench.solvers", "bench.speed", "bench.webui"} <= named
+    assert {"tools.figures", "tools.train"} <= named
+    for module in named:
+        path = ROOT / module.rstrip(".").replace(".", "/")
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert 'if __name__ == "__main__":' in file.read_text("utf-8"), module

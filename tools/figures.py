@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from bench import solvers
+from bench.markdown import table
 from mrflow_sched import demo, load_upscaler, make_plan, sample_staged
 from mrflow_sched.images.files import save_png
 from tools.train_demo import evaluate
@@ -70,15 +71,16 @@ def merge_sheets(names: tuple[str, str], work: Path, path: Path) -> None:
     joined.resize((joined.width // 2, joined.height // 2), Image.Resampling.LANCZOS).save(path, optimize=True)
 
 
-def write_between(page: Path, mark: str, rows: list[str]) -> None:
-    """Put rows between ``<!-- mark -->`` and the next ``<!-- end -->`` of a page."""
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Put text between ``<!-- mark -->`` and the next ``<!-- end -->`` of a page."""
     head, rest = page.read_text().split(f"<!-- {mark} -->\n", 1)
     _, tail = rest.split("<!-- end -->", 1)
-    page.write_text(head + f"<!-- {mark} -->\n" + "\n".join(rows) + "\n<!-- end -->" + tail)
+    page.write_text(head + f"<!-- {mark} -->\n" + text + "\n<!-- end -->" + tail)
 
 
-def part_rows(weights: Path) -> list[str]:
-    rows = []
+def part_table(weights: Path) -> str:
+    """What the shipped weights are, part by part."""
+    rows: list[list[str]] = []
     files = {
         "network": "transformer",
         "VAE": "vae",
@@ -94,23 +96,26 @@ def part_rows(weights: Path) -> list[str]:
         kind = json.loads(config.read_text()) if config.exists() else {"_class_name": "ESRGAN (RRDBNet)"}
         name = kind.get("_class_name") or kind["architectures"][0]
         count = sum(math.prod(shape) for shape in shapes)
-        rows.append(f"| {title} | `{name}` | {count / 1e6:.2f} M weights, {path.stat().st_size / 1e6:.1f} MB |")
-    return rows
+        rows.append([title, f"`{name}`", f"{count / 1e6:.2f} M weights, {path.stat().st_size / 1e6:.1f} MB"])
+    return table(["part", "class", "size"], rows, "l")
 
 
-def accuracy_rows(scores: dict[str, Any]) -> list[str]:
+def accuracy_table(scores: dict[str, Any]) -> str:
+    """Share of each attribute that the judge reads in the images, by way of sampling."""
     names = [name for name, value in scores.items() if isinstance(value, dict)]
     groups = list(scores["native 50"])
     groups.remove("seconds")
-    rows = ["| attribute | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    rows: list[list[str]] = []
     for group in groups:
         cells = [f"{scores[name][group] * 100:.1f} %" if group in scores[name] else "" for name in names]
-        rows.append(f"| {group} | " + " | ".join(cells) + " |")
-    return [*rows, "", f"{scores['scenes']} captions, a quarter of each category; guidance {scores['guidance']:g}."]
+        rows.append([group, *cells])
+    note = f"{scores['scenes']} captions, a quarter of each category; guidance {scores['guidance']:g}."
+    return f"{table(['attribute', *names], rows, 'l')}\n\n{note}"
 
 
-def record_rows(record: dict[str, Any]) -> list[str]:
-    rows = ["| part | seconds | steps | at the end |", "|---|---|---|---|"]
+def record_table(record: dict[str, Any]) -> str:
+    """What training every part took, and how good it was at the end."""
+    rows: list[list[str]] = []
     flow, guided = record["flow"], record["guided"]
     low, high = (next(row[k] for row in reversed(flow["curve"]) if row[k] is not None) for k in (3, 4))
     judge, seen = record["classifier"], flow["samples"]
@@ -131,22 +136,22 @@ def record_rows(record: dict[str, Any]) -> list[str]:
     }
     for name, end in ends.items():
         part = judged if name == "classifier" else record[name]
-        rows.append(f"| {name} | {part['seconds']:.0f} | {part['steps']} | {end} |")
-    return rows
+        rows.append([name, f"{part['seconds']:.0f}", str(part["steps"]), end])
+    return table(["part", "seconds", "steps", "at the end"], rows, "l")
 
 
-def solver_rows(path: Path, *, ratios: bool) -> list[str]:
+def solver_tables(path: Path, *, ratios: bool) -> str:
     """Solver tables of docs/solvers.md from a result of bench.solvers: ratios to the best, or plain distances."""
     found = [solvers.Row(**row) for row in json.loads(path.read_text())]
-    rows: list[str] = []
+    tables: list[str] = []
     for scale in sorted({row.guidance for row in found}):
         here = [row for row in found if row.guidance == scale]
         if ratios:
             values = solvers.mean_ratios(here, solvers.STEPS)
         else:
             values = {name: {row.steps: row.rms for row in here if row.solver == name} for name in solvers.COMPARED}
-        rows += [solvers.table(f"guidance {scale:g}", values, solvers.STEPS), ""]
-    return rows[:-1]
+        tables.append(solvers.table(f"guidance {scale:g}", values, solvers.STEPS))
+    return "\n\n".join(tables)
 
 
 def main() -> None:
@@ -161,14 +166,14 @@ def main() -> None:
     record["evaluation"] = json.loads((options.work / "evaluation.json").read_text())
     (ROOT / "docs" / "demo-model.json").write_text(json.dumps(record, indent=1) + "\n")
     page = ROOT / "docs" / "demo-model.md"
-    write_between(page, "parts", part_rows(demo.weights_path()))
-    write_between(page, "accuracy", accuracy_rows(record["evaluation"]))
-    write_between(page, "record", record_rows(record))
+    write_between(page, "parts", part_table(demo.weights_path()))
+    write_between(page, "accuracy", accuracy_table(record["evaluation"]))
+    write_between(page, "record", record_table(record))
     results = ROOT / "bench" / "results"
     solver_page = ROOT / "docs" / "solvers.md"
-    write_between(solver_page, "mixtures", solver_rows(results / "solvers.json", ratios=True))
+    write_between(solver_page, "mixtures", solver_tables(results / "solvers.json", ratios=True))
     if (results / "solvers-demo.json").exists():
-        write_between(solver_page, "demo", solver_rows(results / "solvers-demo.json", ratios=False))
+        write_between(solver_page, "demo", solver_tables(results / "solvers-demo.json", ratios=False))
     training_curves(record, IMAGES / "training.png")
     stages_strip(IMAGES / "stages.png")
     merge_sheets(("native-50", "staged-12+1"), options.work, IMAGES / "samples.png")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.psnr import psnr
 from bench.quality import ideas, metrics, report, scores, sweeps, ways
 from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption, render
 
@@ -143,11 +144,11 @@ def _stages(model: ways.Model, truth: scores.Truth, made: ways.Made) -> dict[str
         for before, after in [*pairwise(names), ("low", "final")]
     }
     small = torch.nn.functional.interpolate(made.images, made.low.shape[-2:], mode="area")
-    return {"colour drift": drift, "psnr of the layout": float(metrics.psnr(small, made.low).clamp(max=100).mean())}
+    return {"colour drift": drift, "psnr of the layout": float(psnr(small, made.low).clamp(max=100).mean())}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=256, help="final side in pixels (default 256)")
     parser.add_argument("--scenes", type=int, default=24, help="scenes per category (default 24)")
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap samples (default 200)")

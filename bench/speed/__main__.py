@@ -252,7 +252,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--families", nargs="+", choices=list(networks.RECIPES), default=list(networks.RECIPES))
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), metavar="N+1")
     parser.add_argument("--size", type=int, help="final side in pixels (default 1024; 256 with --small or --demo)")

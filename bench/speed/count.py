@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from bench.markdown import table
 from bench.speed import networks
 
 
@@ -199,11 +200,16 @@ _FORWARDS: dict[str, Callable[[int, int, int], Callable[[Any], Any]]] = {
 
 
 def main() -> None:
-    print("| part | pixels | TFLOP | MiB alive at once | GiB of weights |\n| --- | ---: | ---: | ---: | ---: |")
+    print(table(["part", "pixels", "TFLOP", "MiB alive at once", "GiB of weights"], rows()))
 
-    def row(part: str, side: int, found: Count) -> None:
-        peak, weights = found.peak / 2**20, found.weights / 2**30
-        print(f"| {part} | {side} | {found.flop / 1e12:.4f} | {peak:.0f} | {weights:.2f} |", flush=True)
+
+def rows() -> list[list[str]]:
+    """Every part at its sizes: its name, the side in pixels, TFLOP, MiB of tensors alive at once, GiB of weights."""
+    found: list[list[str]] = []
+
+    def row(part: str, side: int, count: Count) -> None:
+        cells = [f"{count.flop / 1e12:.4f}", f"{count.peak / 2**20:.0f}", f"{count.weights / 2**30:.2f}"]
+        found.append([part, str(side), *cells])
 
     for name in networks.RECIPES:
         for side in (512, 1024, 2048):
@@ -213,6 +219,7 @@ def main() -> None:
             row(f"{name}: encode", side, encode(name, side, side))
     for side in (512, 1024):
         row("RRDBNet x2", side, upscale(side, side))
+    return found
 
 
 if __name__ == "__main__":
