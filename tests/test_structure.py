@@ -87,6 +87,22 @@ def test_make_lint_looks_at_format_rules_and_contracts() -> None:
         assert command in recipe
 
 
+def test_a_public_function_without_sections_is_found(tmp_path: Path) -> None:
+    pytest.importorskip("pydoclint")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    said = (
+        '"""The half."""',
+        '"""The half.\n\n    Args:\n        whole: A number.\n\n    Returns:\n        Half of it.\n    """',
+    )
+    codes: list[set[str]] = []
+    for text in said:
+        (tmp_path / "half.py").write_text(f"def half(whole: float) -> float:\n    {text}\n    return whole / 2\n")
+        command = [sys.executable, "-m", "pydoclint.main", "--quiet", "half.py"]
+        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        codes.append(set(re.findall(r"DOC\d+", found.stdout + found.stderr)))
+    assert codes == [{"DOC101", "DOC103", "DOC201"}, set()]
+
+
 def texts() -> dict[str, str]:
     """Every text that people or programs read for commands, by its path; this file's own strings aside."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
