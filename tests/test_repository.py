@@ -128,3 +128,16 @@ def test_bug_reports_ask_for_what_the_doctor_prints() -> None:
     for name, form in forms.items():
         fields = form.get("body", [])
         assert len({field["id"] for field in fields}) == len(fields), name
+
+
+def test_the_changelog_says_what_is_so() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert re.findall(r"^## (\d[\d.]*)", text, re.MULTILINE)[0] == mrflow_sched.__version__
+    assert f"A table of {len(mrflow_sched.FAMILIES)} model families" in text
+    pins = (ROOT / "constraints.txt").read_text() + (ROOT / "requirements-oldest.txt").read_text()
+    newest, oldest = re.findall(r"^diffusers==([\d.]+)", pins, re.MULTILINE)
+    assert f"with diffusers {oldest} and {newest}." in text
+    tested = [line.rsplit(" ", 1)[1] for line in project()["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert f"Python {tested[0]} to {tested[-1]}" in text
+    named = set(re.findall(r"`([\w-]+)`", text[text.index("Extras:") :].split("\n-", 1)[0]))
+    assert named - {"large"} == set(project()["optional-dependencies"]) - {"large"}
