@@ -11,14 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
-
-from mrflow_sched.engines.diffusers.flux import prepare_imports
-
-prepare_imports()
-
-import diffusers  # noqa: E402
 
 Arguments = Mapping[str, Any]
 
