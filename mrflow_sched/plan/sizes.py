@@ -39,7 +39,8 @@ def snap_size(family: Family, width: int, height: int) -> tuple[int, int]:
 
 
 def tokens_of(family: Family, size: tuple[int, int]) -> int:
-    return (size[0] // family.grid) * (size[1] // family.grid)
+    """Image tokens of a size; a last row or column that is not whole counts."""
+    return math.ceil(size[0] / family.grid) * math.ceil(size[1] / family.grid)
 
 
 def stage_sizes(family: Family, width: int, height: int, factors: Sequence[float]) -> list[tuple[int, int]]:
