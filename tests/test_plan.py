@@ -269,7 +269,7 @@ def test_nothing_is_rounded_or_cropped_in_silence(name: str, width: int, height:
 def test_notes_on_odd_sizes_say_what_happens() -> None:
     plan = make_plan("qwen-image", 1361, 765)
     assert plan.notes == (
-        "The requested 1361x765 is made at 1360x768, the nearest size on the model's grid.",
+        "The requested 1361x765 is made at 1360x768, the nearest size in multiples of 16 pixels.",
         "Stage 1 at 688x384 is not shaped like 1360x768: it is upscaled to 1376x768 and cropped at the centre, "
         "losing 1.2% of the image.",
     )
@@ -277,12 +277,12 @@ def test_notes_on_odd_sizes_say_what_happens() -> None:
 
 def test_sizes_of_a_hosts_own_are_kept_and_noted() -> None:
     flux = get_family("flux1-dev")
-    plan = make_sized_plan(flux, [(496, 304), (1000, 616)], (1003, 616), stretches=True, low_steps=8)
+    plan = make_sized_plan(flux, [(496, 304), (1000, 616)], (1003, 616), stretches=True, grid=8, low_steps=8)
     low, high = plan.stages
     assert [(stage.width, stage.height, stage.tokens) for stage in plan.stages] == [(496, 304, 589), (1000, 616, 2457)]
     assert (low.mu, plan.preset, high.start_sigma) == (mu_for_tokens(589), "8+1", 0.12)
     assert plan.notes[:2] == (
-        "The requested 1003x616 is made at 1000x616, the nearest size on the model's grid.",
+        "The requested 1003x616 is made at 1000x616, the nearest size in multiples of 8 pixels.",
         "Stage 1 at 496x304 is not shaped like 1000x616: the image is stretched by 0.5%.",
     )
     assert "cropped at the centre" in notes(make_sized_plan(flux, [(496, 304), (1000, 616)], (1000, 616)))

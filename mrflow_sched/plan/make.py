@@ -110,6 +110,7 @@ def make_sized_plan(
     requested: tuple[int, int],
     *,
     stretches: bool = False,
+    grid: int | None = None,
     **options: Unpack[MadeOptions],
 ) -> StagedPlan:
     """A staged plan whose stages have exactly these sizes, for a host that makes sizes of its own.
@@ -120,6 +121,7 @@ def make_sized_plan(
             up a last row or column of tokens that is not whole.
         requested: (width, height) that the user asked for, which notes compare with.
         stretches: the host stretches an image into the next stage's shape; False: it is cropped at the centre.
+        grid: pixels that the sides of its final images are multiples of; None: the family's grid.
         **options: as in `make_plan`, without what decides sizes.
 
     Raises:
@@ -132,7 +134,7 @@ def make_sized_plan(
     if not 2 <= len(sizes) <= MAX_STAGES:
         raise MrFlowError(f"sizes must hold 2 to {MAX_STAGES} stages, got {len(sizes)}.")
     plan = _staged_plan(family, sizes, requested, given)
-    return replace(plan, notes=plan_notes(plan, family, stretches=stretches))
+    return replace(plan, notes=plan_notes(plan, family, stretches=stretches, grid=grid))
 
 
 def _staged_plan(
@@ -284,7 +286,7 @@ def make_stage(
 
 
 def _guided_within(stage: Stage, family: Family, interval: tuple[float, float]) -> Stage:
-    """`stage` with CFG between two levels only. Raises ValueError where that would save nothing."""
+    """`stage` with CFG between two sigmas only. Raises MrFlowError where that would save nothing."""
     if family.guidance_kind != "cfg" or stage.guidance == 1.0:
         raise MrFlowError(
             f"guidance_interval={interval!r} is for CFG, which takes a second forward; this run of {family.name} has "

@@ -13,7 +13,7 @@ from mrflow_sched.plan.sizes import fit_box
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage, StagedPlan
 
-# Start levels outside this range have only been seen to go wrong (docs/method.md, section 5.1): a note says so.
+# Start sigmas outside this range have only been seen to go wrong (docs/method.md, section 5.1): a note says so.
 USUAL_SIGMA = (0.02, 0.6)
 # Noted where stage 1 has more than this many times the native area: FLUX.1's makers state up to two megapixels; other
 # families not measured.
@@ -29,16 +29,22 @@ SLIGHT_STRETCH = 0.002
 # ------------------------------------------------------------------------------------------------------------- notes
 
 
-def plan_notes(plan: StagedPlan, family: Family | None = None, *, stretches: bool = False) -> tuple[str, ...]:
+def plan_notes(
+    plan: StagedPlan, family: Family | None = None, *, stretches: bool = False, grid: int | None = None
+) -> tuple[str, ...]:
     """What a user should know about a plan: what was rounded or cropped, and where it leaves tested ground.
 
-    `stretches`: an image is stretched into the next stage's shape; False: it is cropped at the centre.
+    Args:
+        plan: the plan.
+        family: its family; None: the known one of its name, if there is one.
+        stretches: an image is stretched into the next stage's shape; False: it is cropped at the centre.
+        grid: pixels that the sides of the final image are multiples of; None: the family's grid.
     """
     known = FAMILIES.get(plan.family) if family is None else family
-    notes = [*size_notes(plan, known, stretches=stretches), *_refine_notes(plan)]
+    notes = [*size_notes(plan, known, stretches=stretches, grid=grid), *_refine_notes(plan)]
     if known is not None and len(plan.stages) > 1 and known.prediction != "flow":
         notes.append(
-            f"{known.title} is no flow model: noise levels are converted at equal signal-to-noise ratio, which the "
+            f"{known.title} is no flow model: sigmas are converted at equal signal-to-noise ratio, which the "
             "method's authors have not tested."
         )
     if len(plan.stages) > 1 and plan.cost_ratio < 1.0:
@@ -46,18 +52,25 @@ def plan_notes(plan: StagedPlan, family: Family | None = None, *, stretches: boo
     return tuple(notes)
 
 
-def size_notes(plan: StagedPlan, family: Family | None, *, stretches: bool = False) -> tuple[str, ...]:
-    """The notes on sizes alone: what was rounded, cropped or stretched, and what lies outside the model's range."""
-    notes = [*_rounding_notes(plan, stretches), *([] if family is None else _range_notes(plan, family))]
+def size_notes(
+    plan: StagedPlan, family: Family | None, *, stretches: bool = False, grid: int | None = None
+) -> tuple[str, ...]:
+    """The notes on sizes alone: what was rounded, cropped or stretched, and what lies outside the model's range.
+
+    Arguments as in `plan_notes`.
+    """
+    multiple = grid if grid is not None or family is None else family.grid
+    notes = [*_rounding_notes(plan, stretches, multiple), *([] if family is None else _range_notes(plan, family))]
     return tuple(notes)
 
 
-def _rounding_notes(plan: StagedPlan, stretches: bool) -> list[str]:
+def _rounding_notes(plan: StagedPlan, stretches: bool, grid: int | None) -> list[str]:
     notes: list[str] = []
     if (plan.width, plan.height) != (plan.requested_width, plan.requested_height):
+        where = "on the model's grid" if grid is None else f"in multiples of {grid} pixels"
         notes.append(
             f"The requested {plan.requested_width}x{plan.requested_height} is made at {plan.width}x{plan.height}, "
-            "the nearest size on the model's grid."
+            f"the nearest size {where}."
         )
     for number, (small, large) in enumerate(pairwise(plan.stages), start=2):
         scale = max(large.width / small.width, large.height / small.height)

@@ -26,7 +26,7 @@ from mrflow_sched.sampling.noise import model_sigmas
 __all__ = ["Recipe", "fit_sizes", "make_recipe"]
 
 LEAST_SIDE = 64
-"""A low-resolution side below this holds no picture."""
+"""A low-resolution side below this holds no image."""
 
 _SCALE_AT_END = re.compile(r"\s+[1-9]x\+?$")
 _STEPS_NAME = re.compile(r"([0-9]+)\+([0-9]+)")
@@ -36,7 +36,7 @@ _STEPS_NAME = re.compile(r"([0-9]+)\+([0-9]+)")
 class Recipe:
     """What a job will do.
 
-    `preset` is the one that `low_steps`, `refine_steps` and `sigma` (true flow sigma) start from. Sizes in pixels.
+    `preset` is the one that `low_steps`, `refine_steps` and `sigma` (flow sigma) start from. Sizes in pixels.
     `first_sigmas` (None: the host's schedule) and `refine_sigmas` are in the model's own measure, as the host's
     override takes them. `solver`: a name of `mrflow_sched.solvers`, or None for the host's sampler. `upscaler`: a name
     of the host's list. `notes`: sentences for the user. `line`: the whole job in one short line.
@@ -106,7 +106,7 @@ def make_recipe(
     """Decide everything for `controls` on `model` at a wanted final size in pixels.
 
     `upscalers`: the host's list, its entries or only their names. "automatic" takes none that the host would have to
-    download first, as far as its entry tells. Raises ValueError, one sentence, where it cannot or should not be done:
+    download first, as far as its entry tells. Raises MrFlowError, one sentence, where it cannot or should not be done:
     the model's own refusal, a low side under 64 px, or a plan that costs more than sampling natively.
     """
     if model.refusal is not None:
@@ -116,7 +116,7 @@ def make_recipe(
     final, low = fit_sizes(model, width, height, controls.factor)
     if min(low) < LEAST_SIDE:
         raise MrFlowError(
-            f"MrFlow cannot make {width}x{height} with factor {controls.factor:g}: the low-resolution picture would be "
+            f"MrFlow cannot make {width}x{height} with factor {controls.factor:g}: the low-resolution image would be "
             f"{low[0]}x{low[1]}, and {LEAST_SIDE} px is the least side; choose a larger size or a smaller factor."
         )
     plan = _plan(controls, model, preset, (low, final), (width, height))
@@ -146,7 +146,12 @@ def make_recipe(
         notes=(),
         line="",
     )
-    notes = (preset_note, *size_notes(plan, family, stretches=True), *_notes(controls, model), upscaler_note)
+    notes = (
+        preset_note,
+        *size_notes(plan, family, stretches=True, grid=model.grid_final),
+        *_notes(controls, model),
+        upscaler_note,
+    )
     return replace(recipe, notes=tuple(note for note in notes if note), line=_line(recipe))
 
 
@@ -154,7 +159,7 @@ def fit_sizes(model: ModelInfo, width: int, height: int, factor: float) -> tuple
     """The final size on the latent's grid, nearest to `width` x `height`, and the low size on the network's.
 
     Of the low sizes next to final / factor the one shaped most like the final size is taken: hosts stretch one into
-    the other. Raises ValueError for sides below 1.
+    the other. Raises MrFlowError for sides below 1.
     """
     if width < 1 or height < 1:
         raise MrFlowError(f"width and height must be at least 1, got {width!r} and {height!r}.")
@@ -203,6 +208,7 @@ def _plan(
         sizes,
         wanted,
         stretches=True,
+        grid=model.grid_final,
         low_steps=controls.low_steps or preset.low_steps,
         refine_steps=controls.refine_steps or preset.refine_steps,
         sigma=controls.sigma or preset.sigma,
