@@ -21,7 +21,7 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
     """The `Layout` of a loaded diffusers text-to-image pipeline; `family` names the family where you know better.
 
     The shift rule is that of the pipeline's own scheduler configuration; sizes are those of its VAE and network.
-    Raises ValueError, one sentence, for what is no such pipeline or lacks something.
+    Raises MrFlowError, one sentence, for what is no such pipeline or lacks something.
     """
     _check_pipeline(pipe)
     family = family or pipe.config.get("_mrflow_family")
