@@ -23,7 +23,7 @@ def bench() -> Iterator[Any]:
     """The modules of bench/quality, as its own command imports them."""
     before = list(sys.path)
     sys.path.insert(0, str(ROOT / "bench"))
-    from mrflow_sched.engines.diffusers.flux import prepare_imports
+    from mrflow_sched.engines.diffusers.folder import prepare_imports
 
     prepare_imports()
     from quality import ideas, judge, metrics, report, scores, sweeps, ways  # pyright: ignore[reportMissingImports]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrflow_sched.engines.diffusers.flux import prepare_imports
+from mrflow_sched.engines.diffusers.folder import prepare_imports
 
 BENCH = Path(__file__).parent.parent / "bench" / "reference.py"
 PROMPT = "the word MAGIC in white letters on a blue wall"

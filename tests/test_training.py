@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def flow() -> Iterator[Any]:
     before = list(sys.path)
     sys.path.insert(0, str(ROOT / "tools"))
-    from mrflow_sched.engines.diffusers.flux import prepare_imports
+    from mrflow_sched.engines.diffusers.folder import prepare_imports
 
     prepare_imports()
     from train_demo import flow  # pyright: ignore[reportMissingImports]

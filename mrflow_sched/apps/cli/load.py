@@ -19,7 +19,6 @@ from mrflow_sched.plan.families import FAMILIES
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
     from mrflow_sched.plan.families import Family
     from mrflow_sched.upscaling.role import PixelUpscaler
@@ -50,7 +49,7 @@ class Job:
 class Loaded:
     """An engine and, where there is a second stage, an upscaler; `file` is the upscaler's, None for Lanczos."""
 
-    engine: FluxEngine | PipelineEngine
+    engine: PipelineEngine
     upscaler: PixelUpscaler | None
     file: Path | None
 
@@ -58,7 +57,7 @@ class Loaded:
     def dtypes(self) -> dict[str, str]:
         """Name of the dtype of every part that has weights."""
         own = getattr(self.upscaler, "dtype", None)
-        return {**engine_dtypes(self.engine), **({} if own is None else {UPSCALER: _dtype_name(own)})}
+        return {**self.engine.dtypes, **({} if own is None else {UPSCALER: _dtype_name(own)})}
 
 
 # --- before anything is loaded -----------------------------------------------------------------
@@ -72,11 +71,6 @@ def plan_family(model: ModelChoices) -> str | Family:
                 f"--family is {model.family!r}, but the embedded model is of family demo; give --model DIR."
             )
         return "demo"
-    if _is_flux(model.model):
-        from mrflow_sched.engines.diffusers.flux import read_family
-
-        found = read_family(model.model)
-        return model.family or found
     from mrflow_sched.engines.diffusers.folder import read_layout
 
     return read_layout(model.model, model.family).family
@@ -137,45 +131,20 @@ def _check_offload(model: ModelChoices) -> None:
         )
 
 
-def load_engine(model: ModelChoices, dtypes: str | Mapping[str, str]) -> FluxEngine | PipelineEngine:
+def load_engine(model: ModelChoices, dtypes: str | Mapping[str, str]) -> PipelineEngine:
     """The engine of the embedded model or of the folder; `dtypes` is one name for all parts or a name for each."""
     if model.model is None:
         from mrflow_sched import demo
 
         if model.offload:
             say("--offload-text has no effect on the embedded model, which is small.")
-        if isinstance(dtypes, str):
-            return demo.load_engine(device=model.device, dtype=dtypes)
-        return _load_flux(demo.weights_path(), replace(model, family="demo", offload=False), dtypes)
-    if _is_flux(model.model):
-        return _load_flux(Path(model.model), model, dtypes)
+        return demo.load_engine(device=model.device, dtype=dtypes)
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
     known = model.family if model.family in FAMILIES else None  # a family read from a configuration is read again
-    one = dtypes if isinstance(dtypes, str) else dtypes.get("transformer", dtypes.get("unet", "auto"))
-    engine = PipelineEngine.from_folder(
-        model.model, device=model.device, dtype=one, family=known, offload=model.offload
+    return PipelineEngine.from_folder(
+        model.model, device=model.device, dtype=dtypes, family=known, offload=model.offload
     )
-    engine.pipe.set_progress_bar_config(disable=True)
-    return engine
-
-
-def _load_flux(folder: Path, model: ModelChoices, dtypes: str | Mapping[str, str]) -> FluxEngine:
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
-
-    one = dtypes if isinstance(dtypes, str) else dtypes.get("transformer", "auto")
-    vae = "auto" if isinstance(dtypes, str) else dtypes.get("vae", "auto")
-    return FluxEngine.from_folder(
-        folder, device=model.device, dtype=one, vae_dtype=vae, family=model.family, offload_text=model.offload
-    )
-
-
-def engine_dtypes(engine: FluxEngine | PipelineEngine) -> dict[str, str]:
-    """Name of the dtype of every part of the model."""
-    told: Mapping[str, str] | None = getattr(engine, "dtypes", None)
-    if told is not None:
-        return dict(told)
-    return {"transformer": _dtype_name(engine.dtype), "vae": _dtype_name(engine.vae_dtype)}
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -189,11 +158,6 @@ def _parts(model: ModelChoices) -> tuple[str, ...]:
     folder = demo.weights_path() if model.model is None else Path(model.model)
     index = _index_of(folder)
     return tuple(name for name in index if any((folder / name).glob("*.safetensors")))
-
-
-def _is_flux(folder: str) -> bool:
-    """Whether a model folder is of FLUX.1, or of nothing that can be named, of which that engine tells best."""
-    return _index_of(Path(folder)).get("_class_name", "FluxPipeline") == "FluxPipeline"
 
 
 def _index_of(folder: Path) -> dict[str, Any]:

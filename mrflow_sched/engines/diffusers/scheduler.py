@@ -215,6 +215,21 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         """The evaluation at which the pipeline starts; None where it has not said."""
         return self._begin_index
 
+    @property
+    def current_evaluation(self) -> int:
+        """The evaluation that is due, counted from 0."""
+        return (self._begin_index if self._step_index is None else self._step_index) or 0
+
+    @property
+    def current_step(self) -> int:
+        """The solver's step, from 0, that the evaluation which is due belongs to."""
+        return self.current_evaluation // evaluations_per_step(self._options["solver"])
+
+    @property
+    def current_sigma(self) -> float:
+        """Noise level of the evaluation that is due, in the model's own measure."""
+        return self._evaluations[min(self.current_evaluation, len(self._evaluations) - 1)]
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at this evaluation of the list (image-to-image)."""
         self._begin_index = begin_index
@@ -386,6 +401,18 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
                 "pack start as the pipeline packs its latents."
             )
         return self._start.to(sample.device)
+
+    def follow(self, sample: Tensor) -> None:
+        """Go on from `sample`, where somebody has changed what the last step returned; `step` does so by itself.
+
+        Args:
+            sample: The state as it stands in the loop, in the shape of what `step` returned.
+
+        Raises:
+            MrFlowError: It has another shape.
+        """
+        if self._walk is not None:
+            self._walk.follow(sample)
 
     # --- noise
 

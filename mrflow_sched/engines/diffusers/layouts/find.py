@@ -23,6 +23,7 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
     Raises ValueError, one sentence, for what is no such pipeline or lacks something.
     """
     _check_pipeline(pipe)
+    family = family or pipe.config.get("_mrflow_family")
     told = family_of_pipeline(pipe)
     if told is None or told.pipeline is None:
         if not is_flow(pipe.scheduler):

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -32,6 +33,12 @@ _WIDTH, _HEIGHT = 192, 128
 
 class _Generic(Layout):
     """What all generic layouts share: text as strings, and guidance in the words of the pipeline's signature."""
+
+    @property
+    def positive_first(self) -> bool:
+        """As the pipeline's source joins the two embeddings."""
+        kind: Any = type(self.pipe)
+        return _joins_positive_first(kind)
 
     def encode_text(self, prompts: Any, negative_prompts: Any = None, options: Any = None) -> dict[str, Any]:
         """The prompts as they are, with what the pipeline's call takes of `options`."""
@@ -187,16 +194,24 @@ def _network(pipe: Any) -> Any:
     return pipe.unet if transformer is None else transformer
 
 
+@lru_cache(maxsize=32)
+def _joins_positive_first(kind: Any) -> bool:
+    return re.search(r"cat\(\s*\[\s*prompt_embeds\s*,\s*negative_prompt_embeds", _source_of(kind)) is not None
+
+
 def _source(pipe: Any) -> str:
+    return _source_of(type(pipe))
+
+
+def _source_of(kind: Any) -> str:
     """The source of the pipeline's class, and of those below it down to the one that has the loop."""
-    bases = type(pipe).__mro__
+    bases = kind.__mro__
     last = next(number for number, base in enumerate(bases) if "__call__" in vars(base))
     try:
         return "\n".join(inspect.getsource(base) for base in bases[: last + 1])
     except (OSError, TypeError) as error:
         raise MrFlowError(
-            f"pipe is {type(pipe).__name__}, whose source cannot be read to learn its conventions; use a class of "
-            f"diffusers."
+            f"pipe is {kind.__name__}, whose source cannot be read to learn its conventions; use a class of diffusers."
         ) from error
 
 

@@ -6,13 +6,16 @@ Source of every convention: the pipeline of the same name in diffusers, and docs
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts.base import Layout
+from mrflow_sched.sampling.network import TokenInputs
 
 __all__ = [
     "Flux2KleinLayout",
@@ -53,6 +56,18 @@ class PackedLayout(Layout):
 class FluxLayout(PackedLayout):
     """FLUX.1 in all its text-to-image pipelines: FluxPipeline, with ControlNet or Control, Kontext."""
 
+    tokens: ClassVar[TokenInputs | None] = TokenInputs(
+        "hidden_states", "img_ids", ("controlnet_block_samples", "controlnet_single_block_samples")
+    )
+
+    def cut_prompt(self, prompts: Sequence[str], options: Mapping[str, Any]) -> tuple[int, int] | None:
+        """By T5's tokens."""
+        tokenizer, read = getattr(self.pipe, "tokenizer_2", None), options.get("max_sequence_length")
+        if tokenizer is None or read is None:
+            return None
+        longest = max((len(tokenizer(prompt, verbose=False).input_ids) for prompt in dict.fromkeys(prompts)), default=0)
+        return (longest, read) if longest > read else None
+
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
@@ -63,6 +78,14 @@ class FluxLayout(PackedLayout):
             other = super()._encode_rows(negatives, None, own)
             text |= {f"negative_{name}": value for name, value in other.items()}
         return text
+
+    def guided_by_two(self) -> Layout:
+        """Guided by a second branch: the plan's scale is `true_cfg_scale`, which costs two forwards."""
+        return replace(self, family=replace(self.family, guidance_kind="cfg"))
+
+    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
+        """The scale that the network reads, or with a second branch that of the branches."""
+        return {"true_cfg_scale" if self._guided else "guidance_scale": guidance}
 
     def stage_arguments(self, text: Any, guidance: float, width: int, height: int) -> dict[str, Any]:
         """As the base class; Kontext is told the area too, or it would render a megapixel whatever the size."""
@@ -125,6 +148,8 @@ class Flux2Layout(Layout):
     Latents are (128, H/16, W/16), the shape in which the pipeline draws its noise.
     """
 
+    tokens: ClassVar[TokenInputs | None] = TokenInputs("hidden_states", "img_ids")
+
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """(4C, H/16, W/16): what is one channel of the VAE's latents is four here."""
         self._check_size(width, height)
@@ -186,6 +211,10 @@ class ZImageLayout(Layout):
     def plan_guidance(self, guidance: float) -> float:
         """0 and below are off, which a plan calls 1."""
         return 1.0 if guidance <= 0.0 else guidance
+
+    def guidance_weight(self, guidance: float) -> float:
+        """The pipeline makes p + g (p - n), which leads g + 1 from the negative branch and g from the positive one."""
+        return 0.0 if guidance == 1.0 else guidance
 
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
         """The pipeline's scale; 0.0 for the plan's 1 (off)."""
@@ -256,6 +285,11 @@ class HiDreamLayout(Layout):
         moved = {name: value.transpose(0, 1) if "llama3" in name else value for name, value in text.items()}
         picked = super().select_text(moved, rows)
         return {name: value.transpose(0, 1) if "llama3" in name else value for name, value in picked.items()}
+
+    def take_rows(self, inputs: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
+        """As the base class; Llama's states are (layer, row, token, channel)."""
+        taken = super().take_rows(inputs, rows, count)
+        return {name: inputs[name][:, rows] if "llama3" in name else value for name, value in taken.items()}
 
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
         """0 where the plan says 1: either is off."""
