@@ -1,6 +1,7 @@
 # make demo   sets up .venv and makes a picture: native and staged sampling side by side, on the embedded model
 # make test   sets up .venv and runs everything that must hold: lint, types, tests, coverage
 #
+# make docs   builds the documentation as a site, in site/
 # make oldest tests what touches diffusers with the oldest version that is supported, in an environment that is kept
 #
 # All need Python 3.10 or newer and make; PYTHON=python3.12 chooses one, PIP_ARGS="--index-url ..." goes to pip.
@@ -20,7 +21,7 @@ CORE_COVERAGE := 95
 # Holds no code of ours, so it serves every checkout until a pin or the Python changes.
 OLDEST := $(CACHE)/oldest-$(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d-%08x" % (*sys.version_info[:2], zlib.crc32(open("requirements-oldest.txt", "rb").read())))')
 
-.PHONY: demo test oldest lint types train figures clean
+.PHONY: demo test docs docstrings oldest lint types train figures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mrflow compare "$(PROMPT)" --out $(OUT)
@@ -28,6 +29,10 @@ demo: $(VENV)/.demo
 
 test: lint types
 	$(BIN)/python -m pytest --cov=mrflow_sched --cov-report=term --cov-fail-under=$(CORE_COVERAGE) $(PYTEST_ARGS)
+
+# The site, in site/: every link, anchor and name of the reference must hold.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Everything but the WebUI, whose hosts bring diffusers of their own or none, and the building of packages.
 oldest: $(OLDEST)/.made
@@ -41,7 +46,14 @@ $(OLDEST)/.made:
 	@touch $@
 
 lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
+
+# Sections of the public docstrings; what it finds is being written.
+docstrings: $(VENV)/.dev
+	@$(BIN)/ruff check --preview --select D,DOC501 --ignore D105,D107 mrflow_sched; ruff=$$?; \
+	$(BIN)/pydoclint --quiet mrflow_sched && exit $$ruff
 
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -60,13 +72,17 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.docs: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e '.[docs]'
+	@touch $@
+
 # Trains the embedded model again, from nothing, in six to seven hours on two CPU cores; WORK needs 12 GB.
 train: $(VENV)/.dev
-	$(BIN)/python tools/train.py --work $(WORK)
+	$(BIN)/python -m tools.train --work $(WORK)
 
 # Pictures and tables of docs/, from the weights and the training record in WORK.
 figures: $(VENV)/.dev
-	$(BIN)/python tools/figures.py --work $(WORK)
+	$(BIN)/python -m tools.figures --work $(WORK)
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(OUT) build dist site .pytest_cache .ruff_cache .coverage

@@ -1,7 +1,7 @@
 """The official scripts' procedure beside ours, on the embedded model, in one run.
 
-    python bench/reference.py --out DIR          reference.md, reference.json (some minutes); --size, --seeds
-    python bench/reference.py --quick            one prompt, prints only
+    python -m bench.reference --out DIR          reference.md, reference.json (some minutes); --size, --seeds
+    python -m bench.reference --quick            one prompt, prints only
 
 The reference is written from the description in docs/official.md, with diffusers' own pipeline and scheduler: few Euler
 steps at half size with the shift of that size, an 8-bit picture, super-resolution in 192-pixel tiles, an 8-bit picture,
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from bench.markdown import table
+from bench.psnr import psnr
 from mrflow_sched import MrFlow, demo, load_upscaler
 from mrflow_sched._runtime.peak import PeakMemory
 from mrflow_sched.engines.diffusers.folder import load_pipeline
@@ -52,11 +54,12 @@ class Reference:
     """The official order of operations, on a `FluxPipeline`."""
 
     def __init__(self, pipe: Any, tiles: Tiles, size: int, guidance: float) -> None:
-        from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+        import diffusers
 
+        library: Any = diffusers  # its annotations speak of tuples of one
         self._pipe, self._tiles, self._size = pipe, tiles, size
-        unshifted = FlowMatchEulerDiscreteScheduler(shift=1.0)  # the start sigma reaches the network as it is
-        self._refiner = FluxPipeline(**{**pipe.components, "scheduler": unshifted})
+        unshifted = library.FlowMatchEulerDiscreteScheduler(shift=1.0)  # the start sigma reaches the network as it is
+        self._refiner = library.FluxPipeline(**{**pipe.components, "scheduler": unshifted})
         for one in (pipe, self._refiner):
             one.set_progress_bar_config(disable=True)
         self._more = {"guidance_scale": guidance}
@@ -152,7 +155,7 @@ class Row:
 def ways(size: int) -> dict[str, Picture]:
     """All ways by name, each a function (prompt, seed) -> picture."""
     pipe = load_pipeline(demo.weights_path(), device="cpu", dtype="float32")
-    upscaler = load_upscaler(demo.upscaler_path(), device="cpu", dtype="float32")
+    upscaler = cast(ModelUpscaler, load_upscaler(demo.upscaler_path(), device="cpu", dtype="float32"))
     guidance = MrFlow(pipe, family="demo").family.guidance
 
     def ours(upscaler: Any, **choices: Any) -> Picture:
@@ -212,25 +215,27 @@ def measure(size: int, prompts: Sequence[str], seeds: Sequence[int], tell: Calla
 
 def _psnr(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
     """Of the mean square error over all pictures."""
-    error = statistics.fmean(
-        float(np.square((a - b).astype(np.float64)).mean()) for a, b in zip(some, others, strict=True)
-    )
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+    first, second = (torch.from_numpy(np.stack(list(each)))[None].double() / 255 for each in (some, others))
+    return float(psnr(first, second))
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The rows as a table."""
     native = next(row for row in rows if row.name == "native")
-    lines = [
-        "| way | seconds | native / this | peak MiB | to the reference: worst, mean level | PSNR to reference "
-        "| PSNR to native |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    head = ["way", "seconds", "native / this", "peak MiB", "to the reference: worst, mean level"]
+    cells = [
+        [
+            row.name,
+            f"{row.seconds:.2f}",
+            f"{native.seconds / row.seconds:.2f}",
+            f"{row.peak_mib:.0f}",
+            f"{row.worst_levels_to_reference}, {row.mean_levels_to_reference:.3f}",
+            _db(row.psnr_to_reference),
+            _db(row.psnr_to_native),
+        ]
+        for row in rows
     ]
-    for row in rows:
-        levels = f"{row.worst_levels_to_reference}, {row.mean_levels_to_reference:.3f}"
-        values = f"{row.seconds:.2f} | {native.seconds / row.seconds:.2f} | {row.peak_mib:.0f} | {levels}"
-        lines.append(f"| {row.name} | {values} | {_db(row.psnr_to_reference)} | {_db(row.psnr_to_native)} |")
-    return "\n".join(lines)
+    return table([*head, "PSNR to reference", "PSNR to native"], cells)
 
 
 def _db(value: float) -> str:
@@ -238,7 +243,7 @@ def _db(value: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=256, help="side of the picture in pixels (default 256)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds per prompt (default 2)")
     parser.add_argument("--quick", action="store_true", help="one prompt and seed")
@@ -247,14 +252,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = demo.example_prompts()[: 1 if options.quick else None]
     seeds = range(3, 3 + (1 if options.quick else options.seeds))
     rows = measure(options.size, prompts, seeds, lambda line: print(line, file=sys.stderr))
-    table = to_markdown(rows)
-    print(table)
+    text = to_markdown(rows)
+    print(text)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         said = {"size": options.size, "prompts": list(prompts), "seeds": list(seeds), "torch": torch.__version__}
         record = {**said, "threads": torch.get_num_threads(), "rows": [asdict(row) for row in rows]}
         (options.out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")
-        (options.out / "reference.md").write_text(table + "\n")
+        (options.out / "reference.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

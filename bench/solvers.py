@@ -1,8 +1,8 @@
 """How true is each solver? RMS distance to the converged solution, by solver, step count and guidance.
 
-    python bench/solvers.py --out DIR      random Gaussian-mixture flows (about a minute): solvers.md, solvers.json
-    python bench/solvers.py --demo --out DIR   the embedded network, in float32 (some minutes): solvers-demo.*
-    python bench/solvers.py --quick        fewer problems and samples, prints only
+    python -m bench.solvers --out DIR      random Gaussian-mixture flows (about a minute): solvers.md, solvers.json
+    python -m bench.solvers --demo --out DIR   the embedded network, in float32 (some minutes): solvers-demo.*
+    python -m bench.solvers --quick        fewer problems and samples, prints only
 
 From Python, `measure` runs on any engine, text and latent shape:
 
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from bench import markdown
 from mrflow_sched.engines.analytic import MixtureEngine
 from mrflow_sched.plan.schedule import native_sigmas
 from mrflow_sched.sampling.engine import Engine
@@ -142,9 +143,7 @@ def mean_ratios(rows: Iterable[Row], steps: Sequence[int]) -> dict[str, dict[int
 
 def table(title: str, values: Mapping[str, Mapping[int, float]], steps: Sequence[int]) -> str:
     """A markdown table: one line per solver, one column per step count."""
-    head = f"| {title} | " + " | ".join(map(str, steps)) + " |\n|---|" + "---|" * len(steps)
-    lines = [f"| {name} | " + " | ".join(f"{row[n]:.3f}" for n in steps) + " |" for name, row in values.items()]
-    return "\n".join([head, *lines])
+    return markdown.table([title, *steps], [[name, *(f"{row[n]:.3f}" for n in steps)] for name, row in values.items()])
 
 
 def report(rows: Sequence[Row], guidance: Sequence[float], steps: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """Seconds on a real WebUI: native 20 steps, MrFlow 12+1 and built-in Hires. fix, and the sigma that each refines from.
 
-    MRFLOW_WEBUI_ROOT=/path/to/webui MRFLOW_WEBUI_CHECKPOINT=name python bench/webui.py --size 768 --repeats 3
+    MRFLOW_WEBUI_ROOT=/path/to/webui MRFLOW_WEBUI_CHECKPOINT=name python -m bench.webui --size 768 --repeats 3
 
 The host is started headless with its own Python, as tests/webui/live.py describes, with the options in
 MRFLOW_WEBUI_ARGS. Each job runs once to warm up. A line of JSON per job; seconds are the API call's, median and all.
@@ -12,14 +12,11 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "webui"))
-
-from live import Host, find_installation
+from tests.webui.live import Host, find_installation
 
 
 def jobs(size: int, flux: bool) -> dict[str, tuple[list[Any], dict[str, Any]]]:

@@ -33,7 +33,8 @@ def engine_of(name: str, **changes: Any) -> PipelineEngine:
 
 def plan_of(engine: Engine, **changes: Any) -> StagedPlan:
     side = 4 * engine.family.grid
-    return make_plan(engine.family, side, side, **{"low_steps": 2, "sigma": SIGMA, "seed": 3, **changes})
+    numbers: dict[str, Any] = {"low_steps": 2, "sigma": SIGMA, "seed": 3, **changes}
+    return make_plan(engine.family, side, side, **numbers)
 
 
 def run(engine: Engine, plan: StagedPlan | None = None, prompt: Any = "a cat", **changes: Any) -> StagedResult:

@@ -1,40 +1,20 @@
-"""The official scripts' procedure, as bench/reference.py runs it, and ours are one where their choices are one."""
+"""The official scripts' procedure, as bench.reference runs it, and ours are one where their choices are one."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mrflow_sched.engines.diffusers.folder import prepare_imports
+from bench import reference
 
-BENCH = Path(__file__).parent.parent / "bench" / "reference.py"
 PROMPT = "the word MAGIC in white letters on a blue wall"
 
 
-@pytest.fixture(scope="module")
-def reference() -> Iterator[ModuleType]:
-    found = importlib.util.spec_from_file_location("bench_reference", BENCH)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[found.name] = module
-    found.loader.exec_module(module)
-    yield module
-    del sys.modules[found.name]
-
-
-def test_with_the_references_choices_the_pictures_are_the_references(
-    reference: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare_imports()
+def test_with_the_references_choices_the_pictures_are_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     if "sigmas" not in inspect.signature(FluxPipeline.__call__).parameters:
@@ -56,7 +36,7 @@ def test_with_the_references_choices_the_pictures_are_the_references(
     assert away["MrFlow"].mean() > 0.5
 
 
-def test_tiles_cover_the_picture_and_join_without_a_seam(reference: ModuleType) -> None:
+def test_tiles_cover_the_picture_and_join_without_a_seam() -> None:
     class Doubler:
         device = torch.device("cpu")
         scale, dtype = 2, torch.float32
@@ -66,10 +46,11 @@ def test_tiles_cover_the_picture_and_join_without_a_seam(reference: ModuleType) 
             assert images.shape[-2:] == (240, 240)
             return double(images)
 
+    doubler: Any = Doubler()
     images = torch.rand((2, 3, 200, 330), generator=torch.Generator().manual_seed(0))
-    large = reference.Tiles(Doubler())(images)
+    large = reference.Tiles(doubler)(images)
     assert torch.equal(large, double(images))
-    rounded = reference.Tiles(Doubler(), rounded=True)(images)
+    rounded = reference.Tiles(doubler, rounded=True)(images)
     assert torch.allclose(rounded, large, atol=0.51 / 255)
 
 

@@ -86,7 +86,7 @@ def run(engine: Any = ENGINE, plan: StagedPlan | None = None, prompt: Any = "red
 
 
 def test_a_two_stage_run_is_the_method_step_by_step() -> None:
-    """The whole run written out again with nothing but tensors (spec 1.2)."""
+    """The whole run written out again with nothing but tensors (docs/method.md, section 1.2)."""
     result = run()
     text = ENGINE.encode_text(["red"])
 

@@ -61,7 +61,7 @@ def test_shift_refuses(function: object, sigma: float, shift: float) -> None:
 
 @pytest.mark.parametrize(
     ("sigma", "shift", "shifted"),
-    [  # what unpatched schedulers make of a refine start (spec 1.5): FLUX.1, shift-3 models, FLUX.2
+    [  # what unpatched schedulers make of a refine start (docs/method.md, section 1.5): FLUX.1, shift-3 models, FLUX.2
         (0.12, math.exp(1.15), 0.301),
         (0.12, 3.0, 0.290),
         (0.10, math.exp(2.309), 0.528),

@@ -434,7 +434,10 @@ def test_a_configuration_file_of_sd15_is_read() -> None:
 @pytest.mark.parametrize("curve", ["linear", "shifted"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_nothing_shifts_a_refine_list(curve: str, steps: int) -> None:
-    """FLUX.1 would run 0.12 at 0.301 and Qwen-Image at 0.020 if its scheduler made the list (spec 1.5)."""
+    """FLUX.1 would run 0.12 at 0.301 and Qwen-Image at 0.020 if its scheduler made the list.
+
+    Source: docs/method.md, section 1.5.
+    """
     theirs = theirs_with("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, shift=3.0, shift_terminal=0.02)
     scheduler = MrFlowScheduler.from_config(theirs.config, stage="refine", sigma=0.12, refine_curve=curve)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.15)

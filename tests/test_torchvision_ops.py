@@ -51,14 +51,14 @@ def write_double(folder: Path, *operators: str) -> None:
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_the_installed_torchvision_and_spandrel_import_after_it() -> None:
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from mrflow_sched._runtime.torchvision_ops import ensure_ops\n"
         "ensure_ops()\n"
         "import torchvision, spandrel\n"
         "from torchvision.transforms.functional import rotate\n"
         "print(ensure_ops(), spandrel.ImageModelDescriptor.__name__)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "() ImageModelDescriptor", done.stderr
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,26 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
+from tools.train_demo import data, flow
 
 
 @pytest.fixture(scope="module")
-def flow() -> Iterator[Any]:
-    before = list(sys.path)
-    sys.path.insert(0, str(ROOT / "tools"))
-    from mrflow_sched.engines.diffusers.folder import prepare_imports
-
-    prepare_imports()
-    from train_demo import flow  # pyright: ignore[reportMissingImports]
-
-    yield flow
-    sys.path[:] = before
-
-
-@pytest.fixture(scope="module")
-def batches(flow: Any) -> Any:
+def batches() -> Any:
     """Twenty scenes; the latents of each hold its number and the row that they are of."""
-    count, data = 20, flow.data
+    count = 20
     made = object.__new__(flow.Batches)
     made.count, made.settings, made.rng = count, flow.FlowSettings(drop_text=0.0), np.random.default_rng(0)
     made.meanings, made.latents = {}, {}
@@ -47,23 +31,23 @@ def batches(flow: Any) -> Any:
     return made
 
 
-def test_pictures_with_words_are_found(flow: Any, batches: Any) -> None:
-    expected = [index for index in range(batches.count) if flow.data.scene_at(index).word]
+def test_pictures_with_words_are_found(batches: Any) -> None:
+    expected = [index for index in range(batches.count) if data.scene_at(index).word]
     assert batches.with_words.tolist() == expected
     assert 0 < len(expected) < batches.count
     assert all(0 <= a <= b < 32 for a, b in zip(batches.first_row, batches.last_row, strict=True))
 
 
-def test_marks_are_letters_things_and_lights(flow: Any) -> None:
-    names = np.array(flow.data.MEANINGS["part"])
+def test_marks_are_letters_things_and_lights() -> None:
+    names = np.array(data.MEANINGS["part"])
     marked = set(names[flow.is_mark(np.arange(len(names)))])
     assert {"square", "A", "Z", "sun", "moon"} <= marked
     assert not marked & {"wall", "tiles", "green hills", "blue sky", "night sky"}
-    assert not bool(flow.is_mark(np.array([flow.data.UNKNOWN])).any())
+    assert not bool(flow.is_mark(np.array([data.UNKNOWN])).any())
     assert set(names[flow.is_letter(np.arange(len(names)))]) == {name for name in marked if len(name) == 1}
 
 
-def test_a_band_holds_every_letter_of_its_pictures(flow: Any, batches: Any) -> None:
+def test_a_band_holds_every_letter_of_its_pictures(batches: Any) -> None:
     tops = set()
     for _ in range(30):
         top, (x0, ids, _, shown) = batches.draw_band()
@@ -79,14 +63,14 @@ def test_a_band_holds_every_letter_of_its_pictures(flow: Any, batches: Any) -> N
     assert len(tops) > 3
 
 
-def test_a_band_keeps_the_positions_of_its_picture(flow: Any) -> None:
+def test_a_band_keeps_the_positions_of_its_picture() -> None:
     whole, band = flow.position_ids(64, 64), flow.position_ids(32, 64, top=5)
     assert torch.equal(band, whole.view(32, 32, 3)[5:21].reshape(-1, 3))
 
 
-def test_words_are_drawn_as_often_as_asked_for(flow: Any, batches: Any) -> None:
+def test_words_are_drawn_as_often_as_asked_for(batches: Any) -> None:
     seen = []
-    for size in (flow.data.LOW, flow.data.HIGH, flow.data.TINY):
+    for size in (data.LOW, data.HIGH, data.TINY):
         rows = torch.cat([batches.draw(size, 4)[0][:, 0, 0, 0] for _ in range(100)])
         seen.append(float(np.isin(rows.numpy().astype(int), batches.with_words).mean()))
     plain = len(batches.with_words) / batches.count
@@ -95,9 +79,9 @@ def test_words_are_drawn_as_often_as_asked_for(flow: Any, batches: Any) -> None:
     assert seen[2] == pytest.approx(plain, abs=0.12)
 
 
-def test_guidance_is_heard_again_around_what_it_gave(flow: Any) -> None:
+def test_guidance_is_heard_again_around_what_it_gave() -> None:
     torch.manual_seed(0)
-    model = flow.make_transformer()
+    model: Any = flow.make_transformer()
     parts = model.time_text_embed
     scales = parts.time_proj(1000 * torch.linspace(float(flow.GUIDANCE_RANGE[0]), float(flow.GUIDANCE_RANGE[1]), 9))
     with torch.no_grad():
@@ -111,10 +95,11 @@ def test_guidance_is_heard_again_around_what_it_gave(flow: Any) -> None:
     assert float(heard.std(0).mean()) > 1e-3
 
 
-def test_guidance_is_heard_smoothly_whatever_training_does(flow: Any) -> None:
+def test_guidance_is_heard_smoothly_whatever_training_does() -> None:
     """What bfloat16 makes of 3.5 is 3.504: to hear a difference there is to hear noise."""
     torch.manual_seed(0)
-    parts = (model := flow.make_transformer()).time_text_embed
+    model: Any = flow.make_transformer()
+    parts = model.time_text_embed
 
     def heard(*scales: float) -> Tensor:
         with torch.no_grad():

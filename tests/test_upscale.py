@@ -88,7 +88,7 @@ class Nearest:
         self.tiling = SimpleNamespace(name=tiling)
         self.size_requirements = SimpleNamespace(multiple_of=multiple)
         self.architecture = SimpleNamespace(id="Nearest")
-        self.error: BaseException = torch.OutOfMemoryError("CUDA out of memory.")
+        self.error: BaseException = torch.cuda.OutOfMemoryError("CUDA out of memory.")
         self.seen: list[tuple[int, int]] = []
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def test_a_model_that_tiles_by_itself_gets_the_full_frame() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes."),
@@ -750,7 +750,7 @@ def test_somebody_elses_upscaler_takes_image_by_image_what_it_cannot_take_at_onc
         def __call__(self, images: Tensor) -> Tensor:
             asked.append(len(images))
             if len(images) > fits:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
             return images.repeat_interleave(2, -1).repeat_interleave(2, -2)
 
     images = torch.rand((2, 3, 4, 6), generator=torch.Generator().manual_seed(0))

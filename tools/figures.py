@@ -1,6 +1,6 @@
-"""Make the pictures and tables of docs/ from the embedded model: ``python tools/figures.py --work DIR``.
+"""Make the pictures and tables of docs/ from the embedded model: ``python -m tools.figures --work DIR``.
 
-Needs the work folder of ``tools/train.py`` (curves, judge) and the finished weights. Everything in docs/images/ and the
+Needs the work folder of ``tools.train`` (curves, judge) and the finished weights. Everything in docs/images/ and the
 numbers in docs/demo-model.json come from here.
 """
 
@@ -9,27 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from mrflow_sched._runtime.torchvision_ops import ensure_ops
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image
+from safetensors import safe_open
 
-ensure_ops()
-sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
-
-import matplotlib  # noqa: E402
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from train_demo import evaluate  # noqa: E402
-
-from mrflow_sched import demo, load_upscaler, make_plan, sample_staged  # noqa: E402
-from mrflow_sched.images.files import save_png  # noqa: E402
+from bench import solvers
+from bench.markdown import table
+from mrflow_sched import demo, load_upscaler, make_plan, sample_staged
+from mrflow_sched.images.files import save_png
+from tools.train_demo import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -79,15 +71,16 @@ def merge_sheets(names: tuple[str, str], work: Path, path: Path) -> None:
     joined.resize((joined.width // 2, joined.height // 2), Image.Resampling.LANCZOS).save(path, optimize=True)
 
 
-def write_between(page: Path, mark: str, rows: list[str]) -> None:
-    """Put rows between ``<!-- mark -->`` and the next ``<!-- end -->`` of a page."""
+def write_between(page: Path, mark: str, text: str) -> None:
+    """Put text between ``<!-- mark -->`` and the next ``<!-- end -->`` of a page."""
     head, rest = page.read_text().split(f"<!-- {mark} -->\n", 1)
     _, tail = rest.split("<!-- end -->", 1)
-    page.write_text(head + f"<!-- {mark} -->\n" + "\n".join(rows) + "\n<!-- end -->" + tail)
+    page.write_text(head + f"<!-- {mark} -->\n" + text + "\n<!-- end -->" + tail)
 
 
-def part_rows(weights: Path) -> list[str]:
-    rows = []
+def part_table(weights: Path) -> str:
+    """What the shipped weights are, part by part."""
+    rows: list[list[str]] = []
     files = {
         "network": "transformer",
         "VAE": "vae",
@@ -103,23 +96,26 @@ def part_rows(weights: Path) -> list[str]:
         kind = json.loads(config.read_text()) if config.exists() else {"_class_name": "ESRGAN (RRDBNet)"}
         name = kind.get("_class_name") or kind["architectures"][0]
         count = sum(math.prod(shape) for shape in shapes)
-        rows.append(f"| {title} | `{name}` | {count / 1e6:.2f} M weights, {path.stat().st_size / 1e6:.1f} MB |")
-    return rows
+        rows.append([title, f"`{name}`", f"{count / 1e6:.2f} M weights, {path.stat().st_size / 1e6:.1f} MB"])
+    return table(["part", "class", "size"], rows, "l")
 
 
-def accuracy_rows(scores: dict[str, Any]) -> list[str]:
+def accuracy_table(scores: dict[str, Any]) -> str:
+    """Share of each attribute that the judge reads in the images, by way of sampling."""
     names = [name for name, value in scores.items() if isinstance(value, dict)]
     groups = list(scores["native 50"])
     groups.remove("seconds")
-    rows = ["| attribute | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    rows: list[list[str]] = []
     for group in groups:
         cells = [f"{scores[name][group] * 100:.1f} %" if group in scores[name] else "" for name in names]
-        rows.append(f"| {group} | " + " | ".join(cells) + " |")
-    return [*rows, "", f"{scores['scenes']} captions, a quarter of each category; guidance {scores['guidance']:g}."]
+        rows.append([group, *cells])
+    note = f"{scores['scenes']} captions, a quarter of each category; guidance {scores['guidance']:g}."
+    return f"{table(['attribute', *names], rows, 'l')}\n\n{note}"
 
 
-def record_rows(record: dict[str, Any]) -> list[str]:
-    rows = ["| part | seconds | steps | at the end |", "|---|---|---|---|"]
+def record_table(record: dict[str, Any]) -> str:
+    """What training every part took, and how good it was at the end."""
+    rows: list[list[str]] = []
     flow, guided = record["flow"], record["guided"]
     low, high = (next(row[k] for row in reversed(flow["curve"]) if row[k] is not None) for k in (3, 4))
     judge, seen = record["classifier"], flow["samples"]
@@ -140,24 +136,22 @@ def record_rows(record: dict[str, Any]) -> list[str]:
     }
     for name, end in ends.items():
         part = judged if name == "classifier" else record[name]
-        rows.append(f"| {name} | {part['seconds']:.0f} | {part['steps']} | {end} |")
-    return rows
+        rows.append([name, f"{part['seconds']:.0f}", str(part["steps"]), end])
+    return table(["part", "seconds", "steps", "at the end"], rows, "l")
 
 
-def solver_rows(path: Path, *, ratios: bool) -> list[str]:
-    """Solver tables of docs/solvers.md from a result of bench/solvers.py: ratios to the best, or plain distances."""
-    import solvers  # bench/solvers.py
-
+def solver_tables(path: Path, *, ratios: bool) -> str:
+    """Solver tables of docs/solvers.md from a result of bench.solvers: ratios to the best, or plain distances."""
     found = [solvers.Row(**row) for row in json.loads(path.read_text())]
-    rows: list[str] = []
+    tables: list[str] = []
     for scale in sorted({row.guidance for row in found}):
         here = [row for row in found if row.guidance == scale]
         if ratios:
             values = solvers.mean_ratios(here, solvers.STEPS)
         else:
             values = {name: {row.steps: row.rms for row in here if row.solver == name} for name in solvers.COMPARED}
-        rows += [solvers.table(f"guidance {scale:g}", values, solvers.STEPS), ""]
-    return rows[:-1]
+        tables.append(solvers.table(f"guidance {scale:g}", values, solvers.STEPS))
+    return "\n\n".join(tables)
 
 
 def main() -> None:
@@ -172,14 +166,14 @@ def main() -> None:
     record["evaluation"] = json.loads((options.work / "evaluation.json").read_text())
     (ROOT / "docs" / "demo-model.json").write_text(json.dumps(record, indent=1) + "\n")
     page = ROOT / "docs" / "demo-model.md"
-    write_between(page, "parts", part_rows(demo.weights_path()))
-    write_between(page, "accuracy", accuracy_rows(record["evaluation"]))
-    write_between(page, "record", record_rows(record))
+    write_between(page, "parts", part_table(demo.weights_path()))
+    write_between(page, "accuracy", accuracy_table(record["evaluation"]))
+    write_between(page, "record", record_table(record))
     results = ROOT / "bench" / "results"
     solver_page = ROOT / "docs" / "solvers.md"
-    write_between(solver_page, "mixtures", solver_rows(results / "solvers.json", ratios=True))
+    write_between(solver_page, "mixtures", solver_tables(results / "solvers.json", ratios=True))
     if (results / "solvers-demo.json").exists():
-        write_between(solver_page, "demo", solver_rows(results / "solvers-demo.json", ratios=False))
+        write_between(solver_page, "demo", solver_tables(results / "solvers-demo.json", ratios=False))
     training_curves(record, IMAGES / "training.png")
     stages_strip(IMAGES / "stages.png")
     merge_sheets(("native-50", "staged-12+1"), options.work, IMAGES / "samples.png")

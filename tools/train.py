@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: ``python tools/train.py --work DIR`` runs every part that is not finished yet,
+"""Train the demo model from nothing: ``python -m tools.train --work DIR`` runs every part that is not finished yet,
 in order.
 
 Parts: data, text, flow, vae, sr, guide, classifier, export, evaluate. Each keeps checkpoints under DIR and goes on
@@ -13,11 +13,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from mrflow_sched._runtime.torchvision_ops import ensure_ops
-
-ensure_ops()
-
-from train_demo import classifier, data, evaluate, export, flow, sr, text, vae  # noqa: E402
+from tools.train_demo import classifier, data, evaluate, export, flow, sr, text, vae
 
 PARTS = ("data", "text", "flow", "vae", "sr", "guide", "classifier", "export", "evaluate")
 WEIGHTS = Path(__file__).resolve().parent.parent / "mrflow_sched" / "demo" / "weights"

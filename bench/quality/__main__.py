@@ -1,9 +1,9 @@
 """What does staged sampling cost in quality, and where? On the embedded model, whose scenes are known exactly.
 
-    python bench/quality --out DIR                   the ways at equal cost (16 scenes: 25 minutes on two CPU cores)
-    python bench/quality --sweep sigma --out DIR     one number at a time; `--sweep all` for all sweeps
-    python bench/quality --ideas --out DIR           what might do better than the plain recipe
-    python bench/quality --quick                     a few scenes, prints only
+    python -m bench.quality --out DIR                   the ways at equal cost (16 scenes: 25 minutes on two CPU cores)
+    python -m bench.quality --sweep sigma --out DIR     one number at a time; `--sweep all` for all sweeps
+    python -m bench.quality --ideas --out DIR           what might do better than the plain recipe
+    python -m bench.quality --quick                     a few scenes, prints only
 
 Writes quality.json, .md, .png, -pictures.png and -worst.png (or sweep-NAME.*, ideas.*). Scenes, seeds and
 resamples are fixed, and no part of the model was trained on the scenes. The composite and its weights: scores.py.
@@ -21,17 +21,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 from torch import Tensor
 
+from bench.psnr import psnr
+from bench.quality import ideas, metrics, report, scores, sweeps, ways
 from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption, render
-from mrflow_sched.engines.diffusers.flux import prepare_imports
-
-prepare_imports()
-
-from quality import ideas, metrics, report, scores, sweeps, ways  # noqa: E402
 
 TEST_STREAM, FIRST_SEED = 3, 1000
 OURS = report.OURS
@@ -39,7 +34,7 @@ OURS = report.OURS
 
 def scenes_of(each: int) -> list[Scene]:
     """`each` scenes of every category, of a stream that nothing was trained on."""
-    from train_demo import data
+    from tools.train_demo import data
 
     found: dict[str, list[Scene]] = {category: [] for category in CATEGORIES}
     index = 0
@@ -149,11 +144,11 @@ def _stages(model: ways.Model, truth: scores.Truth, made: ways.Made) -> dict[str
         for before, after in [*pairwise(names), ("low", "final")]
     }
     small = torch.nn.functional.interpolate(made.images, made.low.shape[-2:], mode="area")
-    return {"colour drift": drift, "psnr of the layout": float(metrics.psnr(small, made.low).clamp(max=100).mean())}
+    return {"colour drift": drift, "psnr of the layout": float(psnr(small, made.low).clamp(max=100).mean())}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=256, help="final side in pixels (default 256)")
     parser.add_argument("--scenes", type=int, default=24, help="scenes per category (default 24)")
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap samples (default 200)")

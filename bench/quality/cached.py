@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from bench.quality.ways import FAMILY, Way, planned
 from mrflow_sched import demo, get_family, make_plan
 from mrflow_sched.engines.diffusers.folder import load_pipeline
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
-
-from .ways import FAMILY, Way, planned
 
 
 @cache

@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from bench.quality.ways import FAMILY, Way, planned
 from mrflow_sched import get_family, make_plan
-
-from .ways import FAMILY, Way, planned
 
 CFG = replace(get_family(FAMILY), guidance_kind="cfg")
 

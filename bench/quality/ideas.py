@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.quality.ways import FAMILY, Made, Model, Way, staged
 from mrflow_sched import make_plan
 from mrflow_sched.measure.calibrate import band_power, bound
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampling.noise import add_noise, draw_noise, stage_seed
 from mrflow_sched.sampling.solvers import get_solver
 from mrflow_sched.upscaling.fit import upscale_to
-
-from .ways import FAMILY, Made, Model, Way, staged
 
 FITTED_ON = 64  # training scenes that corrections are fitted on
 
@@ -133,7 +132,7 @@ def where_it_varies(low: Tensor, enlarged: Tensor, refined: Tensor) -> Tensor:
 @cache
 def _pairs(model: Model) -> tuple[Tensor, Tensor]:
     """Latents of training scenes that were made small and enlarged, and of the scenes themselves, (N, C, h, w)."""
-    from train_demo import data
+    from tools.train_demo import data
 
     engine = model.engine
     scenes = [torch.from_numpy(data.picture_at(index, size=model.size)) for index in range(FITTED_ON)]

@@ -6,7 +6,6 @@ file. On true scenes that they were not trained on they read 99.7 per cent of th
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from train_demo import classifier
+from tools.train_demo import classifier
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 

@@ -22,11 +22,6 @@ BANDS = 16  # rings of the power spectrum
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, (N,); equal pictures give infinity."""
-    return -10 * (a - b).square().flatten(1).mean(1).log10()
-
-
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004), (N,): Gaussian window of 11, sigma 1.5, mean over colours."""
     axis = torch.arange(11, dtype=torch.float32) - 5

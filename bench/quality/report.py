@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from bench.markdown import table
 from mrflow_sched.demo.scenes import Scene
 from mrflow_sched.images.convert import to_pil
 
@@ -22,37 +23,35 @@ PARTS = ("attributes", "letters", "local structure", "look", "spectrum")
 def to_markdown(record: Mapping[str, Any]) -> str:
     """Three tables: composite and cost, its parts, and by category."""
     base = record["base"]
-    head = f"| way | cost | s | composite (95 %) | to {base} (95 %) |"
-    first = [head, "| --- | ---: | ---: | --- | --- |"]
-    second = [
-        "| way | " + " | ".join(PARTS) + f" | PSNR, SSIM to {base} | colour drift |",
-        "| --- |" + " ---: |" * (len(PARTS) + 2),
-    ]
     categories = list(next(iter(record["ways"].values()))["categories"])
-    third = [
-        "| way | " + " | ".join(categories) + " | letters by height |",
-        "| --- |" + " ---: |" * (len(categories) + 1),
-    ]
+    costs: list[list[str]] = []
+    apart: list[list[str]] = []
+    by_category: list[list[str]] = []
     for name, row in record["ways"].items():
         low, high = row["interval"]
         gap_low, gap_high = row["to base, interval"]
         own = f"{row['composite']:.3f} ({low:.3f} to {high:.3f})"
         gap = f"{row['to base']:+.3f} ({gap_low:+.3f} to {gap_high:+.3f})"
-        first.append(f"| {name} | {row['cost']:.2f} | {row['seconds']:.2f} | {own} | {gap} |")
+        costs.append([name, f"{row['cost']:.2f}", f"{row['seconds']:.2f}", own, gap])
         near = row[f"to {base}"]
-        parts = " | ".join(f"{row[part]:.3f}" if part in row else "" for part in PARTS)
-        second.append(f"| {name} | {parts} | {near['psnr']:.1f}, {near['ssim']:.3f} | {near['colour drift']:.2f} |")
+        parts = [f"{row[part]:.3f}" if part in row else "" for part in PARTS]
+        apart.append([name, *parts, f"{near['psnr']:.1f}, {near['ssim']:.3f}", f"{near['colour drift']:.2f}"])
         heights = ", ".join(f"{height} px {share:.2f}" for height, share in row["letters by height"].items())
-        each = " | ".join(f"{row['categories'][category]['composite']:.3f}" for category in categories)
-        third.append(f"| {name} | {each} | {heights} |")
-    tables = [first, second, third]
+        each = [f"{row['categories'][category]['composite']:.3f}" for category in categories]
+        by_category.append([name, *each, heights])
+    tables = [
+        table(["way", "cost", "s", "composite (95 %)", f"to {base} (95 %)"], costs, "lrrl"),
+        table(["way", *PARTS, f"PSNR, SSIM to {base}", "colour drift"], apart),
+        table(["way", *categories, "letters by height"], by_category),
+    ]
     if OURS in record["ways"] and "staged 20+1" in record["ways"]:
-        tables.append(goals(record))
-    return "\n\n".join("\n".join(table) for table in tables)
+        met = [[goal, value, "yes" if reached else "no"] for goal, value, reached in goals(record)]
+        tables.append(table(["goal", "measured", "met"], met, "l"))
+    return "\n\n".join(tables)
 
 
-def goals(record: Mapping[str, Any]) -> list[str]:
-    """Each goal of the method on this model, and whether this run meets it."""
+def goals(record: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """Each goal of the method on this model, what was measured, and whether this run meets it."""
     rows, base = record["ways"], record["base"]
     ours, longer, native = rows[OURS], rows["staged 20+1"], rows[base]
     staged = [row for row in rows.values() if row["kind"] == "staged"]
@@ -67,8 +66,7 @@ def goals(record: Mapping[str, Any]) -> list[str]:
     letters = [ours["letters by height"][height] / max(native["letters by height"][height], 1e-9) for height in large]
     drift = abs(ours["colour drift"]["low to final"]["mean"])
     low, high = longer["to base, interval"]
-    lines = ["| goal | measured | met |", "| --- | --- | --- |"]
-    found = [
+    return [
         (f"attributes and letters of {base} at 95 % or more", f"{native['accuracy']:.1%}", native["accuracy"] >= 0.95),
         (f"{OURS} within 1 % of {base}'s composite", f"{ours['to base']:+.3f}", ours["to base"] >= -0.01),
         (f"staged 20+1 not to be told from {base}", f"{low:+.3f} to {high:+.3f}", low <= 0 <= high or low > 0),
@@ -84,7 +82,6 @@ def goals(record: Mapping[str, Any]) -> list[str]:
         ),
         ("mean colour drift from the low picture at most 1/255", f"{drift:.2f}/255", drift <= 1.0),
     ]
-    return [*lines, *(f"| {goal} | {value} | {'yes' if met else 'no'} |" for goal, value, met in found)]
 
 
 def plot(record: Mapping[str, Any], path: Path, *, sweep: bool = False) -> None:

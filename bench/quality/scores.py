@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.psnr import psnr
+from bench.quality import judge, metrics
 from mrflow_sched.demo.scenes import Scene
-
-from . import judge, metrics
 
 WEIGHTS: Mapping[str, float] = {
     "attributes": 0.40,
@@ -136,7 +136,7 @@ def against(measured: Measured, other: Measured) -> dict[str, float]:
     """Mean distances of pictures to others of the same scenes and seeds."""
     shift = metrics.colour(measured.pictures) - metrics.colour(other.pictures)
     return {
-        "psnr": float(metrics.psnr(measured.pictures, other.pictures).clamp(max=100).mean()),
+        "psnr": float(psnr(measured.pictures, other.pictures).clamp(max=100).mean()),
         "ssim": float(metrics.ssim(measured.pictures, other.pictures).mean()),
         "perceptual": float(metrics.perceptual(measured.maps, other.maps).mean()),
         "colour drift": float(shift[:, :3].abs().mean() * 255),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .cached import cached
-from .guided import guided
-from .ways import Way, staged
+from bench.quality.cached import cached
+from bench.quality.guided import guided
+from bench.quality.ways import Way, staged
 
 
 @dataclass(frozen=True)

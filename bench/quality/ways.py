@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import reference
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench import reference
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
 from mrflow_sched.plan.schedule import native_sigmas, shift_sigma, unshift_sigma
 from mrflow_sched.plan.stages import StagedPlan

@@ -1,11 +1,11 @@
 """How near does a staged run come to its arithmetic? Every figure is a ratio within one run.
 
-    python bench/speed --out DIR                  true-size networks with random weights on the GPU, in bfloat16
-    python bench/speed --small --out DIR          the same on networks of a few channels, on any machine
-    python bench/speed --demo --out DIR           the embedded model on this machine
-    python bench/speed --limits                   what arithmetic allows, by family; nothing is run
-    python bench/speed --scale --demo --out DIR   time and memory against size and batch
-    python bench/speed --outside --demo           decoding, enlarging, encoding, text, saving: each way of doing them
+    python -m bench.speed --out DIR                  true-size networks with random weights on the GPU, in bfloat16
+    python -m bench.speed --small --out DIR          the same on networks of a few channels, on any machine
+    python -m bench.speed --demo --out DIR           the embedded model on this machine
+    python -m bench.speed --limits                   what arithmetic allows, by family; nothing is run
+    python -m bench.speed --scale --demo --out DIR   time and memory against size and batch
+    python -m bench.speed --outside --demo           decoding, enlarging, encoding, text, saving: each way of doing them
 
 Measured: native sampling, staged presets, the official scripts' procedure, every part alone, the highest memory; after
 a warm-up of every way at its own sizes. Beside them: the arithmetic limit (`mrflow_sched.cost`), and what the model
@@ -24,11 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
-from reference import Tiles
 
+from bench.reference import Tiles
+from bench.speed import networks, outside, report
+from bench.speed.clock import Clock
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
 from mrflow_sched._runtime.peak import PeakMemory
 from mrflow_sched.engines.diffusers.compiled import COMPILE_MODES, NetworkCompiler
@@ -41,8 +41,6 @@ from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.model import ModelUpscaler
 from mrflow_sched.upscaling.role import PixelUpscaler
-from speed import networks, outside, report
-from speed.clock import Clock
 
 PRESETS = ("20+1", "12+1", "8+1", "6+1")
 FORETOLD_FROM = "12+1"
@@ -254,7 +252,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--families", nargs="+", choices=list(networks.RECIPES), default=list(networks.RECIPES))
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), metavar="N+1")
     parser.add_argument("--size", type=int, help="final side in pixels (default 1024; 256 with --small or --demo)")

@@ -1,6 +1,6 @@
 """FLOP and memory of true-size networks, counted without running them: on tensors that have a shape and no numbers.
 
-    python bench/speed/count.py            the table that mrflow_sched's families and cost model take their numbers from
+    python -m bench.speed.count            the table that mrflow_sched's families and cost model take their numbers from
 
 FLOP: torch's own counter (two per multiply-add; matrix products, convolutions and attention). Memory: the most bytes of
 tensors alive at once that a forward makes, without the weights, workspaces and fragmentation.
@@ -8,14 +8,10 @@ tensors alive at once that a forward makes, without the weights, workspaces and 
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import Tensor
@@ -24,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from speed import networks
+from bench.markdown import table
+from bench.speed import networks
 
 
 @dataclass(frozen=True)
@@ -203,11 +200,16 @@ _FORWARDS: dict[str, Callable[[int, int, int], Callable[[Any], Any]]] = {
 
 
 def main() -> None:
-    print("| part | pixels | TFLOP | MiB alive at once | GiB of weights |\n| --- | ---: | ---: | ---: | ---: |")
+    print(table(["part", "pixels", "TFLOP", "MiB alive at once", "GiB of weights"], rows()))
 
-    def row(part: str, side: int, found: Count) -> None:
-        peak, weights = found.peak / 2**20, found.weights / 2**30
-        print(f"| {part} | {side} | {found.flop / 1e12:.4f} | {peak:.0f} | {weights:.2f} |", flush=True)
+
+def rows() -> list[list[str]]:
+    """Every part at its sizes: its name, the side in pixels, TFLOP, MiB of tensors alive at once, GiB of weights."""
+    found: list[list[str]] = []
+
+    def row(part: str, side: int, count: Count) -> None:
+        cells = [f"{count.flop / 1e12:.4f}", f"{count.peak / 2**20:.0f}", f"{count.weights / 2**30:.2f}"]
+        found.append([part, str(side), *cells])
 
     for name in networks.RECIPES:
         for side in (512, 1024, 2048):
@@ -217,6 +219,7 @@ def main() -> None:
             row(f"{name}: encode", side, encode(name, side, side))
     for side in (512, 1024):
         row("RRDBNet x2", side, upscale(side, side))
+    return found
 
 
 if __name__ == "__main__":

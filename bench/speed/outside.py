@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference import Tiles
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench.reference import Tiles
+from bench.speed import networks
+from bench.speed.clock import in_turn
 from mrflow_sched import load_upscaler
 from mrflow_sched._runtime.errors import first_line
 from mrflow_sched._runtime.memory import free_memory, is_memory_error
@@ -26,8 +28,6 @@ from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.sampling.handoff import stage_noise
 from mrflow_sched.sampling.noise import add_noise
-from speed import networks
-from speed.clock import in_turn
 
 TOGETHER = 4
 ROUNDS = 3
@@ -125,7 +125,7 @@ def encoders(name: str, device: torch.device, dtype: torch.dtype, rounds: int, *
     found: dict[str, float] = {}
     for encoder in networks.RECIPES[name].encoders if name in networks.RECIPES else ():
         try:
-            model = networks.make_encoder(encoder, device, dtype, small=small)
+            model: Any = networks.make_encoder(encoder, device, dtype, small=small)
             ids = torch.arange(1, encoder.tokens + 1, device=device)[None]
             with torch.no_grad():
                 found |= in_turn({encoder.title: lambda: model(input_ids=ids)}, device, rounds)  # noqa: B023

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.markdown import table
 from mrflow_sched import FAMILIES, make_native_plan, make_plan
 from mrflow_sched.plan.cost import part_costs, peak_memory, work_ratio
 
@@ -39,55 +40,51 @@ def to_markdown(record: Mapping[str, Any]) -> str:
 
 
 def _ways_table(found: Mapping[str, Any]) -> str:
-    lines = [
-        "| way | s | speedup | limit | of the limit | fastest runs | network only | outside it | foretold | peak MiB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = ["way", "s", "speedup", "limit", "of the limit", "fastest runs", "network only", "outside it"]
+    rows: list[list[str]] = []
     for name, row in found["ways"].items():
         told = f"{row['foretold']:.2f} s ({row['foretold off by']:+.1%})" if "foretold" in row else ""
         label = f"native {row['steps']}" if "steps" in row else name
         cells = [label, f"{row['seconds']:.3f}"]
         for key, form in _COLUMNS.items():
             cells.append(format(row[key], form) if key in row else "")
-        lines.append("| " + " | ".join([*cells, told, f"{row['peak'] / 2**20:.0f}"]) + " |")
+        rows.append([*cells, told, f"{row['peak'] / 2**20:.0f}"])
+    text = table([*head, "predicted", "peak MiB"], rows)
     encoders = ", ".join(f"{title} {1000 * seconds:.1f} ms" for title, seconds in found.get("text", {}).items())
-    if encoders:
-        lines += ["", f"A prompt in the text encoders, beside the runs: {encoders}."]
-    return "\n".join(lines)
+    return f"{text}\n\nA prompt in the text encoders, beside the runs: {encoders}." if encoders else text
 
 
 def _scale_tables(found: Mapping[str, Any]) -> str:
-    lines = [
-        "| side | stages | tile | s | peak MiB | foretold MiB |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    sizes: list[list[object]] = []
     for row in found["sizes"]:
         told = "" if row["memory foretold"] is None else f"{row['memory foretold'] / 2**20:.0f}"
-        tile = row["tile"] or ""
-        lines.append(
-            f"| {row['side']} | {row['stages']} | {tile} | {row['seconds']:.2f} | {row['peak'] / 2**20:.0f} | {told} |"
-        )
-    lines += ["", "| batch | s | s a picture | peak MiB |", "| ---: | ---: | ---: | ---: |"]
+        seconds, peak = f"{row['seconds']:.2f}", f"{row['peak'] / 2**20:.0f}"
+        sizes.append([row["side"], row["stages"], row["tile"] or "", seconds, peak, told])
+    batches: list[list[object]] = []
     for row in found["batches"]:
-        each = row["seconds"] / row["batch"]
-        lines.append(f"| {row['batch']} | {row['seconds']:.2f} | {each:.3f} | {row['peak'] / 2**20:.0f} |")
-    return "\n".join(lines)
+        seconds, each = f"{row['seconds']:.2f}", f"{row['seconds'] / row['batch']:.3f}"
+        batches.append([row["batch"], seconds, each, f"{row['peak'] / 2**20:.0f}"])
+    tables = [
+        table(["side", "stages", "tile", "s", "peak MiB", "predicted MiB"], sizes, "r"),
+        table(["batch", "s", "s an image", "peak MiB"], batches, "r"),
+    ]
+    return "\n\n".join(tables)
 
 
 def _outside_table(found: Mapping[str, Any]) -> str:
-    lines = ["| part | way (first: as it is done) | ms | to that |", "| --- | --- | ---: | ---: |"]
+    rows: list[list[str]] = []
     used = 0.0
     for row in found["outside"]:
         used = row["seconds"] if row["used"] else used
         part, share = (row["part"], "") if row["used"] else ("", f"{row['seconds'] / used:.2f}")
-        lines.append(f"| {part} | {row['way']} | {1000 * row['seconds']:.2f} | {share} |")
-    return "\n".join(lines)
+        rows.append([part, row["way"], f"{1000 * row['seconds']:.2f}", share])
+    return table(["part", "way (first: as it is done)", "ms", "to that"], rows, "llr")
 
 
 def limits(presets: Sequence[str]) -> str:
     """What arithmetic allows in every family: native over staged, the network alone and with VAE and upscaler."""
     head = ["family", "size", "native TFLOP", *(f"{preset} network, whole" for preset in presets), "GiB at 12+1"]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    rows: list[list[str]] = []
     for name, family in FAMILIES.items():
         wide, high = family.default_size or family.native_size
         native = part_costs(make_native_plan(family, wide, high)) or ()
@@ -99,18 +96,15 @@ def limits(presets: Sequence[str]) -> str:
             cells.append(f"{plan.cost_ratio:.2f}, {work_ratio(plan):.2f}")
         peak = peak_memory(make_plan(family, wide, high, low_steps=12, refine_steps=1))
         cells.append("" if peak is None else f"{peak.total / 2**30:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(head, rows)
 
 
 def large(side: int = 4096, stages: int = 4, tile: int = 1024) -> str:
     """The most memory of a large picture from a small start, by family: as it comes, in tiles with only the working
     part on the device, and that with weights of 8 bits."""
     title = f"GiB at {side}x{side} from {side >> (stages - 1)}"
-    lines = [
-        f"| {title} | whole | tiles of {tile}, offloaded | and 8-bit weights |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    rows: list[list[str]] = []
     for name in FAMILIES:
         if name == "demo" or peak_memory(make_plan(name, 1024, 1024)) is None:
             continue
@@ -119,13 +113,13 @@ def large(side: int = 4096, stages: int = 4, tile: int = 1024) -> str:
             peak_memory(whole),
             *(peak_memory(cut, weight_bytes=w, offload=True, vae_tile=tile, upscaler_tile=tile // 2) for w in (2, 1)),
         ]
-        lines.append("| " + " | ".join([name, *(f"{peak.total / 2**30:.1f}" for peak in peaks if peak)]) + " |")
-    return "\n".join(lines)
+        rows.append([name, *(f"{peak.total / 2**30:.1f}" for peak in peaks if peak)])
+    return table([title, "whole", f"tiles of {tile}, offloaded", "and 8-bit weights"], rows)
 
 
 def kinds(parts: Mapping[str, float], whole: float) -> dict[str, float]:
     """Seconds of a run by kind of part; "other" is what no part holds."""
-    found = dict.fromkeys(KINDS, 0.0)
+    found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for name, seconds in parts.items():
         kind = name if name in KINDS else name.split()[-1]
         found["other" if kind not in KINDS else kind] += seconds

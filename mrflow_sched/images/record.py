@@ -102,6 +102,12 @@ class RunRecord:
             )
         return record
 
+    def part_dtypes(self) -> dict[str, str]:
+        """The dtype to load each part of the model in: by its name, "default" for those that are not named."""
+        if self.dtypes:
+            return {part: dtype for part, dtype in self.dtypes.items() if part != "upscaler"}
+        return {"default": self.dtype, "vae": self.vae_dtype}
+
     def dtype_of(self, part: str) -> str | None:
         """Name of the dtype that `part` ran in, or None where the record does not say.
 

@@ -45,7 +45,7 @@ def is_number(value: object) -> bool:
 def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
     low, high = interval
     if not (is_number(low) and is_number(high) and 0.0 <= low < high <= 1.0):
-        raise MrFlowError(f"guidance_interval must be two levels, 0 <= low < high <= 1, got {interval!r}.")
+        raise MrFlowError(f"guidance_interval must be two sigmas, 0 <= low < high <= 1, got {interval!r}.")
     return float(low), float(high)
 
 

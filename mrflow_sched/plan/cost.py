@@ -47,7 +47,7 @@ def part_costs(
     """The parts of `plan` for one image, in order; None for a family that is not in the table.
 
     `upscaler`: a name of `UPSCALER_FLOP` (left out, a x2 model), or FLOP per pixel of the small image. A VAE that was
-    never counted is left out. Raises ValueError for an unknown name.
+    never counted is left out. Raises MrFlowError for an unknown name.
     """
     known = FAMILIES.get(plan.family) if family is None else family
     if known is None:
@@ -162,7 +162,7 @@ class Speeds:
     ) -> Speeds:
         """From one run of a staged `plan`: `seconds` by part, as `StagedResult.timings` or `mrflow compare` name them.
 
-        Two stages of different size tell apart what a FLOP costs and what a forward costs. Raises ValueError, one
+        Two stages of different size tell apart what a FLOP costs and what a forward costs. Raises MrFlowError, one
         sentence, where a part is missing or there is one size only.
         """
         parts = part_costs(plan, family, upscaler=upscaler)
@@ -197,7 +197,7 @@ class Speeds:
     def predict(
         self, plan: StagedPlan, family: Family | None = None, *, upscaler: str | float | None = None
     ) -> tuple[tuple[str, float], ...]:
-        """(part, seconds) of `plan` on this machine, "other" at last. Raises ValueError for an unknown family."""
+        """(part, seconds) of `plan` on this machine, "other" at last. Raises MrFlowError for an unknown family."""
         parts = part_costs(plan, family, upscaler=upscaler)
         if parts is None:
             raise MrFlowError(f"nothing is known of what family {plan.family} costs; measure it with mrflow compare.")

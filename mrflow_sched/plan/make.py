@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.checks import (
+    MAX_STAGES,
     MAX_STEPS,
     Number,
     check_tile,
@@ -65,7 +66,8 @@ def make_plan(
         return _native_by_options(known, width, height, given)
     if "steps" in given:
         raise MrFlowError(f"steps={given['steps']!r} is for native=True; a staged plan takes low_steps, refine_steps.")
-    return _staged_plan(known, width, height, given)
+    factors = handoff_factors(known, given.get("factor"), given.get("factors"), given.get("stages"))
+    return _staged_plan(known, stage_sizes(known, width, height, factors), (width, height), given)
 
 
 def make_native_plan(family: str | Family, width: int, height: int, **options: Unpack[NativeOptions]) -> StagedPlan:
@@ -99,15 +101,47 @@ def _native_by_options(family: Family, width: int, height: int, given: PlanOptio
     count, scale = _or(given.get("steps"), family.native_steps), _or(given.get("guidance"), family.guidance)
     solver = _or(given.get("solver"), "euler")
     stage = _first_stage(family, size, count, tokens_of(family, size), solver, scale, given)
-    return _assemble(family, "native", width, height, [stage], scale, stage, given)
+    return _assemble(family, "native", (width, height), [stage], scale, stage, given)
 
 
-def _staged_plan(family: Family, width: int, height: int, given: PlanOptions) -> StagedPlan:
+def make_sized_plan(
+    family: Family,
+    sizes: Sequence[tuple[int, int]],
+    requested: tuple[int, int],
+    *,
+    stretches: bool = False,
+    grid: int | None = None,
+    **options: Unpack[MadeOptions],
+) -> StagedPlan:
+    """A staged plan whose stages have exactly these sizes, for a host that makes sizes of its own.
+
+    Args:
+        family: the model's family.
+        sizes: (width, height) in pixels of each stage, first to last. They may lie off the family's grid: engines fill
+            up a last row or column of tokens that is not whole.
+        requested: (width, height) that the user asked for, which notes compare with.
+        stretches: the host stretches an image into the next stage's shape; False: it is cropped at the centre.
+        grid: pixels that the sides of its final images are multiples of; None: the family's grid.
+        **options: as in `make_plan`, without what decides sizes.
+
+    Raises:
+        MrFlowError: one sentence, as `make_plan`.
+    """
+    given = cast("PlanOptions", check_options(options, "make_sized_plan"))
+    clash = [name for name in ("factor", "factors", "stages", "native", "steps") if name in given]
+    if clash:
+        raise MrFlowError(f"{clash[0]} has no meaning where sizes={tuple(sizes)!r} are given; leave it out.")
+    if not 2 <= len(sizes) <= MAX_STAGES:
+        raise MrFlowError(f"sizes must hold 2 to {MAX_STAGES} stages, got {len(sizes)}.")
+    plan = _staged_plan(family, sizes, requested, given)
+    return replace(plan, notes=plan_notes(plan, family, stretches=stretches, grid=grid))
+
+
+def _staged_plan(
+    family: Family, sizes: Sequence[tuple[int, int]], requested: tuple[int, int], given: PlanOptions
+) -> StagedPlan:
     _check_first(family, given, "low_steps")
-    chosen = family.get_preset(given.get("preset"))
-    factors = handoff_factors(family, given.get("factor"), given.get("factors"), given.get("stages"))
-    sizes = stage_sizes(family, width, height, factors)
-    later = len(sizes) - 1
+    chosen, later = family.get_preset(given.get("preset")), len(sizes) - 1
     low = _or(given.get("low_steps"), chosen.low_steps)
     refine = _one_each(_or(given.get("refine_steps"), chosen.refine_steps), later, "refine_steps")
     starts = _one_each(_or(given.get("sigma"), chosen.sigma), later, "sigma")
@@ -122,7 +156,7 @@ def _staged_plan(family: Family, width: int, height: int, given: PlanOptions) ->
         made.append(_refine_stage(family, size, count, start, curve, solver, high))
     own_steps = {"low_steps", "refine_steps", "sigmas"} & set(given)
     name = "+".join(map(str, (made[0].steps, *refine))) if own_steps else chosen.name
-    return _assemble(family, name, width, height, made, scale, None, given)
+    return _assemble(family, name, requested, made, scale, None, given)
 
 
 def _or(value: _T | None, otherwise: _T) -> _T:
@@ -137,8 +171,7 @@ def _value(given: PlanOptions, name: str) -> Any:
 def _assemble(
     family: Family,
     preset: str,
-    width: int,
-    height: int,
+    requested: tuple[int, int],
     stages: Sequence[Stage],
     guidance: float,
     native: Stage | None,
@@ -150,8 +183,8 @@ def _assemble(
     plan = StagedPlan(
         family=family.name,
         preset=preset,
-        requested_width=width,
-        requested_height=height,
+        requested_width=requested[0],
+        requested_height=requested[1],
         stages=tuple(stages),
         seed=_value(given, "seed"),
         seed_rule=_value(given, "seed_rule"),
@@ -253,7 +286,7 @@ def make_stage(
 
 
 def _guided_within(stage: Stage, family: Family, interval: tuple[float, float]) -> Stage:
-    """`stage` with CFG between two levels only. Raises ValueError where that would save nothing."""
+    """`stage` with CFG between two sigmas only. Raises MrFlowError where that would save nothing."""
     if family.guidance_kind != "cfg" or stage.guidance == 1.0:
         raise MrFlowError(
             f"guidance_interval={interval!r} is for CFG, which takes a second forward; this run of {family.name} has "
@@ -333,34 +366,3 @@ def _one_each(value: Number | Sequence[Number], count: int, name: str) -> tuple[
     if len(value) != count:
         raise MrFlowError(f"{name} must be one number or {count} (one per later stage), got {value!r}.")
     return tuple(value)
-
-
-# ------------------------------------------------------------------------------------------------------------- cost
-
-
-def expected_speedup(
-    plan: StagedPlan,
-    *,
-    native_seconds: float,
-    overhead_seconds: float = 0.0,
-    forward_seconds: Sequence[float] | None = None,
-) -> float:
-    """Expected wall-clock speedup: `native_seconds` over (sum of forwards x seconds per forward + overhead).
-
-    `native_seconds` is the measured time of native sampling; `overhead_seconds` what a staged run spends outside the
-    network (text, decoders, upscaler, encoder). `forward_seconds` is the measured time of one forward in each stage;
-    without it each stage is scaled from the native time by FLOP, which is optimistic for small stages on a GPU that
-    they do not fill. Source: the cost model of spec 2.3. Raises ValueError unless times are positive and there is one
-    per stage.
-    """
-    if not native_seconds > 0 or not overhead_seconds >= 0:
-        raise MrFlowError(f"seconds must be positive, got native {native_seconds!r}, overhead {overhead_seconds!r}.")
-    if forward_seconds is None:
-        network = native_seconds * sum(plan.stage_costs()) / plan.native_forwards
-    else:
-        if len(forward_seconds) != len(plan.stages) or not all(value > 0 for value in forward_seconds):
-            raise MrFlowError(
-                f"forward_seconds must hold {len(plan.stages)} positive numbers (one a stage), got {forward_seconds!r}."
-            )
-        network = sum(stage.forwards * each for stage, each in zip(plan.stages, forward_seconds, strict=True))
-    return native_seconds / (network + overhead_seconds)

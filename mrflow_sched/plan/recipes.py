@@ -35,7 +35,7 @@ def sigmas_from_recipe(recipe: str) -> Sigmas:
     "none"                                      the empty list: a stage without steps
     ==========================================  =======================================
 
-    Raises ValueError for text that is none of these.
+    Raises MrFlowError for text that is none of these.
     """
     shown = recipe if len(recipe) <= 60 else f"{recipe[:57]}..."
     kind, *words = recipe.split(" ")

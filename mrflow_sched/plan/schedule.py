@@ -1,6 +1,6 @@
-"""Sigma lists, as plain floats.
+"""Schedules: the sigmas of a stage, as plain floats.
 
-A sigma list is a tuple of N + 1 noise fractions for N solver steps. It falls strictly and ends in exactly 0.0.
+A schedule is a tuple of N + 1 noise fractions for N solver steps. It falls strictly and ends in exactly 0.0.
 
 * Stage-1 lists start at exactly 1.0 (pure noise). They follow the model's own schedule: `native_sigmas`, `beta_sigmas`
   and, for variance-exploding models, `scaled_linear_sigmas`. Their `shift` is always an explicit argument.
@@ -45,8 +45,14 @@ MAX_MU = 20.0
 def shift_sigma(sigma: float, shift: float) -> float:
     """Warp a noise fraction towards 1 (shift > 1) or towards 0 (shift < 1): s·t / (1 + (s-1)·t).
 
-    `sigma` in [0, 1], `shift` > 0; 0 and 1 stay where they are. With shift = exp(mu) this is FLUX's "exponential"
-    shift. Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23. Raises ValueError outside those ranges.
+    Args:
+        sigma: noise fraction in [0, 1]; 0 and 1 stay where they are.
+        shift: above 0; exp(mu) for FLUX's "exponential" shift.
+
+    Raises:
+        MrFlowError: outside those ranges.
+
+    Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23.
     """
     _check_unit(sigma, "sigma")
     if not (math.isfinite(shift) and shift > 0):
@@ -72,8 +78,19 @@ def mu_for_tokens(
 ) -> float:
     """mu = log(shift) for an image of `tokens` tokens, on the straight line through two known points.
 
-    The defaults are FLUX.1's: 0.63 at 1024 tokens (512 px), 1.15 at 4096 (1024 px). The line goes on beyond both
-    points. Source: black-forest-labs/flux `sampling.py`; diffusers FluxPipeline. Raises ValueError for tokens < 1.
+    The defaults are FLUX.1's: 0.63 at 1024 tokens (512 px), 1.15 at 4096 (1024 px).
+
+    Args:
+        tokens: image tokens, 1 or more; the line goes on beyond both points.
+        base_tokens: tokens of the first point.
+        max_tokens: tokens of the second point.
+        base_shift: mu at the first point.
+        max_shift: mu at the second point.
+
+    Raises:
+        MrFlowError: for tokens < 1.
+
+    Source: black-forest-labs/flux `sampling.py`; diffusers FluxPipeline.
     """
     _check_count(tokens, "tokens")
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
@@ -91,7 +108,7 @@ def mu_flux2(tokens: int, steps: int) -> float:
     """FLUX.2's empirical mu for an image of `tokens` tokens sampled in `steps` steps.
 
     1.974 at 1024 tokens and 12 steps; 2.031 at 1024 and 4. Above 4300 tokens the step count no longer matters.
-    Source: constants of diffusers `Flux2KleinPipeline`. Raises ValueError for tokens < 1 or steps < 1.
+    Source: constants of diffusers `Flux2KleinPipeline`. Raises MrFlowError for tokens < 1 or steps < 1.
     """
     _check_count(tokens, "tokens")
     _check_count(steps, "steps")
@@ -257,11 +274,22 @@ def ve_of_betas(betas: Sequence[float], *, zero_snr: bool = False) -> Sigmas:
 
 
 def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigmas:
-    """The list of a later stage: from `start_sigma`, which is the flow noise fraction itself, to 0.
+    """The schedule of a later stage: from `start_sigma`, which is the flow noise fraction itself, to 0.
 
-    "linear" falls in equal steps; "shifted" takes shorter steps first, more so with more steps, with an inner shift of
-    0.25·(steps-1) that never moves the two ends. For one step both are (start_sigma, 0). No model's shift enters.
-    Returns steps + 1 floats. Raises ValueError unless 0 < start_sigma < 1, steps >= 1 and the curve is known.
+    No model's shift enters. For one step every curve is (start_sigma, 0).
+
+    Args:
+        start_sigma: noise fraction, 0 < start_sigma < 1.
+        steps: 1 or more.
+        curve: "linear" falls in equal steps; "shifted" takes shorter steps first, more so with more steps, by an inner
+            shift of 0.25·(steps-1) that never moves the two ends.
+
+    Returns:
+        steps + 1 floats.
+
+    Raises:
+        MrFlowError: for a number out of its range or an unknown curve.
+
     Source: docs/method.md, section 1.4 (a) and (b); the official code's direct refine list and its ComfyUI node.
     """
     if not 0.0 < start_sigma < 1.0:
@@ -279,9 +307,9 @@ def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigm
 
 
 def validate_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> Sigmas:
-    """The same values as a tuple of floats, if they are a sigma list.
+    """The same values as a tuple of floats, if they are a schedule.
 
-    That is: at least one step, strictly falling, all in [0, 1], last exactly 0. Otherwise raises ValueError naming
+    That is: at least one step, strictly falling, all in [0, 1], last exactly 0. Otherwise raises MrFlowError naming
     `name`.
     """
     values = tuple(float(sigma) for sigma in sigmas)

@@ -27,7 +27,7 @@ CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def step_count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> int:
-    """How many steps are asked for. Raises ValueError where nothing says so, or the counts disagree."""
+    """How many steps are asked for. Raises MrFlowError where nothing says so, or the counts disagree."""
     counts = {
         "num_inference_steps": steps,
         "sigmas": None if sigmas is None else sum(1 for sigma in sigmas if float(sigma) > 0.0),
@@ -43,11 +43,11 @@ def step_count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Seq
 
 
 def shift_in_force(options: Mapping[str, Any], mu: float | None) -> float:
-    """The factor of `shift_sigma`. Raises ValueError where it depends on the picture's size and no `mu` is given."""
+    """The factor of `shift_sigma`. Raises MrFlowError where it depends on the image's size and no `mu` is given."""
     if not options["use_dynamic_shifting"]:
         return float(options["flow_shift"] if options["use_flow_sigmas"] else options["shift"])
     if mu is None:
-        raise MrFlowError("mu is None with use_dynamic_shifting; give set_timesteps the mu of the picture's size.")
+        raise MrFlowError("mu is None with use_dynamic_shifting; give set_timesteps the mu of the image's size.")
     return math.exp(mu) if options["time_shift_type"] == "exponential" else float(mu)
 
 
@@ -90,9 +90,9 @@ def _converted(options: Mapping[str, Any], sigmas: Sequence[float]) -> list[floa
     return spaced_by_beta([top, *sigmas[1:-1], bottom] if count > 1 else [top])
 
 
-def _ended(levels: Sequence[float]) -> Sigmas:
-    """The list with its final 0; levels that are 0 already (some pipelines ask for that) become that one."""
-    return (*(level for level in levels if level > 0.0), 0.0)
+def _ended(sigmas: Sequence[float]) -> Sigmas:
+    """The schedule with its final 0; sigmas that are 0 already (some pipelines ask for that) become that one."""
+    return (*(sigma for sigma in sigmas if sigma > 0.0), 0.0)
 
 
 # --------------------------------------------------------------------------------------------- variance-exploding lists
@@ -131,10 +131,10 @@ def ve_sigmas(
     if sigmas is not None:
         return _ended([float(sigma) for sigma in sigmas]), {}
     times = _spaced_times(options, count) if timesteps is None else [float(time) for time in timesteps]
-    levels = [_sigma_at(time, table) for time in times]
+    found = [_sigma_at(time, table) for time in times]
     if any(options[name] for name in CONVERSIONS):
-        return _ended(_converted(options, levels)), {}
-    return _ended(levels), dict(zip(levels, times, strict=True))
+        return _ended(_converted(options, found)), {}
+    return _ended(found), dict(zip(found, times, strict=True))
 
 
 def _spaced_times(options: Mapping[str, Any], count: int) -> list[float]:

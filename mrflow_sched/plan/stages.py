@@ -1,4 +1,4 @@
-"""The numbers of a run as frozen values: `Stage`, one resolution with its sigma list, and `StagedPlan`, the whole."""
+"""The numbers of a run as frozen values: `Stage`, one resolution with its schedule, and `StagedPlan`, the whole."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ from mrflow_sched.plan.tiles import tile_sides
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One resolution with its own sigma list.
+    """One resolution with its own schedule.
 
     `width`, `height` in pixels; `tokens` image tokens of the network. `mu` is the logarithm of the shift in `sigmas`,
     None where there is none. `sigmas` = () means that no step is taken and the upscaler's image is kept. `forwards`
     counts network evaluations per image. `guidance_interval`: (low, high) range of sigma in which
     guidance is applied. `recipe` tells `sigmas` in short (see `recipes.sigmas_from_recipe`); left
-    out, or not matching, it is made to spell the values out. Raises ValueError for values that cannot be a stage.
+    out, or not matching, it is made to spell the values out. Raises MrFlowError for values that cannot be a stage.
     """
 
     width: int
@@ -106,19 +106,19 @@ class Stage:
 
     @property
     def start_sigma(self) -> float:
-        """The noise level at which the stage starts; 0.0 for a stage without steps."""
+        """The sigma at which the stage starts; 0.0 for a stage without steps."""
         return self.sigmas[0] if self.sigmas else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class StagedPlan:
-    """A whole run. `stages[0]` runs from pure noise to a clean image; each later one refines the enlarged result.
+    """A whole run. `stages[0]` runs from pure noise to a clean image; each later one refines the upscaled result.
 
     `requested_width` and `requested_height` are what was asked for, `width` and `height` what is made.
     `posterior`: take the mode of the VAE encoder's distribution or a sample of it. `native_steps` and `native_forwards`
     describe plain sampling at the final size, to which costs are compared. One forward on n tokens, text included,
     costs n (1 + `attention` n) in units that cancel. `tile`: side in pixels of the tiles that the network sees in later
-    stages larger than that, 0 for whole pictures. `notes` are sentences for the user; they are no part of equality.
+    stages larger than that, 0 for whole images. `notes` are sentences for the user; they are no part of equality.
     """
 
     family: str
@@ -240,7 +240,7 @@ class StagedPlan:
 
     @classmethod
     def from_json(cls, text: str) -> StagedPlan:
-        """The plan that `to_json` wrote, from its numbers, not its `plan` line. Raises ValueError for other text."""
+        """The plan that `to_json` wrote, from its numbers, not its `plan` line. Raises MrFlowError for other text."""
         try:
             data = cast("Mapping[str, Any]", json.loads(text))
             return cls(

@@ -305,7 +305,10 @@ def serving(python: str, folder: Path, **environment: str) -> Generator[tuple[st
     log = folder / "page.log"
     with log.open("w+") as output:
         process = subprocess.Popen(
-            [python, str(APP), str(port)], stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **given}
+            [python, str(APP), str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **given},
         )
         try:
             deadline = time.monotonic() + 300

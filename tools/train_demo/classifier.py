@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from mrflow_sched.demo.glyphs import LETTERS
 from mrflow_sched.demo.scenes import Scene, word_boxes
-from train_demo import data
-from train_demo.text import FIELDS, labels
+from tools.train_demo import data
+from tools.train_demo.text import FIELDS, labels
 
 GROUPS = {
     "category": ("category",),

@@ -142,7 +142,7 @@ def build(work: Path, count: int, workers: int = 2) -> None:
             list(pool.map(_render_range, jobs))
     pictures = np.load(path, mmap_mode="r")
     sample = pictures[:: max(1, count // 600)].astype(np.float32) / 127.5 - 1
-    components = fit_components(sample)
+    components: dict[str, Any] = fit_components(sample)
     np.savez(work / "components.npz", **components)
     mean, analysis = components["mean"].astype(np.float32), components["analysis"].astype(np.float32)
     for size in SIZES:

@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_file, save_file
 
-from train_demo import flow, text, vae
+from tools.train_demo import flow, text, vae
 
 
 def load_flow(work: Path) -> flow.TextToVelocity:

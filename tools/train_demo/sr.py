@@ -18,7 +18,7 @@ import torch
 from spandrel.architectures.ESRGAN import ESRGAN
 from torch import Tensor, nn
 
-from train_demo import data, vae
+from tools.train_demo import data, vae
 
 FILTERS, BLOCKS = 24, 1
 

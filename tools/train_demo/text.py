@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from mrflow_sched.demo import scenes as S
 
+_TOKENIZERS: Any = transformers  # their annotations name other arguments than they take
 WIDTH = 128
 LENGTH = 32
 _LOWER = "abcdefghijklmnopqrstuvwxyz"
@@ -28,7 +30,7 @@ def make_t5_tokenizer() -> Any:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [("\u2581" + word, -2.0) for word in S.vocabulary()] + [("\u2581", -3.0), (",", -3.0)]
     pieces += [(char, -9.0) for char in S.LETTERS + _LOWER + "0123456789.-'!?"]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
+    return _TOKENIZERS.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
 
 
 def _byte_alphabet() -> list[str]:
@@ -49,7 +51,8 @@ def make_clip_tokenizer() -> tuple[Any, dict[str, int], list[str]]:
     pieces = [*alphabet, *(char + "</w>" for char in alphabet), *(merge.replace(" ", "") for merge in merges)]
     pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[tuple(merge.split(" ")) for merge in merges], model_max_length=77)
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = _TOKENIZERS.CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=77)
     return tokenizer, vocab, merges
 
 
@@ -273,8 +276,8 @@ def load(work: Path) -> tuple[Any, Any, Any, Any]:
     t5 = T5EncoderModel.from_pretrained(out / "text_encoder_2").eval().requires_grad_(False)
     clip = CLIPTextModel.from_pretrained(out / "text_encoder").eval().requires_grad_(False)
     return (
-        T5TokenizerFast.from_pretrained(out / "tokenizer_2"),
+        _TOKENIZERS.T5TokenizerFast.from_pretrained(out / "tokenizer_2"),
         t5,
-        CLIPTokenizer.from_pretrained(out / "tokenizer"),
+        _TOKENIZERS.CLIPTokenizer.from_pretrained(out / "tokenizer"),
         clip,
     )

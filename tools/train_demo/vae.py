@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from train_demo import data
+from tools.train_demo import data
 
 WIDTHS = (12, 24, 48)
 MARGIN = 256.0
@@ -27,7 +27,8 @@ LOG_VARIANCE = -9.0
 
 
 def make_vae() -> AutoencoderKL:
-    return AutoencoderKL(
+    kind: Any = AutoencoderKL  # its annotations speak of tuples of one
+    return kind(
         in_channels=3,
         out_channels=3,
         latent_channels=data.CHANNELS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -32,10 +31,8 @@ UPSCALER = "upscaler"
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run needs, decided before anything large is loaded.
-
-    `images` are the wanted ones of the batch, and `source` is the record that is repeated, if any.
-    """
+    """All that a run needs, decided before anything large is loaded: `images` are the wanted ones of the batch, and
+    `source` is the record that is repeated, if any."""
 
     plan: StagedPlan
     prompt: str
@@ -110,7 +107,7 @@ def load(model: ModelChoices, job: Job, file: Path | None) -> Loaded:
     dtypes: str | Mapping[str, str] = model.dtype
     own = "auto"
     if source is not None and model.dtype == "auto":
-        dtypes = {part: name for part in _parts(model) if (name := source.dtype_of(part)) is not None}
+        dtypes = source.part_dtypes()
         own = source.dtype_of(UPSCALER) or own
     family = model.family if source is None else job.plan.family
     engine = load_engine(replace(model, device=device, family=family), dtypes)
@@ -149,22 +146,6 @@ def load_engine(model: ModelChoices, dtypes: str | Mapping[str, str]) -> Pipelin
 
 def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _parts(model: ModelChoices) -> tuple[str, ...]:
-    """The parts of the model's folder that have weights."""
-    from mrflow_sched import demo
-
-    folder = demo.weights_path() if model.model is None else Path(model.model)
-    index = _index_of(folder)
-    return tuple(name for name in index if any((folder / name).glob("*.safetensors")))
-
-
-def _index_of(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def _device_of(record: RunRecord) -> str:

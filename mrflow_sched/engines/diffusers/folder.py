@@ -45,7 +45,7 @@ def load_pipeline(
         path: The folder that holds model_index.json.
         device: "auto" (CUDA where there is one), or as torch spells it.
         dtype: Of all parts; "auto" is bfloat16 where the hardware multiplies it, else float32, and float32 for the VAE
-            on a CPU; or a dtype for each part by name, "auto" for those left out.
+            on a CPU; or a dtype for each part by name, "default" (else "auto") for those left out.
         offload: Keep each part on the CPU until it works (on a GPU only).
 
     Returns:
@@ -227,7 +227,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _dtype_of_part(name: str, dtype: str | torch.dtype | Mapping[str, str], device: torch.device) -> torch.dtype:
-    asked = dtype.get(name, "auto") if isinstance(dtype, Mapping) else dtype
+    asked = dtype.get(name, dtype.get("default", "auto")) if isinstance(dtype, Mapping) else dtype
     if asked == "auto" and name == "vae" and device.type == "cpu":
         return torch.float32  # half precision gains nothing there, and costs accuracy
     return resolve_dtype(asked, device)

@@ -11,8 +11,12 @@ ASSUMED = "not measured; the values of FLUX.1-dev"
 OFFICIAL = "official MrFlow scripts (docs/method.md, section 1.5)"
 COMFY = "official ComfyUI preset (docs/method.md, section 1.5); the official scripts went from 0.15 to 0.12 here"
 TEXT_TIP = "authors' advice of 0.16 to 0.20 for images with lettering (docs/method.md, section 1.5)"
-FEWER = "not measured on this family; on a small FLUX-layout network 6 steps of multistep are as true as 10 of Euler"
-FEWER_CFG = "not measured on this family; on Gaussian mixtures with CFG 8 steps of careful are truer than 20 of Euler"
+FEWER = (
+    "not measured on this family; on a small FLUX-layout network 6 steps of multistep are as accurate as 10 of Euler"
+)
+FEWER_CFG = (
+    "not measured on this family; on Gaussian mixtures with CFG 8 steps of careful are more accurate than 20 of Euler"
+)
 DIFFUSERS = "default of the diffusers 0.42 pipeline"
 CARD = "example on the model card; recalled, not read again"
 SCHEDULER = "scheduler_config.json of the released model"
@@ -45,7 +49,7 @@ SHARED_SOURCES = {
 }
 COUNTED = "matrix sizes in the diffusers configuration; agrees with a FLOP count of the class at 1024 and 4096 tokens"
 SOLVER_SOURCES = {
-    "multistep": "second order at no extra forward; on a small FLUX-layout network 10 steps are truer than 20 of Euler",
+    "multistep": "second order at no extra forward; 10 steps beat 20 of Euler on a small FLUX-layout network",
     "careful": "multistep guarded by its own error estimate: with CFG the first steps are too curved to extrapolate",
     "euler": "distilled for steps of Euler; higher order not measured",
 }

@@ -1,4 +1,5 @@
-"""A small txt2img page with the real script on it: `python app.py PORT`. Serves on the loopback until it is ended.
+"""A small txt2img page with the real script on it: `PYTHONPATH=REPOSITORY python app.py PORT`. Serves on the
+loopback until it is ended.
 
 Environment: PAGE_MODEL "flux" or "none"; PAGE_ESRGAN a folder of upscaler files; PAGE_LATE "1" puts width and height
 below the script, as a user may order the page; PAGE_LANGUAGE a file of translations.
@@ -14,12 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gradio as gr  # pyright: ignore[reportMissingImports]
+from modules import script_callbacks, sd_models  # pyright: ignore
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-sys.path[:0] = [str(HERE), str(ROOT)]
-
-import gradio as gr  # noqa: E402  # pyright: ignore[reportMissingImports]
-from modules import script_callbacks, sd_models  # noqa: E402  # pyright: ignore
 
 
 def load_script() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +21,7 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
     """The `Layout` of a loaded diffusers text-to-image pipeline; `family` names the family where you know better.
 
     The shift rule is that of the pipeline's own scheduler configuration; sizes are those of its VAE and network.
-    Raises ValueError, one sentence, for what is no such pipeline or lacks something.
+    Raises MrFlowError, one sentence, for what is no such pipeline or lacks something.
     """
     _check_pipeline(pipe)
     family = family or pipe.config.get("_mrflow_family")
@@ -32,9 +33,9 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
                 f"model, Stable Diffusion 1.5 or XL."
             )
         return generic_layout(pipe, family)
-    # The conventions are those of the pipeline's class, whatever family the user names.
-    found = replace(told if family is None else get_family(family), pipeline=told.pipeline)
-    layout: type[Layout] = getattr(known, told.pipeline.layout)
+    found = told if family is None else _named(pipe, family)
+    info = found.pipeline or told.pipeline
+    layout: type[Layout] = getattr(known, info.layout)
     experimental = told.prediction != "flow"
     if experimental and not is_flow(pipe.scheduler):
         rule = ve_rule(pipe.scheduler, found.shift)
@@ -44,8 +45,19 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
             f"pipe.scheduler is {type(pipe.scheduler).__name__}, which samples no flow; {type(pipe).__name__} needs a "
             f"flow scheduler such as FlowMatchEulerDiscreteScheduler."
         )
-    rule = shift_rule(pipe.scheduler, found.shift, even_list=told.pipeline.even_list)
+    rule = shift_rule(pipe.scheduler, found.shift, even_list=info.even_list)
     return layout(pipe, _measured(pipe, replace(found, prediction="flow"), rule), experimental)
+
+
+def _named(pipe: Any, name: str) -> Family:
+    """The family called `name`, if the pipeline is of a class that it knows. Raises MrFlowError otherwise."""
+    found = get_family(name)
+    kinds = [base.__name__ for base in type(pipe).__mro__]
+    if found.pipeline is None or not any(re.fullmatch(found.pipeline.classes, kind) for kind in kinds):
+        raise MrFlowError(
+            f"family is {name!r}, which {kinds[0]} is not a pipeline of; leave it out, or name the family it is of."
+        )
+    return found
 
 
 def _prediction(pipe: Any) -> Prediction:

@@ -37,8 +37,7 @@ class _Generic(Layout):
     @property
     def positive_first(self) -> bool:
         """As the pipeline's source joins the two embeddings."""
-        kind: Any = type(self.pipe)
-        return _joins_positive_first(kind)
+        return _joins_positive_first(self.pipe.__class__)
 
     def encode_text(self, prompts: Any, negative_prompts: Any = None, options: Any = None) -> dict[str, Any]:
         """The prompts as they are, with what the pipeline's call takes of `options`."""

@@ -30,9 +30,25 @@ __all__ = [
     "StableDiffusionXLLayout",
     "VideoVaeLayout",
     "ZImageLayout",
+    "pack",
+    "unpack",
 ]
 
 PATCH = 2
+
+
+def pack(latents: Tensor, patch: int = PATCH) -> Tensor:
+    """(B, C, h, w) latents as (B, h/p * w/p, p * p * C) tokens: each is a patch of p x p, channel outermost."""
+    batch, channels, rows, columns = latents.shape
+    patches = latents.reshape(batch, channels, rows // patch, patch, columns // patch, patch)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int, patch: int = PATCH) -> Tensor:
+    """Inverse of `pack`: (B, h/p * w/p, p * p * C) tokens as (B, C, h, w) latents of `rows` x `columns`."""
+    batch, _, features = tokens.shape
+    patches = tokens.reshape(batch, rows // patch, columns // patch, features // patch**2, patch, patch)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // patch**2, rows, columns)
 
 
 class PackedLayout(Layout):
@@ -40,17 +56,12 @@ class PackedLayout(Layout):
 
     def pack(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents as (B, h/p * w/p, p * p * C) tokens."""
-        patch = self.family.patch
-        batch, channels, rows, columns = latents.shape
-        patches = latents.reshape(batch, channels, rows // patch, patch, columns // patch, patch)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+        return pack(latents, self.family.patch)
 
     def unpack(self, state: Tensor, width: int, height: int) -> Tensor:
         """Inverse of `pack`."""
-        patch = self.family.patch
-        channels, rows, columns = self.latent_shape(width, height)
-        patches = state.reshape(len(state), rows // patch, columns // patch, channels, patch, patch)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(state), channels, rows, columns)
+        _, rows, columns = self.latent_shape(width, height)
+        return unpack(state, rows, columns, self.family.patch)
 
 
 class FluxLayout(PackedLayout):

@@ -27,9 +27,9 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
     """The rule in a flow scheduler's configuration.
 
     `known`: the family's own rule, whose kind decides where a configuration only says "dynamic". `even_list`: whether
-    the pipeline gives the scheduler evenly spaced levels 1 ... 1/steps, as most do, or leaves the list to the
+    the pipeline gives the scheduler evenly spaced sigmas 1 ... 1/steps, as most do, or leaves them to the
     scheduler, which then ends it at the shifted 1/num_train_timesteps (SD3).
-    Raises ValueError for a configuration that no plan can follow.
+    Raises MrFlowError for a configuration that no plan can follow.
     """
     config = _config(scheduler)
     for name in _REFUSED:
