@@ -53,9 +53,9 @@ def write_t5_tokenizer(folder: Path) -> None:
 
 def build_tiny_folder(folder: Path, *, guidance_embeds: bool = True, family: str | None = "demo") -> Path:
     """Write a FluxPipeline folder of random weights: VAE factor 4, 16 latent channels, patches of 2x2."""
-    from mrflow_sched.engines.diffusers import flux
+    from mrflow_sched.engines.diffusers.folder import prepare_imports
 
-    flux.prepare_imports()
+    prepare_imports()
     import diffusers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -143,6 +143,20 @@ def tiny_copy(tiny_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_folder: Path) -> Any:
     """The tiny folder as a float32 CPU engine."""
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
+    from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
-    return FluxEngine.from_folder(tiny_folder, device="cpu", dtype="float32")
+    return PipelineEngine.from_folder(tiny_folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def mrflow(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command; the model is the tiny folder wherever a model is taken. Returns (code, stdout, stderr)."""
+    from mrflow_sched.apps.cli.main import main
+
+    def run(command: str, *words: str, model: Path | None = tiny_folder) -> tuple[int, str, str]:
+        where = ("--model", str(model)) if model and command != "plan" else ()
+        code = main([command, *words, *where])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

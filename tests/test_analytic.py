@@ -31,7 +31,7 @@ def test_both_fulfil_the_protocol_and_the_package_lists_them() -> None:
     assert isinstance(FIELD, engines.Engine)
     assert isinstance(MixtureEngine.random(0), engines.Engine)
     ours = ["GaussianFieldEngine", "MixtureEngine"]
-    assert dir(engines) == ["Engine", "FluxEngine", *ours, "MrFlowScheduler", "PipelineEngine"]
+    assert dir(engines) == ["Engine", *ours, "MrFlowScheduler", "PipelineEngine"]
     with pytest.raises(AttributeError, match="nonsense"):
         _ = engines.nonsense
 

@@ -80,6 +80,24 @@ def test_memory_is_weights_and_the_largest_part() -> None:
     assert peak.total - eight.total == pytest.approx(1.19e10)
 
 
+def test_the_images_before_and_after_a_part_are_kept_in_float32() -> None:
+    """FLUX.1 at 1024x1024: 16-bit weights, 1537 bytes a pixel in the decoder, two images of 3 x 4 bytes a pixel."""
+    plan, pixels = make_plan("flux1-dev", 1024, 1024), 1024**2
+    weights = 2 * (1.19e10 + 8.38e7 + 1.67e7)
+    for batch in (1, 3):
+        peak = peak_memory(plan, batch=batch)
+        assert peak is not None
+        assert (peak.name, peak.total) == ("stage 2 decode", pytest.approx(weights + (1537 + 24 * batch) * pixels))
+
+
+def test_memory_of_a_tiled_stage_is_that_of_one_tile() -> None:
+    """All tiles of a stage have one size, also where they overlap more than they must."""
+    plan = make_plan("flux1-dev", 2048, 1152, tile=1024)
+    assert plan.tile_tokens(1) == (4096,) * 6
+    sampled = next(part for part in costs(plan) if part.name == "stage 2 sample")
+    assert sampled.alive == pytest.approx(1.059e5 * (4096 + 512))
+
+
 def test_offload_tiles_and_batch_change_what_they_should() -> None:
     plan = make_plan("flux1-dev", 4096, 4096, stages=4)
 

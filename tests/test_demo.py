@@ -13,12 +13,12 @@ import torch
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan, sample_staged
 from mrflow_sched.demo.glyphs import LETTERS
 from mrflow_sched.demo.scenes import COLOURS, Scene, caption, random_scene, render, word_boxes
-from mrflow_sched.engines.diffusers.flux import FluxEngine
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.upscaling.lanczos import resize_lanczos
 
 
 @pytest.fixture(scope="module")
-def engine() -> FluxEngine:
+def engine() -> PipelineEngine:
     return demo.load_engine(device="cpu", dtype="float32")
 
 
@@ -38,7 +38,7 @@ def test_all_weights_together_stay_below_25_megabytes() -> None:
     assert not [path for path in files if path.suffix == ".json" and "/tmp/" in path.read_text()]
 
 
-def test_any_flux_script_can_load_the_folder(engine: FluxEngine) -> None:
+def test_any_flux_script_can_load_the_folder(engine: PipelineEngine) -> None:
     import diffusers
 
     library: Any = diffusers  # what it exports, a type checker cannot see
@@ -58,7 +58,7 @@ def test_any_flux_script_can_load_the_folder(engine: FluxEngine) -> None:
     assert mu == pytest.approx(0.63)
 
 
-def test_the_encoder_is_linear_and_the_round_trip_is_true(engine: FluxEngine) -> None:
+def test_the_encoder_is_linear_and_the_round_trip_is_true(engine: PipelineEngine) -> None:
     high, low = scenes(6, 256), scenes(6, 128)
     latents = engine.encode(high)
     assert latents.shape == (6, 16, 64, 64)
@@ -71,7 +71,7 @@ def test_the_encoder_is_linear_and_the_round_trip_is_true(engine: FluxEngine) ->
     assert drift.max() < 1.5 / 255, "a round trip must not tint pictures"
 
 
-def test_the_vae_is_as_true_in_bfloat16_as_the_eye_can_tell(engine: FluxEngine) -> None:
+def test_the_vae_is_as_true_in_bfloat16_as_the_eye_can_tell(engine: PipelineEngine) -> None:
     half = demo.load_engine(device="cpu", dtype="bfloat16")
     assert (half.dtype, half.vae_dtype) == (torch.bfloat16, torch.bfloat16)
     pictures = scenes(4, 256)
@@ -80,7 +80,7 @@ def test_the_vae_is_as_true_in_bfloat16_as_the_eye_can_tell(engine: FluxEngine) 
     assert (half.decode(latents) - engine.decode(latents)).abs().mean() < 1.5 / 255
 
 
-def test_the_upscaler_beats_lanczos_on_decoded_pictures(engine: FluxEngine) -> None:
+def test_the_upscaler_beats_lanczos_on_decoded_pictures(engine: PipelineEngine) -> None:
     high = scenes(6, 256)
     low = engine.decode(engine.encode(torch.nn.functional.avg_pool2d(high, 2)))
     upscaler = load_upscaler(demo.upscaler_path(), device="cpu", dtype="float32")
@@ -88,7 +88,7 @@ def test_the_upscaler_beats_lanczos_on_decoded_pictures(engine: FluxEngine) -> N
     assert psnr(upscaler(low), high) > psnr(resize_lanczos(low, 256, 256), high) + 1
 
 
-def draw(engine: FluxEngine, prompt: str, *, seed: int = 4, native: bool = False) -> torch.Tensor:
+def draw(engine: PipelineEngine, prompt: str, *, seed: int = 4, native: bool = False) -> torch.Tensor:
     """(3, 256, 256): eight steps natively, or eight at 128x128 and one at 256x256."""
     plan = make_native_plan("demo", 256, 256, steps=8, seed=seed) if native else make_plan("demo", 256, 256, "8+1")
     upscaler = load_upscaler(demo.upscaler_path(), device="cpu")
@@ -105,7 +105,7 @@ def nearest_colour(pixels: torch.Tensor) -> str:
 
 
 @pytest.mark.parametrize("wall", list(COLOURS))
-def test_a_wall_has_the_colour_that_is_asked_for(engine: FluxEngine, wall: str) -> None:
+def test_a_wall_has_the_colour_that_is_asked_for(engine: PipelineEngine, wall: str) -> None:
     ink = "black" if wall == "white" else "white"
     picture = draw(engine, f"the word FLOW in {ink} letters on a {wall} wall")
     assert nearest_colour(picture[:, :32]) == wall
@@ -113,7 +113,7 @@ def test_a_wall_has_the_colour_that_is_asked_for(engine: FluxEngine, wall: str) 
 
 @pytest.mark.parametrize("colour", ["red", "yellow", "purple"])
 @pytest.mark.parametrize("native", [False, True], ids=["staged", "native"])
-def test_a_shape_has_its_colour_and_outline(engine: FluxEngine, colour: str, native: bool) -> None:
+def test_a_shape_has_its_colour_and_outline(engine: PipelineEngine, colour: str, native: bool) -> None:
     where = "over white snow under a blue sky"
     disc = draw(engine, f"a {colour} circle {where}", native=native)
     ring = draw(engine, f"a {colour} ring {where}", native=native)
@@ -125,7 +125,7 @@ def test_a_shape_has_its_colour_and_outline(engine: FluxEngine, colour: str, nat
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["staged", "native"])
-def test_words_show_some_of_their_letters(engine: FluxEngine, native: bool) -> None:
+def test_words_show_some_of_their_letters(engine: PipelineEngine, native: bool) -> None:
     """Letters of three words, read by comparison with all drawn ones; far more are right than by chance."""
     right = total = 0
     for seed, word in enumerate(("MAGIC", "FLOW", "SKY")):
@@ -147,7 +147,7 @@ def test_words_show_some_of_their_letters(engine: FluxEngine, native: bool) -> N
     assert right >= total / 4
 
 
-def test_native_and_staged_agree_on_sky_and_ground(engine: FluxEngine) -> None:
+def test_native_and_staged_agree_on_sky_and_ground(engine: PipelineEngine) -> None:
     prompt = "a smooth night sky over white snow with a moon on the left"
     upscaler = load_upscaler(demo.upscaler_path(), device="cpu")
     staged = sample_staged(engine, make_plan("demo", 256, 256, "8+1"), prompt, upscaler=upscaler).images[0]
@@ -173,11 +173,11 @@ def test_paths_are_inside_the_package() -> None:
     assert demo.upscaler_path().is_file()
 
 
-def test_bfloat16_draws_the_picture_that_float32_draws(engine: FluxEngine) -> None:
+def test_bfloat16_draws_the_picture_that_float32_draws(engine: PipelineEngine) -> None:
     """Also where the guidance scale, 3.5, becomes 3.504: a network that hears that draws another picture (24 dB)."""
     plan = make_plan("demo", 256, 256, low_steps=8, refine_steps=1, seed=3)
-    rounded = FluxEngine.from_folder(
-        demo.weights_path(), device="cpu", dtype="bfloat16", vae_dtype="float32", family="demo"
+    rounded = PipelineEngine.from_folder(
+        demo.weights_path(), device="cpu", dtype={**dict.fromkeys(engine.dtypes, "bfloat16"), "vae": "float32"}
     )
     upscaler = load_upscaler(demo.upscaler_path(), device="cpu", dtype="float32")
     prompts = list(demo.example_prompts())

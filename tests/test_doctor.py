@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,22 @@ def test_pipelines_that_cannot_be_run_are_named(sd3_folder: Path, tmp_path: Path
 def test_a_missing_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     import mrflow_sched.measure.doctor as room
 
-    inner = room._version
-    monkeypatch.setattr(room, "_version", lambda name: None if name in ("spandrel", "peft") else inner(name))
+    inner = room.version
+
+    def without(*missing: str) -> None:
+        def version(name: str) -> str:
+            if not missing or name in missing:
+                raise PackageNotFoundError(name)
+            return inner(name)
+
+        monkeypatch.setattr(room, "version", version)
+
+    without("spandrel", "peft")
     found = {finding.name: finding for finding in examine()}
     assert not found["spandrel"].good
     assert "LoRA" in found["peft"].text
     assert found["peft"].good
-    monkeypatch.setattr(room, "_version", lambda name: None)
+    without()
     assert next(finding.name for finding in examine() if not finding.good) == "torch"
 
 

@@ -1,13 +1,33 @@
+"""The table of families: what every family must have, and each number against its source."""
+
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import mrflow_sched
-from mrflow_sched.plan.families import FAMILIES, TIERS, Family, get_family
+from mrflow_sched.plan.cost import UPSCALER_FLOP, part_costs
+from mrflow_sched.plan.families import (
+    FAMILIES,
+    TIERS,
+    Family,
+    HostFacts,
+    families_of,
+    family_of_host,
+    family_of_pipeline,
+    get_family,
+)
+from mrflow_sched.plan.solver_table import SOLVERS
+from mrflow_sched.plan.stages import StagedPlan
 
 ALL = list(FAMILIES.values())
 IDS = list(FAMILIES)
@@ -23,31 +43,64 @@ def test_the_families_of_the_documentation_are_all_there() -> None:
 
 
 @pytest.mark.parametrize("family", ALL, ids=IDS)
-def test_every_number_has_a_source(family: Family) -> None:
-    without = {"name", "title", "guidance_kind", "default_preset", "sources"}
-    for each in fields(family):
-        if each.name not in without:
-            assert family.sources.get(each.name), f"{family.name}.{each.name} has no source"
-    assert all(preset.source for preset in family.presets)
+class TestConformance:
+    """What every family must have; a new one is held to it by being in the registry."""
 
+    def test_every_number_has_a_source(self, family: Family) -> None:
+        without = {"name", "title", "guidance_kind", "default_preset", "pipeline", "host", "sources"}
+        for each in fields(family):
+            if each.name not in without:
+                assert family.sources.get(each.name), f"{family.name}.{each.name} has no source"
+        assert all(preset.source for preset in family.presets)
+        assert not any("spec " in source for source in family.sources.values())
 
-@pytest.mark.parametrize("family", ALL, ids=IDS)
-def test_rows_agree_with_themselves(family: Family) -> None:
-    assert FAMILIES[family.name] is family
-    assert family.grid == family.vae_factor * family.patch
-    assert all(side % family.grid == 0 for side in (*family.native_size, *(family.default_size or ())))
-    assert family.get_preset().name == family.default_preset
-    assert len({preset.name for preset in family.presets}) == len(family.presets)
-    assert family.guidance == 1.0 or family.guidance_kind != "none"
-    for preset in family.presets:
-        assert 0 < preset.sigma < 1
-        assert preset.name in (f"{preset.low_steps}+{preset.refine_steps}", "text")
+    def test_rows_agree_with_themselves(self, family: Family) -> None:
+        assert FAMILIES[family.name] is family
+        assert family.grid == family.vae_factor * family.patch
+        assert all(side % family.grid == 0 for side in (*family.native_size, *(family.default_size or ())))
+        assert family.get_preset().name == family.default_preset
+        assert len({preset.name for preset in family.presets}) == len(family.presets)
+        assert family.guidance == 1.0 or family.guidance_kind != "none"
+        assert family.solver in SOLVERS
+        for preset in family.presets:
+            assert 0 < preset.sigma < 1
+            assert preset.name in (f"{preset.low_steps}+{preset.refine_steps}", "text")
 
+    def test_every_preset_plans_and_its_line_reads_back(self, family: Family) -> None:
+        size = family.default_size or family.native_size
+        for preset in family.presets:
+            plan = mrflow_sched.make_plan(family, *size, preset.name)
+            assert (plan.width, plan.height, plan.preset) == (*size, preset.name)
+            assert [stage.steps for stage in plan.stages] == [preset.low_steps, preset.refine_steps]
+            assert plan.stages[1].start_sigma == preset.sigma
+            assert not any("Stage 1" in note for note in plan.notes), plan.notes
+            assert StagedPlan.from_string(plan.to_string()) == plan
+            assert StagedPlan.from_json(plan.to_json()) == plan
 
-@pytest.mark.parametrize("family", ALL, ids=IDS)
-def test_the_defaults_of_a_family_stay_in_its_range(family: Family) -> None:
-    plan = mrflow_sched.make_plan(family, *(family.default_size or family.native_size))
-    assert not any("Stage 1" in note for note in plan.notes), plan.notes
+    def test_costs_are_positive(self, family: Family) -> None:
+        assert family.linear_cost > 0
+        assert family.attention_cost >= 0
+        assert family.usual_upscaler in UPSCALER_FLOP
+        if family.network_cost is not None:
+            assert min(family.network_cost.weights, family.network_cost.alive) > 0
+        if family.vae_cost is not None:
+            for part in (family.vae_cost.decode, family.vae_cost.encode):
+                assert min(part.linear, part.alive) > 0
+            assert family.vae_cost.weights > 0
+        parts = part_costs(mrflow_sched.make_plan(family, *(family.default_size or family.native_size)))
+        assert parts
+        assert all(part.flop > 0 for part in parts)
+
+    def test_pipelines_are_described(self, family: Family) -> None:
+        info = family.pipeline
+        assert info is not None
+        named = [name for each in FAMILIES.values() if each.pipeline for _, name in each.pipeline.titles]
+        assert any(re.fullmatch(info.classes, name) for name in named)
+        assert all(re.fullmatch(info.classes, name) for _, name in info.titles)
+        assert info.text_outputs
+        assert info.max_sequence_length in (None, family.text_tokens)
+        layouts = pytest.importorskip("mrflow_sched.engines.diffusers.layouts.known")
+        assert issubclass(getattr(layouts, info.layout), layouts.Layout)
 
 
 def test_the_table_cannot_be_changed() -> None:
@@ -55,6 +108,178 @@ def test_the_table_cannot_be_changed() -> None:
         FAMILIES["mine"] = FAMILIES["demo"]  # type: ignore[index]
     with pytest.raises(FrozenInstanceError):
         FAMILIES["demo"].guidance = 1.0  # type: ignore[misc]
+
+
+GOLDEN = {  # name: (mu at 1024 and at 4096 tokens in 12 steps, guidance, native steps, presets, text tokens)
+    # black-forest-labs/flux sampling.py: 0.5 at 256 tokens, 1.15 at 4096; T5 of 512 tokens, guidance 3.5
+    "flux1-dev": (0.63, 1.15, 3.5, 50, "12+1@0.12 20+1@0.15 text@0.18 8+1@0.12 6+1@0.12", 512),
+    # the same; schnell is not shifted, reads 256 tokens and takes 4 steps
+    "flux1-schnell": (0.0, 0.0, 1.0, 4, "4+1@0.12 2+1@0.12 1+1@0.12", 256),
+    "flux1-krea": (0.63, 1.15, 4.5, 28, "12+1@0.12 20+1@0.15 8+1@0.12 6+1@0.12", 512),
+    # Qwen-Image scheduler_config.json: 0.5 at 256 tokens, 0.9 at 8192
+    "qwen-image": (0.5387, 0.6935, 4.0, 50, "12+1@0.12 20+1@0.15 text@0.18 8+1@0.12", 64),
+    # static shifts: log(3), log(6), log(5), log(1.73)
+    "sd3": (1.0986, 1.0986, 7.0, 28, "12+1@0.12 20+1@0.15 8+1@0.12", 333),
+    "sd35": (1.0986, 1.0986, 3.5, 28, "12+1@0.12 20+1@0.15 8+1@0.12", 333),
+    "z-image": (1.7918, 1.7918, 5.0, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 64),
+    "z-image-turbo": (1.0986, 1.0986, 1.0, 9, "8+1@0.11 9+1@0.11", 64),
+    # compute_empirical_mu of diffusers' Flux2KleinPipeline
+    "flux2-klein-base": (1.9736, 2.2446, 4.0, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 512),
+    "flux2-klein": (1.9736, 2.2446, 1.0, 4, "4+1@0.25", 512),
+    "flux2-dev": (1.9736, 2.2446, 4.0, 50, "12+1@0.12 20+1@0.15 8+1@0.12 6+1@0.12", 512),
+    "chroma": (0.0, 0.0, 5.0, 35, "12+1@0.12 20+1@0.15 8+1@0.12", 512),
+    "lumina2": (1.7918, 1.7918, 4.0, 30, "12+1@0.12 20+1@0.15 8+1@0.12", 256),
+    "sana": (1.0986, 1.0986, 4.5, 20, "12+1@0.12 20+1@0.15 8+1@0.12", 0),
+    "auraflow": (0.5481, 0.5481, 3.5, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 256),
+    "hunyuan-image": (1.6094, 1.6094, 3.5, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 192),
+    "hunyuan-image-distilled": (1.6094, 1.6094, 3.25, 8, "8+1@0.12", 192),
+    "hidream": (1.0986, 1.0986, 5.0, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 256),
+    "hidream-dev": (1.7918, 1.7918, 1.0, 28, "12+1@0.12 20+1@0.15", 256),
+    "sdxl": (None, None, 5.0, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 0),
+    "sd15": (None, None, 7.5, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 0),
+    # FLUX.1's line over the tokens of 64 and 256 px
+    "demo": (1.15, 3.23, 3.5, 50, "12+1@0.12 20+1@0.15 8+1@0.12 6+1@0.12", 32),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_each_number_is_that_of_its_source(name: str) -> None:
+    family, (low, high, guidance, steps, presets, text) = FAMILIES[name], GOLDEN[name]
+    for tokens, mu in ((1024, low), (4096, high)):
+        plan = mrflow_sched.make_plan(family, *family.native_size, low_steps=12, shift_tokens=tokens)
+        assert plan.stages[0].mu == (None if mu is None else pytest.approx(mu, abs=1e-4))
+    assert (family.guidance, family.native_steps, family.text_tokens) == (guidance, steps, text)
+    assert " ".join(f"{preset.name}@{preset.sigma}" for preset in family.presets) == presets
+
+
+def test_text_lengths_the_pipelines_are_asked_for() -> None:
+    asked = {name: family.pipeline.max_sequence_length for name, family in FAMILIES.items() if family.pipeline}
+    given = {name: length for name, length in asked.items() if length is not None}
+    assert given == {"flux1-dev": 512, "flux1-krea": 512, "flux1-schnell": 256, "demo": 32}
+
+
+def test_only_z_image_puts_the_positive_branch_first() -> None:
+    first = [name for name, family in FAMILIES.items() if family.pipeline and family.pipeline.positive_first]
+    assert first == ["z-image", "z-image-turbo"]
+
+
+# ------------------------------------------------------------------------------------------- where a family is found
+
+
+def pipe_of(name: str, **parts: Any) -> Any:
+    """A stand-in of a pipeline class called `name`: parts hold the configurations that families are told by."""
+    return type(name, (), {})() if not parts else _filled(type(name, (), {})(), parts)
+
+
+def _filled(pipe: Any, parts: dict[str, Any]) -> Any:
+    for part, config in parts.items():
+        setattr(pipe, part, SimpleNamespace(config=SimpleNamespace(**config)))
+    return pipe
+
+
+EIGHT, FOUR = {"block_out_channels": (1, 1, 1, 1)}, {"block_out_channels": (1, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("pipe", "name"),
+    [
+        (pipe_of("FluxPipeline", transformer={"guidance_embeds": True}, vae=EIGHT), "flux1-dev"),
+        (pipe_of("FluxPipeline", transformer={"guidance_embeds": True}, vae=FOUR), "demo"),
+        (pipe_of("FluxPipeline", transformer={"guidance_embeds": False}, vae=EIGHT), "flux1-schnell"),
+        (pipe_of("StableDiffusion3Pipeline", transformer={"num_layers": 24}), "sd3"),
+        (pipe_of("StableDiffusion3PAGPipeline", transformer={"num_layers": 38}), "sd35"),
+        (pipe_of("HunyuanImagePipeline", transformer={"guidance_embeds": True}), "hunyuan-image-distilled"),
+        (pipe_of("QwenImageControlNetPipeline"), "qwen-image"),
+        (pipe_of("StableDiffusionXLPipeline"), "sdxl"),
+        (pipe_of("StableDiffusionPipeline"), "sd15"),
+    ],
+)
+def test_a_pipeline_tells_its_family(pipe: Any, name: str) -> None:
+    found = family_of_pipeline(pipe)
+    assert found is FAMILIES[name]
+    derived = type("Mine", (type(pipe),), {})()
+    derived.__dict__.update(vars(pipe))
+    assert family_of_pipeline(derived) is found
+    assert family_of_pipeline(pipe_of("OtherPipeline")) is None
+
+
+def test_no_checkpoint_is_of_two_families() -> None:
+    engines = ("Flux", "Flux2", "QwenImage", "ZImage", "Chroma", "Lumina2", "StableDiffusion", "StableDiffusion2")
+    engines = (*engines, "StableDiffusionXL", "StableDiffusion3", "DiffusionEngine")
+    texts = ("", "flux1-schnell", "flux1-krea", "flux-2-klein-base", "z_image_turbo", "sd3.5_large", "sd3.5_medium")
+    for engine, text, flow, scale, distilled, sd3, xl in product(
+        engines, texts, (True, False), (None, 1.0, 4.0), (True, False), (True, False), (True, False)
+    ):
+        if sd3 and not (flow and engine in ("StableDiffusion3", "DiffusionEngine")):
+            continue
+        facts = HostFacts(
+            engine=engine, text=text, flow=flow, guidance=scale, distilled_scale=distilled, is_sd3=sd3, is_sdxl=xl
+        )
+        alike = [name for name, family in FAMILIES.items() if family.host(facts)]
+        assert len(alike) <= 1, (facts, alike)
+        assert flow or alike in (["sdxl"], ["sd15"])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("sd3.5_large", "sd35"),
+        ("sd3_5-large-turbo", "sd35"),
+        ("sd3.5_medium", "sd3"),
+        ("sd35_medium", "sd3"),
+        ("sd3_large", "sd3"),
+        ("sd3_medium", "sd3"),
+    ],
+)
+def test_only_the_large_model_of_35_is_sd35(text: str, name: str) -> None:
+    assert family_of_host(HostFacts(engine="StableDiffusion3", text=text)) is FAMILIES[name]
+
+
+# --------------------------------------------------------------------------------------------------------- a new family
+
+MINE = """
+from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, Preset, ShiftRule, always
+
+def _host(facts: HostFacts) -> bool:
+    return facts.engine == "Mine"
+
+MINE = Family(
+    name="mine", title="Mine", shift=ShiftRule("static", shift=2.0), guidance_kind="none", guidance=1.0,
+    text_tokens=10, native_steps=8, presets=(Preset("4+1", 4, 1, 0.2, "measured"),), default_preset="4+1",
+    pipeline=PipelineInfo(classes="MinePipeline", titles=(("Mine", "MinePipeline"),), tells=always), host=_host,
+)
+FAMILIES = (MINE,)
+"""
+
+
+def test_a_family_is_added_by_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("mine", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    known: Any = SimpleNamespace(FAMILIES=tuple(FAMILIES.values()))
+    added: Any = module
+    families = families_of([known, added])
+    assert list(families) == [*FAMILIES, "mine"]
+    mine = get_family("mine", families)
+    assert mrflow_sched.make_plan(mine, 1024, 1024).stages[1].sigmas == (0.2, 0.0)
+    assert family_of_pipeline(pipe_of("MinePipeline"), families) is mine
+    assert family_of_host(HostFacts(engine="Mine"), families) is mine
+    assert "mine" not in FAMILIES
+    with pytest.raises(ValueError, match="family 'mine' is unknown"):
+        get_family("mine")
+    with pytest.raises(ValueError, match="family 'mine' is there twice"):
+        families_of([added, added])
+
+
+def test_a_family_of_ones_own_may_be_changed() -> None:
+    assert replace(get_family("sd3"), name="mine").get_preset("fast").name == "8+1"
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize(

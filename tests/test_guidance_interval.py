@@ -1,4 +1,4 @@
-"""CFG between two levels only: fewer forwards, and the pictures that its ends promise."""
+"""CFG between two sigmas only: fewer forwards, and the pictures that its ends promise."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_the_interval_is_kept_in_the_plans_line_and_json() -> None:
     plan = make_plan("sd35", 1024, 1024, guidance_interval=(0.25, 0.875))
     assert StagedPlan.from_string(plan.to_string()) == plan
     assert StagedPlan.from_json(plan.to_json()) == plan
-    assert "@0.25-0.875 " in plan.to_string()
+    assert " guidance_interval=0.25/0.875 " in plan.to_string()
     old = make_plan("sd35", 1024, 1024)
     assert "@0" not in old.to_string()
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.5), (0.9, 0.1), (-0.1, 0.5), (0.1, 1.5), ("a", 1.0)])
 def test_what_is_no_interval_gets_one_sentence(interval: Any) -> None:
-    with pytest.raises(ValueError, match="two levels, 0 <= low < high <= 1"):
+    with pytest.raises(ValueError, match="two sigmas, 0 <= low < high <= 1"):
         make_plan("sd35", 1024, 1024, guidance_interval=interval)
 
 

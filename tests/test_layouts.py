@@ -594,6 +594,6 @@ def test_a_schedulers_own_list_ends_at_its_smallest_step() -> None:
     assert shift_rule(scheduler, None, even_list=False).sigma_min == pytest.approx(0.002994, abs=1e-6)
     assert shift_rule(scheduler, None).sigma_min is None
     beta = SimpleNamespace(config={**scheduler.config, "use_beta_sigmas": True})  # diffusers' own needs scipy for it
-    assert shift_rule(beta, None).kind == "beta"
+    assert shift_rule(beta, None).beta == 0.6
     dynamic = tiny_pipelines.diffusers().FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     assert shift_rule(dynamic, None, even_list=False).sigma_min == 1e-3

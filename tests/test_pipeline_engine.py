@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import StagedResult, sample_staged
-from mrflow_sched.sampling.engine import Engine, StageEngine, TilingEngine
+from mrflow_sched.sampling.engine import Capabilities, Engine, capabilities_of
 from mrflow_sched.sampling.noise import add_noise, draw_noise, sigma_to_ve
 from mrflow_sched.sampling.progress import Progress
-from mrflow_sched.sampling.solvers import SOLVERS
 
 NAMES = tiny_pipelines.available()
 SIGMA = 0.12
@@ -33,7 +33,8 @@ def engine_of(name: str, **changes: Any) -> PipelineEngine:
 
 def plan_of(engine: Engine, **changes: Any) -> StagedPlan:
     side = 4 * engine.family.grid
-    return make_plan(engine.family, side, side, **{"low_steps": 2, "sigma": SIGMA, "seed": 3, **changes})
+    numbers: dict[str, Any] = {"low_steps": 2, "sigma": SIGMA, "seed": 3, **changes}
+    return make_plan(engine.family, side, side, **numbers)
 
 
 def run(engine: Engine, plan: StagedPlan | None = None, prompt: Any = "a cat", **changes: Any) -> StagedResult:
@@ -143,21 +144,7 @@ def test_a_batch_is_what_its_images_are_alone(name: str) -> None:
     assert float((both.images[0] - both.images[1]).abs().max()) > 0.05
 
 
-# ------------------------------------------------------------------------------------------------------- two ways, one
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_flux_through_its_pipeline_is_flux_through_its_components(tiny_folder: Path, solver: str) -> None:
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
-
-    pipe = load_pipeline(tiny_folder, device="cpu", dtype="float32")
-    pipe.set_progress_bar_config(disable=True)
-    ours = FluxEngine.from_pipeline(pipe, family="demo")
-    theirs = PipelineEngine(pipe, family="demo", arguments={"max_sequence_length": ours.text_tokens})
-    plan = make_plan("demo", 64, 64, low_steps=3, refine_steps=2, solver=solver, seed=5)
-    first, second = (run(engine, plan, ["red star", "blue"]) for engine in (ours, theirs))
-    torch.testing.assert_close(first.images, second.images, rtol=0, atol=1e-5)
-    assert first.forwards == second.forwards == plan.forwards
+# ------------------------------------------------------------------------------------------------------- one evaluation
 
 
 def test_one_evaluation_is_a_stage_of_one_step() -> None:
@@ -185,11 +172,13 @@ def test_half_precision_rounds_the_network_and_not_the_state() -> None:
     assert engine.dtype == engine.vae_dtype == torch.bfloat16
 
 
-def test_it_has_every_role() -> None:
+def test_it_says_what_it_can_do() -> None:
     engine = engine_of("flux1-dev")
     assert isinstance(engine, Engine)
-    assert isinstance(engine, StageEngine)
-    assert isinstance(engine, TilingEngine)
+    every = Capabilities(True, True, True, True, True, True)
+    assert engine.capabilities == capabilities_of(engine) == every
+    # SD3's network makes positions from the size of its input.
+    assert engine_of("sd3").capabilities == replace(every, token_subsets=False)
 
 
 def test_a_pipeline_that_cannot_be_run_is_refused() -> None:
@@ -399,5 +388,5 @@ def test_a_folder_that_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
         load_pipeline(tmp_path)
     tiny_pipelines.make("sd3").save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="whose transformer cannot be read"):
         load_pipeline(tmp_path / "model", device="cpu")

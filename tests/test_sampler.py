@@ -519,7 +519,7 @@ def test_values_that_are_no_numbers_are_reported_by_image() -> None:
             return images
 
     result = run(Broken(), make_native_plan(FAMILY, 16, 16, steps=1), batch=2)
-    assert result.warnings == ("Image 2 of stage 1 holds values that are no numbers; try float32.",)
+    assert result.warnings == ("Image 2 of stage 1 contains NaN or infinity; try float32.",)
 
 
 def test_clocks_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

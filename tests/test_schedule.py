@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mrflow_sched.plan import schedule
+from mrflow_sched.plan.recipes import explicit_recipe, sigmas_from_recipe
 from mrflow_sched.plan.schedule import (
     beta_sigmas,
-    explicit_recipe,
     mu_flux2,
     mu_for_tokens,
     native_sigmas,
@@ -18,7 +18,6 @@ from mrflow_sched.plan.schedule import (
     scaled_linear_sigmas,
     scaled_linear_ve,
     shift_sigma,
-    sigmas_from_recipe,
     stretch_to_terminal,
     unshift_sigma,
     validate_sigmas,

@@ -51,7 +51,8 @@ def test_what_is_gone_is_not_counted() -> None:
 def test_the_cost_model_has_the_numbers_of_the_real_classes(name: str) -> None:
     """Within 2 % (the U-Net, which is no polynomial in its tokens: 8 %), at two sizes."""
     needs(name)
-    family, network = get_family(name), cost._NETWORKS[name]
+    family, network = get_family(name), get_family(name).network_cost
+    assert network is not None
     within = 0.08 if name == "sdxl" else 0.02
     for side in (1024, 2048):
         tokens = (side // family.grid) ** 2
@@ -64,7 +65,8 @@ def test_the_cost_model_has_the_numbers_of_the_real_classes(name: str) -> None:
 def test_the_cost_model_has_the_numbers_of_the_embedded_model() -> None:
     import diffusers
 
-    family, network, vae = get_family("demo"), cost._NETWORKS["demo"], cost._vae("demo")
+    family, network, vae = get_family("demo"), get_family("demo").network_cost, get_family("demo").vae_cost
+    assert network is not None
     assert vae is not None
 
     def built(part: str) -> Any:
@@ -87,7 +89,7 @@ def test_the_cost_model_has_the_numbers_of_the_embedded_model() -> None:
 @pytest.mark.parametrize("name", ["flux1-dev", "qwen-image"])
 def test_the_cost_model_has_the_numbers_of_the_real_vaes(name: str) -> None:
     needs(name)
-    vae = cost._vae(name)
+    vae = get_family(name).vae_cost
     assert vae is not None
     for side in (512, 1024):
         pixels = side * side

@@ -15,6 +15,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from mrflow_sched.plan.families import get_family
+
 Arguments = Mapping[str, Any]
 
 _KL: Arguments = {
@@ -126,15 +128,17 @@ def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) ->
 
 def _flux_text(config: Any, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "prompt_embeds": _random((batch, 512, config.joint_attention_dim), device, dtype),
+        "prompt_embeds": _random(
+            (batch, get_family("flux1-dev").text_tokens, config.joint_attention_dim), device, dtype
+        ),
         "pooled_prompt_embeds": _random((batch, config.pooled_projection_dim), device, dtype),
     }
 
 
 def _qwen_text(config: Any, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """A prompt of 64 tokens and a negative one of 8, about what a sentence and a blank come to."""
+    """A prompt of the family's usual length and a negative one of 8 tokens, about what a blank comes to."""
     made: dict[str, Any] = {}
-    for prefix, length in (("", 64), ("negative_", 8)):
+    for prefix, length in (("", get_family("qwen-image").text_tokens), ("negative_", 8)):
         made[f"{prefix}prompt_embeds"] = _random((batch, length, config.joint_attention_dim), device, dtype)
         made[f"{prefix}prompt_embeds_mask"] = torch.ones((batch, length), dtype=torch.long, device=device)
     return made
@@ -143,14 +147,16 @@ def _qwen_text(config: Any, batch: int, device: torch.device, dtype: torch.dtype
 def _zimage_text(config: Any, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     return {
         f"{prefix}prompt_embeds": [_random((length, config.cap_feat_dim), device, dtype) for _ in range(batch)]
-        for prefix, length in (("", 64), ("negative_", 8))
+        for prefix, length in (("", get_family("z-image").text_tokens), ("negative_", 8))
     }
 
 
 def _sd3_text(config: Any, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for prefix in ("", "negative_"):
-        made[f"{prefix}prompt_embeds"] = _random((batch, 333, config.joint_attention_dim), device, dtype)
+        made[f"{prefix}prompt_embeds"] = _random(
+            (batch, get_family("sd35").text_tokens, config.joint_attention_dim), device, dtype
+        )
         made[f"{prefix}pooled_prompt_embeds" if not prefix else "negative_pooled_prompt_embeds"] = _random(
             (batch, config.pooled_projection_dim), device, dtype
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MissingFileError", "MrFlowError", "first_line"]
+__all__ = ["FileError", "MissingFileError", "MrFlowError", "first_line"]
 
 
 class MrFlowError(ValueError):
@@ -13,8 +13,12 @@ class MrFlowError(ValueError):
     """
 
 
-class MissingFileError(MrFlowError, FileNotFoundError):
-    """A refusal because a file that was named is not there."""
+class FileError(MrFlowError, OSError):
+    """A refusal because a file cannot be read or written where it was asked for: no right, disk full."""
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """A refusal because a file or folder that was named is not there."""
 
 
 def first_line(error: BaseException) -> str:

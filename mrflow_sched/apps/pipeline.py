@@ -30,6 +30,7 @@ from mrflow_sched.engines.diffusers.pipeline import PipelineEngine, given_embedd
 from mrflow_sched.engines.diffusers.view import HINT
 from mrflow_sched.images.convert import from_pictures, to_pil
 from mrflow_sched.plan.make import make_plan
+from mrflow_sched.plan.options import OPTIONS
 from mrflow_sched.plan.sizes import fit_box
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.lanczos import resize_lanczos
@@ -46,9 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["MrFlow", "MrFlowOutput"]
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-_PLAN_WORDS = frozenset(inspect.signature(make_plan).parameters) - {
-    *("family", "width", "height", "preset", "guidance", "seed", "native", "steps"),
-}
+# Options of a plan that the call takes by these names. A pipeline's `sigmas` are shifted, a plan's are not: neither is
+# taken, so that nobody gets the other one.
+_PLAN_WORDS = frozenset(OPTIONS) - {"preset", "guidance", "seed", "native", "steps", "sigmas"}
 # What a pipeline's call takes and a plan decides: word -> what to say in its place.
 _DECIDED = {
     "num_inference_steps": "low_steps and refine_steps",
@@ -177,6 +178,12 @@ class MrFlow:
         negatives = _negatives(negative_prompt, len(prompts), num_images_per_prompt)
         seeds = _seeds(seed, generator, len(prompts))
         picture, alpha = (None, None) if image is None else _picture(image)
+        _check_image(self.pipe, image, arguments)
+        two = _guided_by_two(layout, arguments, negatives)
+        if two:
+            layout = layout.guided_by_two()
+            if guidance_scale is not None:
+                arguments["guidance_scale"], guidance_scale = guidance_scale, None
         if strength is not None and picture is None:
             raise MrFlowError(f"strength={strength!r} needs an image to start from; give image too, or leave it out.")
         if picture is not None and (width is None or height is None):
@@ -190,7 +197,12 @@ class MrFlow:
         if plan.tile and arguments.get(HINT) is not None:
             raise MrFlowError(f"tile={plan.tile} would give every tile the whole {HINT}; leave one of the two out.")
         engine = PipelineEngine(
-            self.pipe, family=self._family, arguments=arguments, seeds=seeds, compiler=self._compiler
+            self.pipe,
+            family=self._family,
+            arguments=arguments,
+            seeds=seeds,
+            compiler=self._compiler,
+            guided_by_two=two,
         )
         result = sample_staged(
             engine,
@@ -211,7 +223,15 @@ class MrFlow:
             seeds=seeds,
             timings=result.timings,
             stages=result.stages,
-            warnings=tuple(dict.fromkeys((*_notes(plan, picture is not None and strength is None), *result.warnings))),
+            warnings=tuple(
+                dict.fromkeys(
+                    (
+                        *_notes(plan, picture is not None and strength is None),
+                        *_told_of_image(self.pipe, image, layout),
+                        *result.warnings,
+                    )
+                )
+            ),
             cancelled=result.cancelled,
             unfinished=result.unfinished,
         )
@@ -225,7 +245,7 @@ class MrFlow:
                 numbers[name] = value
             elif name in _DECIDED:
                 raise MrFlowError(f"{name} is not taken, as the plan decides it; use {_DECIDED[name]}.")
-            elif name in call_names or (name == HINT and hasattr(self.pipe, "controlnet")):
+            elif name in call_names or (name == HINT and _takes_hint(self.pipe)):
                 arguments[name] = value
             else:
                 known = sorted({*_PLAN_WORDS, *call_names, *inspect.signature(MrFlow.__call__).parameters} - {"self"})
@@ -301,6 +321,40 @@ def _one_per_image(values: list[int], name: str, batch: int) -> tuple[int, ...]:
     if len(values) != batch:
         raise MrFlowError(f"{name} must be one, or one per image, got {len(values)} for {batch} images.")
     return tuple(values)
+
+
+def _takes_hint(pipe: Any) -> bool:
+    """Whether a pipeline is controlled by a picture: a ControlNet or a T2I-Adapter."""
+    return any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
+
+
+def _check_image(pipe: Any, image: Any, arguments: Mapping[str, Any]) -> None:
+    """A controlled pipeline needs its hint, whose word here is not the pipeline's own. Raises MrFlowError without."""
+    if not _takes_hint(pipe) or arguments.get(HINT) is not None:
+        return
+    given = "is missing" if image is None else "is missing, as image is what MrFlow starts from"
+    raise MrFlowError(
+        f"{HINT} {given}; {type(pipe).__name__} is controlled by a picture: give it as {HINT} (it is resized for "
+        "every stage), or as a function (width, height) -> hint."
+    )
+
+
+def _told_of_image(pipe: Any, image: Any, layout: Layout) -> tuple[str, ...]:
+    """A sentence where the pipeline's own call means another thing by `image`: a reference to edit."""
+    if image is None or "image" not in layout.call_names or _takes_hint(pipe):
+        return ()
+    return (
+        f"image was taken as the picture to upscale and refine; references for {type(pipe).__name__} to edit are not "
+        "taken here.",
+    )
+
+
+def _guided_by_two(layout: Layout, arguments: Mapping[str, Any], negatives: Sequence[str] | None) -> bool:
+    """Whether a family whose guidance is embedded is to be guided by a negative branch besides (true CFG)."""
+    scale = arguments.get("true_cfg_scale")
+    if layout.family.guidance_kind == "cfg" or not isinstance(scale, (int, float)) or scale <= 1.0:
+        return False
+    return negatives is not None or arguments.get("negative_prompt_embeds") is not None
 
 
 def _guidance(layout: Layout, scale: float | None, arguments: dict[str, Any]) -> float | None:

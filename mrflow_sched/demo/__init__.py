@@ -8,13 +8,14 @@ diffusers' ``FluxPipeline`` as it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
+    from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
 __all__ = ["example_prompts", "load_engine", "upscaler_path", "weights_path"]
 
@@ -29,11 +30,21 @@ def upscaler_path() -> Path:
     return weights_path() / "upscaler" / "x2.safetensors"
 
 
-def load_engine(*, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> FluxEngine:
-    """The embedded model, ready to sample; arguments as in `FluxEngine.from_folder`, `dtype` for the VAE too."""
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
+def load_engine(
+    *, device: str | torch.device = "auto", dtype: str | torch.dtype | Mapping[str, str] = "auto"
+) -> PipelineEngine:
+    """The embedded model, ready to sample.
 
-    return FluxEngine.from_folder(weights_path(), device=device, dtype=dtype, vae_dtype=dtype, family="demo")
+    Args:
+        device: "auto", or as torch spells it.
+        dtype: As in `PipelineEngine.from_folder`.
+
+    Raises:
+        MrFlowError: An unknown device or dtype.
+    """
+    from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+
+    return PipelineEngine.from_folder(weights_path(), device=device, dtype=dtype, family="demo")
 
 
 def example_prompts() -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """Engines: what encodes text, predicts, encodes and decodes images for one model in one library.
 
-`Engine` is the role (a protocol); `FluxEngine` is FLUX.1 from a diffusers folder or pipeline; `PipelineEngine` is any
-text-to-image pipeline of diffusers; `GaussianFieldEngine` and `MixtureEngine` have closed-form answers, for tests and
-documents. `MrFlowScheduler` puts our lists and solvers into any diffusers pipeline.
-Importing this package imports neither torch nor any model library: names arrive when they are first asked for.
+`Engine` is the role (a protocol); `PipelineEngine` is any text-to-image pipeline of diffusers; `GaussianFieldEngine`
+and `MixtureEngine` have closed-form answers, for tests and documents. `MrFlowScheduler` puts our schedules and solvers
+into any diffusers pipeline. Importing this package imports neither torch nor any model library: names arrive when they
+are first asked for.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mrflow_sched.engines.analytic import GaussianFieldEngine, MixtureEngine
-    from mrflow_sched.engines.diffusers.flux import FluxEngine
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
     from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
     from mrflow_sched.sampling.engine import Engine
 
-__all__ = ["Engine", "FluxEngine", "GaussianFieldEngine", "MixtureEngine", "MrFlowScheduler", "PipelineEngine"]
+__all__ = ["Engine", "GaussianFieldEngine", "MixtureEngine", "MrFlowScheduler", "PipelineEngine"]
 
 _HOMES = {
     "Engine": "mrflow_sched.sampling.engine",
-    "FluxEngine": "mrflow_sched.engines.diffusers.flux",
     "PipelineEngine": "mrflow_sched.engines.diffusers.pipeline",
     "GaussianFieldEngine": "mrflow_sched.engines.analytic",
     "MixtureEngine": "mrflow_sched.engines.analytic",

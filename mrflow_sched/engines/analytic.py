@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.families import Family, Prediction, get_family
+from mrflow_sched.sampling.engine import Capabilities
 from mrflow_sched.sampling.noise import draw_noise
 
 __all__ = ["GaussianFieldEngine", "MixtureEngine", "Power", "power_law", "refined_variance"]
@@ -85,6 +86,11 @@ class GaussianFieldEngine:
     family: Family = _FIELD_FAMILY
     contrast: float = 0.1
     device: torch.device = _CPU
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Every answer can be differentiated."""
+        return Capabilities(gradients=True)
 
     def encode_text(
         self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None
@@ -205,6 +211,11 @@ class MixtureEngine:
         family = replace(_MIXTURE_FAMILY, latent_channels=dimensions, prediction=prediction)
         stds = (std * scale).expand(components, dimensions)
         return cls(means, stds, torch.arange(components) % labels, (dimensions, 1, 1), family)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Every answer can be differentiated."""
+        return Capabilities(gradients=True)
 
     def encode_text(
         self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None

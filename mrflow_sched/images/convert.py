@@ -1,4 +1,4 @@
-"""Pictures as people hand them over, and as tensors."""
+"""Images as people hand them over, and as tensors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ def pixels_of(image: Image.Image, dtype: torch.dtype, channels: int) -> Tensor:
 
 
 def from_pictures(pictures: Any) -> Tensor:
-    """What people hand over as a picture, or several of one size, as (B, C, H, W) float32 in [0, 1].
+    """What people hand over as an image, or several of one size, as (B, C, H, W) float32 in [0, 1].
 
-    PIL images (grey, palette and CMYK become RGB, transparency stays as a last channel), arrays (H, W), (H, W, C) or
-    (B, H, W, C), tensors (C, H, W) or (B, C, H, W), 8 bits or floats in [0, 1], or a list of these. C is 1 or 3, and
-    one more with alpha. Raises ValueError for anything else.
+    Args:
+        pictures: PIL images (grey, palette and CMYK become RGB, transparency stays as a last channel), arrays (H, W),
+            (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), 8 bits or floats in [0, 1], or a list of
+            these. C is 1 or 3, and one more with alpha.
+
+    Raises:
+        MrFlowError: `pictures` is anything else.
     """
     if isinstance(pictures, (list, tuple)):
         found = [from_pictures(each) for each in cast("Sequence[Any]", pictures)]
         if not found or any(each.shape[1:] != found[0].shape[1:] for each in found):
-            raise MrFlowError("image must be a picture or a list of pictures of one size and mode.")
+            raise MrFlowError("image must be one image or a list of images of one size and mode.")
         return torch.cat(found)
     if isinstance(pictures, Image.Image):
         clear = pictures.has_transparency_data if hasattr(pictures, "has_transparency_data") else False
@@ -66,6 +70,6 @@ def to_8_bit(image: Tensor) -> Tensor:
         raise MrFlowError(f"image must be a float tensor (3, H, W), got {image.dtype} of shape {tuple(image.shape)}.")
     exact = image.detach().float()
     if not bool(exact.isfinite().all()):
-        raise MrFlowError("image holds values that are not finite numbers; nothing was saved.")
+        raise MrFlowError("image contains NaN or infinity, which are not finite; nothing was saved.")
     # Rounded where the image is: one byte a value comes from the device, not four.
     return (exact.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()

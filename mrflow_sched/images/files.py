@@ -1,4 +1,4 @@
-"""Pictures on disk: where float RGB becomes 8 bits, once, at the very end. The only room that uses Pillow."""
+"""Images on disk: where float RGB becomes 8 bits, once, at the very end. The only room that uses Pillow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from mrflow_sched._runtime.errors import MissingFileError, MrFlowError
+from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError, first_line
 from mrflow_sched.images.convert import pixels_of, to_8_bit
 from mrflow_sched.plan.checks import MAX_SIDE
 
@@ -26,13 +26,20 @@ _COMPRESSION = 4
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str] | None = None) -> None:
-    """Write `image` (3, H, W, float in [0, 1]; values outside are clamped) as an 8-bit RGB PNG at `path`.
+    """Write an image as an 8-bit RGB PNG. The file appears whole or not at all.
 
     Values are rounded to the nearest of 256 levels, not truncated, so the mean brightness does not sink by half a
-    level. `text` becomes PNG text chunks, keyword -> text (any Unicode; keywords of 1 to 79 Latin-1 letters, as PNG
-    asks). The file appears whole or not at all: it is written beside its place and renamed. Raises ValueError for what
-    is not such an image or keyword, and OSError in one sentence where it cannot be written (no folder, no right, disk
-    full).
+    level. The file is written beside its place and renamed.
+
+    Args:
+        path: Where the file shall be; an older file there is replaced.
+        image: (3, H, W), float in [0, 1]; values outside are clamped.
+        text: PNG text chunks, keyword -> text (any Unicode; keywords of 1 to 79 Latin-1 letters, as PNG asks).
+
+    Raises:
+        MrFlowError: `image` or a keyword is not as above.
+        MissingFileError: The folder does not exist.
+        FileError: The file cannot be written (no right, disk full).
     """
     target = Path(path)
     data = _encode_png(to_8_bit(image), text or {})
@@ -45,7 +52,7 @@ def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise type(error)(_why_not_written(target, error)) from error
+        raise _not_written(target, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -54,8 +61,11 @@ def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str
 def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
     """The text chunks of the PNG at `path`, keyword -> text; empty where it has none.
 
-    No pixel is decoded, so a picture of any size takes no time. Raises FileNotFoundError where there is no file and
-    ValueError where it is not a whole PNG.
+    No pixel is decoded, so an image of any size takes no time.
+
+    Raises:
+        MissingFileError: There is no such file.
+        MrFlowError: It is not a whole PNG.
     """
     with _refusing(path), open(path, "rb") as file:
         if _is_png(file):
@@ -65,14 +75,14 @@ def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
     raise MrFlowError(f"{str(path)!r} is a {kind} image, not a PNG; text is read from PNG files only.")
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The whole picture at `path` as Pillow holds it, its file closed.
+def open_image(path: str | os.PathLike[str], *, own: bool = False) -> Image.Image:
+    """The whole image at `path` as Pillow holds it, its file closed.
 
-    A PNG may have up to 32768 pixels a side, the most that a plan allows, where Pillow's own guard against enormous
-    files stops at about 178 million pixels; that guard stands for every other format. Raises as `load_image`.
+    Pillow's guard refuses files that would unpack to about 178 million pixels or more. With `own`, for files that this
+    process wrote, a PNG may have up to 32768 pixels a side, the most that a plan allows. Raises as `load_image`.
     """
     with _refusing(path), open(path, "rb") as file:
-        if _is_png(file):
+        if own and _is_png(file):
             image: Image.Image = PngImagePlugin.PngImageFile(file)  # Image.open would ask the guard
             if max(image.size) > MAX_SIDE:
                 raise MrFlowError(f"{image.width}x{image.height} pixels; {MAX_SIDE} a side are the most")
@@ -83,16 +93,22 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def load_image(path: str | os.PathLike[str]) -> Tensor:
-    """The picture at `path` as (3, H, W) float32 RGB in [0, 1], turned upright as its EXIF orientation says.
+    """The image at `path` as (3, H, W) float32 RGB in [0, 1], turned upright as its EXIF orientation says.
 
-    Grey and palette images become RGB, 16-bit grey keeps its 16 bits, and transparency is dropped. Raises
-    FileNotFoundError where there is no file and ValueError where it is not a whole image of a known format.
+    Grey and palette images become RGB, 16-bit grey keeps its 16 bits, and transparency is dropped.
+
+    Raises:
+        MissingFileError: There is no such file.
+        MrFlowError: It is not a whole image of a known format.
     """
-    image = ImageOps.exif_transpose(open_image(path))
-    if image.mode.startswith("I;16"):
-        grey = pixels_of(image.convert("I"), torch.int32, 1)
-        return (grey.float() / 65535).clamp(0, 1).expand(3, -1, -1).contiguous()
-    return pixels_of(image.convert("RGB"), torch.uint8, 3).float() / 255
+    opened = open_image(path)
+    with _refusing(path):
+        image = ImageOps.exif_transpose(opened)
+        deep = image.mode.startswith("I;16")
+        image = image.convert("I" if deep else "RGB")
+    if deep:
+        return (pixels_of(image, torch.int32, 1).float() / 65535).clamp(0, 1).expand(3, -1, -1).contiguous()
+    return pixels_of(image, torch.uint8, 3).float() / 255
 
 
 def _encode_png(pixels: Tensor, text: Mapping[str, str]) -> bytes:
@@ -103,16 +119,18 @@ def _encode_png(pixels: Tensor, text: Mapping[str, str]) -> bytes:
         chunks.add_text(keyword, value)
     height, width = pixels.shape[:2]
     stream = io.BytesIO()
-    picture = Image.frombytes("RGB", (width, height), pixels.numpy().tobytes())
-    picture.save(stream, "PNG", pnginfo=chunks, compress_level=_COMPRESSION)
+    image = Image.frombytes("RGB", (width, height), pixels.numpy().tobytes())
+    image.save(stream, "PNG", pnginfo=chunks, compress_level=_COMPRESSION)
     return stream.getvalue()
 
 
-def _why_not_written(target: Path, error: OSError) -> str:
+def _not_written(target: Path, error: OSError) -> FileError:
     if isinstance(error, FileNotFoundError):
-        return f"the picture {str(target)!r} cannot be written: the folder does not exist; make it first."
+        return MissingFileError(
+            f"the image {str(target)!r} cannot be written: the folder does not exist; make it first."
+        )
     reason = error.strerror or type(error).__name__
-    return f"the picture {str(target)!r} cannot be written: {reason}; nothing was left there."
+    return FileError(f"the image {str(target)!r} cannot be written: {reason}; nothing was left there.")
 
 
 def _is_png(file: BinaryIO) -> bool:
@@ -149,5 +167,14 @@ def _refusing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
         raise MissingFileError(f"there is no image file {str(path)!r}; check the path.") from error
     except (UnidentifiedImageError, IsADirectoryError) as error:
         raise MrFlowError(f"{str(path)!r} is not an image file of a known format; give a PNG, JPEG or WebP.") from error
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise MrFlowError(f"the image file {str(path)!r} cannot be read ({error}); damaged or too large.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever Pillow's readers may raise for a damaged file
+        raise MrFlowError(
+            f"the image file {str(path)!r} cannot be read ({_reason(error)}); it is damaged or too large."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the system says of a file, without the number and the path, else what the reader says."""
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)

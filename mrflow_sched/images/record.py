@@ -1,32 +1,47 @@
-"""What a picture must remember so that it can be made again: one JSON text under one PNG key.
+"""What an image must remember so that it can be made again: one JSON text under one PNG key.
 
-Every number of the run is in the plan's string; the record adds the words, the seed, the model, the upscaler and the
-arithmetic (dtype, device, threads, library versions) on which equality to the last bit depends.
+Every number of the run is in the plan's string; the record adds the prompts, the seed, the model, the upscaler and the
+arithmetic (dtype of every part, device, threads, library versions) on which equality to the last bit depends.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import Any, cast
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, first_line
 
 KEY = "mrflow"
 """PNG text key that holds the record."""
 
 MAX_BATCH = 1024
-"""Most pictures of one run; a record that claims more was not written here."""
+"""Most images of one run; a record that claims more was not written here."""
+
+MAX_SEED = 2**64 - 1
+"""The largest seed that a torch generator takes."""
+
+MAX_THREADS = 4096
+"""Most threads that a record may ask for."""
+
+MAX_ENTRIES = 256
+"""Most entries of a record's tables."""
 
 _LIBRARIES = ("mrflow-sched", "torch", "diffusers", "transformers", "spandrel", "pillow")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One picture's origin. `image` counts from 0 within a batch of `batch`; `seed` is the run's, not the picture's."""
+    """One image's origin.
+
+    `image` counts from 0 within a batch of `batch`; `seed` is the run's, not the image's. `dtypes` maps every part of
+    the run that has weights ("transformer", "vae", "upscaler", ...) to the name of its dtype; `dtype` (the network's)
+    and `vae_dtype` repeat two of them for readers of older versions.
+    """
 
     plan: str
     prompt: str
@@ -44,6 +59,7 @@ class RunRecord:
     threads: int
     versions: Mapping[str, str]
     unfinished: bool = False
+    dtypes: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def to_json(self) -> str:
         """The record on one line of ASCII, keys in the order of the fields."""
@@ -51,58 +67,106 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, text: str) -> RunRecord:
-        """Inverse of `to_json`; keys of newer versions are ignored.
+        """Read what `to_json` wrote.
 
-        Raises ValueError when the text is not a record or a value is of the wrong kind or
-        out of range.
+        Args:
+            text: JSON of this version, of a newer one (its unknown keys are ignored) or of an older one, which may lack
+                `unfinished` and `dtypes`.
+
+        Returns:
+            The record, each value of its kind and within its limits.
+
+        Raises:
+            MrFlowError: The text is not a record, or a value is of the wrong kind or out of range.
         """
         try:
             found: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise MrFlowError(f"the mrflow record is not JSON ({error}); the picture's text was altered.") from error
+            raise MrFlowError(
+                f"the mrflow record is not JSON ({first_line(error)}); the image's text was altered."
+            ) from error
         if not isinstance(found, dict):
             raise MrFlowError(
-                f"the mrflow record is {type(found).__name__}, not an object; the picture's text was altered."
+                f"the mrflow record is {type(found).__name__}, not an object; the image's text was altered."
             )
-        values = cast("dict[str, Any]", found)
-        known = {name: values.get(name, False if name == "unfinished" else None) for name in _KINDS}
-        for name, kinds in _KINDS.items():
-            if not isinstance(known[name], kinds) or (kinds is int and isinstance(known[name], bool)):
-                raise MrFlowError(
-                    f"the mrflow record has {name} = {known[name]!r:.80}; the picture's text was altered."
-                )
-        record = cls(**known)
-        if not 0 <= record.image < record.batch <= MAX_BATCH:
+        values = {**_OLD, **cast("dict[str, Any]", found)}
+        known = {name: values.get(name) for name in _KINDS}
+        wrong = next((name for name, fits in _KINDS.items() if not fits(known[name])), None)
+        if wrong is not None:
+            raise MrFlowError(f"the mrflow record has {wrong} = {known[wrong]!a:.80}; the image's text was altered.")
+        record = cls(**cast("dict[str, Any]", known))
+        if record.image >= record.batch:
             raise MrFlowError(
                 f"the mrflow record has image = {record.image} in a batch of {record.batch}; "
-                "the picture's text was altered."
+                "the image's text was altered."
             )
         return record
 
+    def part_dtypes(self) -> dict[str, str]:
+        """The dtype to load each part of the model in: by its name, "default" for those that are not named."""
+        if self.dtypes:
+            return {part: dtype for part, dtype in self.dtypes.items() if part != "upscaler"}
+        return {"default": self.dtype, "vae": self.vae_dtype}
 
-_NONE = type(None)
-_KINDS: Mapping[str, Any] = {
-    "plan": str,
-    "prompt": str,
-    "negative": (str, _NONE),
-    "seed": int,
-    "batch": int,
-    "image": int,
-    "model": str,
-    "model_fingerprint": str,
-    "upscaler": str,
-    "upscaler_sha256": (str, _NONE),
-    "device": str,
-    "dtype": str,
-    "vae_dtype": str,
-    "threads": int,
-    "versions": dict,
-    "unfinished": bool,
-}
+    def dtype_of(self, part: str) -> str | None:
+        """Name of the dtype that `part` ran in, or None where the record does not say.
+
+        A record of an older version says it of the VAE, and of the network, whose dtype all other parts of the model
+        shared; it says nothing of the upscaler.
+        """
+        if self.dtypes or part == "upscaler":
+            return self.dtypes.get(part)
+        return self.vae_dtype if part == "vae" else self.dtype
+
+
+def _is_text(value: object) -> bool:
+    """Whether `value` is text that can be written as UTF-8; JSON may hold half of a surrogate pair, which cannot."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _is_text_or_none(value: object) -> bool:
+    return value is None or _is_text(value)
+
+
+def _is_whole(low: int, high: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and low <= value <= high  # a bool is no number here
+
+
+def _is_table(value: object) -> bool:
+    """Whether `value` maps a reasonable number of words to words."""
+    if not isinstance(value, dict):
+        return False
+    table = cast("dict[object, object]", value)
+    return len(table) <= MAX_ENTRIES and all(_is_text(each) for pair in table.items() for each in pair)
+
+
+# What an older version did not write.
+_OLD: Mapping[str, Any] = MappingProxyType({"unfinished": False, "dtypes": {}})
+_KINDS: Mapping[str, Callable[[object], bool]] = MappingProxyType(
+    {
+        "plan": _is_text,
+        "prompt": _is_text,
+        "negative": _is_text_or_none,
+        "seed": _is_whole(0, MAX_SEED),
+        "batch": _is_whole(1, MAX_BATCH),
+        "image": _is_whole(0, MAX_BATCH - 1),
+        "model": _is_text,
+        "model_fingerprint": _is_text,
+        "upscaler": _is_text,
+        "upscaler_sha256": _is_text_or_none,
+        "device": _is_text,
+        "dtype": _is_text,
+        "vae_dtype": _is_text,
+        "threads": _is_whole(1, MAX_THREADS),
+        "versions": _is_table,
+        "unfinished": lambda value: isinstance(value, bool),
+        "dtypes": _is_table,
+    }
+)
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries whose arithmetic makes a picture; "absent" where one is not installed."""
+    """Versions of Python and of the libraries whose arithmetic makes an image; "absent" where one is not installed."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:

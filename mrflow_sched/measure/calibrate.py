@@ -1,13 +1,13 @@
-"""Which start sigma and how many steps suit a model and an enlarger, measured on the model's own pictures.
+"""Which start sigma and how many steps suit a model and an upscaler, measured on the model's own images.
 
-Two spectra decide. L is the power of clean latents above the frequencies that the low-resolution picture can hold;
-noise of that power hides whatever the enlarger put there, which gives the bound s* = sqrt(L) / (1 + sqrt(L))
-(arXiv 2607.01642, section 1.3 of the specification). E is the power of the enlarger's own error there, which the paper
-cannot know and which is measured here, with a bound of the same form. A small sweep then starts the refine stage at
-several levels and looks at what comes out: the least noise from the smaller bound on that gives the picture the fine
-detail that the model's own pictures have is the one to take.
+Two spectra decide. L is the power of clean latents above the frequencies that the low-resolution image can hold; noise
+of that power hides whatever the upscaler put there, which gives the bound s* = sqrt(L) / (1 + sqrt(L))
+(arXiv 2607.01642). E is the power of the upscaler's own error there, which the paper cannot know and which is measured
+here, with a bound of the same form. A small sweep then starts the refine stage at several sigmas and measures what
+comes out: the smallest sigma from the smaller bound on that gives the image the fine detail of the model's own images
+is recommended.
 
-Power is that of white noise of standard deviation 1 = 1, the noise that samplers start from.
+Power is in units of white noise of standard deviation 1, the noise that samplers start from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.cancel import Cancelled
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched.measure.metrics import psnr
+from mrflow_sched.plan.checks import MAX_STEPS
 from mrflow_sched.plan.families import Family, Preset
 from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.plan.notes import USUAL_SIGMA
@@ -44,15 +46,16 @@ NEAR_DB = 1.0
 CONVERGED = 32
 """Heun steps that stand for infinitely many."""
 PROVEN = 20
-"""Euler steps of stage 1 in the paper's larger setting: what fewer steps of a truer solver are held against."""
+"""Euler steps of stage 1 in the paper's larger setting: fewer steps of a more accurate solver are compared with it."""
 PRESET = "calibrated"
+MAX_PSNR = 100.0
 _FORMAT = "mrflow-calibration-1"
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """The refine stage from one start level: `detail_db`, high-frequency power over the model's own in dB, and `psnr`
-    of the picture to the one that was made small, in dB."""
+    """The refine stage from one start sigma: `detail_db`, high-frequency power over the model's own in dB, and `psnr`
+    of the image against the one that was downscaled, in dB."""
 
     sigma: float
     refine_steps: int
@@ -62,11 +65,12 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured and what follows from it, for one model, one enlarger and one size step.
+    """What was measured and what follows from it, for one model, one upscaler and one size step.
 
-    `clean_power`: L. `error_power`, `error_power_low`: of the enlarger's error in the latents, above and below the low
-    picture's Nyquist frequency. `bound`, `error_bound`: the start levels whose noise is as strong as L, and as the
-    error. `low_steps_distance`: (solver, steps, distance to the converged low picture relative to its own size).
+    `clean_power`: L. `error_power`, `error_power_low`: of the upscaler's error in the latents, above and below the low
+    image's Nyquist frequency. `bound`, `error_bound`: the start sigmas whose noise is as strong as L, and as the
+    error. `low_steps_distance`: (solver, steps, distance to the converged low image relative to its own size).
+    `pictures`: number of images measured.
     """
 
     family: str
@@ -104,19 +108,36 @@ class Calibration:
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
-        """The calibration that `to_json` wrote. Raises ValueError, one sentence, for anything else."""
+        """The calibration that `to_json` wrote.
+
+        Raises:
+            MrFlowError: `text` is anything else, or a number is out of range.
+        """
         try:
             data: dict[str, Any] = dict(json.loads(text))
             if data.pop("format", None) != _FORMAT:
-                raise MrFlowError("it is not one")
+                raise MrFlowError("it is of another format")
             data["sweep"] = tuple(SweepRow(**row) for row in data["sweep"])
             data["low_steps_distance"] = tuple((str(s), int(n), float(d)) for s, n, d in data["low_steps_distance"])
             found = cls(**data)
-            if not (0 < found.sigma < 1 and found.low_steps >= 1 and found.refine_steps >= 0):
-                raise MrFlowError("its numbers are out of range")
-        except (ValueError, TypeError, KeyError) as error:
-            raise MrFlowError(f"this is no calibration ({error}); make one with mrflow calibrate.") from error
+            found.check()
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise MrFlowError(
+                f"this is no calibration ({first_line(error)}); make one with mrflow calibrate."
+            ) from error
         return found
+
+    def check(self) -> None:
+        """Raise MrFlowError, to stand within a sentence, where what a plan would use is not what `calibrate` writes."""
+        for name in ("family", "upscaler"):
+            if type(getattr(self, name)) is not str:
+                raise MrFlowError(f"its {name} is no text")
+        for name, low in (("low_steps", 1), ("refine_steps", 0)):
+            steps: object = getattr(self, name)
+            if type(steps) is not int or not low <= steps <= MAX_STEPS:
+                raise MrFlowError(f"its {name} is not a whole number from {low} to {MAX_STEPS}")
+        if not 0 < self.sigma < 1:
+            raise MrFlowError("its sigma does not lie between 0 and 1")
 
 
 def calibrate(
@@ -133,14 +154,28 @@ def calibrate(
     tell: Callable[[str], object] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Calibration:
-    """Measure `engine` with `upscaler` at `width` x `height` pixels; see the module.
+    """Measure a model with an upscaler; see the module.
 
-    One picture per prompt, sampled natively in `native_steps` (the family's own number), or `images`
-    (B, 3, H, W in [0, 1], of about the size) described by `prompts`. `tell` hears what is being measured. Raises
-    ValueError for arguments that do not fit, `solvers.Cancelled` where `cancel` answers True.
+    Args:
+        engine: the model.
+        upscaler: None means Lanczos.
+        prompts: one per image to measure.
+        width: width of the images in pixels.
+        height: their height in pixels.
+        factor: the size step between the stages; None: the family's.
+        images: (B, 3, H, W) in [0, 1], of about the size, one per prompt; None: sampled natively.
+        native_steps: steps of the native images; None: the family's own number.
+        seed: seed of the first image; image i has seed + i.
+        tell: hears what is being measured.
+        cancel: asked at every step.
+
+    Raises:
+        MrFlowError: Arguments do not fit.
+        Cancelled: `cancel` answered True.
+        MemoryError: Memory ran out.
     """
     if not prompts:
-        raise MrFlowError("prompts holds no text; give one per picture to measure.")
+        raise MrFlowError("prompts is empty; give one per image to measure.")
     if images is not None and len(images) != len(prompts):
         raise MrFlowError(f"images must be one per prompt, got {len(images)} for {len(prompts)} prompts.")
     say = tell or _ignore
@@ -164,24 +199,24 @@ def calibrate(
 
     with torch.no_grad():
         if images is None:
-            say(f"{len(prompts)} native pictures at {high.width}x{high.height}")
+            say(f"{len(prompts)} native images at {high.width}x{high.height}")
             large, _ = sampled(make_native_plan(family, width, height, steps=native_steps, seed=seed))
         else:
             large = upscale_to(images.to(engine.device), high.width, high.height)
         say(f"spectra of the model and of {_name(upscaler)}")
         small = resize_lanczos(large, low.width, low.height).clamp(0, 1)
         clean = torch.cat([engine.encode(each[None]) for each in large])
-        enlarged = upscale_to(small, high.width, high.height, upscaler)
-        wrong = torch.cat([engine.encode(each[None]) for each in enlarged]) - clean
-        power = band_power(_spread(clean, family), step)[1]
-        error_low, error = band_power(_spread(wrong, family), step)
+        upscaled = upscale_to(small, high.width, high.height, upscaler)
+        wrong = torch.cat([engine.encode(each[None]) for each in upscaled]) - clean
+        power = band_power(unfold_patches(clean, family), step)[1]
+        error_low, error = band_power(unfold_patches(wrong, family), step)
 
         def refined(sigma: float, steps: int) -> SweepRow:
             say(f"refining from sigma {sigma:g} in {steps}")
             started = make_plan(family, width, height, factor=step, sigma=sigma, refine_steps=steps, seed=seed)
-            pictures, latents = sampled(started, image=small)
-            detail = band_power(_spread(latents, family), step)[1]
-            return SweepRow(sigma, steps, _decibel(detail / power), _psnr(pictures, large))
+            made, latents = sampled(started, image=small)
+            detail = band_power(unfold_patches(latents, family), step)[1]
+            return SweepRow(sigma, steps, _decibel(detail / power), _psnr(made, large))
 
         least = min(bound(power), bound(error))
         levels = sorted({*SWEPT, round(bound(power), 2), round(bound(error), 2)})
@@ -206,13 +241,13 @@ def calibrate(
         sweep=tuple(rows),
         low_steps_distance=distances,
         sigma=best.sigma,
-        low_steps=_enough(distances),
+        low_steps=fewest_steps(distances),
         refine_steps=2 if twice else 1,
     )
 
 
 def bound(power: float) -> float:
-    """The start level s whose noise is as strong as a `power` that is scaled by 1 - s: sqrt(L) / (1 + sqrt(L))."""
+    """The start sigma s whose noise is as strong as a `power` that is scaled by 1 - s: sqrt(L) / (1 + sqrt(L))."""
     if not power >= 0:
         raise MrFlowError(f"power must not be negative, got {power!r}.")
     root = math.sqrt(power)
@@ -233,8 +268,8 @@ def band_power(latents: Tensor, factor: float) -> tuple[float, float]:
 
 
 def choose(rows: Sequence[SweepRow], least: float) -> SweepRow:
-    """The row with the least noise, from `least` on, whose detail is the model's own to `NEAR_DB`; where none is, the
-    one that comes nearest."""
+    """The row of the smallest sigma, from `least` on, whose detail is the model's own to `NEAR_DB`; where none is, the
+    nearest one."""
     allowed = [row for row in rows if row.sigma >= least - 1e-9] or list(rows)
     near = [row for row in allowed if abs(row.detail_db) <= NEAR_DB]
     if near:
@@ -248,28 +283,28 @@ def choose(rows: Sequence[SweepRow], least: float) -> SweepRow:
 def _low_distances(
     family: Family, width: int, height: int, seed: int, sampled: Callable[[StagedPlan], tuple[Tensor, Tensor]]
 ) -> tuple[tuple[str, int, float], ...]:
-    """How far low pictures of few steps are from converged ones, for the family's solver, and for what is proven."""
+    """How far low images of few steps are from converged ones: of the family's solver, and of the paper's setting."""
 
     def latents(solver: str, steps: int) -> Tensor:
         return sampled(make_native_plan(family, width, height, steps=steps, solver=solver, seed=seed))[1]
 
-    true = latents("heun", CONVERGED)
-    size = float(true.square().mean().sqrt())
+    converged = latents("heun", CONVERGED)
+    size = float(converged.square().mean().sqrt())
     wanted = [("euler", PROVEN), *((family.solver, steps) for steps in LOW_STEPS)]
     return tuple(
-        (solver, steps, float((latents(solver, steps) - true).square().mean().sqrt()) / size)
+        (solver, steps, float((latents(solver, steps) - converged).square().mean().sqrt()) / size)
         for solver, steps in dict.fromkeys(wanted)
     )
 
 
-def _enough(distances: Sequence[tuple[str, int, float]]) -> int:
+def fewest_steps(distances: Sequence[tuple[str, int, float]]) -> int:
     """The fewest steps that come as near as the proven number of Euler steps."""
     proven = distances[0][2]
     near = [steps for _, steps, distance in distances[1:] if distance <= proven]
     return min(near) if near else PROVEN
 
 
-def _spread(latents: Tensor, family: Family) -> Tensor:
+def unfold_patches(latents: Tensor, family: Family) -> Tensor:
     """Latents that hold a 2x2 patch in their channels (FLUX.2), as pixels again: frequencies are of pixels."""
     batch, channels, rows, columns = latents.shape
     if channels != 4 * family.latent_channels:
@@ -287,7 +322,8 @@ def _decibel(ratio: float) -> float:
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:
-    return -10 * math.log10(max(float((a - b).square().mean()), 1e-10))
+    """Of the mean square error over all images; equal ones count as `MAX_PSNR`, as JSON has no infinity."""
+    return min(float(psnr(a[None], b[None])), MAX_PSNR)
 
 
 def _name(upscaler: PixelUpscaler | None) -> str:

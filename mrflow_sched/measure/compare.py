@@ -17,7 +17,9 @@ from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING
 
-from mrflow_sched._runtime.errors import MissingFileError, MrFlowError
+from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError
+from mrflow_sched.measure.runs import Comparison, Part, Run
+from mrflow_sched.measure.sheet import draw_sheet
 from mrflow_sched.plan.make import make_native_plan
 from mrflow_sched.plan.stages import StagedPlan
 
@@ -27,9 +29,8 @@ if TYPE_CHECKING:
     from mrflow_sched.sampler import StagedResult
     from mrflow_sched.sampling.progress import Progress
     from mrflow_sched.upscaling.role import PixelUpscaler
-from mrflow_sched.measure.runs import Comparison, Part, Run
 
-SavePicture = Callable[["StagedResult", Path], None]
+SaveImage = Callable[["StagedResult", Path], None]
 
 
 def compare(
@@ -40,20 +41,34 @@ def compare(
     *,
     native_plan: StagedPlan | None = None,
     upscaler: PixelUpscaler | None = None,
-    save: SavePicture | None = None,
+    save: SaveImage | None = None,
     repeats: int = 1,
     callback: Callable[[str, Progress], None] | None = None,
 ) -> Comparison:
-    """Sample `prompt` natively and by `staged_plan`, and write native.png, staged.png and compare.png into `out`.
+    """Sample `prompt` natively and by `staged_plan`, and write native.png, staged.png and compare.png.
 
-    `native_plan` defaults to `native_plan_of` the staged plan and the engine's family. With `repeats` above 1 the two
-    ways alternate and the run of median length stands for each. `callback(name, progress)` hears all.
-    `save(result, path)` writes a picture, in the warm-up too; the default writes the first image without a record.
-    The three pictures appear together at the end: a comparison that breaks off leaves `out` as it was.
-    Raises ValueError for `repeats` below 1, OSError where a file cannot be written.
+    The three images appear together at the end: a comparison that breaks off leaves `out` as it was.
+
+    Args:
+        engine: the model.
+        prompt: what to sample.
+        staged_plan: the staged run.
+        out: an existing folder.
+        native_plan: the native run; None: `native_plan_of` the staged plan and the engine's family.
+        upscaler: None means Lanczos.
+        save: `save(result, path)` writes an image, in the warm-up too; None writes the first one without a record.
+        repeats: 1 or more; the two ways alternate, and the run of median time stands for each.
+        callback: `callback(name, progress)` hears every run, "native", "staged" and their warm-ups.
+
+    Returns:
+        The two runs that count, and where the images are.
+
+    Raises:
+        MrFlowError: `repeats` is below 1.
+        FileError: `out` is missing, or a file cannot be written.
     """
     if repeats < 1:
-        raise MrFlowError(f"repeats is {repeats}; ask for 1 or more.")
+        raise MrFlowError(f"repeats is {repeats!r}; give 1 or more.")
     native_plan = native_plan or native_plan_of(staged_plan, family=engine.family)
     plans = {"native": native_plan, "staged": staged_plan}
     keep = save or _save_first
@@ -115,9 +130,9 @@ def _measure(
     callback: Callable[[Progress], None],
     name: str,
     path: Path,
-    save: SavePicture,
+    save: SaveImage,
 ) -> Run:
-    """Run a plan once and save its picture at `path`."""
+    """Run a plan once and save its first image at `path`."""
     from mrflow_sched._runtime.peak import PeakMemory
     from mrflow_sched.sampler import sample_staged
 
@@ -148,7 +163,7 @@ def _arriving_together(out: Path, names: Sequence[str]) -> Generator[Path, None,
         raise MissingFileError(f"the folder {str(out)!r} does not exist; make it first.")
     for name in names:
         if (out / name).is_dir():
-            raise IsADirectoryError(f"the picture {str(out / name)!r} cannot be written: a folder has that name.")
+            raise FileError(f"the image {str(out / name)!r} cannot be written: a folder has that name; move it away.")
     with tempfile.TemporaryDirectory(dir=out, prefix=".mrflow-") as place:
         draft, old = Path(place), Path(place) / "old"
         yield draft
@@ -182,10 +197,11 @@ def _describe(name: str, plan: StagedPlan) -> tuple[str, str]:
 
 
 def _hear_nothing(_name: str, _progress: Progress) -> None:
-    """The callback of who wants none."""
+    """The callback where none is given."""
 
 
 def _median_run(runs: Sequence[Run]) -> Run:
+    """The run of median time, the faster of the two in the middle."""
     middle = median_low(run.seconds for run in runs)
     return next(run for run in runs if run.seconds == middle)
 
@@ -197,14 +213,13 @@ def _save_first(result: StagedResult, path: Path) -> None:
 
 
 def _write_sheet(prompt: str, native: Run, staged: Run, path: Path) -> Path:
-    """Draw the sheet from the saved pictures and write it whole or not at all."""
+    """Draw the sheet from the saved images and write it whole or not at all."""
     import numpy as np
     import torch
 
     from mrflow_sched.images.files import open_image, save_png
-    from mrflow_sched.measure.sheet import draw_sheet
 
-    pictures = [open_image(run.path).convert("RGB") for run in (native, staged)]
-    sheet = torch.tensor(np.array(draw_sheet(prompt, native, staged, pictures)))
-    save_png(path, sheet.permute(2, 0, 1).float() / 255, {})
+    images = [open_image(run.path, own=True).convert("RGB") for run in (native, staged)]
+    sheet = torch.tensor(np.array(draw_sheet(prompt, native, staged, images)))
+    save_png(path, sheet.permute(2, 0, 1).float() / 255, {"prompt": prompt})
     return path

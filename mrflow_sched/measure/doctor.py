@@ -14,32 +14,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from mrflow_sched._runtime.errors import first_line
+from mrflow_sched.plan.families import FAMILIES
 
 __all__ = ["Finding", "examine"]
 
 _REQUIRED = ("torch", "diffusers", "transformers", "spandrel", "safetensors", "pillow")
 _OPTIONAL = {
-    "accelerate": "large folders load slower, and offloading is not there",
+    "accelerate": "large folders load slower, and --offload-text does not work",
     "peft": "LoRA files cannot be loaded into pipelines",
     "torchvision": "upscaler files cannot be read",
-}
-# Pipelines that are looked for by the name of their class.
-_PIPELINES = {
-    "FLUX.1": "FluxPipeline",
-    "FLUX.1 Kontext": "FluxKontextPipeline",
-    "FLUX.2": "Flux2Pipeline",
-    "FLUX.2 Klein": "Flux2KleinPipeline",
-    "Qwen-Image": "QwenImagePipeline",
-    "SD3, SD3.5": "StableDiffusion3Pipeline",
-    "Z-Image": "ZImagePipeline",
-    "Chroma": "ChromaPipeline",
-    "Lumina2": "Lumina2Pipeline",
-    "Sana": "SanaPipeline",
-    "AuraFlow": "AuraFlowPipeline",
-    "HunyuanImage": "HunyuanImagePipeline",
-    "HiDream": "HiDreamImagePipeline",
-    "SDXL (experimental)": "StableDiffusionXLPipeline",
-    "SD1.5 (experimental)": "StableDiffusionPipeline",
 }
 
 
@@ -117,8 +100,9 @@ def _families() -> Finding:
     except Exception as error:
         return Finding("families", f"diffusers cannot be imported ({first_line(error)})", False)
     library: Any = diffusers
-    there = [title for title, name in _PIPELINES.items() if hasattr(library, name)]
-    lacking = [title for title in _PIPELINES if title not in there]
+    known = dict(pair for family in FAMILIES.values() if family.pipeline for pair in family.pipeline.titles)
+    there = [title for title, name in known.items() if hasattr(library, name)]
+    lacking = [title for title in known if title not in there]
     text = f"{', '.join(there)}; other flow pipelines where they can be probed"
     return Finding("families", text + (f"; not in this diffusers: {', '.join(lacking)}" if lacking else ""))
 

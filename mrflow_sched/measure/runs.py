@@ -41,7 +41,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A native and a staged run of the same prompt, and the picture that shows both."""
+    """A native and a staged run of the same prompt, and the image that shows both."""
 
     native: Run
     staged: Run
@@ -61,7 +61,7 @@ class Comparison:
 
     @property
     def peak_memory_ratio(self) -> float:
-        """Peak memory of the staged run divided by that of the native run (see `_memory.PeakMemory`)."""
+        """Peak memory of the staged run divided by that of the native run (see `_runtime.peak.PeakMemory`)."""
         return self.staged.peak_bytes / self.native.peak_bytes
 
     @property

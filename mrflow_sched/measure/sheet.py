@@ -1,17 +1,20 @@
-"""One picture that shows two ways of making a picture: both images, their seconds, and where the seconds went."""
+"""One image that shows two ways of making an image: both results, their seconds, and where the seconds went."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from mrflow_sched.measure.fonts import Fonts
 from mrflow_sched.measure.runs import Run
 
-_PAPER, _INK, _QUIET = (250, 249, 246), (28, 30, 34), (110, 114, 122)
-_SAMPLING = (52, 101, 164)
+__all__ = ["PAPER", "SAMPLING", "draw_sheet"]
+
+PAPER, _INK, _QUIET = (250, 249, 246), (28, 30, 34), (110, 114, 122)
+SAMPLING = (52, 101, 164)
 _PARTS = {
     "text": (117, 80, 123),
     "upscale": (204, 102, 0),
@@ -21,54 +24,59 @@ _PARTS = {
     "save": (120, 120, 120),
 }
 _PANEL = 512
-"""Images narrower than this are shown enlarged by a whole factor, pixel for pixel."""
+"""Images narrower than this are shown magnified by a whole factor, pixel for pixel."""
+# A space before or not; then a letter of a script that breaks lines between any two letters, or a word.
+_WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe6f\uff00-\uff60\U00020000-\U0003fffd"
+_WORD = re.compile(rf"(\s*)([{_WIDE}]|[^\s{_WIDE}]+)")
 
 
 @dataclass(frozen=True)
 class _Pen:
-    """A canvas with one font family at sizes relative to the panels."""
+    """A canvas and fonts at sizes relative to the panels."""
 
     draw: ImageDraw.ImageDraw
     unit: int
-
-    def font(self, size: float) -> Any:
-        try:
-            return ImageFont.load_default(size=round(self.unit * size))
-        except (TypeError, OSError, ImportError):  # Pillow before 10.1, or without FreeType: one small bitmap font
-            return ImageFont.load_default()
+    fonts: Fonts
 
     def width(self, text: str, size: float) -> float:
-        return float(self.draw.textlength(_drawable(text), font=self.font(size)))
+        return self.fonts.width(text, round(self.unit * size))
 
     def write(self, place: tuple[float, float], text: str, size: float = 1.0, fill: tuple[int, ...] = _INK) -> None:
-        self.draw.text(place, _drawable(text), font=self.font(size), fill=fill)
+        self.fonts.write(self.draw, place, text, round(self.unit * size), fill)
 
 
-def _drawable(text: str) -> str:
-    """Pillow's built-in fonts hold Latin letters; anything else becomes a question mark instead of an error."""
-    return text.replace("×", "x").encode("latin-1", "replace").decode("latin-1")
-
-
-def draw_sheet(prompt: str, native: Run, staged: Run, images: Sequence[Image.Image]) -> Image.Image:
+def draw_sheet(
+    prompt: str, native: Run, staged: Run, images: Sequence[Image.Image], fonts: Fonts | None = None
+) -> Image.Image:
     """The two images side by side under the prompt, each with its label, above bars of the seconds on one scale.
 
-    `images` are the native and the staged picture, of one size, in 8-bit RGB.
+    Args:
+        prompt: the title. A letter that no font has is drawn as a box, and a line below says so.
+        native: the native run.
+        staged: the staged run.
+        images: the native and the staged image, of one size, in 8-bit RGB.
+        fonts: what to write with; None: the installed fonts.
     """
     magnify = max(1, round(_PANEL / images[0].width))
     panel = (images[0].width * magnify, images[0].height * magnify)
     unit = max(14, panel[0] // 30)
     gap = unit * 3 // 2
     width = 2 * panel[0] + 3 * gap
-    pen = _Pen(ImageDraw.Draw(Image.new("RGB", (1, 1))), unit)
+    fonts = fonts or Fonts()
+    pen = _Pen(ImageDraw.Draw(Image.new("RGB", (1, 1))), unit, fonts)
     title = _wrap(pen, f'"{prompt}"', 1.25, width - 2 * gap, lines=3)
     legend = _legend(pen, native, staged, width - 2 * gap)
-    top = gap + round(len(title) * unit * 1.7) + unit // 2
+    remark = _remark(fonts, prompt)
+    below_title = gap + round(len(title) * unit * 1.7)
+    top = below_title + (round(unit * 1.5) if remark else 0) + unit // 2
     bars = top + panel[1] + 5 * unit
     height = bars + round(unit * (5.2 + 1.6 * len(legend))) + gap
-    canvas = Image.new("RGB", (width, height), _PAPER)
-    pen = _Pen(ImageDraw.Draw(canvas), unit)
+    canvas = Image.new("RGB", (width, height), PAPER)
+    pen = _Pen(ImageDraw.Draw(canvas), unit, fonts)
     for number, line in enumerate(title):
         pen.write((gap, gap + number * unit * 1.7), line, 1.25)
+    if remark:
+        pen.write((gap, below_title), remark, 0.9, _QUIET)
     for column, (run, image) in enumerate(zip((native, staged), images, strict=True)):
         left = gap + column * (panel[0] + gap)
         canvas.paste(image.resize(panel, Image.Resampling.NEAREST), (left, top))
@@ -76,6 +84,13 @@ def draw_sheet(prompt: str, native: Run, staged: Run, images: Sequence[Image.Ima
     _bars(pen, (gap, bars), width - 2 * gap, (native, staged))
     _write_legend(pen, (gap, bars + 5.2 * unit), legend)
     return canvas
+
+
+def _remark(fonts: Fonts, prompt: str) -> str:
+    """What to say where letters of the prompt cannot be drawn."""
+    if not fonts.lacking(prompt):
+        return ""
+    return f"{fonts.missing}: no installed font has this letter (Noto fonts do); the prompt is in this file's PNG text."
 
 
 def _label(pen: _Pen, place: tuple[float, float], run: Run, native: Run, magnify: int) -> None:
@@ -132,20 +147,21 @@ def _write_legend(pen: _Pen, place: tuple[float, float], lines: list[list[tuple[
 
 
 def _colour(part: str) -> tuple[int, int, int]:
-    return next((colour for word, colour in _PARTS.items() if word in part), _SAMPLING)
+    return next((colour for word, colour in _PARTS.items() if word in part), SAMPLING)
 
 
 def _wrap(pen: _Pen, text: str, size: float, width: float, lines: int) -> list[str]:
-    """At most `lines` lines of `text`, broken at spaces, the last one ended by dots where words were left out."""
+    """At most `lines` lines of `text`, broken at spaces and between letters of Chinese, Japanese and Korean; the last
+    one ended by dots where words were left out."""
     found: list[str] = [""]
-    for word in text.split():
-        longer = f"{found[-1]} {word}".strip()
+    for space, word in _WORD.findall(text):
+        longer = f"{found[-1]}{' ' if space and found[-1] else ''}{word}"
         if pen.width(longer, size) <= width or not found[-1]:
             found[-1] = _clip(pen, longer, size, width)
         else:
             found.append(_clip(pen, word, size, width))
-    if len(found) > lines:
-        found = [*found[: lines - 1], _clip(pen, found[lines - 1] + " ...", size, width)]
+        if len(found) > lines:
+            return [*found[: lines - 1], _clip(pen, found[lines - 1] + " ...", size, width)]
     return found
 
 

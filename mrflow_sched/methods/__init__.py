@@ -1,1 +1,26 @@
-"""Methods: how a stage is sampled and how one stage becomes the next, one file each."""
+"""Methods: how a stage is sampled and how one stage becomes the next, one file each; none knows another.
+
+`Plain`, the published method, is part of `mrflow_sched.sampling.method`; a method here is built around another one, its
+`inner`. `method_of` is what a plan asks for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mrflow_sched.methods.guidance import GuidanceInterval
+from mrflow_sched.methods.tiled import Tiled, TiledEngine
+from mrflow_sched.sampling.method import Method, Plain, StageRun
+
+if TYPE_CHECKING:
+    from mrflow_sched.plan.stages import StagedPlan
+
+__all__ = ["GuidanceInterval", "Method", "Plain", "StageRun", "Tiled", "TiledEngine", "method_of"]
+
+
+def method_of(plan: StagedPlan) -> Method:
+    """The method that a plan's numbers ask for: plain, with guidance by interval and tiles where they say so."""
+    method: Method = Plain()
+    if not all(stage.always_guided for stage in plan.stages):
+        method = GuidanceInterval(method)
+    return Tiled(method) if plan.tile else method

@@ -1,32 +1,84 @@
-"""A refine stage made of overlapping tiles."""
+"""Tiled refining: the network sees a later stage in overlapping tiles, blended, where the plan says so.
+
+Every evaluation is made of tiles of the same noisy latents: one noise field, one sigma. After MultiDiffusion (Bar-Tal
+et al. 2023, arXiv 2302.08113).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from mrflow_sched.sampling.engine import Engine
 from mrflow_sched.plan.tiles import cells
+from mrflow_sched.sampling.engine import Capabilities, capabilities_of
+from mrflow_sched.sampling.method import Plain
 from mrflow_sched.upscaling.blend import feathered
+
+if TYPE_CHECKING:
+    from mrflow_sched.sampling.engine import Engine
+    from mrflow_sched.sampling.method import Method, StageRun
+
+__all__ = ["Tiled", "TiledEngine"]
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """Tiles in the stages that the plan wants tiled (`StagedPlan.tiled`); all else is `inner`.
+
+    Attributes:
+        inner: What a run's stages are, tiled or not.
+    """
+
+    inner: Method = field(default_factory=Plain)
+
+    @property
+    def gradients(self) -> bool:
+        """As the method inside."""
+        return self.inner.gradients
+
+    def start(self, run: StageRun, image: Tensor | None) -> Tensor:
+        """As the method inside."""
+        return self.inner.start(run, image)
+
+    def stage(self, run: StageRun, latents: Tensor) -> Tensor:
+        """The method inside, on an engine whose network sees tiles."""
+        if not run.plan.tiled(run.index):
+            return self.inner.stage(run, latents)
+        tiled = TiledEngine(run.engine, run.plan.tile, cancel=run.hooks.stop_if_cancelled)
+        return self.inner.stage(run.with_engine(tiled), latents)
+
+    def handoff(self, run: StageRun, images: Tensor) -> Tensor | None:
+        """As the method inside."""
+        return self.inner.handoff(run, images)
 
 
 class TiledEngine:
-    """An engine whose network sees a picture tile by tile; all else is the engine's own.
+    """An engine whose network sees an image tile by tile; all else is the engine's own.
 
-    Every evaluation is made of overlapping tiles of the same noisy latents, blended: one noise field, one sigma. Each
-    tile has positions of its own, from 0 on, as at the sizes that the network was trained at. After MultiDiffusion
-    (Bar-Tal et al. 2023).
+    Each tile has positions of its own, from 0 on, as at the sizes that the network was trained at.
     """
 
     def __init__(self, engine: Engine, tile: int, *, cancel: Callable[[], object] | None = None) -> None:
-        """`tile`: side in pixels, at least the family's grid. `cancel` is called before each tile and may raise."""
+        """Wrap `engine`.
+
+        Args:
+            engine: Asked for every tile.
+            tile: Side in pixels, at least the family's grid.
+            cancel: Called before each tile; may raise `Cancelled`.
+        """
         self._engine, self._tile, self._cancel = engine, tile, cancel
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the engine inside can do, but for its own loop, which sees whole images."""
+        off = {"whole_stages": False, "guidance_per_step": False, "network_seam": False, "token_subsets": False}
+        return replace(capabilities_of(self._engine), **off)
 
     def denoise(self, x: Tensor, sigma: Tensor, text: Any, *, guidance: float) -> Tensor:
         """Clean estimate of `x` (B, C, h, w), as `Engine.denoise`; latents that fit into a tile pass as they are."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
@@ -13,12 +12,17 @@ SeedRule = Literal["offset", "hash"]
 Posterior = Literal["mode", "sample"]
 Number = TypeVar("Number", int, float)
 
-SOLVER_NAMES = ("euler", "heun", "multistep", "careful", "dpmpp_2m")
 MIN_FACTOR, MAX_FACTOR = 1.25, 4.0
 MAX_SIDE = 32768
 LEAST_TILE = 64
 MAX_STEPS = 1000
+MAX_STAGES = 8
+MAX_GUIDANCE = 100
 MAX_SEED = 2**63 - 1
+# Plans are read from image metadata, which anyone can write: no number there may be larger than a real plan's.
+MAX_TOKENS = MAX_SIDE**2
+MAX_FORWARDS = 1_000_000
+MAX_SCALE = 1000.0
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -41,7 +45,7 @@ def is_number(value: object) -> bool:
 def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
     low, high = interval
     if not (is_number(low) and is_number(high) and 0.0 <= low < high <= 1.0):
-        raise MrFlowError(f"guidance_interval must be two levels, 0 <= low < high <= 1, got {interval!r}.")
+        raise MrFlowError(f"guidance_interval must be two sigmas, 0 <= low < high <= 1, got {interval!r}.")
     return float(low), float(high)
 
 
@@ -53,16 +57,12 @@ def check_tile(tile: int, family: Family | None = None) -> None:
         raise MrFlowError(f"tile must be 0 (none) or {least} pixels and more a side, got {tile!r}.")
 
 
-def check_finite(value: object, name: str) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise MrFlowError(f"{name} must be a finite number, got {value!r}.")
+def check_number(value: object, name: str, low: float, high: float) -> None:
+    """Raise MrFlowError unless `value` is a number from `low` to `high`; NaN and infinity are none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise MrFlowError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}.")
 
 
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise MrFlowError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")
-
-
-def check_solver(solver: str) -> None:
-    if solver not in SOLVER_NAMES:
-        raise MrFlowError(f"solver must be one of {', '.join(SOLVER_NAMES)}, got {solver!r}.")

@@ -1,8 +1,8 @@
 """What a plan costs, part by part: FLOP, memory, and seconds on a machine that was measured once.
 
-FLOP and bytes are counted on the real classes in their real sizes (`bench/speed/count.py`) and written down here as a
-few numbers per network, so that a plan can be priced in microseconds, without torch. Two per multiply-add; matrix
-products, convolutions and attention are counted, all else is noise beside them.
+FLOP and bytes are counted on the real classes in their real sizes (`bench/speed/count.py`) and written down as a few
+numbers per family, so that a plan can be priced in microseconds, without torch. Two per multiply-add; matrix products,
+convolutions and attention are counted, all else is negligible beside them.
 
 Seconds follow from one measured staged run (`Speeds.measured`): its two sizes tell what a FLOP costs in each part, and
 what a forward costs before its first FLOP.
@@ -15,79 +15,23 @@ from dataclasses import dataclass
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.families import FAMILIES, Family
+from mrflow_sched.plan.families.base import PixelCost
 from mrflow_sched.plan.stages import Stage, StagedPlan
 
 __all__ = ["UPSCALER_FLOP", "PartCost", "Peak", "Speeds", "part_costs", "peak_memory", "work_ratio"]
 
 UPSCALER_FLOP: Mapping[str, float] = {"x2": 8.966e6, "x4": 3.5854e7, "demo": 2.76e5, "lanczos": 0.0}
-"""FLOP per pixel of the small picture: RRDBNet of 23 blocks (RealESRGAN x2plus, x4plus), the embedded model's, none."""
+"""FLOP per pixel of the small image: RRDBNet of 23 blocks (RealESRGAN x2plus, x4plus), the embedded model's, none."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Pixels:
-    """A part that works on pixels: FLOP per pixel and per squared pixel, bytes alive at once per pixel (16 bits)."""
-
-    linear: float
-    squared: float
-    alive: float
-
-    def flop(self, pixels: int) -> float:
-        return self.linear * pixels + self.squared * pixels**2
-
-
-@dataclass(frozen=True, slots=True)
-class _Vae:
-    """Decoder and encoder of a VAE, and its number of weights."""
-
-    decode: _Pixels
-    encode: _Pixels
-    weights: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Network:
-    """Weights of a network and bytes alive at once per token, text included, while it runs in 16 bits."""
-
-    weights: float
-    alive: float
-
-
-_KL = _Vae(_Pixels(9.463e6, 0.5, 1537.0), _Pixels(4.132e6, 0.5, 1286.0), 8.38e7)
-_VAES: Mapping[str, _Vae] = {
-    "kl": _KL,
-    "qwen": _Vae(_Pixels(1.0748e7, 0.375, 3460.0), _Pixels(6.657e6, 0.375, 1935.0), 1.269e8),
-    "dc": _Vae(_Pixels(7.981e6, 0.0, 1666.0), _Pixels(4.94e6, 0.0, 1798.0), 3.123e8),
-    "demo": _Vae(_Pixels(7.0055e4, 0.0, 146.0), _Pixels(2.7288e4, 0.0, 102.0), 3.8e5),
-}
-_OTHER_VAES: Mapping[str, str | None] = {
-    "qwen-image": "qwen",
-    "sana": "dc",
-    "demo": "demo",
-    "hunyuan-image": None,
-    "hunyuan-image-distilled": None,
-}
-"""VAE by family where it is not the f8 AutoencoderKL of FLUX.1; None: not counted."""
-
-_FLUX1 = _Network(1.19e10, 1.059e5)
-_NETWORKS: Mapping[str, _Network] = {
-    "flux1-dev": _FLUX1,
-    "flux1-krea": _FLUX1,
-    "flux1-schnell": _FLUX1,
-    "qwen-image": _Network(2.043e10, 9.31e4),
-    "z-image": _Network(6.15e9, 1.215e5),
-    "z-image-turbo": _Network(6.15e9, 1.215e5),
-    "sd35": _Network(8.06e9, 6.25e4),
-    "sdxl": _Network(2.567e9, 1.01e4),
-    "demo": _Network(9.24e6, 9.36e3),
-}
 _UPSCALER_ALIVE = 260.0
-"""Bytes alive at once per pixel of the enlarged picture in an RRDBNet of 64 channels, 16 bits."""
+"""Bytes alive at once per pixel of the upscaled image in an RRDBNet of 64 channels, 16 bits."""
 _UPSCALER_WEIGHTS = 1.67e7
 
 
 @dataclass(frozen=True, slots=True)
 class PartCost:
-    """One part of a run for one picture: its name as in `StagedResult.timings`, how often it is called, FLOP of all
+    """One part of a run for one image: its name as in `StagedResult.timings`, how often it is called, FLOP of all
     calls together, pixels that it makes or reads, and bytes of tensors alive at once (None where not counted)."""
 
     name: str
@@ -100,16 +44,16 @@ class PartCost:
 def part_costs(
     plan: StagedPlan, family: Family | None = None, *, upscaler: str | float | None = None
 ) -> tuple[PartCost, ...] | None:
-    """The parts of `plan` for one picture, in order; None for a family that is not in the table.
+    """The parts of `plan` for one image, in order; None for a family that is not in the table.
 
-    `upscaler`: a name of `UPSCALER_FLOP` (left out, a x2 model), or FLOP per pixel of the small picture. A VAE that was
-    never counted is left out. Raises ValueError for an unknown name.
+    `upscaler`: a name of `UPSCALER_FLOP` (left out, a x2 model), or FLOP per pixel of the small image. A VAE that was
+    never counted is left out. Raises MrFlowError for an unknown name.
     """
     known = FAMILIES.get(plan.family) if family is None else family
     if known is None:
         return None
-    each = _upscaler_flop(("demo" if known.name == "demo" else "x2") if upscaler is None else upscaler)
-    vae = _vae(known.name)
+    each = _upscaler_flop(known.usual_upscaler if upscaler is None else upscaler)
+    vae = known.vae_cost
     parts: list[PartCost] = []
     for number, stage in enumerate(plan.stages, 1):
         if number > 1:
@@ -134,7 +78,7 @@ def work_ratio(plan: StagedPlan, family: Family | None = None, *, upscaler: str 
     if known is None or parts is None:
         return plan.cost_ratio
     last = plan.stages[-1]
-    vae = _vae(known.name)
+    vae = known.vae_cost
     native = plan.native_forwards * known.forward_cost(last.tokens)
     if vae is not None:
         native += vae.decode.flop(last.width * last.height)
@@ -167,15 +111,15 @@ def peak_memory(
 
     Weights of the network take `weight_bytes` each (2 in 16 bits, 1 in 8, 0.55 in 4 with their scales) and stay on the
     device beside VAE and upscaler, unless `offload` keeps only the part at work there. Text encoders are taken as gone.
-    Tiles are sides in pixels, of the picture at work; what does not fit into one is done in several, one after the
+    Tiles are sides in pixels, of the image at work; what does not fit into one is done in several, one after the
     other. Workspaces and fragmentation, which no count sees, come on top: expect some 10 % more.
     """
     known = FAMILIES.get(plan.family) if family is None else family
     parts = None if known is None else part_costs(plan, known)
-    network = None if known is None else _NETWORKS.get(known.name)
+    network = None if known is None else known.network_cost
     if known is None or parts is None or network is None:
         return None
-    vae = _vae(known.name)
+    vae = known.vae_cost
     held = {"sample": network.weights * weight_bytes, "vae": 2 * vae.weights if vae else 0.0}
     held["upscale"] = 2 * _UPSCALER_WEIGHTS
     found: list[Peak] = []
@@ -184,7 +128,7 @@ def peak_memory(
         tile = {"sample": None, "upscale": upscaler_tile, "vae": vae_tile}[kind]
         pixels = part.pixels if tile is None else min(part.pixels, tile**2)
         alive = (part.alive or 0.0) * pixels / part.pixels * (1 if kind == "vae" else batch)
-        kept = batch * part.pixels * 3 * 4 * 2  # pictures in float32: the one before and the one after
+        kept = batch * part.pixels * 3 * 4 * 2  # images in float32: the one before and the one after
         weights = held[kind] if offload else sum(held.values())
         found.append(Peak(weights + alive + kept, part.name, weights))
     return max(found, key=lambda peak: peak.total)
@@ -195,7 +139,7 @@ def peak_memory(
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What a machine takes: seconds per FLOP in each kind of part, and per forward and picture before the first FLOP.
+    """What a machine takes: seconds per FLOP in each kind of part, and per forward and image before the first FLOP.
 
     `forward` is what a forward costs beside its FLOP, `other` what a run costs beside its parts (text, noise, saving).
     """
@@ -218,7 +162,7 @@ class Speeds:
     ) -> Speeds:
         """From one run of a staged `plan`: `seconds` by part, as `StagedResult.timings` or `mrflow compare` name them.
 
-        Two stages of different size tell apart what a FLOP costs and what a forward costs. Raises ValueError, one
+        Two stages of different size tell apart what a FLOP costs and what a forward costs. Raises MrFlowError, one
         sentence, where a part is missing or there is one size only.
         """
         parts = part_costs(plan, family, upscaler=upscaler)
@@ -253,7 +197,7 @@ class Speeds:
     def predict(
         self, plan: StagedPlan, family: Family | None = None, *, upscaler: str | float | None = None
     ) -> tuple[tuple[str, float], ...]:
-        """(part, seconds) of `plan` on this machine, "other" at last. Raises ValueError for an unknown family."""
+        """(part, seconds) of `plan` on this machine, "other" at last. Raises MrFlowError for an unknown family."""
         parts = part_costs(plan, family, upscaler=upscaler)
         if parts is None:
             raise MrFlowError(f"nothing is known of what family {plan.family} costs; measure it with mrflow compare.")
@@ -269,11 +213,6 @@ class Speeds:
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _vae(family: str) -> _Vae | None:
-    kind = _OTHER_VAES.get(family, "kl")
-    return None if kind is None else _VAES[kind]
-
-
 def _upscaler_flop(upscaler: str | float) -> float:
     if isinstance(upscaler, str):
         if upscaler not in UPSCALER_FLOP:
@@ -284,13 +223,13 @@ def _upscaler_flop(upscaler: str | float) -> float:
 
 
 def _sampling(name: str, stage: Stage, tiles: Sequence[int], family: Family) -> PartCost:
-    network = _NETWORKS.get(family.name)
+    network = family.network_cost
     alive = None if network is None else network.alive * (max(tiles) + family.text_tokens)
     flop = stage.forwards * sum(map(family.forward_cost, tiles))
     return PartCost(name, stage.forwards * len(tiles), flop, stage.width * stage.height, alive)
 
 
-def _pixel_part(name: str, part: _Pixels, stage: Stage) -> PartCost:
+def _pixel_part(name: str, part: PixelCost, stage: Stage) -> PartCost:
     pixels = stage.width * stage.height
     return PartCost(name, 1, part.flop(pixels), pixels, part.alive * pixels)
 

@@ -11,9 +11,9 @@ from mrflow_sched.plan.families import FAMILIES, Family
 from mrflow_sched.plan.sizes import fit_box
 
 if TYPE_CHECKING:
-    from mrflow_sched.plan.stages import StagedPlan
+    from mrflow_sched.plan.stages import Stage, StagedPlan
 
-# Start levels outside this range have only been seen to go wrong (spec 5.1): a note says so.
+# Start sigmas outside this range have only been seen to go wrong (docs/method.md, section 5.1): a note says so.
 USUAL_SIGMA = (0.02, 0.6)
 # Noted where stage 1 has more than this many times the native area: FLUX.1's makers state up to two megapixels; other
 # families not measured.
@@ -22,58 +22,105 @@ LARGEST_AREA = 2.0
 SIDE_SLACK = 0.95
 
 
+# Up to this relative change of shape between two stages nobody sees anything.
+SLIGHT_STRETCH = 0.002
+
+
 # ------------------------------------------------------------------------------------------------------------- notes
 
 
-def plan_notes(plan: StagedPlan, family: Family | None = None) -> tuple[str, ...]:
-    """What a user should know about a plan: what was rounded or cropped, and where it leaves tested ground."""
+def plan_notes(
+    plan: StagedPlan, family: Family | None = None, *, stretches: bool = False, grid: int | None = None
+) -> tuple[str, ...]:
+    """What a user should know about a plan: what was rounded or cropped, and where it leaves tested ground.
+
+    Args:
+        plan: the plan.
+        family: its family; None: the known one of its name, if there is one.
+        stretches: an image is stretched into the next stage's shape; False: it is cropped at the centre.
+        grid: pixels that the sides of the final image are multiples of; None: the family's grid.
+    """
     known = FAMILIES.get(plan.family) if family is None else family
-    notes = [*_size_notes(plan), *_refine_notes(plan)]
-    first = plan.stages[0]
-    if known is not None and first.width * first.height > LARGEST_AREA * math.prod(known.native_size):
-        native = "x".join(map(str, known.native_size))
+    notes = [*size_notes(plan, known, stretches=stretches, grid=grid), *_refine_notes(plan)]
+    if known is not None and len(plan.stages) > 1 and known.prediction != "flow":
         notes.append(
-            f"Stage 1 at {first.width}x{first.height} is more than {LARGEST_AREA:g} times the area of the {native} "
-            f"that {known.title} is made for; expect repeated content, "
-            "or choose a smaller size, a larger factor or more stages."
+            f"{known.title} is no flow model: sigmas are converted at equal signal-to-noise ratio, which the "
+            "method's authors have not tested."
         )
-    if known is not None and len(plan.stages) > 1:
-        if math.sqrt(first.width * first.height) < SIDE_SLACK * known.min_low_side:
-            notes.append(
-                f"Stage 1 at {first.width}x{first.height} is smaller than the {known.min_low_side} px square "
-                f"below which {known.title} is out of its range; expect weaker composition, "
-                "or choose a larger size or a smaller factor."
-            )
-        if known.prediction != "flow":
-            notes.append(
-                f"{known.title} is no flow model: noise levels are converted at equal signal-to-noise ratio, which the "
-                "method's authors have not tested."
-            )
     if len(plan.stages) > 1 and plan.cost_ratio < 1.0:
         notes.append(f"This plan costs {1 / plan.cost_ratio:.2f} times as much as {plan.native_steps} native steps.")
     return tuple(notes)
 
 
-def _size_notes(plan: StagedPlan) -> list[str]:
+def size_notes(
+    plan: StagedPlan, family: Family | None, *, stretches: bool = False, grid: int | None = None
+) -> tuple[str, ...]:
+    """The notes on sizes alone: what was rounded, cropped or stretched, and what lies outside the model's range.
+
+    Arguments as in `plan_notes`.
+    """
+    multiple = grid if grid is not None or family is None else family.grid
+    notes = [*_rounding_notes(plan, stretches, multiple), *([] if family is None else _range_notes(plan, family))]
+    return tuple(notes)
+
+
+def _rounding_notes(plan: StagedPlan, stretches: bool, grid: int | None) -> list[str]:
     notes: list[str] = []
     if (plan.width, plan.height) != (plan.requested_width, plan.requested_height):
+        where = "on the model's grid" if grid is None else f"in multiples of {grid} pixels"
         notes.append(
             f"The requested {plan.requested_width}x{plan.requested_height} is made at {plan.width}x{plan.height}, "
-            "the nearest size on the model's grid."
+            f"the nearest size {where}."
         )
     for number, (small, large) in enumerate(pairwise(plan.stages), start=2):
-        width, height, _, _ = fit_box(small.width, small.height, large.width, large.height)
         scale = max(large.width / small.width, large.height / small.height)
         if not MIN_FACTOR <= scale <= MAX_FACTOR:
             notes.append(
-                f"Rounding to the grid makes stage {number} enlarge by {scale:.2f}; so small a size gains nothing."
+                f"Rounding to the grid makes stage {number} upscale by {scale:.2f}; so small a size gains nothing."
             )
-        if (width, height) != (large.width, large.height):
-            share = 1.0 - large.width * large.height / (width * height)
-            notes.append(
-                f"Stage {number - 1} at {small.width}x{small.height} is not shaped like {large.width}x{large.height}"
-                f": it is enlarged to {width}x{height} and cropped at the centre, losing {share:.1%} of the picture."
-            )
+        change = _stretch_note(number, small, large) if stretches else _crop_note(number, small, large)
+        notes.extend([change] if change else [])
+    return notes
+
+
+def _crop_note(number: int, small: Stage, large: Stage) -> str | None:
+    width, height, _, _ = fit_box(small.width, small.height, large.width, large.height)
+    if (width, height) == (large.width, large.height):
+        return None
+    share = 1.0 - large.width * large.height / (width * height)
+    return (
+        f"Stage {number - 1} at {small.width}x{small.height} is not shaped like {large.width}x{large.height}"
+        f": it is upscaled to {width}x{height} and cropped at the centre, losing {share:.1%} of the image."
+    )
+
+
+def _stretch_note(number: int, small: Stage, large: Stage) -> str | None:
+    ratio = small.width * large.height / (small.height * large.width)
+    stretch = max(ratio, 1 / ratio) - 1
+    if stretch <= SLIGHT_STRETCH:
+        return None
+    return (
+        f"Stage {number - 1} at {small.width}x{small.height} is not shaped like {large.width}x{large.height}: "
+        f"the image is stretched by {stretch:.1%}."
+    )
+
+
+def _range_notes(plan: StagedPlan, family: Family) -> list[str]:
+    notes: list[str] = []
+    first = plan.stages[0]
+    if first.width * first.height > LARGEST_AREA * math.prod(family.native_size):
+        native = "x".join(map(str, family.native_size))
+        notes.append(
+            f"Stage 1 at {first.width}x{first.height} is more than {LARGEST_AREA:g} times the area of the {native} "
+            f"that {family.title} is made for; expect repeated content, "
+            "or choose a smaller size, a larger factor or more stages."
+        )
+    if len(plan.stages) > 1 and math.sqrt(first.width * first.height) < SIDE_SLACK * family.min_low_side:
+        notes.append(
+            f"Stage 1 at {first.width}x{first.height} is smaller than the {family.min_low_side} px square "
+            f"below which {family.title} is out of its range; expect weaker composition, "
+            "or choose a larger size or a smaller factor."
+        )
     return notes
 
 
@@ -85,7 +132,7 @@ def _refine_notes(plan: StagedPlan) -> list[str]:
         elif not USUAL_SIGMA[0] <= stage.start_sigma <= USUAL_SIGMA[1]:
             notes.append(
                 f"Stage {number} starts at sigma {stage.start_sigma:g}, outside the usual {USUAL_SIGMA[0]} to "
-                f"{USUAL_SIGMA[1]}: below, nothing is refined; above, the picture is made anew."
+                f"{USUAL_SIGMA[1]}: below, nothing is refined; above, the image is made anew."
             )
         if stage.steps > 1:
             notes.append(f"Stage {number} takes {stage.steps} refine steps; published results gain little beyond one.")

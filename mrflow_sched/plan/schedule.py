@@ -1,35 +1,33 @@
-"""Sigma lists, as plain floats.
+"""Schedules: the sigmas of a stage, as plain floats.
 
-A sigma list is a tuple of N + 1 noise fractions for N solver steps. It falls strictly and ends in exactly 0.0.
+A schedule is a tuple of N + 1 noise fractions for N solver steps. It falls strictly and ends in exactly 0.0.
 
 * Stage-1 lists start at exactly 1.0 (pure noise). They follow the model's own schedule: `native_sigmas`, `beta_sigmas`
   and, for variance-exploding models, `scaled_linear_sigmas`. Their `shift` is always an explicit argument.
 * Refine lists start at a chosen `start_sigma` below 1: `refine_sigmas`. Nothing ever shifts them. Schedulers that do
-  (spec 1.5) run FLUX.1's 0.12 at 0.301 and Qwen-Image's 0.12 at 0.020.
+  (docs/method.md, section 1.5) run FLUX.1's 0.12 at 0.301 and Qwen-Image's 0.12 at 0.020.
 
-A `recipe` is the short text that makes a list again, such as "native 12 mu=0.63": see `sigmas_from_recipe`.
-Nothing here needs torch.
+`recipes` has the short texts that stand for such lists. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from mrflow_sched._runtime.errors import MrFlowError
 
 __all__ = [
     "beta_sigmas",
-    "explicit_recipe",
     "mu_flux2",
     "mu_for_tokens",
     "native_sigmas",
     "refine_sigmas",
     "scaled_linear_sigmas",
     "shift_sigma",
-    "sigmas_from_recipe",
     "stretch_to_terminal",
     "unshift_sigma",
     "validate_sigmas",
@@ -37,8 +35,6 @@ __all__ = [
 
 Sigmas = tuple[float, ...]
 
-# Recipes come from image metadata, which anyone can write: keep a hostile one from filling memory.
-_MAX_RECIPE_STEPS = 1000
 # exp(20) squeezes all but the last step into the topmost billionth: no list beyond it means anything.
 MAX_MU = 20.0
 
@@ -49,8 +45,14 @@ MAX_MU = 20.0
 def shift_sigma(sigma: float, shift: float) -> float:
     """Warp a noise fraction towards 1 (shift > 1) or towards 0 (shift < 1): s·t / (1 + (s-1)·t).
 
-    `sigma` in [0, 1], `shift` > 0; 0 and 1 stay where they are. With shift = exp(mu) this is FLUX's "exponential"
-    shift. Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23. Raises ValueError outside those ranges.
+    Args:
+        sigma: noise fraction in [0, 1]; 0 and 1 stay where they are.
+        shift: above 0; exp(mu) for FLUX's "exponential" shift.
+
+    Raises:
+        MrFlowError: outside those ranges.
+
+    Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23.
     """
     _check_unit(sigma, "sigma")
     if not (math.isfinite(shift) and shift > 0):
@@ -76,8 +78,19 @@ def mu_for_tokens(
 ) -> float:
     """mu = log(shift) for an image of `tokens` tokens, on the straight line through two known points.
 
-    The defaults are FLUX.1's: 0.63 at 1024 tokens (512 px), 1.15 at 4096 (1024 px). The line goes on beyond both
-    points. Source: black-forest-labs/flux `sampling.py`; diffusers FluxPipeline. Raises ValueError for tokens < 1.
+    The defaults are FLUX.1's: 0.63 at 1024 tokens (512 px), 1.15 at 4096 (1024 px).
+
+    Args:
+        tokens: image tokens, 1 or more; the line goes on beyond both points.
+        base_tokens: tokens of the first point.
+        max_tokens: tokens of the second point.
+        base_shift: mu at the first point.
+        max_shift: mu at the second point.
+
+    Raises:
+        MrFlowError: for tokens < 1.
+
+    Source: black-forest-labs/flux `sampling.py`; diffusers FluxPipeline.
     """
     _check_count(tokens, "tokens")
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
@@ -95,7 +108,7 @@ def mu_flux2(tokens: int, steps: int) -> float:
     """FLUX.2's empirical mu for an image of `tokens` tokens sampled in `steps` steps.
 
     1.974 at 1024 tokens and 12 steps; 2.031 at 1024 and 4. Above 4300 tokens the step count no longer matters.
-    Source: constants of diffusers `Flux2KleinPipeline`. Raises ValueError for tokens < 1 or steps < 1.
+    Source: constants of diffusers `Flux2KleinPipeline`. Raises MrFlowError for tokens < 1 or steps < 1.
     """
     _check_count(tokens, "tokens")
     _check_count(steps, "steps")
@@ -110,50 +123,87 @@ def mu_flux2(tokens: int, steps: int) -> float:
 
 
 def stretch_to_terminal(sigmas: Sequence[float], terminal: float) -> Sigmas:
-    """Stretch a list about 1 so that its last noise level above zero becomes `terminal`; the final 0 stays.
+    """Stretch a schedule about 1 so that its last sigma above zero becomes `terminal`; the final 0 stays.
 
     Qwen-Image's scheduler does this with 0.02. `sigmas` must start at 1.0; `terminal` in (0, 1).
-    A list of one step has nothing to stretch and comes back as it is. Raises ValueError for other input.
+    A schedule of one step has nothing to stretch and comes back as it is. Raises MrFlowError for other input.
     Source: diffusers FlowMatchEulerDiscreteScheduler, `shift_terminal`.
     """
     checked = validate_sigmas(sigmas, "sigmas")
     if checked[0] != 1.0:
-        raise MrFlowError(f"sigmas must start at 1.0 to be stretched, got {checked[0]!r}; refine lists never are.")
+        raise MrFlowError(f"sigmas must start at 1.0 to be stretched, got {checked[0]!r}; refine schedules never are.")
     if not 0.0 < terminal < 1.0:
         raise MrFlowError(f"terminal must lie between 0 and 1, got {terminal!r}; Qwen-Image uses 0.02.")
-    if len(checked) == 2:
-        return checked
-    scale = (1.0 - terminal) / (1.0 - checked[-2])
-    inner = [1.0 - (1.0 - sigma) * scale for sigma in checked[1:-2]]
-    return validate_sigmas([1.0, *inner, terminal, 0.0], "sigmas")
+    return validate_sigmas([*stretched(checked[:-1], terminal), 0.0], "sigmas")
+
+
+def stretched(above_zero: Sequence[float], terminal: float) -> list[float]:
+    """Sigmas without their final 0, stretched about 1 until the last one is `terminal`; one at 1 stays as it is."""
+    if above_zero[-1] >= 1.0:
+        return list(above_zero)
+    scale = (1.0 - terminal) / (1.0 - above_zero[-1])
+    return [*(1.0 - (1.0 - sigma) * scale for sigma in above_zero[:-1]), terminal]
+
+
+def evenly(first: float, last: float, count: int) -> list[float]:
+    """`count` evenly spaced values from `first` to `last`; one value is `first`."""
+    spacing, (low, high) = (first - last) / max(count - 1, 1), sorted((first, last))
+    return [min(max(first - index * spacing, low), high) for index in range(count)]  # rounding must not leave the range
 
 
 def native_sigmas(
-    steps: int, *, mu: float = 0.0, terminal: float | None = None, sigma_min: float | None = None
+    steps: int,
+    *,
+    mu: float = 0.0,
+    terminal: float | None = None,
+    sigma_min: float | None = None,
+    beta: float | None = None,
 ) -> Sigmas:
-    """A flow model's own list: evenly spaced noise fractions from 1, warped by shift = exp(mu), then a final 0.
+    """A flow model's own schedule: evenly spaced noise fractions from 1, shifted, then a final 0.
 
-    `sigma_min` is the last fraction above zero *before* the shift (default 1/steps, which spaces all steps evenly).
-    `terminal`: see `stretch_to_terminal`. Returns steps + 1 floats from exactly 1.0 to exactly 0.0.
-    Raises ValueError for steps < 1, a mu that is not finite, or a sigma_min outside (0, 1).
-    Source: diffusers FluxPipeline (sigmas) and FlowMatchEulerDiscreteScheduler (shift).
+    Args:
+        steps: 1 or more.
+        mu: logarithm of the shift.
+        terminal: the last sigma above zero that the shifted schedule is stretched to, see `stretch_to_terminal`.
+        sigma_min: the last fraction above zero before the shift (None: 1/steps, which spaces all steps evenly).
+        beta: space the finished schedule anew between its ends, at quantiles of Beta(beta, beta).
+
+    Returns:
+        steps + 1 floats from exactly 1.0 to exactly 0.0.
+
+    Raises:
+        MrFlowError: for steps < 1, a mu that is not finite, or another number out of its range.
+
+    Source: diffusers FluxPipeline (sigmas) and FlowMatchEulerDiscreteScheduler (shift, terminal, beta).
     """
     _check_count(steps, "steps")
     shift = _shift_of(mu)
     last = 1.0 / steps if sigma_min is None else sigma_min
     if not 0.0 < last <= 1.0 or (sigma_min is not None and last == 1.0):
         raise MrFlowError(f"sigma_min must lie between 0 and 1, got {sigma_min!r}; leave it out for even spacing.")
-    spacing = (1.0 - last) / (steps - 1) if steps > 1 else 0.0
-    shifted = [shift_sigma(1.0 - index * spacing, shift) for index in range(1, steps)]
-    sigmas = validate_sigmas([1.0, *shifted, 0.0], "sigmas")
-    return sigmas if terminal is None else stretch_to_terminal(sigmas, terminal)
+    shifted = [1.0, *(shift_sigma(sigma, shift) for sigma in evenly(1.0, last, steps)[1:])]
+    sigmas = validate_sigmas([*shifted, 0.0], "sigmas")
+    if terminal is not None:
+        sigmas = stretch_to_terminal(sigmas, terminal)
+    return sigmas if beta is None else validate_sigmas([*spaced_by_beta(sigmas[:-1], beta), 0.0], "sigmas")
+
+
+def spaced_by_beta(above_zero: Sequence[float], beta: float = 0.6) -> list[float]:
+    """As many sigmas between the same two ends, at quantiles of Beta(beta, beta).
+
+    Source: Lee et al. 2024 (arXiv 2407.12173), with both ends on the schedule as diffusers' schedulers have it.
+    """
+    top, bottom, count = above_zero[0], above_zero[-1], len(above_zero)
+    quantiles = beta_sigmas(count - 1, alpha=beta, beta=beta) if count > 1 else (1.0,)
+    inner = [bottom + quantile * (top - bottom) for quantile in quantiles[1:-1]]
+    return [top, *inner, bottom] if count > 1 else [top]
 
 
 def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float = 0.0) -> Sigmas:
-    """Levels at evenly spaced quantiles of a Beta(alpha, beta) distribution, then shifted by exp(mu).
+    """Sigmas at evenly spaced quantiles of a Beta(alpha, beta) distribution, then shifted by exp(mu).
 
     With both below 1 the steps crowd at the two ends. Returns steps + 1 floats from exactly 1.0 to exactly 0.0.
-    Raises ValueError for steps < 1, or alpha or beta outside 0.2..10.
+    Raises MrFlowError for steps < 1, or alpha or beta outside 0.2..10.
     Source: Lee et al. 2024, "Beta Sampling is All You Need" (arXiv 2407.12173), which uses 0.6 and 0.6.
     """
     _check_count(steps, "steps")
@@ -165,30 +215,58 @@ def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float 
     return validate_sigmas([1.0, *inner, 0.0], "sigmas")
 
 
-def scaled_linear_sigmas(steps: int) -> Sigmas:
-    """The list of SD1.5 and SDXL (scaled-linear betas, trailing spacing), told in equal-SNR flow sigma.
+# ---------------------------------------------------------------------------------------- variance-exploding schedules
 
-    A variance-exploding level sigma_ve has the signal-to-noise ratio of the flow level sigma_ve / (1 + sigma_ve).
-    The first level is set to 1.0 (pure noise), which these models meet at their largest sigma_ve, 14.6.
-    Returns steps + 1 floats; raises ValueError unless 1 <= steps <= 1000.
-    Source: Rombach et al. 2022 training betas 0.00085..0.012; trailing spacing of Lin et al. 2023 (arXiv 2305.08891).
+
+def scaled_linear_sigmas(steps: int, *, zero_snr: bool = False) -> Sigmas:
+    """The schedule of SD1.5 and SDXL (scaled-linear betas, trailing spacing), told in equal-SNR flow sigma.
+
+    A variance-exploding sigma_ve has the signal-to-noise ratio of the flow sigma sigma_ve / (1 + sigma_ve).
+    The first sigma is set to 1.0 (pure noise), which these models meet at their largest sigma_ve: 14.6, or 4096 where
+    their betas are rescaled to zero terminal SNR (`zero_snr`).
+    Returns steps + 1 floats; raises MrFlowError unless 1 <= steps <= 1000.
+    Source: Rombach et al. 2022 training betas 0.00085..0.012; trailing spacing and zero SNR of Lin et al. 2023
+    (arXiv 2305.08891).
     """
     _check_count(steps, "steps")
-    table = scaled_linear_ve()
+    table = scaled_linear_ve(zero_snr)
     if steps > len(table):
         raise MrFlowError(f"steps must be at most {len(table)} for this schedule, got {steps!r}; ask for fewer steps.")
-    picked = [table[round(len(table) * (1.0 - index / steps)) - 1] for index in range(1, steps)]
+    picked = [table[step] for step in trailing_steps(len(table), steps)[1:]]
     return validate_sigmas([1.0, *(ve / (1.0 + ve) for ve in picked), 0.0], "sigmas")
 
 
-@lru_cache(maxsize=1)
-def scaled_linear_ve() -> Sigmas:
-    """sigma_ve of the 1000 training steps of SD1.5 and SDXL, rising: sqrt((1 - abar) / abar)."""
-    low, high = math.sqrt(0.00085), math.sqrt(0.012)
-    kept, table = 1.0, list[float]()
-    for step in range(1000):
-        kept *= 1.0 - (low + (high - low) * step / 999) ** 2
-        table.append(math.sqrt((1.0 - kept) / kept))
+def trailing_steps(training: int, count: int) -> list[int]:
+    """Training steps to visit, falling from the last one: "trailing" of Lin et al. 2023, table 2."""
+    return [round(training - index * training / count) - 1 for index in range(count)]
+
+
+@lru_cache(maxsize=2)
+def scaled_linear_ve(zero_snr: bool = False) -> Sigmas:
+    """sigma_ve of the 1000 training steps of SD1.5 and SDXL, rising."""
+    return ve_of_betas(scaled_linear_betas(0.00085, 0.012, 1000), zero_snr=zero_snr)
+
+
+def scaled_linear_betas(first: float, last: float, count: int) -> list[float]:
+    """Betas whose square roots are evenly spaced (Rombach et al. 2022)."""
+    return [root**2 for root in evenly(math.sqrt(first), math.sqrt(last), count)]
+
+
+def ve_of_betas(betas: Sequence[float], *, zero_snr: bool = False) -> Sigmas:
+    """sigma_ve of every training step, rising: sqrt((1 - abar) / abar), where abar is the product of 1 - beta.
+
+    With `zero_snr` the roots of abar are shifted and scaled so that the last is 0 (Lin et al. 2023, algorithm 1). It is
+    then set to 2^-24, as in diffusers, so that its sigma_ve is finite: 4096. Steps before it that would lie above are
+    lowered to just below, so that the table rises.
+    """
+    kept: list[float] = list(accumulate((1.0 - beta for beta in betas), operator.mul))
+    if zero_snr:
+        roots = [math.sqrt(each) for each in kept]
+        scale = roots[0] / (roots[0] - roots[-1])
+        kept = [((root - roots[-1]) * scale) ** 2 for root in roots[:-1]] + [2.0**-24]
+    table = [math.sqrt((1.0 - each) / each) if each > 0.0 else math.inf for each in kept]
+    for step in range(len(table) - 2, -1, -1):
+        table[step] = min(table[step], table[step + 1] * (1.0 - 1e-9))
     return tuple(table)
 
 
@@ -196,12 +274,23 @@ def scaled_linear_ve() -> Sigmas:
 
 
 def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigmas:
-    """The list of a later stage: from `start_sigma`, which is the flow noise fraction itself, to 0.
+    """The schedule of a later stage: from `start_sigma`, which is the flow noise fraction itself, to 0.
 
-    "linear" falls in equal steps; "shifted" takes shorter steps first, more so with more steps, with an inner shift of
-    0.25·(steps-1) that never moves the two ends. For one step both are (start_sigma, 0). No model's shift enters.
-    Returns steps + 1 floats. Raises ValueError unless 0 < start_sigma < 1, steps >= 1 and the curve is known.
-    Source: spec 1.4 (a) and (b); the official code's direct refine list and its ComfyUI node.
+    No model's shift enters. For one step every curve is (start_sigma, 0).
+
+    Args:
+        start_sigma: noise fraction, 0 < start_sigma < 1.
+        steps: 1 or more.
+        curve: "linear" falls in equal steps; "shifted" takes shorter steps first, more so with more steps, by an inner
+            shift of 0.25·(steps-1) that never moves the two ends.
+
+    Returns:
+        steps + 1 floats.
+
+    Raises:
+        MrFlowError: for a number out of its range or an unknown curve.
+
+    Source: docs/method.md, section 1.4 (a) and (b); the official code's direct refine list and its ComfyUI node.
     """
     if not 0.0 < start_sigma < 1.0:
         raise MrFlowError(f"start_sigma must lie between 0 and 1, got {start_sigma!r}; 0.12 is the usual value.")
@@ -218,9 +307,9 @@ def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigm
 
 
 def validate_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> Sigmas:
-    """The same values as a tuple of floats, if they are a sigma list.
+    """The same values as a tuple of floats, if they are a schedule.
 
-    That is: at least one step, strictly falling, all in [0, 1], last exactly 0. Otherwise raises ValueError naming
+    That is: at least one step, strictly falling, all in [0, 1], last exactly 0. Otherwise raises MrFlowError naming
     `name`.
     """
     values = tuple(float(sigma) for sigma in sigmas)
@@ -233,70 +322,6 @@ def validate_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> Sigmas:
     if values[-1] != 0.0:
         raise MrFlowError(f"{name} must end in exactly 0, got {values[-1]!r} at the end.")
     return values
-
-
-# ------------------------------------------------------------------------------------------------------------- recipes
-
-
-@lru_cache(maxsize=64)
-def sigmas_from_recipe(recipe: str) -> Sigmas:
-    """Make the list that a recipe describes: a kind, then words. Numbers are written in full precision.
-
-    =======================================  ===================================
-    "native 12 mu=0.63 [terminal= min=]"     `native_sigmas`
-    "beta 12 mu=0.0"                         `beta_sigmas` with 0.6 and 0.6
-    "scaled-linear 30"                       `scaled_linear_sigmas`
-    "linear 1 start=0.12", "shifted ..."     `refine_sigmas`
-    "list 1.0 0.5 0.0"                       these very values
-    "none"                                   the empty list: a stage without steps
-    =======================================  ===================================
-
-    Raises ValueError for text that is none of these.
-    """
-    kind, *words = recipe.split(" ")
-    try:
-        if kind in ("list", "none"):
-            values = [float(word) for word in words]
-            return validate_sigmas(values) if kind == "list" else _no_values(values)
-        steps, numbers = int(words[0]), dict(_number(word) for word in words[1:])
-        if steps > _MAX_RECIPE_STEPS:
-            raise MrFlowError(f"recipe {recipe!r} asks for more than {_MAX_RECIPE_STEPS} steps.")
-        made = _from_numbers(kind, steps, numbers)
-    except (IndexError, KeyError) as error:
-        raise MrFlowError(f"recipe {recipe!r} lacks a number; see sigmas_from_recipe for the forms.") from error
-    if numbers:
-        raise MrFlowError(f"recipe {recipe!r} has a number {kind} lists do not take: {next(iter(numbers))}.")
-    return made
-
-
-def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
-    """The list of `kind`; takes the numbers that it uses out of `numbers`."""
-    if kind == "native":
-        mu, terminal, sigma_min = numbers.pop("mu"), numbers.pop("terminal", None), numbers.pop("min", None)
-        return native_sigmas(steps, mu=mu, terminal=terminal, sigma_min=sigma_min)
-    if kind == "beta":
-        return beta_sigmas(steps, mu=numbers.pop("mu"))
-    if kind == "scaled-linear":
-        return scaled_linear_sigmas(steps)
-    if kind in ("linear", "shifted"):
-        return refine_sigmas(numbers.pop("start"), steps, kind)
-    raise MrFlowError(f"recipe must begin with native, beta, scaled-linear, linear, shifted, list or none: {kind!r}.")
-
-
-def _number(word: str) -> tuple[str, float]:
-    name, _, value = word.partition("=")
-    return name, float(value)
-
-
-def _no_values(values: list[float]) -> Sigmas:
-    if values:
-        raise MrFlowError(f"recipe 'none' takes no values, got {values!r}.")
-    return ()
-
-
-def explicit_recipe(sigmas: Sequence[float]) -> str:
-    """The recipe that spells out every value: "list 1.0 0.5 0.0", or "none" for no values."""
-    return " ".join(["list", *(repr(float(sigma)) for sigma in sigmas)]) if sigmas else "none"
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

@@ -1,4 +1,4 @@
-"""Sizes of pictures: on the model's grid, from stage to stage, and how one fills another."""
+"""Sizes of images: on the model's grid, from stage to stage, and how one fills another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.plan.checks import MAX_FACTOR, MIN_FACTOR, check_side, check_whole, is_number
+from mrflow_sched.plan.checks import MAX_STAGES, check_side, check_whole
 from mrflow_sched.plan.families import Family
 
 # ------------------------------------------------------------------------------------------------------------- sizes
@@ -15,8 +15,12 @@ from mrflow_sched.plan.families import Family
 def fit_box(src_w: int, src_h: int, dst_w: int, dst_h: int) -> tuple[int, int, int, int]:
     """How to fill a box of `dst_w` x `dst_h` pixels with an image of `src_w` x `src_h` without stretching it.
 
-    Returns (resize_w, resize_h, left, top): scale the image to resize_w x resize_h, which covers the box and keeps the
-    image's shape to half a pixel, then cut the box out at (left, top), centred. Raises ValueError for sides below 1.
+    Returns:
+        (resize_w, resize_h, left, top) in pixels: scale the image to that size, which covers the box and keeps the
+        image's shape to half a pixel, then cut the box out at (left, top), centred.
+
+    Raises:
+        MrFlowError: for sides below 1.
     """
     for name, side in (("src_w", src_w), ("src_h", src_h), ("dst_w", dst_w), ("dst_h", dst_h)):
         check_whole(side, name, 1)
@@ -39,7 +43,8 @@ def snap_size(family: Family, width: int, height: int) -> tuple[int, int]:
 
 
 def tokens_of(family: Family, size: tuple[int, int]) -> int:
-    return (size[0] // family.grid) * (size[1] // family.grid)
+    """Image tokens of a size; a last row or column that is not whole counts."""
+    return math.ceil(size[0] / family.grid) * math.ceil(size[1] / family.grid)
 
 
 def stage_sizes(family: Family, width: int, height: int, factors: Sequence[float]) -> list[tuple[int, int]]:
@@ -63,15 +68,6 @@ def handoff_factors(
             )
         if not factors:
             raise MrFlowError("factors must hold at least one size step, got none; for one stage use native=True.")
-        chosen = tuple(factors)
-    else:
-        count = 2 if stages is None else stages
-        check_whole(count, "stages", 2, 8, "for one stage use native=True")
-        chosen = (family.factor if factor is None else factor,) * (count - 1)
-    for value in chosen:
-        if not is_number(value) or not MIN_FACTOR <= value <= MAX_FACTOR:
-            raise MrFlowError(
-                f"factor must lie between {MIN_FACTOR} and {MAX_FACTOR:g}, got {value!r}; "
-                "for a larger step use more stages."
-            )
-    return chosen
+        check_whole(len(factors), "the count of factors", 1, MAX_STAGES - 1)
+        return tuple(factors)
+    return (family.factor if factor is None else factor,) * ((2 if stages is None else stages) - 1)

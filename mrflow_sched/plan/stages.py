@@ -1,4 +1,4 @@
-"""The numbers of a run as frozen values: `Stage`, one resolution with its sigma list, and `StagedPlan`, the whole."""
+"""The numbers of a run as frozen values: `Stage`, one resolution with its schedule, and `StagedPlan`, the whole."""
 
 from __future__ import annotations
 
@@ -10,35 +10,34 @@ from typing import Any, cast
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.checks import (
+    MAX_FORWARDS,
+    MAX_SCALE,
     MAX_SEED,
+    MAX_STAGES,
+    MAX_STEPS,
+    MAX_TOKENS,
     Posterior,
     SeedRule,
     check_choice,
-    check_finite,
+    check_number,
     check_side,
-    check_solver,
     check_tile,
     check_whole,
     checked_interval,
 )
 from mrflow_sched.plan.notes import plan_notes
-from mrflow_sched.plan.schedule import (
-    explicit_recipe,
-    sigmas_from_recipe,
-    validate_sigmas,
-)
+from mrflow_sched.plan.recipes import explicit_recipe, sigmas_from_recipe
+from mrflow_sched.plan.schedule import validate_sigmas
+from mrflow_sched.plan.solver_table import check_solver
 from mrflow_sched.plan.text import (
-    FORMAT,
     NAME,
     PLAN_NUMBERS,
     checksum,
-    parse_size,
+    plan_to_string,
+    read_plan,
     shorten,
-    split_words,
     stage_from_dict,
-    stage_from_string,
     stage_to_dict,
-    stage_to_string,
 )
 from mrflow_sched.plan.tiles import tile_sides
 
@@ -47,13 +46,13 @@ from mrflow_sched.plan.tiles import tile_sides
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One resolution with its own sigma list.
+    """One resolution with its own schedule.
 
     `width`, `height` in pixels; `tokens` image tokens of the network. `mu` is the logarithm of the shift in `sigmas`,
     None where there is none. `sigmas` = () means that no step is taken and the upscaler's image is kept. `forwards`
-    counts network evaluations per image. `guided`: the least and the highest sigma at which guidance is in force;
-    outside it is off. `recipe` tells `sigmas` in short (see `schedule.sigmas_from_recipe`); left
-    out, or not matching, it is made to spell the values out. Raises ValueError for values that cannot be a stage.
+    counts network evaluations per image. `guidance_interval`: (low, high) range of sigma in which
+    guidance is applied. `recipe` tells `sigmas` in short (see `recipes.sigmas_from_recipe`); left
+    out, or not matching, it is made to spell the values out. Raises MrFlowError for values that cannot be a stage.
     """
 
     width: int
@@ -65,19 +64,20 @@ class Stage:
     guidance: float
     forwards: int
     recipe: str = ""
-    guided: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         check_side(self.width, "width")
         check_side(self.height, "height")
-        check_whole(self.tokens, "tokens", 1)
-        check_whole(self.forwards, "forwards", 0)
+        check_whole(self.tokens, "tokens", 1, self.width * self.height)
+        check_whole(self.forwards, "forwards", 0, MAX_FORWARDS)
         check_solver(self.solver)
-        check_finite(self.guidance, "guidance")
+        check_number(self.guidance, "guidance", -MAX_SCALE, MAX_SCALE)
         if self.mu is not None:
-            check_finite(self.mu, "mu")
-        object.__setattr__(self, "guided", checked_interval(self.guided))
+            check_number(self.mu, "mu", -MAX_SCALE, MAX_SCALE)
+        object.__setattr__(self, "guidance_interval", checked_interval(self.guidance_interval))
         sigmas = validate_sigmas(self.sigmas, "sigmas") if self.sigmas else ()
+        check_whole(max(len(sigmas) - 1, 0), "steps", 0, MAX_STEPS)
         object.__setattr__(self, "sigmas", sigmas)
         if not self.recipe or sigmas_from_recipe(self.recipe) != sigmas:
             object.__setattr__(self, "recipe", explicit_recipe(sigmas))
@@ -88,30 +88,37 @@ class Stage:
         return max(len(self.sigmas) - 1, 0)
 
     @property
+    def guided(self) -> tuple[float, float]:
+        """The former name of `guidance_interval`."""
+        return self.guidance_interval
+
+    @property
     def always_guided(self) -> bool:
-        """Whether guidance is in force at every level of the list."""
-        return all(self.guided[0] <= sigma <= self.guided[1] for sigma in self.sigmas[:-1])
+        """Whether guidance is applied at every sigma of the stage."""
+        low, high = self.guidance_interval
+        return all(low <= sigma <= high for sigma in self.sigmas[:-1])
 
     def guidance_at(self, sigma: float) -> float:
-        """The guidance in force at flow sigma `sigma`: the stage's, or 1, which is off."""
-        # Levels go through float32 on their way to the network.
-        return self.guidance if self.guided[0] - 1e-6 <= sigma <= self.guided[1] + 1e-6 else 1.0
+        """The guidance that is applied at flow sigma `sigma`: the stage's, or 1, which is off."""
+        low, high = self.guidance_interval
+        # Sigmas go through float32 on their way to the network.
+        return self.guidance if low - 1e-6 <= sigma <= high + 1e-6 else 1.0
 
     @property
     def start_sigma(self) -> float:
-        """The noise level at which the stage starts; 0.0 for a stage without steps."""
+        """The sigma at which the stage starts; 0.0 for a stage without steps."""
         return self.sigmas[0] if self.sigmas else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class StagedPlan:
-    """A whole run. `stages[0]` runs from pure noise to a clean image; each later one refines the enlarged result.
+    """A whole run. `stages[0]` runs from pure noise to a clean image; each later one refines the upscaled result.
 
     `requested_width` and `requested_height` are what was asked for, `width` and `height` what is made.
     `posterior`: take the mode of the VAE encoder's distribution or a sample of it. `native_steps` and `native_forwards`
     describe plain sampling at the final size, to which costs are compared. One forward on n tokens, text included,
     costs n (1 + `attention` n) in units that cancel. `tile`: side in pixels of the tiles that the network sees in later
-    stages larger than that, 0 for whole pictures. `notes` are sentences for the user; they are no part of equality.
+    stages larger than that, 0 for whole images. `notes` are sentences for the user; they are no part of equality.
     """
 
     family: str
@@ -139,12 +146,10 @@ class StagedPlan:
         check_whole(self.seed, "seed", 0, MAX_SEED)
         check_choice(self.seed_rule, "seed_rule", ("offset", "hash"))
         check_choice(self.posterior, "posterior", ("mode", "sample"))
-        check_whole(self.native_steps, "native_steps", 1)
-        check_whole(self.native_forwards, "native_forwards", 1)
-        check_whole(self.text_tokens, "text_tokens", 0)
-        check_finite(self.attention, "attention")
-        if self.attention < 0:
-            raise MrFlowError(f"attention must not be negative, got {self.attention!r}.")
+        check_whole(self.native_steps, "native_steps", 1, MAX_FORWARDS)
+        check_whole(self.native_forwards, "native_forwards", 1, MAX_FORWARDS)
+        check_whole(self.text_tokens, "text_tokens", 0, MAX_TOKENS)
+        check_number(self.attention, "attention", 0.0, MAX_SCALE)
         check_tile(self.tile)
 
     @property
@@ -190,51 +195,22 @@ class StagedPlan:
         return total * (1.0 + self.attention * total)
 
     def to_string(self) -> str:
-        """The plan in one short line without commas, colons or quotes, for image metadata; `notes` are left out."""
-        parts = [
-            FORMAT,
-            self.family,
-            self.preset,
-            f"{self.requested_width}x{self.requested_height}",
-            f"seed {self.seed} {self.seed_rule}",
-            f"{self.posterior} tile {self.tile}" if self.tile else self.posterior,
-            f"native {self.native_steps} {self.native_forwards}",
-            f"cost {self.text_tokens} {self.attention!r}",
-            *(stage_to_string(stage) for stage in self.stages),
-        ]
-        text = ";".join(parts)
-        return f"{text};#{checksum(text, self.stages)}"
+        """The plan in one line without commas, colons or quotes, for image metadata; `notes` are left out."""
+        return plan_to_string(self)
 
     @classmethod
     def from_string(cls, text: str) -> StagedPlan:
-        """The plan that `to_string` wrote. Raises ValueError for other text, or if its checksum does not fit."""
+        """The plan that `to_string` wrote, of this version or an older one.
+
+        Raises:
+            MrFlowError: for other text, one of a newer version, or where its checksum does not fit.
+        """
         body, mark, written = text.strip().partition(";#")
         try:
-            version, family, preset, size, seed, posterior, native, cost, *stages = body.split(";")
-            if version != FORMAT:
-                raise MrFlowError(f"it begins with {version!r}, not {FORMAT!r}")
-            width, height = parse_size(size)
-            seed_value, seed_rule = split_words(seed, "seed", 2)
-            native_steps, native_forwards = split_words(native, "native", 2)
-            text_tokens, attention = split_words(cost, "cost", 2)
-            posterior, _, tile = posterior.partition(" tile ")
-            plan = cls(
-                family=family,
-                preset=preset,
-                requested_width=width,
-                requested_height=height,
-                stages=tuple(Stage(**stage_from_string(stage)) for stage in stages),
-                seed=int(seed_value),
-                seed_rule=cast(SeedRule, seed_rule),
-                posterior=cast(Posterior, posterior),
-                native_steps=int(native_steps),
-                native_forwards=int(native_forwards),
-                text_tokens=int(text_tokens),
-                attention=float(attention),
-                tile=int(tile or 0),
-            )
+            fields, stages = read_plan(body)
+            plan = cls(stages=tuple(Stage(**stage) for stage in stages), **fields)
         except ValueError as error:
-            raise MrFlowError(f"plan string {shorten(text)!r} cannot be read: {error}") from error
+            raise MrFlowError(f"plan string {shorten(text)!r} cannot be read: {shorten(error, 300)}") from error
         if mark and written != checksum(body, plan.stages):
             raise MrFlowError(
                 f"plan string {shorten(text)!r} was edited or written by a version with other schedules; "
@@ -264,7 +240,7 @@ class StagedPlan:
 
     @classmethod
     def from_json(cls, text: str) -> StagedPlan:
-        """The plan that `to_json` wrote, from its numbers, not its `plan` line. Raises ValueError for other text."""
+        """The plan that `to_json` wrote, from its numbers, not its `plan` line. Raises MrFlowError for other text."""
         try:
             data = cast("Mapping[str, Any]", json.loads(text))
             return cls(
@@ -277,13 +253,15 @@ class StagedPlan:
                 tile=data.get("tile", 0),
                 notes=tuple(str(note) for note in data["notes"]),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise MrFlowError(f"plan JSON {shorten(text)!r} cannot be read: {error!r}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            raise MrFlowError(f"plan JSON {shorten(text)!r} cannot be read: {shorten(repr(error), 300)}.") from error
 
 
 def _check_stages(stages: Sequence[Stage]) -> None:
     if not stages:
         raise MrFlowError("stages must hold at least one stage, got none.")
+    if len(stages) > MAX_STAGES:
+        raise MrFlowError(f"stages must hold at most {MAX_STAGES} stages, got {len(stages)}.")
     if not stages[0].sigmas or stages[0].sigmas[0] != 1.0:
         raise MrFlowError(f"stage 1 must start at sigma 1.0, got {stages[0].start_sigma!r}; later stages start lower.")
     for number, stage in enumerate(stages[1:], start=2):

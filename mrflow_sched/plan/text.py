@@ -1,66 +1,249 @@
-"""A plan as one short line and as JSON, and back, exactly."""
+"""A plan as one line of text and as JSON, and back, exactly.
+
+The line (`mrflow2`) is a list of `name=value` between semicolons, then one part for each stage and a checksum:
+
+    mrflow2;family=flux1-dev;preset=12+1;size=1024x1024;seed=0;...;stage size=512x512 ... sigmas=native 12 mu=0.63;#...
+
+`sigmas` comes last in a stage and holds a recipe (`recipes`). Fields at their default may be left out. Lines of the
+first version (`mrflow1`), whose values stand in a fixed order, are read as well. What is read comes from image
+metadata, which anyone can write: every number is checked against a limit.
+"""
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.plan.schedule import (
-    sigmas_from_recipe,
-)
+from mrflow_sched.plan.recipes import read_number, sigmas_from_recipe
 
 if TYPE_CHECKING:
-    from mrflow_sched.plan.stages import Stage
+    from mrflow_sched.plan.stages import Stage, StagedPlan
 
-FORMAT = "mrflow1"
+FORMAT, FIRST_FORMAT = "mrflow2", "mrflow1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-
-
 PLAN_NUMBERS = ("seed", "seed_rule", "posterior", "native_steps", "native_forwards", "text_tokens", "attention")
+Fields = dict[str, Any]
+
+_LONGEST = 200_000  # eight stages of a thousand explicit sigmas each
+_EVERYWHERE = (0.0, 1.0)
 
 
-# ------------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------------------------- writing
 
 
-def stage_to_string(stage: Stage) -> str:
-    head = f"{stage.width}x{stage.height} {stage.tokens}t {stage.solver} g{_guidance(stage)} f{stage.forwards}"
-    # A list recipe carries no mu; where the stage has one it is written in front.
-    mu = "" if stage.mu is None or f"mu={stage.mu!r}" in stage.recipe.split(" ") else f" @mu={stage.mu!r}"
-    return f"{head}{mu} {stage.recipe}"
+def plan_to_string(plan: StagedPlan) -> str:
+    """The line of a plan, checksum included."""
+    values = {
+        "family": plan.family,
+        "preset": plan.preset,
+        "size": f"{plan.requested_width}x{plan.requested_height}",
+        **{name: _written(getattr(plan, name)) for name in PLAN_NUMBERS},
+    }
+    if plan.tile:
+        values["tile"] = str(plan.tile)
+    head = [f"{name}={value}" for name, value in values.items()]
+    text = ";".join([FORMAT, *head, *(_stage_to_string(stage) for stage in plan.stages)])
+    return f"{text};#{checksum(text, plan.stages)}"
 
 
-def _guidance(stage: Stage) -> str:
-    low, high = stage.guided
-    return repr(stage.guidance) if (low, high) == (0.0, 1.0) else f"{stage.guidance!r}@{low!r}-{high!r}"
+def _stage_to_string(stage: Stage) -> str:
+    values = {
+        "size": f"{stage.width}x{stage.height}",
+        "tokens": str(stage.tokens),
+        "solver": stage.solver,
+        "guidance": _written(stage.guidance),
+        "forwards": str(stage.forwards),
+    }
+    if stage.guidance_interval != _EVERYWHERE:
+        values["guidance_interval"] = "/".join(map(repr, stage.guidance_interval))
+    if stage.mu != _recipe_mu(stage.recipe):
+        values["mu"] = "none" if stage.mu is None else repr(float(stage.mu))
+    return " ".join(["stage", *(f"{name}={value}" for name, value in values.items()), f"sigmas={stage.recipe}"])
 
 
-def stage_from_string(text: str) -> dict[str, Any]:
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _recipe_mu(recipe: str) -> float | None:
+    """The mu that a recipe carries."""
+    found = next((word for word in recipe.split(" ") if word.startswith("mu=")), None)
+    return None if found is None else read_number(found[3:])
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_plan(body: str) -> tuple[Fields, list[Fields]]:
+    """The fields of the plan and of each stage in a line without its checksum.
+
+    Raises:
+        MrFlowError: one sentence, for a line of a newer version, and for text that is no such line.
+    """
+    if len(body) > _LONGEST:
+        raise MrFlowError(f"it has {len(body)} characters, and the longest plan has {_LONGEST}")
+    version, *parts = body.split(";")
+    if version == FORMAT:
+        return _read_second(parts)
+    if version == FIRST_FORMAT:
+        return _read_first(parts)
+    if re.fullmatch(r"mrflow[0-9]+", version):
+        raise MrFlowError(f"it is of version {version!r}, which this mrflow_sched does not know; update mrflow_sched")
+    raise MrFlowError(f"it begins with {shorten(version)!r}, not {FORMAT!r}")
+
+
+def _read_second(parts: Sequence[str]) -> tuple[Fields, list[Fields]]:
+    plan = _pairs([part for part in parts if not part.startswith("stage ")], _PLAN_FIELDS)
+    plan["requested_width"], plan["requested_height"] = plan.pop("size")
+    return plan, [_read_stage(part) for part in parts if part.startswith("stage ")]
+
+
+def _read_stage(text: str) -> Fields:
+    head, mark, recipe = text.partition(" sigmas=")
+    if not mark:
+        raise MrFlowError(f"stage {shorten(text)!r} lacks sigmas")
+    stage = _pairs(head.split(" ")[1:], _STAGE_FIELDS)
+    stage["width"], stage["height"] = stage.pop("size")
+    mu = stage["mu"] if "mu" in stage else _recipe_mu(recipe)
+    return {**stage, "mu": mu, "sigmas": sigmas_from_recipe(recipe), "recipe": recipe}
+
+
+def _pairs(words: Sequence[str], known: Mapping[str, Callable[[str], Any]]) -> Fields:
+    """name=value of each word, read by the reader of its name."""
+    found: Fields = {}
+    for word in words:
+        name, mark, value = word.partition("=")
+        if not mark or name in found:
+            raise MrFlowError(f"{shorten(word)!r} is no name=value, or the second of its name")
+        if name not in known:
+            raise MrFlowError(f"field {shorten(name)!r} is unknown, perhaps of a newer mrflow_sched; update it")
+        found[name] = known[name](value)
+    lacking = [name for name in known if name not in found and name not in _OPTIONAL]
+    if lacking:
+        raise MrFlowError(f"it lacks {lacking[0]}")
+    return found
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of "1024x768"."""
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    if match is None:
+        raise MrFlowError(f"{shorten(text)!r} is not a size such as 1024x1024")
+    return int(match[1]), int(match[2])
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text):
+        raise MrFlowError(f"{shorten(text)!r} is not a whole number")
+    return int(text)
+
+
+def _mu(text: str) -> float | None:
+    return None if text == "none" else read_number(text)
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, _, high = text.partition("/")
+    return read_number(low), read_number(high)
+
+
+_OPTIONAL = ("tile", "mu", "guidance_interval", "seed_rule", "posterior")
+_PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
+    {
+        "family": str,
+        "preset": str,
+        "size": parse_size,
+        "seed": _whole,
+        "seed_rule": str,
+        "posterior": str,
+        "native_steps": _whole,
+        "native_forwards": _whole,
+        "text_tokens": _whole,
+        "attention": read_number,
+        "tile": _whole,
+    }
+)
+_STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
+    {
+        "size": parse_size,
+        "tokens": _whole,
+        "solver": str,
+        "guidance": read_number,
+        "forwards": _whole,
+        "guidance_interval": _interval,
+        "mu": _mu,
+    }
+)
+
+
+# ---------------------------------------------------------------------------------------------------- the first version
+
+
+def _read_first(parts: Sequence[str]) -> tuple[Fields, list[Fields]]:
+    """mrflow1;family;preset;WxH;seed N RULE;POSTERIOR[ tile N];native N N;cost N X;stage;..."""
+    family, preset, size, seed, posterior, native, cost, *stages = parts
+    width, height = parse_size(size)
+    seed_value, seed_rule = _split_words(seed, "seed")
+    native_steps, native_forwards = _split_words(native, "native")
+    text_tokens, attention = _split_words(cost, "cost")
+    posterior, _, tile = posterior.partition(" tile ")
+    plan = {
+        "family": family,
+        "preset": preset,
+        "requested_width": width,
+        "requested_height": height,
+        "seed": _whole(seed_value),
+        "seed_rule": seed_rule,
+        "posterior": posterior,
+        "native_steps": _whole(native_steps),
+        "native_forwards": _whole(native_forwards),
+        "text_tokens": _whole(text_tokens),
+        "attention": read_number(attention),
+        "tile": _whole(tile or "0"),
+    }
+    return plan, [_read_first_stage(stage) for stage in stages]
+
+
+def _read_first_stage(text: str) -> Fields:
+    """WxH Nt SOLVER gG[@LOW-HIGH] fN [@mu=X] RECIPE"""
     size, tokens, solver, guidance, forwards, *rest = text.split(" ")
     if not rest or not (tokens.endswith("t") and guidance.startswith("g") and forwards.startswith("f")):
-        raise MrFlowError(f"stage {text!r} is not written as '512x512 1024t euler g3.5 f12 recipe'")
+        raise MrFlowError(f"stage {shorten(text)!r} is not written as '512x512 1024t euler g3.5 f12 recipe'")
     width, height = parse_size(size)
     mu = next((word.partition("mu=")[2] for word in rest if word.startswith(("mu=", "@mu="))), None)
     recipe = " ".join(word for word in rest if not word.startswith("@"))
     scale, _, interval = guidance[1:].partition("@")
-    low, _, high = interval.partition("-")
+    low, *high = re.split(r"(?<![e])-", interval, maxsplit=1)
     return {
         "width": width,
         "height": height,
-        "tokens": int(tokens[:-1]),
-        "mu": None if mu is None else float(mu),
+        "tokens": _whole(tokens[:-1]),
+        "mu": None if mu is None else read_number(mu),
         "sigmas": sigmas_from_recipe(recipe),
         "solver": solver,
-        "guidance": float(scale),
-        "forwards": int(forwards[1:]),
+        "guidance": read_number(scale),
+        "forwards": _whole(forwards[1:]),
         "recipe": recipe,
-        "guided": (float(low), float(high)) if interval else (0.0, 1.0),
+        "guidance_interval": (read_number(low), read_number(high[0])) if high else _EVERYWHERE,
     }
 
 
-def stage_to_dict(stage: Stage) -> dict[str, Any]:
+def _split_words(text: str, label: str) -> list[str]:
+    first, *words = text.split(" ")
+    if first != label or len(words) != 2:
+        raise MrFlowError(f"{shorten(text)!r} should be '{label}' and 2 values")
+    return words
+
+
+# ---------------------------------------------------------------------------------------------------------------- JSON
+
+
+def stage_to_dict(stage: Stage) -> Fields:
+    """The fields of a stage as plain lists, numbers and strings."""
     return {
         "width": stage.width,
         "height": stage.height,
@@ -71,36 +254,25 @@ def stage_to_dict(stage: Stage) -> dict[str, Any]:
         "solver": stage.solver,
         "guidance": stage.guidance,
         "recipe": stage.recipe,
-        "guided": list(stage.guided),
+        "guidance_interval": list(stage.guidance_interval),
+        "guided": list(stage.guidance_interval),  # its name up to version 0.1
     }
 
 
-def stage_from_dict(data: Mapping[str, Any]) -> dict[str, Any]:
+def stage_from_dict(data: Mapping[str, Any]) -> Fields:
+    """The fields of a stage from what `stage_to_dict` gave, of this or an older version."""
     names = ("width", "height", "tokens", "mu", "solver", "guidance", "forwards", "recipe")
-    low, high = data.get("guided", (0.0, 1.0))
-    return {"sigmas": tuple(data["sigmas"]), "guided": (low, high), **{name: data[name] for name in names}}
+    low, high = data.get("guidance_interval", data.get("guided", _EVERYWHERE))
+    return {"sigmas": tuple(data["sigmas"]), "guidance_interval": (low, high), **{name: data[name] for name in names}}
 
 
 def checksum(text: str, stages: Sequence[Stage]) -> str:
-    """Eight hex digits over the line and the lists it stands for, at a precision no math library disagrees on."""
+    """Eight hex digits over the line and the sigmas it stands for, at a precision no math library disagrees on."""
     lists = ";".join(" ".join(f"{sigma:.6f}" for sigma in stage.sigmas) for stage in stages)
     return f"{zlib.crc32(f'{text};{lists}'.encode()):08x}"
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
-    if match is None:
-        raise MrFlowError(f"{text!r} is not a size such as 1024x1024")
-    return int(match[1]), int(match[2])
-
-
-def split_words(text: str, label: str, count: int) -> list[str]:
-    first, *words = text.split(" ")
-    if first != label or len(words) != count:
-        raise MrFlowError(f"{text!r} should be '{label}' and {count} values")
-    return words
-
-
-def shorten(text: object) -> str:
+def shorten(text: object, most: int = 60) -> str:
+    """The text, or its beginning where it is longer than `most` characters."""
     shown = str(text)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."

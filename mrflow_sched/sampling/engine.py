@@ -1,4 +1,4 @@
-"""The `Engine` role: everything the sampler asks of a model, in five questions; two further roles an engine may have.
+"""The `Engine` role: everything that sampling asks of a model; and `Capabilities`, what an engine can do besides.
 
 The sampler knows no architecture, no packing, no latent scaling and no prediction type. An engine hides all of that
 behind float32 tensors: latents are normalised (the scale at which noise has standard deviation 1), images are RGB in
@@ -8,6 +8,7 @@ behind float32 tensors: latents are normalised (the scale at which noise has sta
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -15,6 +16,48 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mrflow_sched.plan.families import Family
+    from mrflow_sched.sampling.network import Around
+
+__all__ = ["Capabilities", "Engine", "Guidance", "StageEngine", "TilingEngine", "capabilities_of"]
+
+Guidance = Callable[[float], float]
+"""The guidance scale in force at a flow sigma: 1 turns CFG off."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do beyond the `Engine` role. Everything is off unless the engine says otherwise.
+
+    Attributes:
+        whole_stages: It runs a whole stage itself (`StageEngine.sample_stage`), as a pipeline's own loop does.
+        guidance_per_step: `sample_stage` takes a function of sigma in place of one guidance scale.
+        network_seam: `sample_stage` takes `around`, a function between its loop and its network.
+        token_subsets: Its network calls can be cut down to some of the image tokens (`NetworkCall.subset`).
+        tiles: `TilingEngine.in_tiles` gives the same engine with a VAE that works in tiles.
+        gradients: `denoise` keeps a graph where gradients are recorded.
+    """
+
+    whole_stages: bool = False
+    guidance_per_step: bool = False
+    network_seam: bool = False
+    token_subsets: bool = False
+    tiles: bool = False
+    gradients: bool = False
+
+
+def capabilities_of(engine: Any) -> Capabilities:
+    """What `engine` says it can do.
+
+    Only what its own class says counts: a wrapper that hands unknown attributes on to the engine inside has not said
+    that its `denoise` may be passed over, so it is asked for every step.
+    """
+    said = any("capabilities" in vars(base) for base in type(engine).__mro__) or "capabilities" in vars_of(engine)
+    return engine.capabilities if said else Capabilities()
+
+
+def vars_of(thing: Any) -> dict[str, Any]:
+    """The attributes of an object itself; empty where it has no dictionary."""
+    return getattr(thing, "__dict__", {})
 
 
 @runtime_checkable
@@ -22,6 +65,8 @@ class Engine(Protocol):
     """One model in one library, as the sampler sees it.
 
     An engine must treat every sample of a batch by itself: image i of a batch of N is what a batch of 1 would give.
+    What it can do beyond these five questions it says by an attribute `capabilities` (`Capabilities`); an engine
+    without one is asked step by step.
     """
 
     @property
@@ -35,9 +80,14 @@ class Engine(Protocol):
         ...
 
     def encode_text(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None) -> Any:
-        """Conditioning for a batch of `len(prompts)` images, opaque to the sampler; called once per run.
+        """Conditioning for a batch of images, opaque to the sampler; called once per run.
 
-        `negative_prompts`, where given, is as long as `prompts`; engines without external guidance ignore it.
+        Args:
+            prompts: One text per image.
+            negative_prompts: As many as `prompts`, or None; engines without CFG ignore them.
+
+        Returns:
+            Whatever the engine's own `denoise` takes as `text`.
         """
         ...
 
@@ -46,18 +96,30 @@ class Engine(Protocol):
         ...
 
     def denoise(self, x: Tensor, sigma: Tensor, text: Any, *, guidance: float) -> Tensor:
-        """Clean estimate of the noisy latents `x` (B, *latent_shape, float32) at noise level `sigma` (B,).
+        """Clean estimate of noisy latents.
 
-        `sigma` is the flow sigma in (0, 1] where `family.prediction` is "flow", sigma_ve otherwise. `guidance` is the
-        scale in force (CFG scale or embedded guidance, as the family defines). Returns float32 in the shape of `x`;
-        the network inside may run in its own dtype.
+        Args:
+            x: Noisy latents (B, *latent_shape), float32.
+            sigma: Noise level of each sample (B,): the flow sigma in (0, 1] where `family.prediction` is "flow",
+                sigma_ve otherwise.
+            text: What `encode_text` returned.
+            guidance: The scale in force (CFG scale or embedded guidance, as the family defines).
+
+        Returns:
+            Clean latents, float32, in the shape of `x`; the network inside may run in its own dtype.
         """
         ...
 
     def encode(self, images: Tensor, *, posterior: str = "mode", seeds: Sequence[int] | None = None) -> Tensor:
-        """Normalised latents (B, *latent_shape, float32) of `images` (B, 3, H, W, float32 in [0, 1]).
+        """Normalised latents of images.
 
-        `posterior` is "mode" (deterministic) or "sample"; "sample" draws with one generator per image from `seeds`.
+        Args:
+            images: (B, 3, H, W), float32 in [0, 1].
+            posterior: "mode" (deterministic) or "sample" (drawn from the encoder's distribution).
+            seeds: One per image; needed for "sample", which draws with one generator per image.
+
+        Returns:
+            Latents (B, *latent_shape), float32.
         """
         ...
 
@@ -66,9 +128,8 @@ class Engine(Protocol):
         ...
 
 
-@runtime_checkable
-class StageEngine(Protocol):
-    """An engine that runs a whole stage itself, as a pipeline's own loop does; the sampler then leaves it to it."""
+class StageEngine(Engine, Protocol):
+    """An engine that runs a whole stage itself: `Capabilities.whole_stages`."""
 
     def sample_stage(
         self,
@@ -77,22 +138,37 @@ class StageEngine(Protocol):
         sigmas: Sequence[float],
         text: Any,
         *,
-        guidance: float,
+        guidance: float | Guidance,
+        progress: Sequence[float] | None = None,
         callback: Callable[[dict[str, Any]], object] | None = None,
+        around: Around | None = None,
     ) -> Tensor:
-        """The state at `sigmas[-1]`, reached from `latents` (B, *latent_shape, float32, at `sigmas[0]`) by `solver`.
+        """The state at the end of a schedule.
 
-        `sigmas` is walked exactly, in the measure of `Engine.denoise`. `callback` hears, after every evaluation of the
-        network, a dict with the keys of the solvers' callbacks: i (the step), sigma, x and denoised, the tensors being
-        latents as they enter here. It may raise `solvers.Cancelled`, which passes through. Returns float32 latents;
-        raises MemoryError where even one image at a time does not fit.
+        Args:
+            solver: A name of `mrflow_sched.sampling.solvers.SOLVERS`.
+            latents: (B, *latent_shape), float32, at `sigmas[0]`.
+            sigmas: Walked exactly, in the measure of `Engine.denoise`; falls to 0.
+            text: What `encode_text` returned.
+            guidance: One scale, or a scale for each flow sigma (`Capabilities.guidance_per_step`).
+            progress: Share of the whole run, from 0 to 1, that is behind when each of `sigmas` is reached; what is
+                switched on and off within a run (a ControlNet) goes by it. Left out, the stage is the whole run.
+            callback: Called after every evaluation of the network with a dict: `i` (the step), `sigma`, `x` and
+                `denoised` as latents, `images` (how many images of the batch the evaluation was of). It may raise
+                `Cancelled`.
+            around: Called in place of every call of the network (`Capabilities.network_seam`).
+
+        Returns:
+            Latents in the shape of `latents`, float32.
+
+        Raises:
+            MemoryError: Even one image at a time does not fit.
         """
         ...
 
 
-@runtime_checkable
-class TilingEngine(Protocol):
-    """An engine that can encode and decode piece by piece where a whole image does not fit into memory."""
+class TilingEngine(Engine, Protocol):
+    """An engine that can encode and decode piece by piece where a whole image does not fit: `Capabilities.tiles`."""
 
     def in_tiles(self) -> Engine | None:
         """The same engine with a VAE that works in tiles; None where it cannot, or does so already."""

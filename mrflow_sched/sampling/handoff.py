@@ -84,7 +84,7 @@ def handoff(
     begin("noise")
     stop_if(cancel)
     noise = stage_noise(encoded.shape[1:], posterior, seeds, device=encoded.device)
-    latents = add_noise(encoded, noise, stage.sigmas[0], engine.family.prediction)
+    latents = add_noise(encoded, noise, stage.sigmas[0], engine.family.prediction, engine.family.shift.largest_ve)
     return HandoffResult(latents, enlarged, encoded, tuple(warnings))
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.cancel import stop_if
 from mrflow_sched._runtime.memory import free_memory, is_memory_error
-from mrflow_sched.sampling.engine import TilingEngine
+from mrflow_sched.sampling.engine import capabilities_of
 
 if TYPE_CHECKING:
     from mrflow_sched.sampling.engine import Engine
@@ -53,8 +53,8 @@ def within_memory(
     return torch.cat(parts)
 
 
-def _in_tiles(engine: Engine, wanted: bool) -> Engine | None:
-    return engine.in_tiles() if wanted and isinstance(engine, TilingEngine) else None
+def _in_tiles(engine: Any, wanted: bool) -> Engine | None:
+    return engine.in_tiles() if wanted and capabilities_of(engine).tiles else None
 
 
 def _attempt(work: Callable[[Engine, slice], Tensor], engine: Engine, images: slice) -> Tensor | None:

@@ -65,25 +65,33 @@ def ve_to_sigma(sigma_ve: Level) -> Level:
     return 1.0 if math.isinf(sigma_ve) else sigma_ve / (1.0 + sigma_ve)
 
 
-def model_sigmas(sigmas: Sequence[float], prediction: Prediction) -> tuple[float, ...]:
-    """A plan's sigma list in the model's own measure: as it is for "flow", sigma_ve for "epsilon" and "v".
+def model_sigmas(sigmas: Sequence[float], prediction: Prediction, largest: float | None = None) -> tuple[float, ...]:
+    """A plan's sigmas in the model's own measure: as they are for "flow", sigma_ve for "epsilon" and "v".
 
-    Pure noise (1.0) becomes the largest sigma_ve such models were trained with, 14.6.
+    Pure noise (1.0) becomes `largest`, the largest sigma_ve that the model was trained with (`ShiftRule.largest_ve`;
+    None: 14.6).
     """
     _check_prediction(prediction)
     if prediction == "flow":
         return tuple(float(sigma) for sigma in sigmas)
-    largest = scaled_linear_ve()[-1]
-    return tuple(min(sigma_to_ve(float(sigma)), largest) for sigma in sigmas)
+    top = scaled_linear_ve()[-1] if largest is None else largest
+    return tuple(min(sigma_to_ve(float(sigma)), top) for sigma in sigmas)
 
 
 # ----------------------------------------------------------------------------------------------------------- mixing
 
 
-def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor, prediction: Prediction = "flow") -> Tensor:
+def add_noise(
+    x0: Tensor,
+    noise: Tensor,
+    sigma: float | Tensor,
+    prediction: Prediction = "flow",
+    largest: float | None = None,
+) -> Tensor:
     """Clean latents `x0` (B, ...) with `noise` of the same shape mixed in at the plan's flow `sigma` (float, or (B,)).
 
-    "flow": (1 - sigma) x0 + sigma noise. "epsilon", "v": x0 + sigma_ve noise at equal signal-to-noise ratio.
+    "flow": (1 - sigma) x0 + sigma noise. "epsilon", "v": x0 + sigma_ve noise at equal signal-to-noise ratio,
+    up to `largest` as in `model_sigmas`.
     Computed and returned in float32 (float64 stays float64). Raises ValueError for shapes or levels that do not fit.
     """
     _check_prediction(prediction)
@@ -96,7 +104,8 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: float | Tensor, prediction: Pred
     mixed_in = noise.to(clean)
     if prediction == "flow":
         return (1.0 - level) * clean + level * mixed_in
-    return clean + sigma_to_ve(level).clamp(max=scaled_linear_ve()[-1]) * mixed_in
+    top = scaled_linear_ve()[-1] if largest is None else largest
+    return clean + sigma_to_ve(level).clamp(max=top) * mixed_in
 
 
 def to_denoised(output: Tensor, x: Tensor, sigma: float | Tensor, prediction: Prediction = "flow") -> Tensor:

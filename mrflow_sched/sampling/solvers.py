@@ -37,6 +37,8 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan import solver_table
+from mrflow_sched.plan.solver_table import SOLVER_NAMES
 
 Model = Callable[..., Tensor]
 Callback = Callable[[dict[str, Any]], None]
@@ -230,22 +232,15 @@ def _pulling(name: str) -> Solver:
     return sample
 
 
-sample_euler = _pulling("euler")
-sample_heun = _pulling("heun")
-sample_multistep = _pulling("multistep")
-sample_careful = _pulling("careful")
-sample_dpmpp_2m = _pulling("dpmpp_2m")
-
-SOLVERS: Mapping[str, Solver] = MappingProxyType(
-    {
-        "euler": sample_euler,
-        "heun": sample_heun,
-        "multistep": sample_multistep,
-        "careful": sample_careful,
-        "dpmpp_2m": sample_dpmpp_2m,
-    }
-)
+SOLVERS: Mapping[str, Solver] = MappingProxyType({name: _pulling(name) for name in SOLVER_NAMES})
 """All solvers by the name that plans and the command line use."""
+
+
+sample_euler = SOLVERS["euler"]
+sample_heun = SOLVERS["heun"]
+sample_multistep = SOLVERS["multistep"]
+sample_careful = SOLVERS["careful"]
+sample_dpmpp_2m = SOLVERS["dpmpp_2m"]
 
 
 def get_solver(name: str) -> Solver:
@@ -260,8 +255,7 @@ def get_solver(name: str) -> Solver:
 
 def evaluations_per_step(name: str) -> int:
     """Evaluations of one step that does not end at 0: 2 for Heun, else 1. Raises ValueError for an unknown name."""
-    get_solver(name)
-    return 2 if name == "heun" else 1
+    return solver_table.check_solver(name).evaluations_per_step
 
 
 def evaluation_sigmas(name: str, sigmas: Tensor | Sequence[float]) -> tuple[float, ...]:
@@ -270,10 +264,7 @@ def evaluation_sigmas(name: str, sigmas: Tensor | Sequence[float]) -> tuple[floa
     Evaluation j belongs to step j // `evaluations_per_step(name)`. Raises ValueError for an unknown name or a bad
     list.
     """
-    levels = _checked(sigmas)
-    if evaluations_per_step(name) == 1:
-        return tuple(levels[:-1])
-    return tuple(level for step in pairwise(levels) for level in step if level > 0.0)
+    return solver_table.evaluated_sigmas(name, _checked(sigmas))
 
 
 def solver_forwards(name: str, steps: int) -> int:
@@ -282,10 +273,7 @@ def solver_forwards(name: str, steps: int) -> int:
 
     Raises ValueError for an unknown name or a negative count.
     """
-    per_step = evaluations_per_step(name)
-    if steps < 0:
-        raise MrFlowError(f"steps must be 0 or more, got {steps!r}.")
-    return max(per_step * steps - (per_step - 1), 0)
+    return solver_table.solver_evaluations(name, steps)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_infotext import model
 from mrflow_sched.apps.webui.controls import Controls
 from mrflow_sched.apps.webui.host import capabilities, probe_model
 from mrflow_sched.apps.webui.recipe import fit_sizes, make_recipe
-from mrflow_sched.plan.families import FAMILIES
+from mrflow_sched.plan.families import FAMILIES, ShiftRule
 from mrflow_sched.plan.make import make_plan
 
 NAMES = ("None", "Lanczos", "Nearest", "R-ESRGAN 4x+", "RealESRGAN_x2plus", "RealESRGAN_x2plus (MrFlow)")
@@ -63,7 +64,24 @@ def test_shift_and_solver() -> None:
     assert make(shift="host").first_sigmas is None
     assert make().solver is None
     assert make(solver="multistep").solver == "multistep"
-    assert make("qwen-image", solver="multistep").solver == "careful"
+    assert make(solver="multistep").notes == ()
+
+
+@pytest.mark.parametrize(("family", "solver"), [("qwen-image", "careful"), ("z-image-turbo", "euler")])
+def test_a_note_names_the_solver_that_runs_in_place_of_the_word(family: str, solver: str) -> None:
+    made = make(family, solver="multistep")
+    assert (made.solver, made.plan.stages[0].solver) == (solver, solver)
+    assert any(note.startswith(f"Stage 1 runs the solver {solver}, which suits") for note in made.notes)
+    assert not any("solver" in note for note in make(family).notes)
+
+
+def test_a_models_own_list_is_answered_whatever_the_count() -> None:
+    four = (1.0, 0.9, 0.7, 0.4, 0.0)
+    info = model("flux1-schnell")
+    family = replace(info.family, shift=ShiftRule("list", lists=(four,)))
+    made = make_recipe(Controls(True), replace(info, family=family), 1024, 1024, upscalers=NAMES)
+    assert made.first_list(4) == four
+    assert made.first_list(5) == (1.0, 0.9, 0.7, 0.4, 0.4, 0.0)
 
 
 def test_the_shift_is_that_of_the_low_size_that_runs() -> None:
@@ -136,6 +154,15 @@ def test_notes_tell_what_changes() -> None:
     assert "1003x616 is made at 1000x616" in notes
     assert "stretched by 0.5%" in notes
     assert "smaller than the 512 px square" in notes
+
+
+def test_the_plans_own_notes_are_of_the_sizes_that_run() -> None:
+    made = make("flux1-dev", 1000, 616)
+    assert (made.plan.width, made.plan.height) == (1000, 616)
+    text = " ".join(made.plan.notes)
+    assert "is made at" not in text
+    assert "cropped" not in text
+    assert "Stage 1 at 496x304 is not shaped like 1000x616: the image is stretched by 0.5%." in text
 
 
 def test_what_gains_nothing_is_refused() -> None:

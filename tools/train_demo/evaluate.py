@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mrflow_sched import make_native_plan, make_plan
 from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption
-from mrflow_sched.engines.diffusers.flux import FluxEngine
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.load import load_upscaler
 from tools.train_demo import classifier, data
@@ -41,7 +41,7 @@ def test_scenes(per_category: int) -> list[Scene]:
     return [scene for rows in found.values() for scene in rows]
 
 
-def _sample(engine: FluxEngine, plan: Any, prompts: list[str], upscaler: Any, batch: int = 8) -> Tensor:
+def _sample(engine: PipelineEngine, plan: Any, prompts: list[str], upscaler: Any, batch: int = 8) -> Tensor:
     parts = []
     for first in range(0, len(prompts), batch):
         part = make_seeded(plan, first)
@@ -57,7 +57,7 @@ def make_seeded(plan: Any, seed: int) -> Any:
 
 def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path | None = None) -> dict[str, Any]:
     """Writes ``evaluation.json`` and sheets; the judge is the classifier trained on true scenes."""
-    engine = FluxEngine.from_folder(weights, family="demo")
+    engine = PipelineEngine.from_folder(weights, family="demo")
     upscaler = load_upscaler(weights / "upscaler" / "x2.safetensors")
     judge = classifier.Judge()
     judge.load_state_dict(torch.load(work / "classifier.pt", weights_only=True))

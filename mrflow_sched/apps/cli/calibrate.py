@@ -7,21 +7,33 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import FileError, MrFlowError
+from mrflow_sched.apps.cli.console import DONE, counted, os_reason, print_json, say, saying_warnings, show, writable
+from mrflow_sched.apps.cli.load import find_upscaler, load_engine, plan_family
+from mrflow_sched.apps.cli.options import (
+    Commands,
+    ModelChoices,
+    OutputChoices,
+    common_options,
+    default_size,
+    model_options,
+    output_options,
+    prompt_option,
+    size_option,
+    whole_number,
+)
+from mrflow_sched.plan.checks import MAX_SEED
+from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mrflow_sched.measure.calibrate import Calibration
-from mrflow_sched.apps.cli.console import counted, os_reason, print_json, say, saying_warnings, writable
-from mrflow_sched.apps.cli.load import find_upscaler, load_engine, model_family
-from mrflow_sched.apps.cli.options import default_size
-
-# --- mrflow calibrate -------------------------------------------------------------------------
 
 # Wide, detailed, lettered, smooth.
 _PROMPTS = (
@@ -32,78 +44,131 @@ _PROMPTS = (
 )
 
 
-def run_calibrate(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class CalibrateRequest:
+    """What to measure: native images of `prompts`, or the files `images` with a prompt each or none."""
+
+    prompts: tuple[str, ...]
+    images: tuple[Path, ...]
+    size: tuple[int, int] | None
+    factor: float | None
+    native_steps: int | None
+    seed: int
+    model: ModelChoices
+    output: OutputChoices
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> CalibrateRequest:
+        prompts, images = tuple(args.prompts), tuple(args.images or ())
+        if images and args.steps is not None:
+            raise MrFlowError(
+                "--images are measured in place of native images, so --steps has no meaning; leave one out."
+            )
+        if images and prompts and len(prompts) != len(images):
+            raise MrFlowError(f"there are {len(prompts)} prompts for {len(images)} --images; give one each, or none.")
+        model, output = ModelChoices.from_args(args), OutputChoices.from_args(args)
+        return cls(prompts, images, args.size, args.factor, args.steps, args.seed, model, output)
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `mrflow calibrate`."""
+    parser = commands.add_parser(
+        "calibrate",
+        parents=[model_options(), output_options(), common_options()],
+        allow_abbrev=False,
+        help="measure which start sigma and how many steps suit a model and an upscaler",
+    )
+    parser.add_argument(
+        "prompts",
+        nargs="*",
+        type=prompt_option,
+        metavar="PROMPT",
+        help="an image each (default: four of different kinds)",
+    )
+    parser.add_argument("--size", type=size_option, metavar="WxH", help="size of the images to measure")
+    parser.add_argument("--factor", type=float, metavar="F", help="upscale factor between stages, 1.25 to 4")
+    parser.add_argument("--steps", type=whole_number(1, 1000), metavar="N", help="steps of the native images")
+    parser.add_argument(
+        "--images", type=Path, nargs="+", metavar="IMAGE", help="image files to measure in place of native images"
+    )
+    parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the first image (default 0)")
+    parser.set_defaults(from_args=CalibrateRequest.from_args, run=run)
+
+
+def run(request: CalibrateRequest) -> int:
+    """Measure, write the entry and print what was found."""
     from mrflow_sched.measure.calibrate import calibrate
     from mrflow_sched.upscaling.load import load_upscaler
 
-    family = model_family(args)
-    width, height = args.size or default_size(family, native=False)
-    make_plan(family, width, height, factor=args.factor)  # a bad size or factor is told before anything is loaded
-    upscaler_path = find_upscaler(args)
-    pictures, prompts = _measured_pictures(args, width, height)
-    with writable(args.out), saying_warnings():
-        engine = load_engine(args, args.device, args.dtype, args.family)
-        upscaler = None if upscaler_path is None else load_upscaler(upscaler_path, device=engine.device)
+    named = plan_family(request.model)
+    family = get_family(named) if isinstance(named, str) else named
+    width, height = request.size or default_size(family, native=False)
+    make_plan(family, width, height, factor=request.factor)  # a bad size or factor is told before anything is loaded
+    file = find_upscaler(request.model)
+    images = _measured_images(request.images, width, height)
+    output = request.output
+    with writable(output.folder), saying_warnings():
+        engine = load_engine(request.model, request.model.dtype)
+        upscaler = None if file is None else load_upscaler(file, device=engine.device)
         found = calibrate(
             engine,
             upscaler,
-            prompts=prompts,
+            prompts=_measured_prompts(request),
             width=width,
             height=height,
-            factor=args.factor,
-            images=pictures,
-            native_steps=args.steps,
-            seed=args.seed,
-            tell=None if args.progress is False else lambda what: say(f"measuring: {what}"),
+            factor=request.factor,
+            images=images,
+            native_steps=request.native_steps,
+            seed=request.seed,
+            tell=None if output.progress is False else lambda what: say(f"measuring: {what}"),
         )
-        path = _write_new(args.out, f"calibration-{found.family}", found.to_json())
-    if args.json:
+        path = _write_new(output.folder, f"calibration-{found.family}", found.to_json())
+    if output.json:
         print_json({"file": str(path), "calibration": json.loads(found.to_json())})
     else:
-        print("\n".join(_calibration_lines(found)))
-        print(path)
-    return 0
+        show(*_lines(found), str(path))
+    return DONE
 
 
-def _measured_pictures(args: argparse.Namespace, width: int, height: int) -> tuple[Tensor | None, tuple[str, ...]]:
-    """The pictures of --images, filled and cropped to the size, and a prompt for each; or only prompts."""
-    if not args.images:
-        if args.prompts or args.model is not None:
-            return None, tuple(args.prompts or _PROMPTS)
-        from mrflow_sched import demo
+def _measured_prompts(request: CalibrateRequest) -> tuple[str, ...]:
+    """A prompt for each image."""
+    if request.prompts:
+        return request.prompts
+    if request.images:
+        return ("",) * len(request.images)
+    if request.model.model is not None:
+        return _PROMPTS
+    from mrflow_sched import demo
 
-        return None, demo.example_prompts()
-    if args.steps is not None:
-        raise MrFlowError(
-            "--images are measured in place of native pictures, so --steps has no meaning; leave one out."
-        )
-    if args.prompts and len(args.prompts) != len(args.images):
-        raise MrFlowError(
-            f"there are {len(args.prompts)} prompts for {len(args.images)} --images; give one each, or none."
-        )
+    return demo.example_prompts()
+
+
+def _measured_images(files: tuple[Path, ...], width: int, height: int) -> Tensor | None:
+    """The images of --images, filled and cropped to the size: (B, 3, H, W) in [0, 1]; None without any."""
+    if not files:
+        return None
     import torch
 
     from mrflow_sched.images.files import load_image
     from mrflow_sched.upscaling.fit import upscale_to
 
-    loaded = [upscale_to(load_image(path)[None], width, height) for path in args.images]
-    return torch.cat(loaded), tuple(args.prompts or [""] * len(args.images))
+    return torch.cat([upscale_to(load_image(file)[None], width, height) for file in files])
 
 
-def _calibration_lines(found: Calibration) -> Iterator[str]:
+def _lines(found: Calibration) -> Iterator[str]:
     yield (
-        f"{found.family} with {found.upscaler}: {counted(found.pictures, 'picture')} of {found.width}x{found.height}, "
+        f"{found.family} with {found.upscaler}: {counted(found.pictures, 'image')} of {found.width}x{found.height}, "
         f"factor {found.factor:g}"
     )
-    yield f"fine detail of the model's own pictures: power {found.clean_power:.3g}, bound sigma {found.bound:.3f}"
+    yield f"fine detail of the model's own images: power {found.clean_power:.3g}, bound sigma {found.bound:.3f}"
     yield (
         f"error of the upscaler: power {found.error_power:.3g} in fine detail, {found.error_power_low:.3g} below it, "
         f"bound sigma {found.error_bound:.3f}"
     )
-    yield "refining from   steps   detail to the model's own   PSNR"
+    yield "refining from   steps   fine detail vs the model   PSNR"
     for row in found.sweep:
-        yield f"  sigma {row.sigma:<7g} {row.refine_steps:>5}   {row.detail_db:>+17.2f} dB   {row.psnr:>10.2f} dB"
-    yield "distance of stage 1 to its converged picture: " + ", ".join(
+        yield f"  sigma {row.sigma:<7g} {row.refine_steps:>5}   {row.detail_db:>+19.2f} dB   {row.psnr:>7.2f} dB"
+    yield "distance of stage 1 from its converged image: " + ", ".join(
         f"{solver} {steps}: {distance:.3f}" for solver, steps, distance in found.low_steps_distance
     )
     yield f"recommended: low steps {found.low_steps}, refine steps {found.refine_steps}, sigma {found.sigma:g}"
@@ -120,5 +185,5 @@ def _write_new(folder: Path, stem: str, text: str) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             draft.unlink()
-        raise MrFlowError(f"{str(path)!r} cannot be written ({os_reason(error)}); give another --out.") from error
+        raise FileError(f"{str(path)!r} cannot be written ({os_reason(error)}); give another --out.") from error
     return path

@@ -4,33 +4,84 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mrflow_sched.apps.cli.console import DONE, print_json, progress_bar, say, saying_warnings, show, writable
+from mrflow_sched.apps.cli.load import Job, find_upscaler, load, make_record, plan_family
+from mrflow_sched.apps.cli.options import (
+    Commands,
+    ModelChoices,
+    OutputChoices,
+    PlanChoices,
+    common_options,
+    model_options,
+    output_options,
+    plan_options,
+    prompt_option,
+    whole_number,
+)
 from mrflow_sched.images.record import KEY
+from mrflow_sched.plan.options import PlanOptions
 
 if TYPE_CHECKING:
+    from mrflow_sched.measure.runs import Comparison, Part
     from mrflow_sched.sampler import StagedResult
-from mrflow_sched.apps.cli.console import print_json, progress_bar, say, saying_warnings, writable
-from mrflow_sched.apps.cli.load import Job, find_upscaler, load_parts, make_record, model_family
-from mrflow_sched.apps.cli.options import plan_of, with_calibration
-
-# --- mrflow compare ---------------------------------------------------------------------------
 
 
-def run_compare(args: argparse.Namespace) -> int:
-    solver = {} if args.solver else {"solver": "euler"}
-    plan = plan_of(args, with_calibration(args, model_family(args)), **solver)
+@dataclass(frozen=True)
+class CompareRequest:
+    """A prompt to sample both ways. `native_steps` None: the family's own number."""
+
+    prompt: str
+    choices: PlanChoices
+    native_steps: int | None
+    repeats: int
+    model: ModelChoices
+    output: OutputChoices
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> CompareRequest:
+        choices = PlanChoices.from_args(args)
+        # Euler unless --solver says otherwise, because that is what native pipelines run; --steps is the native run's.
+        options: PlanOptions = {"solver": "euler", **choices.options}
+        options.pop("steps", None)
+        model, output = ModelChoices.from_args(args), OutputChoices.from_args(args)
+        return cls(args.prompt, replace(choices, options=options), args.steps, args.repeats, model, output)
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `mrflow compare`."""
+    parser = commands.add_parser(
+        "compare",
+        parents=[plan_options(native=False), model_options(), output_options(), common_options()],
+        allow_abbrev=False,
+        help="measure native and staged sampling",
+    )
+    parser.add_argument("prompt", type=prompt_option, metavar="PROMPT")
+    parser.add_argument(
+        "--repeats",
+        type=whole_number(1, 100),
+        default=1,
+        metavar="N",
+        help="runs of each; the one of median time counts (default 1)",
+    )
+    parser.set_defaults(from_args=CompareRequest.from_args, run=run)
+
+
+def run(request: CompareRequest) -> int:
+    """Measure, save the images and print the seconds."""
+    plan = request.choices.make_plan(plan_family(request.model))
     from mrflow_sched.measure.compare import compare, native_plan_of
 
-    upscaler_path = find_upscaler(args)
-    job = Job(plan, args.prompt, None, 1, (0,))
-    with writable(args.out), saying_warnings():
-        engine, upscaler = load_parts(args, job, upscaler_path)
+    file = find_upscaler(request.model)
+    job = Job(plan, request.prompt)
+    with writable(request.output.folder), saying_warnings():
+        loaded = load(request.model, job, file)
         for note in plan.notes:
             say(note)
-        record = make_record(args, job, engine, upscaler, upscaler_path)
+        record = make_record(request.model, job, loaded)
 
         def save(result: StagedResult, path: Path) -> None:
             from mrflow_sched.images.files import save_png
@@ -38,33 +89,36 @@ def run_compare(args: argparse.Namespace) -> int:
             one = replace(record, plan=result.plan.to_string())
             save_png(path, result.images[0], {KEY: one.to_json()})
 
-        with progress_bar(args) as show:
+        with progress_bar(request.output.progress) as bar:
             found = compare(
-                engine,
-                args.prompt,
+                loaded.engine,
+                request.prompt,
                 plan,
-                args.out,
-                native_plan=native_plan_of(plan, args.steps, family=engine.family),
-                upscaler=upscaler,
+                request.output.folder,
+                native_plan=native_plan_of(plan, request.native_steps, family=loaded.engine.family),
+                upscaler=loaded.upscaler,
                 save=save,
-                repeats=args.repeats,
-                callback=show,
+                repeats=request.repeats,
+                callback=bar,
             )
     for note in dict.fromkeys(found.notes):
         say(note)
-    if args.json:
+    if request.output.json:
         print_json(found.to_dict())
     else:
-        print("\n".join(_compare_lines(found.to_dict())))
-    return 0
+        show(*_lines(found))
+    return DONE
 
 
-def _compare_lines(found: dict[str, Any]) -> Iterator[str]:
-    native, staged = found["native_seconds"], found["staged_seconds"]
-    yield f"native {native:.2f} s, staged {staged:.2f} s: {found['speedup']:.2f} times as fast"
-    for name in ("native", "staged"):
-        parts = found["stages" if name == "staged" else "native_stages"]
-        yield f"{name}: " + ", ".join(f"{part['name']} {part['seconds']:.2f} s" for part in parts)
-    yield f"outside the network: {found['overhead_share']:.1%} of the staged time"
-    yield f"peak memory: {found['peak_memory_ratio']:.2f} times native"
-    yield f"picture: {found['sheet']}"
+def _lines(found: Comparison) -> Iterator[str]:
+    native, staged = found.native, found.staged
+    yield f"native {native.seconds:.2f} s, staged {staged.seconds:.2f} s: {found.speedup:.2f}x as fast"
+    yield f"native: {_seconds(native.parts)}"
+    yield f"staged: {_seconds(staged.parts)}"
+    yield f"outside the network: {found.overhead_share:.1%} of the staged time"
+    yield f"peak memory: {found.peak_memory_ratio:.2f}x native"
+    yield f"image: {found.sheet}"
+
+
+def _seconds(parts: tuple[Part, ...]) -> str:
+    return ", ".join(f"{part.name} {part.seconds:.2f} s" for part in parts)

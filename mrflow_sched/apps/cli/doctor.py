@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
-from mrflow_sched.apps.cli.console import AILING, print_json
+from mrflow_sched.apps.cli.console import DONE, UNHEALTHY, print_json, show
+from mrflow_sched.apps.cli.options import Commands, common_options
 
-# --- mrflow doctor ----------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class DoctorRequest:
+    """What to look at besides the installation: a model folder and an upscaler file."""
+
+    model: str | None
+    upscaler: str | None
+    json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> DoctorRequest:
+        return cls(args.model, args.upscaler, args.json)
 
 
-def run_doctor(args: argparse.Namespace) -> int:
+def add_parser(commands: Commands) -> None:
+    """Add `mrflow doctor`."""
+    parser = commands.add_parser(
+        "doctor",
+        parents=[common_options()],
+        allow_abbrev=False,
+        help="check what is installed, what would run and what would fail",
+    )
+    parser.add_argument("--model", metavar="DIR", help="a local diffusers folder to check; no weights are read")
+    parser.add_argument("--upscaler", metavar="FILE", help="an ESRGAN-type file to check")
+    parser.set_defaults(from_args=DoctorRequest.from_args, run=run)
+
+
+def run(request: DoctorRequest) -> int:
+    """Print the findings; the exit code is 1 where something would fail."""
     from mrflow_sched.measure.doctor import examine
 
-    findings = list(examine(args.model, args.upscaler))
+    findings = list(examine(request.model, request.upscaler))
     healthy = all(finding.good for finding in findings)
-    if args.json:
+    if request.json:
         print_json({"ok": healthy, "findings": [asdict(finding) for finding in findings]})
     else:
-        for finding in findings:
-            print(f"{'ok  ' if finding.good else 'FAIL'} {finding.name}: {finding.text}")
-    return 0 if healthy else AILING
+        show(*(f"{'ok  ' if finding.good else 'FAIL'} {finding.name}: {finding.text}" for finding in findings))
+    return DONE if healthy else UNHEALTHY

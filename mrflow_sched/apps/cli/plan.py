@@ -5,27 +5,60 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line
-from mrflow_sched.apps.cli.console import counted, print_json
-from mrflow_sched.apps.cli.options import plan_of, with_calibration
+from mrflow_sched.apps.cli.console import DONE, counted, print_json, show
+from mrflow_sched.apps.cli.options import Commands, PlanChoices, common_options, plan_options
 from mrflow_sched.plan.cost import Speeds, part_costs, peak_memory, work_ratio
+from mrflow_sched.plan.families import FAMILIES
 from mrflow_sched.plan.stages import StagedPlan
 
-# --- mrflow plan ------------------------------------------------------------------------------
+MAX_SECONDS = 1e7
+"""The longest part of a run, in seconds, that --timings takes."""
 
 
-def run_plan(args: argparse.Namespace) -> int:
-    plan = plan_of(args, with_calibration(args, args.family))
-    seconds = None if args.timings is None else _predicted(plan, args.timings)
-    if args.json:
+@dataclass(frozen=True)
+class PlanRequest:
+    """A plan to show. `timings`: a file that `mrflow compare --json` printed, to predict seconds from."""
+
+    family: str
+    choices: PlanChoices
+    timings: Path | None
+    json: bool
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> PlanRequest:
+        return cls(args.family, PlanChoices.from_args(args), args.timings, args.json)
+
+
+def add_parser(commands: Commands) -> None:
+    """Add `mrflow plan`."""
+    parser = commands.add_parser(
+        "plan", parents=[plan_options(), common_options()], allow_abbrev=False, help="show the numbers of a run"
+    )
+    parser.add_argument("--family", required=True, metavar="NAME", help=", ".join(FAMILIES))
+    parser.add_argument(
+        "--timings",
+        type=Path,
+        metavar="FILE",
+        help="predict the run time from what `mrflow compare --json` printed on this machine",
+    )
+    parser.set_defaults(from_args=PlanRequest.from_args, run=run)
+
+
+def run(request: PlanRequest) -> int:
+    """Print the plan, as sentences or as JSON."""
+    plan = request.choices.make_plan(request.family)
+    seconds = None if request.timings is None else _predicted(plan, request.timings)
+    if request.json:
         more = {} if seconds is None else {"seconds": [{"name": name, "seconds": value} for name, value in seconds]}
         print_json({**plan.to_dict(), "work_ratio": work_ratio(plan), "work": _work(plan), **more})
     else:
-        print("\n".join(_plan_lines(plan, seconds)))
-    return 0
+        show(*_lines(plan, seconds))
+    return DONE
 
 
 def _work(plan: StagedPlan) -> list[dict[str, Any]]:
@@ -38,46 +71,65 @@ def _predicted(plan: StagedPlan, path: Path) -> tuple[tuple[str, float], ...]:
         found = json.loads(path.read_text(encoding="utf-8"))
         measured = StagedPlan.from_string(found["plan"])
         seconds = {str(part["name"]): float(part["seconds"]) for part in found["stages"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(0 <= value <= MAX_SECONDS for value in seconds.values()):
+            raise MrFlowError(f"a part's seconds are not a number from 0 to {MAX_SECONDS:g}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MrFlowError(
-            f"--timings {path} cannot be read ({first_line(error)}); give what mrflow compare --json printed."
+            f"--timings is {str(path)!r}, which cannot be read ({first_line(error)}); give what "
+            "`mrflow compare --json` printed."
         ) from error
     if measured.family != plan.family:
-        raise MrFlowError(f"--timings {path} is of family {measured.family}, not {plan.family}; compare this model.")
-    return Speeds.measured(measured, seconds).predict(plan)
+        raise MrFlowError(
+            f"--timings is {str(path)!r}, which is of family {measured.family}, not {plan.family}; compare this model."
+        )
+    try:
+        return Speeds.measured(measured, seconds).predict(plan)
+    except MrFlowError as error:
+        raise MrFlowError(f"--timings is {str(path)!r}, which does not fit: {error}") from error
 
 
 def _tera(flop: float) -> str:
     return f"{flop / 1e12:.3g}"
 
 
-def _plan_lines(plan: StagedPlan, seconds: Sequence[tuple[str, float]] | None = None) -> Iterator[str]:
+def _lines(plan: StagedPlan, seconds: Sequence[tuple[str, float]] | None = None) -> Iterator[str]:
     size, forwards = f"{plan.width}x{plan.height}", counted(plan.forwards, "forward")
     yield f"{plan.family} {plan.preset}: {size}, {forwards}, seed {plan.seed}"
-    if len(plan.stages) > 1:
-        yield f"expected network work: {plan.native_steps} native steps cost {plan.cost_ratio:.2f} times as much"
-    parts, peak = part_costs(plan), peak_memory(plan)
-    if parts is not None:
-        share = ", ".join(f"{part.name} {_tera(part.flop)}" for part in parts)
-        has_vae = any(part.name.endswith("decode") for part in parts)
-        what = "VAE and upscaler" if has_vae else "upscaler, without the VAE, which was not counted"
-        whole = f"work with {what}: {_tera(sum(part.flop for part in parts))} TFLOP a picture ({share})"
-        yield whole if len(plan.stages) == 1 else f"{whole}; native {work_ratio(plan):.2f} times as much"
-    if peak is not None:
-        yield (
-            f"memory in 16 bits: about {peak.total / 2**30:.1f} GiB, most of it in {peak.name}, "
-            f"{peak.weights / 2**30:.1f} of it weights"
-        )
+    yield from _cost_lines(plan)
     if seconds is not None:
         share = ", ".join(f"{name} {value:.2f}" for name, value in seconds)
-        yield f"expected seconds on the measured machine: {sum(value for _, value in seconds):.2f} ({share})"
+        yield f"predicted run time: {sum(value for _, value in seconds):.2f} s ({share})"
     for number, stage in enumerate(plan.stages, 1):
         shift = "no shift" if stage.mu is None else f"mu {stage.mu:.4g}"
         yield (
             f"stage {number}: {stage.width}x{stage.height}, {counted(stage.tokens, 'token')}, {shift}, {stage.solver}, "
             f"guidance {stage.guidance:g}, {counted(stage.forwards, 'forward')}"
         )
-        yield "  sigmas " + (" ".join(f"{sigma:.5g}" for sigma in stage.sigmas) or "none: the upscaled picture is kept")
+        yield "  sigmas " + (" ".join(f"{sigma:.5g}" for sigma in stage.sigmas) or "none: the upscaled image is kept")
     for note in plan.notes:
         yield f"note: {note}"
     yield f"plan: {plan.to_string()}"
+
+
+def _cost_lines(plan: StagedPlan) -> Iterator[str]:
+    """What the run costs: the network alone, all parts, memory."""
+    native = counted(plan.native_steps, "native step")
+    if len(plan.stages) > 1:
+        yield f"network cost: {_compared(plan.cost_ratio)} than {native}"
+    parts, peak = part_costs(plan), peak_memory(plan)
+    if parts is not None:
+        share = ", ".join(f"{part.name} {_tera(part.flop)}" for part in parts)
+        has_vae = any(part.name.endswith("decode") for part in parts)
+        what = "with VAE and upscaler" if has_vae else "with upscaler; the VAE was not counted"
+        whole = f"total cost ({what}): {_tera(sum(part.flop for part in parts))} TFLOP per image ({share})"
+        yield whole if len(plan.stages) == 1 else f"{whole}, {_compared(work_ratio(plan))} than {native}"
+    if peak is not None:
+        yield (
+            f"memory in 16 bits: about {peak.total / 2**30:.1f} GiB at the peak, which is {peak.name}; "
+            f"{peak.weights / 2**30:.1f} GiB of it are weights"
+        )
+
+
+def _compared(ratio: float) -> str:
+    """How a cost stands to one that is `ratio` times as large."""
+    return f"{ratio:.2f}x less" if ratio >= 1 else f"{1 / ratio:.2f}x more"

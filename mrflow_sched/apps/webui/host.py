@@ -8,16 +8,15 @@ mixes noise the model's own way. A1111: no `forge_objects`; flow models carry `a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from mrflow_sched.plan.families import Family, get_family
+from mrflow_sched.plan.families import Family, HostFacts, family_of_host, get_family
 
 __all__ = [
     "Host",
@@ -185,16 +184,6 @@ class ModelInfo:
     known: bool = True
 
 
-# Engine classes of Forge and Neo whose family their name alone tells.
-_ENGINES: Mapping[str, str] = MappingProxyType(
-    {
-        "Chroma": "chroma",
-        "Lumina2": "lumina2",
-        "StableDiffusion": "sd15",
-        "StableDiffusion2": "sd15",
-        "StableDiffusionXL": "sdxl",
-    }
-)
 _EDITS = re.compile(r"kontext|(?:image|qwen)[-_ .]?edit|(?<![a-z])edit(?![a-z])", re.IGNORECASE)
 _PLAIN = "generate without MrFlow, or choose another checkpoint"
 
@@ -255,31 +244,21 @@ def _refusal(
 
 def _family(p: Any, model: Any, engine: str, name: str, flow: bool) -> tuple[Family, bool]:
     """The family of the loaded model, and whether its schedule is known."""
-    text = f"{name} {getattr(getattr(model, 'model_config', None), 'huggingface_repo', '')}".lower()
-    unguided = getattr(p, "cfg_scale", None) == 1
-    if engine in _ENGINES and flow == (get_family(_ENGINES[engine]).prediction == "flow"):
-        return get_family(_ENGINES[engine]), True
-    if not flow:
-        return get_family("sdxl" if getattr(model, "is_sdxl", False) else "sd15"), True
-    if engine == "Flux":
-        if "schnell" in text or not getattr(model, "use_distilled_cfg_scale", True):
-            return get_family("flux1-schnell"), True
-        return get_family("flux1-krea" if "krea" in text else "flux1-dev"), True
-    if engine == "Flux2":
-        return get_family("flux2-klein-base" if "base" in text or not _guided_off(p) else "flux2-klein"), True
-    if engine.startswith("QwenImage"):
-        return get_family("qwen-image"), True
-    if engine == "ZImage":
-        return get_family("z-image-turbo" if "turbo" in text or unguided else "z-image"), True
-    if engine == "StableDiffusion3" or getattr(model, "is_sd3", False):
-        large = "large" in text and "3.5" in text.replace("35", "3.5").replace("3_5", "3.5")
-        return get_family("sd35" if large else "sd3"), True
-    unknown = replace(get_family("z-image"), name="flow", title=engine or "flow model")
-    return unknown, False
-
-
-def _guided_off(p: Any) -> bool:
-    return getattr(p, "cfg_scale", None) in (None, 1)
+    repository = getattr(getattr(model, "model_config", None), "huggingface_repo", "")
+    facts = HostFacts(
+        engine=engine,
+        text=f"{name} {repository}".lower(),
+        flow=flow,
+        guidance=getattr(p, "cfg_scale", None),
+        distilled_scale=bool(getattr(model, "use_distilled_cfg_scale", True)),
+        is_sd3=bool(getattr(model, "is_sd3", False)),
+        is_sdxl=bool(getattr(model, "is_sdxl", False)),
+    )
+    found = family_of_host(facts)
+    if found is not None:
+        return found, True
+    # The grid and the guidance of most flow models; its schedule is not asked for.
+    return replace(get_family("z-image"), name="flow", title=engine or "flow model"), False
 
 
 def _checkpoint_name(model: Any) -> str:

@@ -15,21 +15,18 @@ from mrflow_sched.apps.webui.host import ModelInfo
 from mrflow_sched.apps.webui.upscaler import MARK, pick_automatic, scale_in_name
 from mrflow_sched.plan.cost import work_ratio
 from mrflow_sched.plan.families import TIERS, Family, Preset
-from mrflow_sched.plan.make import make_plan
-from mrflow_sched.plan.schedule import refine_sigmas, sigmas_from_recipe
+from mrflow_sched.plan.make import make_sized_plan
+from mrflow_sched.plan.notes import size_notes
+from mrflow_sched.plan.recipes import sigmas_from_recipe
+from mrflow_sched.plan.schedule import refine_sigmas
+from mrflow_sched.plan.sizes import snap
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampling.noise import model_sigmas
 
 __all__ = ["Recipe", "fit_sizes", "make_recipe"]
 
 LEAST_SIDE = 64
-"""A low-resolution side below this holds no picture."""
-
-SLIGHT_STRETCH = 0.002
-"""Up to this relative change of shape between the two sizes nobody sees anything."""
-
-SIDE_SLACK = 0.95
-"""The share of a family's least side at which a note begins, as in `mrflow_sched.plan`."""
+"""A low-resolution side below this holds no image."""
 
 _SCALE_AT_END = re.compile(r"\s+[1-9]x\+?$")
 _STEPS_NAME = re.compile(r"([0-9]+)\+([0-9]+)")
@@ -39,7 +36,7 @@ _STEPS_NAME = re.compile(r"([0-9]+)\+([0-9]+)")
 class Recipe:
     """What a job will do.
 
-    `preset` is the one that `low_steps`, `refine_steps` and `sigma` (true flow sigma) start from. Sizes in pixels.
+    `preset` is the one that `low_steps`, `refine_steps` and `sigma` (flow sigma) start from. Sizes in pixels.
     `first_sigmas` (None: the host's schedule) and `refine_sigmas` are in the model's own measure, as the host's
     override takes them. `solver`: a name of `mrflow_sched.solvers`, or None for the host's sampler. `upscaler`: a name
     of the host's list. `notes`: sentences for the user. `line`: the whole job in one short line.
@@ -72,6 +69,8 @@ class Recipe:
         if steps in (self.low_steps, self.low_steps + 1):
             return _answer(first.sigmas, steps)
         kind, _, *numbers = first.recipe.split(" ")
+        if kind == "list":  # a model's own sigmas, which there are for no other count
+            return _answer(first.sigmas, steps)
         return sigmas_from_recipe(" ".join([kind, str(steps), *numbers]))
 
     def refine_list(self, steps: int) -> tuple[float, ...]:
@@ -107,7 +106,7 @@ def make_recipe(
     """Decide everything for `controls` on `model` at a wanted final size in pixels.
 
     `upscalers`: the host's list, its entries or only their names. "automatic" takes none that the host would have to
-    download first, as far as its entry tells. Raises ValueError, one sentence, where it cannot or should not be done:
+    download first, as far as its entry tells. Raises MrFlowError, one sentence, where it cannot or should not be done:
     the model's own refusal, a low side under 64 px, or a plan that costs more than sampling natively.
     """
     if model.refusal is not None:
@@ -117,10 +116,10 @@ def make_recipe(
     final, low = fit_sizes(model, width, height, controls.factor)
     if min(low) < LEAST_SIDE:
         raise MrFlowError(
-            f"MrFlow cannot make {width}x{height} with factor {controls.factor:g}: the low-resolution picture would be "
+            f"MrFlow cannot make {width}x{height} with factor {controls.factor:g}: the low-resolution image would be "
             f"{low[0]}x{low[1]}, and {LEAST_SIDE} px is the least side; choose a larger size or a smaller factor."
         )
-    plan = _plan(controls, model, preset, final, low)
+    plan = _plan(controls, model, preset, (low, final), (width, height))
     if plan.cost_ratio < 1.0:
         raise MrFlowError(
             f"MrFlow would cost {1 / plan.cost_ratio:.2f} times as much as {plan.native_steps} native steps at "
@@ -147,7 +146,12 @@ def make_recipe(
         notes=(),
         line="",
     )
-    notes = (preset_note, *_notes(controls, model, recipe, width, height), upscaler_note)
+    notes = (
+        preset_note,
+        *size_notes(plan, family, stretches=True, grid=model.grid_final),
+        *_notes(controls, model),
+        upscaler_note,
+    )
     return replace(recipe, notes=tuple(note for note in notes if note), line=_line(recipe))
 
 
@@ -155,11 +159,11 @@ def fit_sizes(model: ModelInfo, width: int, height: int, factor: float) -> tuple
     """The final size on the latent's grid, nearest to `width` x `height`, and the low size on the network's.
 
     Of the low sizes next to final / factor the one shaped most like the final size is taken: hosts stretch one into
-    the other. Raises ValueError for sides below 1.
+    the other. Raises MrFlowError for sides below 1.
     """
     if width < 1 or height < 1:
         raise MrFlowError(f"width and height must be at least 1, got {width!r} and {height!r}.")
-    final = _snap(width, model.grid_final), _snap(height, model.grid_final)
+    final = snap(width, model.grid_final), snap(height, model.grid_final)
     wanted = final[0] / factor, final[1] / factor
 
     def misfit(size: tuple[int, int]) -> tuple[float, float]:
@@ -168,10 +172,6 @@ def fit_sizes(model: ModelInfo, width: int, height: int, factor: float) -> tuple
 
     widths, heights = (_around(side, model.grid_low) for side in wanted)
     return final, min(product(widths, heights), key=misfit)
-
-
-def _snap(side: float, grid: int) -> int:
-    return max(math.floor(side / grid + 0.5), 1) * grid
 
 
 def _around(side: float, grid: int) -> tuple[int, ...]:
@@ -195,34 +195,26 @@ def _preset(controls: Controls, family: Family) -> tuple[Preset, str | None]:
 
 
 def _plan(
-    controls: Controls, model: ModelInfo, preset: Preset, final: tuple[int, int], low: tuple[int, int]
+    controls: Controls,
+    model: ModelInfo,
+    preset: Preset,
+    sizes: Sequence[tuple[int, int]],
+    wanted: tuple[int, int],
 ) -> StagedPlan:
     family = model.family
-    low_tokens, final_tokens = _tokens(family, low), _tokens(family, final)
     refine_guidance = {"same": None, "off": 1.0, "value": controls.refine_cfg_value}[controls.refine_cfg]
-    plan = make_plan(
+    return make_sized_plan(
         family,
-        *final,
-        factor=controls.factor,
+        sizes,
+        wanted,
+        stretches=True,
+        grid=model.grid_final,
         low_steps=controls.low_steps or preset.low_steps,
         refine_steps=controls.refine_steps or preset.refine_steps,
         sigma=controls.sigma or preset.sigma,
         solver=family.solver if controls.solver == "multistep" else "euler",
-        shift_tokens=low_tokens,
         refine_guidance=refine_guidance if family.guidance_kind == "cfg" else None,
     )
-    # The plan's own sizes lie on the network's grid; the host makes ours.
-    first, last = plan.stages
-    stages = (
-        replace(first, width=low[0], height=low[1], tokens=low_tokens),
-        replace(last, width=final[0], height=final[1], tokens=final_tokens),
-    )
-    return replace(plan, stages=stages)
-
-
-def _tokens(family: Family, size: tuple[int, int]) -> int:
-    """Image tokens of a picture; engines fill up a last row or column that is not whole."""
-    return math.ceil(size[0] / family.grid) * math.ceil(size[1] / family.grid)
 
 
 def _upscaler(asked: str, entries: Sequence[Any]) -> tuple[str, str | None]:
@@ -245,24 +237,12 @@ def _remote(entry: Any) -> bool:
 # ------------------------------------------------------------------------------------------------------------- words
 
 
-def _notes(controls: Controls, model: ModelInfo, recipe: Recipe, width: int, height: int) -> list[str]:
+def _notes(controls: Controls, model: ModelInfo) -> list[str]:
+    """What the choices do on this model that their words do not tell."""
     notes: list[str] = []
-    family = model.family
-    low, final = (recipe.low_width, recipe.low_height), (recipe.width, recipe.height)
-    if final != (width, height):
-        notes.append(
-            f"{width}x{height} is made at {final[0]}x{final[1]}: {model.title} needs multiples of "
-            f"{model.grid_final} pixels."
-        )
-    stretch = low[0] * final[1] / (low[1] * final[0])
-    stretch = max(stretch, 1 / stretch) - 1
-    if stretch > SLIGHT_STRETCH:
-        notes.append(f"The picture is stretched by {stretch:.1%} on the way from {low[0]}x{low[1]} to its final size.")
-    if math.sqrt(low[0] * low[1]) < SIDE_SLACK * family.min_low_side:
-        notes.append(
-            f"Stage 1 at {low[0]}x{low[1]} is smaller than the {family.min_low_side} px square that {model.title} is "
-            "made for; expect weaker composition, or choose a larger size or a smaller factor."
-        )
+    solver = model.family.solver
+    if controls.solver == "multistep" and solver != "multistep":
+        notes.append(f"Stage 1 runs the solver {solver}, which suits {model.title} better than multistep.")
     if model.flow and not model.known and controls.shift != "host":
         notes.append(f"MrFlow has no numbers for {model.title}: stage 1 follows the WebUI's schedule.")
     return notes

@@ -39,7 +39,7 @@ INFO: Mapping[str, str] = {
     "sigma": "share of noise that the refine steps start from, 0.02 to 0.6; 0 takes the preset's; try 0.16 to 0.20 "
     "for lettering",
     "shift": "schedule of the low-resolution steps",
-    "solver": "multistep is more exact with few steps",
+    "solver": "multistep takes the solver that suits the model",
     "upscaler": "enlarges the picture between the stages; x2 models are best",
     "refine_cfg": "guidance of the refine steps; off halves their cost",
     "refine_seed": "noise of the refine steps",

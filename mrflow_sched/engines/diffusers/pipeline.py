@@ -1,10 +1,11 @@
 """Any diffusers text-to-image pipeline as an engine: the pipeline's own loop runs every stage, on our scheduler.
 
-For each stage a *view* of the pipeline is made: a shallow copy, whose modules are the pipeline's own and whose
-scheduler is an `MrFlowScheduler` that walks the plan's list and nothing else. Calling the view does all in which
-families differ: position ids, guidance of either kind, attention masks, ControlNet, IP adapters, LoRA scales, hooks of
-offloading, callbacks. What the call sets (scales, the step it is at, an interrupt) it sets on the view. The pipeline
-itself is not written to, so two threads can use one pipeline.
+For each stage a *view* of the pipeline is made: a shallow copy, whose modules are the pipeline's own, whose scheduler
+is an `MrFlowScheduler` that walks the plan's sigmas and nothing else, and whose network is a shell around the
+pipeline's (`seam`). Calling the view does all in which families differ: position ids, guidance of either kind,
+attention masks, ControlNet, IP adapters, LoRA scales, hooks of offloading, callbacks. What the call sets (scales, the
+step it is at, an interrupt) it sets on the view; while it lasts, the pipeline shows the same (`view.Mirror`), and after
+it the pipeline is as it was. Two threads can use one pipeline.
 
 diffusers is imported when a folder is loaded or a stage is run, never when this module is.
 """
@@ -12,10 +13,12 @@ diffusers is imported when a folder is loaded or a stage is run, never when this
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,29 +26,34 @@ from torch import Tensor
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.compiled import COMPILE_STEPS, NetworkCompiler
-from mrflow_sched.engines.diffusers.flux import (
-    folder_fingerprint,
-)
-from mrflow_sched.engines.diffusers.folder import load_pipeline
+from mrflow_sched.engines.diffusers.folder import folder_fingerprint, load_pipeline
 from mrflow_sched.engines.diffusers.layouts import Layout, find_layout
 from mrflow_sched.engines.diffusers.layouts.base import takes
-from mrflow_sched.engines.diffusers.layouts.known import FluxLayout
+from mrflow_sched.engines.diffusers.seam import NetworkSeam, guided_per_step, shell_of
 from mrflow_sched.engines.diffusers.view import (
     HINT,
     TOKENIZER_LOCK,
-    compile_network,
+    Mirror,
     hint_for_stage,
     interrupted,
+    last_word,
     one_at_a_time,
     own_dicts,
+    put_network,
+    stage_window,
     view_of,
 )
 from mrflow_sched.plan.families import Family
+from mrflow_sched.sampling.engine import Capabilities, Guidance
 from mrflow_sched.sampling.memory import within_memory
-from mrflow_sched.sampling.noise import stage_seed
+from mrflow_sched.sampling.network import Around
+from mrflow_sched.sampling.noise import stage_seed, ve_to_sigma
+from mrflow_sched.sampling.solvers import evaluation_sigmas, evaluations_per_step
 
-_T5_TOKENS = 512
-"""What FLUX.1's pipelines pad T5's tokens to, unless told otherwise."""
+if TYPE_CHECKING:
+    from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
+
+__all__ = ["PipelineEngine", "PipelineText", "given_embeddings"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,25 @@ class PipelineText:
 
     def __len__(self) -> int:
         return self.batch
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage of some images of a batch, as the pipeline is asked for it.
+
+    `rows` says which images of the batch they are. `scale` is what the pipeline is told, `guidance` what each step
+    asks for; None where that is one scale throughout. `callbacks` says whether the owner's are called.
+    """
+
+    solver: str
+    sigmas: tuple[float, ...]
+    text: PipelineText
+    rows: slice
+    scale: float
+    guidance: Guidance | None = None
+    progress: tuple[float, ...] = (0.0, 1.0)
+    around: Around | None = None
+    callbacks: bool = True
 
 
 class PipelineEngine:
@@ -76,18 +103,29 @@ class PipelineEngine:
         name: str = "pipeline",
         fingerprint: str = "",
         compiler: NetworkCompiler | None = None,
+        guided_by_two: bool = False,
     ) -> None:
         """Borrow `pipe`, which stays as it is and stays usable.
 
-        `arguments` are further keyword arguments of the pipeline's call, given to it in every stage: `control_image`
-        may be a function (width, height) -> hint, and is resized to the stage where it is a tensor. `seeds`, one per
-        image, are for what a pipeline draws besides the noise (a ControlNet hint's posterior); left out, they are the
-        images' numbers. With a `compiler`, stages of several steps run its twin of the network. Raises ValueError, one
-        sentence, for a pipeline whose stages cannot be run.
+        Args:
+            pipe: A loaded text-to-image pipeline.
+            family: Name of its family, where you know better than its class and configuration tell.
+            arguments: Further keyword arguments of the pipeline's call, given to it in every stage. `control_image` may
+                be a function (width, height) -> hint, and is resized to the stage where it is a tensor.
+            seeds: One per image, for what a pipeline draws besides the noise (a ControlNet hint's posterior); left
+                out, they are the images' numbers.
+            name: What records call the model.
+            fingerprint: What tells its weights from others.
+            compiler: Stages of several steps run its twin of the network.
+            guided_by_two: Guidance takes a second branch although the family's does not (FLUX.1's true CFG).
+
+        Raises:
+            MrFlowError: The pipeline's stages cannot be run.
         """
         self._pipe = pipe
         self._compiler = compiler
-        self._layout = find_layout(view_of(pipe), family)
+        layout = find_layout(view_of(pipe), family)
+        self._layout = layout.guided_by_two() if guided_by_two else layout
         self._arguments = dict(arguments or {})
         self._seeds = seeds
         self._was_interrupted = interrupted(pipe)
@@ -100,15 +138,41 @@ class PipelineEngine:
         path: str | Path,
         *,
         device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
+        dtype: str | torch.dtype | Mapping[str, str] = "auto",
         family: str | None = None,
         offload: bool = False,
     ) -> PipelineEngine:
-        """Load any text-to-image folder of diffusers (`load_pipeline`, same arguments and errors)."""
+        """Load any text-to-image folder of diffusers.
+
+        Args:
+            path: The folder that holds model_index.json.
+            device: "auto" (CUDA where there is one), or as torch spells it.
+            dtype: As in `load_pipeline`.
+            family: Name of the family; left out, what the folder says (`_mrflow_family` in its model_index.json), else
+                what its class and configurations tell.
+            offload: Keep parts on the CPU while they are idle.
+
+        Raises:
+            MrFlowError: A folder that is missing, incomplete, damaged or of no such pipeline.
+        """
         pipe = load_pipeline(path, device=device, dtype=dtype, offload=offload)
+        pipe.set_progress_bar_config(disable=True)
         folder = Path(path)
-        parts = [part.name for part in sorted(folder.iterdir()) if part.is_dir()]
-        return cls(pipe, family=family, name=folder.resolve().name, fingerprint=folder_fingerprint(folder, parts))
+        return cls(pipe, family=family, name=folder.resolve().name, fingerprint=folder_fingerprint(folder))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Whole stages, unless a subclass has its own `denoise`, which then is asked for every step."""
+        mine = type(self)
+        whole = mine.denoise is PipelineEngine.denoise or mine.sample_stage is not PipelineEngine.sample_stage
+        return Capabilities(
+            whole_stages=whole,
+            guidance_per_step=whole,
+            network_seam=whole,
+            token_subsets=whole and self._layout.tokens is not None,
+            tiles=True,
+            gradients=True,
+        )
 
     @property
     def pipe(self) -> Any:
@@ -131,36 +195,58 @@ class PipelineEngine:
         return self._layout.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the network."""
-        return getattr(self._layout.pipe, self._network).dtype
+    def network(self) -> torch.nn.Module:
+        """The pipeline's network, as its owner knows it."""
+        return getattr(self._layout.pipe, self._network)
 
     @property
-    def _network(self) -> str:
-        """What the pipeline calls its network."""
-        return "unet" if getattr(self._layout.pipe, "transformer", None) is None else "transformer"
+    def dtype(self) -> torch.dtype:
+        """Dtype of the network."""
+        return self._layout.dtype
 
     @property
     def vae_dtype(self) -> torch.dtype:
         """Dtype of the VAE."""
         return self._layout.pipe.vae.dtype
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Dtype of each part that has weights, by the part's name: "transformer": "bfloat16", "vae": "float32", ..."""
+        parts = {name: getattr(part, "dtype", None) for name, part in self._pipe.components.items()}
+        return {
+            name: str(dtype).removeprefix("torch.") for name, dtype in parts.items() if isinstance(dtype, torch.dtype)
+        }
+
+    @property
+    def _network(self) -> str:
+        """What the pipeline calls its network."""
+        return "unet" if getattr(self._layout.pipe, "transformer", None) is None else "transformer"
+
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """(C, h, w) of one image's latents. Raises ValueError off the family's grid."""
+        """(C, h, w) of one image's latents.
+
+        Raises:
+            MrFlowError: Sides off the family's grid.
+        """
         return self._layout.latent_shape(width, height)
 
+    # ---------------------------------------------------------------------------------------------------------- text
+
     def encode_text(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None) -> PipelineText:
-        """Embeddings for a batch of `len(prompts)` images; embeddings among the engine's arguments take their place."""
-        own = self._arguments
-        longest = getattr(getattr(self._pipe, "tokenizer_2", None), "model_max_length", None)
-        if isinstance(self._layout, FluxLayout) and longest is not None and longest < _T5_TOKENS:
-            own = {"max_sequence_length": int(longest), **own}  # a network made for shorter texts than the default
+        """Embeddings for a batch of `len(prompts)` images; embeddings among the engine's arguments take their place.
+
+        Raises:
+            MrFlowError: Ready embeddings that do not make the batch.
+        """
+        longest = self._layout.text_length
+        own = self._arguments if longest is None else {"max_sequence_length": longest, **self._arguments}
         given = given_embeddings(own)
         if given and len(prompts) % given:
             raise MrFlowError(f"prompt_embeds holds {given} prompts, which do not make {len(prompts)} images.")
         told = negative_prompts
         if given and told is not None:
             told = told[:: len(prompts) // given]
+        self._tell_of_text(() if given else prompts, told, own)
         try:
             with TOKENIZER_LOCK:
                 text = self._layout.encode_text(None if given else prompts, told, own)
@@ -171,6 +257,20 @@ class PipelineEngine:
             self._free()
         return PipelineText(text, len(prompts))
 
+    def _tell_of_text(self, prompts: Sequence[str], negatives: Sequence[str] | None, own: Mapping[str, Any]) -> None:
+        """Warn about text that has no effect: a negative prompt where nothing takes one, the end of a long prompt."""
+        guided = self.family.guidance_kind == "cfg" or "true_cfg_scale" in own
+        if not guided and negatives is not None and any(text.strip() for text in negatives):
+            warnings.warn(f"{self.family.title} has no negative prompt: it was ignored.", stacklevel=3)
+        with TOKENIZER_LOCK:
+            cut = self._layout.cut_prompt(prompts, own)
+        if cut is not None:
+            warnings.warn(
+                f"The prompt is {cut[0]} tokens long and the model reads {cut[1]}: its end was cut off.", stacklevel=3
+            )
+
+    # -------------------------------------------------------------------------------------------------------- images
+
     def encode(self, images: Tensor, *, posterior: str = "mode", seeds: Sequence[int] | None = None) -> Tensor:
         """Normalised latents of images in [0, 1]; see `Layout.encode`."""
         try:
@@ -179,14 +279,14 @@ class PipelineEngine:
             self._free()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images in [0, 1] of normalised latents."""
+        """Images (B, 3, H, W, float32 in [0, 1]) of normalised latents (B, C, h, w)."""
         try:
             return self._layout.decode(latents)
         finally:
             self._free()
 
     def finish(self, images: Tensor) -> Tensor:
-        """Final images in [0, 1] with what the pipeline does to its own: safety checker, watermark."""
+        """Final images (B, 3, H, W) in [0, 1] with what the pipeline does to its own: safety checker, watermark."""
         try:
             return self._layout.finish(images)
         finally:
@@ -205,18 +305,41 @@ class PipelineEngine:
 
     # ------------------------------------------------------------------------------------------------------ sampling
 
-    def denoise(self, x: Tensor, sigma: Tensor, text: PipelineText, *, guidance: float) -> Tensor:
-        """Clean estimate of `x` (B, *latent_shape) at `sigma` (B,): a stage of one step. Keeps no gradients."""
+    def denoise(
+        self, x: Tensor, sigma: Tensor, text: PipelineText, *, guidance: float, around: Around | None = None
+    ) -> Tensor:
+        """Clean estimate of noisy latents: a stage of one step, of which the pipeline's callbacks hear nothing.
+
+        Where gradients are recorded, and `x` or a weight of the network asks for them, a graph is kept.
+
+        Args:
+            x: (B, *latent_shape), float32.
+            sigma: (B,), flow sigma or sigma_ve.
+            text: What `encode_text` returned.
+            guidance: The scale in force.
+            around: As in `sample_stage`.
+
+        Returns:
+            Clean latents in the shape of `x`, float32.
+        """
         levels = [float(level) for level in sigma]
-        if len(set(levels)) == 1:
-            return self._stage("euler", x, (levels[0], 0.0), text, guidance, slice(None), None)
-        one_by_one = range(len(x))
-        return torch.cat(
-            [
-                self._stage("euler", x[row : row + 1], (levels[row], 0.0), text, guidance, slice(row, row + 1), None)
-                for row in one_by_one
-            ]
-        )
+        flow = [level if self.family.prediction == "flow" else ve_to_sigma(level) for level in levels]
+        whole = len(set(levels)) == 1
+        rows = [slice(0, len(x))] if whole else [slice(row, row + 1) for row in range(len(x))]
+        done = [
+            self._stage(
+                x[each],
+                _Stage(
+                    *("euler", (levels[each.start], 0.0), text, each, guidance),
+                    # Nobody says how far the run is: the noise that is gone stands for it.
+                    progress=(1.0 - flow[each.start],) * 2,
+                    around=around,
+                    callbacks=False,
+                ),
+            )
+            for each in rows
+        ]
+        return torch.cat(done)
 
     def sample_stage(
         self,
@@ -225,67 +348,87 @@ class PipelineEngine:
         sigmas: Sequence[float],
         text: PipelineText,
         *,
-        guidance: float,
+        guidance: float | Guidance,
+        progress: Sequence[float] | None = None,
         callback: Callable[[dict[str, Any]], object] | None = None,
+        around: Around | None = None,
     ) -> Tensor:
         """The state at the end of `sigmas`, by the pipeline's own loop; see `StageEngine.sample_stage`.
 
-        A batch that does not fit into memory goes through image by image. The dict that `callback` hears has one more
-        key: `images`, how many images this evaluation was of. Raises `Cancelled` where the pipeline was interrupted
-        (`_interrupt`), and MemoryError where one image does not fit.
+        A batch that does not fit into memory goes through image by image.
+
+        Raises:
+            Cancelled: The pipeline was interrupted (`_interrupt`).
+            MemoryError: One image does not fit.
         """
         done: list[Tensor] = []
+        scale, per_step = self._scales(solver, sigmas, guidance)
+        behind = _even(len(sigmas)) if progress is None else tuple(progress)
+        asked = _Stage(solver, tuple(sigmas), text, slice(None), scale, per_step, behind, around)
 
         def work(_engine: object, rows: slice) -> Tensor:
             hear = None if callback is None else _for_whole_batch(callback, latents, done, rows)
-            done.append(self._stage(solver, latents[rows], sigmas, text, guidance, rows, hear))
+            done.append(self._stage(latents[rows], replace(asked, rows=rows), hear))
             return done[-1]
 
         width, height = self._pixels(latents)
         what = f"sampling one image of {width}x{height}"
         return within_memory(work, self, len(latents), what, tiles=False)
 
+    def _scales(
+        self, solver: str, sigmas: Sequence[float], guidance: float | Guidance
+    ) -> tuple[float, Guidance | None]:
+        """The scale to tell the pipeline, and what each step asks for where that is not the same throughout."""
+        if not callable(guidance):
+            return guidance, None
+        flow = self.family.prediction == "flow"
+
+        def at(sigma: float) -> float:
+            return guidance(sigma if flow else ve_to_sigma(sigma))
+
+        asked = [at(sigma) for sigma in evaluation_sigmas(solver, sigmas)]
+        strongest = max(asked, key=self._layout.guidance_weight)
+        return strongest, None if len(set(asked)) == 1 else at
+
     def _stage(
-        self,
-        solver: str,
-        latents: Tensor,
-        sigmas: Sequence[float],
-        text: PipelineText,
-        guidance: float,
-        rows: slice,
-        callback: Callable[[dict[str, Any]], object] | None,
+        self, latents: Tensor, asked: _Stage, callback: Callable[[dict[str, Any]], object] | None = None
     ) -> Tensor:
-        """One stage of the images `rows` of the batch, by a view of the pipeline."""
+        """One stage of `latents` (the images `asked.rows` of the batch), by a view of the pipeline."""
         from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
 
         layout = self._layout
         width, height = self._pixels(latents)
+        counted = 0.0
 
         def heard(state: dict[str, Any]) -> None:
+            nonlocal counted
             if interrupted(self._pipe) and not self._was_interrupted:
                 raise Cancelled
             if callback is not None:
                 tensors = {key: layout.unpack(state[key], width, height).float() for key in ("x", "denoised")}
-                callback({**state, **tensors, "images": len(latents)})
+                made, counted = seam.forwards - counted, seam.forwards
+                callback({**state, **tensors, "images": len(latents), "forwards": made})
 
         scheduler = MrFlowScheduler.for_stage(
             layout.pipe.scheduler.config,
-            sigmas,
-            solver,
+            asked.sigmas,
+            asked.solver,
             prediction=self.family.prediction,
             start=layout.pack(latents),
             on_evaluation=heard,
         )
-        view = view_of(layout.pipe, scheduler=scheduler, **layout.view_attributes(guidance, width, height))
-        if self._compiler is not None and len(sigmas) > COMPILE_STEPS:
-            compile_network(view, self._network, self._compiler)
+        view = view_of(layout.pipe, scheduler=scheduler, **layout.view_attributes(asked.scale, width, height))
         object.__setattr__(view, "encode_prompt", one_at_a_time(view.encode_prompt))
+        mirror = Mirror(self._pipe, view)
+        seam = self._seam(asked, scheduler, len(latents), mirror)
+        put_network(view, self._network, shell_of(self.network, seam))
         try:
-            view(**self._call(latents, sigmas, text, guidance, rows, width, height))
+            _called(view, self._wants_graph(latents))(**self._call(latents, asked, scheduler, width, height))
         except BaseException:
             view.maybe_free_model_hooks()
             raise
         finally:
+            mirror.end()
             self._share_hooks(view)
         if interrupted(view):
             raise Cancelled
@@ -295,38 +438,72 @@ class PipelineEngine:
             raise RuntimeError(f"{type(self._pipe).__name__} made {made} of {wanted} evaluations of a stage.")
         return layout.unpack(final, width, height).float()
 
+    def _seam(self, asked: _Stage, scheduler: MrFlowScheduler, batch: int, mirror: Mirror) -> NetworkSeam:
+        """What stands before the network in a stage: guidance for each step, then the method's own."""
+        layout, network = self._layout, self.network
+        if self._compiler is not None and len(asked.sigmas) > COMPILE_STEPS:
+            network = self._compiler(network)
+        first = _first_shown(self.network, scheduler) if asked.progress[0] > 0.0 else None
+
+        def before() -> None:
+            mirror.show(first if scheduler.current_evaluation == 0 else None)
+
+        arounds = [asked.around] if asked.around is not None else []
+        if asked.guidance is not None:
+            arounds.insert(0, guided_per_step(asked.guidance, asked.scale, layout.guidance_weight))
+        return NetworkSeam(
+            network,
+            scheduler=scheduler,
+            batch=batch,
+            guided=self.family.guidance_kind == "cfg" and asked.scale != 1.0,
+            layout=layout,
+            before=before,
+            arounds=arounds,
+        )
+
+    def _wants_graph(self, latents: Tensor) -> bool:
+        """Whether a graph is to be kept: gradients are recorded, and the state or a weight asks for them."""
+        if not torch.is_grad_enabled():
+            return False
+        return latents.requires_grad or any(weight.requires_grad for weight in self.network.parameters())
+
     def _call(
-        self,
-        latents: Tensor,
-        sigmas: Sequence[float],
-        text: PipelineText,
-        guidance: float,
-        rows: slice,
-        width: int,
-        height: int,
+        self, latents: Tensor, asked: _Stage, scheduler: MrFlowScheduler, width: int, height: int
     ) -> dict[str, Any]:
         """Keyword arguments of the view's call: text, guidance and sizes, the caller's own, and what is always so."""
-        layout, names = self._layout, self._layout.call_names
-        chosen = range(len(text))[rows]
+        layout, names, text = self._layout, self._layout.call_names, asked.text
+        chosen = range(len(text))[asked.rows]
         arguments = text.arguments if len(chosen) == len(text) else layout.select_text(text.arguments, chosen)
-        said = takes(layout.pipe.encode_prompt)  # is in the embeddings already
-        own = {name: value for name, value in self._arguments.items() if name not in said and not _is_embedding(name)}
-        if own.get(HINT) is not None:
-            own[HINT] = hint_for_stage(own[HINT], width, height, chosen, len(text))
         seeds = self._seeds or range(len(text))
         # A pipeline without a generator would draw from the global one.
         generators = [torch.Generator().manual_seed(stage_seed(seeds[row], 0, 0, "hash")) for row in chosen]
         always = {
-            "num_inference_steps": len(sigmas) - 1,
+            "num_inference_steps": len(asked.sigmas) - 1,
             "latents": layout.call_latents(latents),
             "generator": generators if len(generators) > 1 else generators[0],
             "output_type": "latent",
             "return_dict": False,
         }
-        if HINT in own and HINT not in names:
-            own["image"] = own.pop(HINT)  # the word of Stable Diffusion's ControlNet pipelines
-        made = {**layout.stage_arguments(arguments, guidance, width, height), **own_dicts(own), **always}
+        own = self._own_arguments(asked, scheduler, width, height)
+        made = {**layout.stage_arguments(arguments, asked.scale, width, height), **own, **always}
         return {name: value for name, value in made.items() if name in names}
+
+    def _own_arguments(self, asked: _Stage, scheduler: MrFlowScheduler, width: int, height: int) -> dict[str, Any]:
+        """The caller's own arguments of the pipeline's call, as they are in this stage."""
+        layout, batch = self._layout, len(asked.text)
+        said = takes(layout.pipe.encode_prompt)  # is in the embeddings already
+        own = {name: value for name, value in self._arguments.items() if name not in said and not _is_embedding(name)}
+        if own.get(HINT) is not None:
+            own[HINT] = hint_for_stage(own[HINT], width, height, range(batch)[asked.rows], batch)
+        if HINT in own and HINT not in layout.call_names:
+            own["image"] = own.pop(HINT)  # the word of Stable Diffusion's ControlNet and T2I-Adapter pipelines
+        own |= _stage_windows(own, asked)
+        hear = own.pop("callback_on_step_end", None)
+        if hear is not None and asked.callbacks:
+            if hasattr(hear, "tensor_inputs"):  # diffusers' own callback classes say so themselves
+                own["callback_on_step_end_tensor_inputs"] = hear.tensor_inputs
+            own["callback_on_step_end"] = last_word(hear, scheduler)
+        return own_dicts(own)
 
     def _pixels(self, latents: Tensor) -> tuple[int, int]:
         """(width, height) of the image that latents (B, C, h, w) are of."""
@@ -350,6 +527,9 @@ class PipelineEngine:
                 object.__setattr__(holder, "_all_hooks", view._all_hooks)
 
 
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
 def given_embeddings(arguments: Mapping[str, Any]) -> int:
     """How many prompts the ready embeddings among `arguments` stand for; 0 where there are none."""
     found = (value for name, value in arguments.items() if name.startswith("prompt_embeds") and value is not None)
@@ -358,6 +538,54 @@ def given_embeddings(arguments: Mapping[str, Any]) -> int:
 
 def _is_embedding(name: str) -> bool:
     return "prompt_embeds" in name
+
+
+def _even(count: int) -> tuple[float, ...]:
+    """`count` values from 0 to 1."""
+    return tuple(index / max(count - 1, 1) for index in range(count))
+
+
+def _called(view: Any, graph: bool) -> Callable[..., Any]:
+    """The view's call; with a `graph`, the one inside the decorator that switches gradients off."""
+    if not graph:
+        return view
+    inner: Any = getattr(type(view).__call__, "__wrapped__", type(view).__call__)
+    return functools.partial(inner, view)
+
+
+def _first_shown(network: Any, scheduler: MrFlowScheduler) -> Mapping[str, Any] | None:
+    """What the owner is to show at the first evaluation of a later stage beside what is so; None for nothing.
+
+    FasterCache takes for granted that a loop starts above its range of timesteps, and reuses what it has not stored yet
+    where one starts within. It is shown the timestep at which loops start, and so computes that evaluation whole.
+    """
+    hooks = getattr(network, "_diffusers_hook", None)
+    if hooks is None or hooks.get_hook("faster_cache_denoiser") is None:
+        return None
+    return {"_current_timestep": torch.tensor(float(len(scheduler)))}
+
+
+_WINDOW = ("control_guidance_start", "control_guidance_end")
+
+
+def _stage_windows(own: Mapping[str, Any], asked: _Stage) -> dict[str, Any]:
+    """The windows of ControlNets, which count over the whole run, as windows of this stage; none where none is set."""
+    start, end = (own.get(name) for name in _WINDOW)
+    if start is None and end is None:
+        return {}
+    counts = [len(each) for each in (start, end) if isinstance(each, (list, tuple))]  # pyright: ignore[reportUnknownArgumentType]
+    count = counts[0] if counts else 1
+    pairs = zip(_each(start, 0.0, count), _each(end, 1.0, count), strict=True)
+    per_step = evaluations_per_step(asked.solver)
+    made = [stage_window(first, last, asked.progress, per_step) for first, last in pairs]
+    values = [list(each) for each in zip(*made, strict=True)]
+    return dict(zip(_WINDOW, values if counts else [value[0] for value in values], strict=True))
+
+
+def _each(window: Any, absent: float, count: int) -> list[float]:
+    if isinstance(window, (list, tuple)):
+        return [float(each) for each in window]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return [absent if window is None else float(window)] * count
 
 
 def _for_whole_batch(

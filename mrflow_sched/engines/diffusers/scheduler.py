@@ -29,17 +29,16 @@ from torch import Tensor
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.walk import Walk
 from mrflow_sched.plan.families import Prediction
-from mrflow_sched.plan.levels import (
+from mrflow_sched.plan.schedule import Sigmas, refine_sigmas, shift_sigma, unshift_sigma
+from mrflow_sched.plan.scheduler_config import (
     CONVERSIONS,
-    Levels,
-    flow_levels,
+    flow_sigmas,
     shift_in_force,
     step_count,
     time_of,
-    training_levels,
-    ve_levels,
+    training_sigmas,
+    ve_sigmas,
 )
-from mrflow_sched.plan.schedule import refine_sigmas, shift_sigma, unshift_sigma
 from mrflow_sched.sampling.noise import model_sigmas, to_denoised
 from mrflow_sched.sampling.solvers import evaluation_sigmas, evaluations_per_step, get_solver
 
@@ -132,11 +131,11 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         has_betas = beta_start is not None or trained_betas is not None
         self.prediction: Prediction = _PREDICTIONS[prediction_type or ("epsilon" if has_betas else "flow")]
         # sigma_ve of every training step, rising; empty for flow models.
-        self._table = () if self.prediction == "flow" else training_levels(options)
+        self._table = () if self.prediction == "flow" else training_sigmas(options)
         # Read where a list is made from nothing but a count, and settable, as some pipelines do.
         static = self.prediction == "flow" and not use_dynamic_shifting
         self.sigma_min = shift_sigma(1.0 / num_train_timesteps, shift) if static else 1.0 / num_train_timesteps
-        self._fixed: Levels | None = None
+        self._fixed: Sigmas | None = None
         self._start: Tensor | None = None
         self._on_evaluation: Callable[[dict[str, Any]], object] | None = None
         self.num_inference_steps: int | None = None
@@ -216,6 +215,21 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         """The evaluation at which the pipeline starts; None where it has not said."""
         return self._begin_index
 
+    @property
+    def current_evaluation(self) -> int:
+        """The evaluation that is due, counted from 0."""
+        return (self._begin_index if self._step_index is None else self._step_index) or 0
+
+    @property
+    def current_step(self) -> int:
+        """The solver's step, from 0, that the evaluation which is due belongs to."""
+        return self.current_evaluation // evaluations_per_step(self._options["solver"])
+
+    @property
+    def current_sigma(self) -> float:
+        """Noise level of the evaluation that is due, in the model's own measure."""
+        return self._evaluations[min(self.current_evaluation, len(self._evaluations) - 1)]
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at this evaluation of the list (image-to-image)."""
         self._begin_index = begin_index
@@ -263,10 +277,10 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
                 refine = refine_sigmas(options["sigma"], count, options["refine_curve"])
                 levels = model_sigmas(refine, self.prediction)
             elif self.prediction == "flow":
-                levels = flow_levels(options, count, sigmas, timesteps, mu, self.sigma_min)
+                levels = flow_sigmas(options, count, sigmas, timesteps, mu, self.sigma_min)
                 times = {} if timesteps is None else dict(zip(levels, map(float, timesteps), strict=False))
             else:
-                levels, times = ve_levels(options, self._table, count, sigmas, timesteps)
+                levels, times = ve_sigmas(options, self._table, count, sigmas, timesteps)
         if timesteps is not None and self.prediction == "flow" and not times:
             # The times that came belong to levels of another list; what they say is that the shift is to be undone.
             shift = shift_in_force(options, mu)
@@ -282,7 +296,7 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         self._set_levels(tuple(float(sigma) for sigma in sigmas), {}, device)
         self.num_inference_steps = len(self._levels) - 1
 
-    def _set_levels(self, levels: Levels, times: Mapping[float, float], device: str | torch.device | None) -> None:
+    def _set_levels(self, levels: Sigmas, times: Mapping[float, float], device: str | torch.device | None) -> None:
         """Take `levels` as the list, `times` as what the network is told where that is not `_time`; forget any run."""
         self._evaluations = evaluation_sigmas(self._options["solver"], levels)
         if self.prediction == "flow" and levels[0] > 1.0:
@@ -299,7 +313,7 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         """What the network is told of `level`: the training step it belongs to, fractions included."""
         return time_of(level, self._table) if self._table else level * len(self)
 
-    def _training_list(self) -> Levels:
+    def _training_list(self) -> Sigmas:
         """Every level of training, for whoever adds noise before a list is made."""
         if self._table:
             return (*reversed(self._table), 0.0)
@@ -387,6 +401,18 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
                 "pack start as the pipeline packs its latents."
             )
         return self._start.to(sample.device)
+
+    def follow(self, sample: Tensor) -> None:
+        """Go on from `sample`, where somebody has changed what the last step returned; `step` does so by itself.
+
+        Args:
+            sample: The state as it stands in the loop, in the shape of what `step` returned.
+
+        Raises:
+            MrFlowError: It has another shape.
+        """
+        if self._walk is not None:
+            self._walk.follow(sample)
 
     # --- noise
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
-from mrflow_sched.engines.diffusers.compiled import NetworkCompiler
 from mrflow_sched.upscaling.lanczos import resize_lanczos
+
+if TYPE_CHECKING:
+    from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
 
 # A fast tokenizer keeps truncation and padding of the call at work in itself: two threads must not be in it at once.
 TOKENIZER_LOCK = threading.RLock()
@@ -34,17 +38,58 @@ def view_of(pipe: Any, **parts: Any) -> Any:
     return view
 
 
-def compile_network(view: Any, name: str, compiler: NetworkCompiler) -> None:
-    """Let `view` run the compiled twin of its network `name`, until it frees offloaded modules: hooks are the owner's
-    module's, and freeing makes them anew on what it finds."""
+def put_network(view: Any, name: str, network: torch.nn.Module) -> None:
+    """Let `view` run `network` under the name of its own, until it frees offloaded modules.
+
+    Hooks of offloading are the owner's module's, and freeing makes them anew on what it finds.
+    """
     own, free = getattr(view, name), view.maybe_free_model_hooks
 
     def free_own() -> None:
         object.__setattr__(view, name, own)
         free()
 
-    object.__setattr__(view, name, compiler(own))
+    object.__setattr__(view, name, network)
     object.__setattr__(view, "maybe_free_model_hooks", free_own)
+
+
+class Mirror:
+    """Shows on the owner's pipeline what a call sets on a view of it, for as long as the call lasts.
+
+    Caching hooks (`current_timestep_callback=lambda: pipe.current_timestep`) and callbacks read the pipeline that they
+    know. An interrupt is not shown: the owner's own is asked for (`interrupted`).
+    """
+
+    def __init__(self, owner: Any, view: Any) -> None:
+        """Start from how `view` is before the call."""
+        self._owner, self._view = owner, view
+        self._start = dict(attributes_of(view))
+        self._found: dict[str, Any] = {}
+        self._shown: dict[str, Any] = {}
+
+    def show(self, instead: Mapping[str, Any] | None = None) -> None:
+        """Bring the owner up to date with what the call has set so far; `instead` holds other values to show."""
+        for name, value in {**attributes_of(self._view), **(instead or {})}.items():
+            if not name.startswith("_") or name in _OWN or value is self._start.get(name, _ABSENT):
+                continue
+            if value is not self._shown.get(name, _ABSENT):
+                self._found.setdefault(name, attributes_of(self._owner).get(name, _ABSENT))
+                self._shown[name] = value
+                object.__setattr__(self._owner, name, value)
+
+    def end(self) -> None:
+        """Put back what the owner had, unless somebody else has changed it since."""
+        for name, value in self._found.items():
+            if attributes_of(self._owner).get(name, _ABSENT) is not self._shown[name]:
+                continue
+            if value is _ABSENT:
+                object.__delattr__(self._owner, name)
+            else:
+                object.__setattr__(self._owner, name, value)
+
+
+_ABSENT: Any = object()
+_OWN = ("_interrupt", "_all_hooks", "_offload_device", "_progress_bar_config")
 
 
 def one_at_a_time(encode_prompt: Any) -> Any:
@@ -56,6 +101,11 @@ def one_at_a_time(encode_prompt: Any) -> Any:
             return encode_prompt(*values, **named)
 
     return locked
+
+
+def attributes_of(thing: Any) -> dict[str, Any]:
+    """The attributes of an object itself, without those of its class: a live dict, as `vars` gives."""
+    return thing.__dict__
 
 
 def interrupted(pipe: Any) -> bool:
@@ -79,3 +129,47 @@ def hint_for_stage(hint: Any, width: int, height: int, rows: range, batch: int) 
             pictures = resize_lanczos(pictures, width, height).to(made.dtype)
         return pictures[rows.start : rows.stop] if len(pictures) == batch and len(rows) < batch else pictures
     return made
+
+
+def stage_window(start: float, end: float, progress: Sequence[float], per_step: int) -> tuple[float, float]:
+    """A ControlNet's window of the whole run as a window of one stage, which pipelines count in evaluations.
+
+    A step is on where all of it lies between `start` and `end`; for stage 1 that is what the pipeline itself would say.
+
+    Args:
+        start: Share of the run, from 0 to 1, at which the ControlNet is switched on.
+        end: Share of the run at which it is switched off.
+        progress: Share of the run that is behind when each sigma of the stage is reached, steps + 1 values.
+        per_step: Evaluations of each step but the last, which has one.
+
+    Returns:
+        `control_guidance_start` and `control_guidance_end` for the stage.
+    """
+    slack = 1e-9
+    on = [start - slack <= now and then <= end + slack for now, then in pairwise(progress)]
+    evaluations = [each for each in on[:-1] for _ in range(per_step)] + on[-1:]
+    count = len(evaluations)
+    if not any(evaluations):
+        return 1.0 - 0.25 / count, 1.0
+    first, last = evaluations.index(True), count - evaluations[::-1].index(True)
+    return max((first - 0.5) / count, 0.0), min((last + 0.5) / count, 1.0)
+
+
+def last_word(callback: Callable[..., Any], scheduler: MrFlowScheduler) -> Callable[..., Any]:
+    """`callback_on_step_end`, whose changes to the latents after the last step of a stage count as well.
+
+    In the steps before, the loop itself hands the changed latents on to the scheduler.
+    """
+
+    def hear(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        given = tensors.get("latents")
+        answer = callback(pipe, step, timestep, tensors)
+        if scheduler.final_state is not None and isinstance(answer, dict):
+            changed = cast("dict[str, Any]", answer)
+            latents = changed.get("latents", given)
+            if isinstance(latents, Tensor):
+                scheduler.follow(latents)
+            return changed
+        return answer
+
+    return hear

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.families import Family
+from mrflow_sched.sampling.network import TokenInputs, rows_of
 
 __all__ = ["Layout", "defaults", "takes"]
 
@@ -48,11 +49,18 @@ class Layout:
     family: Family
     experimental: bool = False
 
-    # What `pipe.encode_prompt` returns, in order, by the names that `pipe.__call__` takes; "" is not passed on.
-    text_outputs: ClassVar[tuple[str, ...]] = ()
+    @property
+    def text_outputs(self) -> tuple[str, ...]:
+        """What `pipe.encode_prompt` returns, in order, by the names that `pipe.__call__` takes; "" is not passed on."""
+        return () if self.family.pipeline is None else self.family.pipeline.text_outputs
 
-    # Whether the pipeline brings given latents to its network's dtype by itself.
-    casts_latents: ClassVar[bool] = True
+    @property
+    def casts_latents(self) -> bool:
+        """Whether the pipeline brings given latents to its network's dtype by itself; a probed one may not."""
+        return self.family.pipeline is not None and self.family.pipeline.casts_latents
+
+    # Which inputs of the network hold image tokens, where a subset of them can be passed.
+    tokens: ClassVar[TokenInputs | None] = None
 
     @property
     def _network(self) -> Any:
@@ -63,6 +71,26 @@ class Layout:
     def device(self) -> torch.device:
         """Where the pipeline runs its networks, and so where latents and images live."""
         return torch.device(self.pipe._execution_device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the network."""
+        return self._network.dtype
+
+    def cut_prompt(self, prompts: Sequence[str], options: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(tokens of the longest prompt, tokens that are read) where its end is cut off; None where none is, or where
+        the pipeline tells of it itself."""
+        return None
+
+    @property
+    def text_length(self) -> int | None:
+        """Most text tokens to ask the pipeline for, as the family says; None where the pipeline's default is right.
+
+        Fewer where the tokenizer was made for shorter texts.
+        """
+        said = None if self.family.pipeline is None else self.family.pipeline.max_sequence_length
+        longest = getattr(getattr(self.pipe, "tokenizer_2", None), "model_max_length", None)
+        return said if said is None or longest is None else min(int(longest), said)
 
     @property
     def call_names(self) -> frozenset[str]:
@@ -180,7 +208,9 @@ class Layout:
         "clip_skip", ready "prompt_embeds" in place of prompts ...); names that `encode_prompt` does not know are left
         out. Where a family guides by a second branch the negative prompt is encoded even if none is given.
         """
-        own = {name: value for name, value in dict(options or {}).items() if value is not None}
+        # An explicit None is an argument: Sana's complex_human_instruction=None switches the instruction off. A text or
+        # embedding that is None is one that is not there.
+        own = {name: value for name, value in dict(options or {}).items() if value is not None or "prompt" not in name}
         known = takes(self.pipe.encode_prompt)
         given = {name: value for name, value in own.items() if name in known} | _lora_scale(own, known)
         firsts = None if prompts is None else list(prompts)
@@ -242,6 +272,23 @@ class Layout:
     def plan_guidance(self, guidance: float) -> float:
         """The plan's scale for a scale in the pipeline's own words: 1 is off, however the pipeline says that."""
         return max(guidance, 1.0) if self._guided else guidance
+
+    @property
+    def positive_first(self) -> bool:
+        """Whether the positive branch comes first where CFG runs both in one batch."""
+        return self.family.pipeline is not None and self.family.pipeline.positive_first
+
+    def take_rows(self, inputs: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
+        """The `rows` of a network's inputs that hold `count` samples; what is not of samples stays as it is."""
+        return {name: rows_of(value, rows, count) for name, value in inputs.items()}
+
+    def guided_by_two(self) -> Layout:
+        """The layout for a run whose guidance takes a second branch although the family's does not; mostly itself."""
+        return self
+
+    def guidance_weight(self, guidance: float) -> float:
+        """How far the plan's scale leads from the positive branch: n + w (p - n) of the two; 0 for 1 (off)."""
+        return guidance - 1.0
 
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call for the plan's scale `guidance` (CFG: 1 is off)."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,116 +11,53 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts import known
 from mrflow_sched.engines.diffusers.layouts.base import Layout, takes
 from mrflow_sched.engines.diffusers.layouts.generic import generic_layout
-from mrflow_sched.engines.diffusers.layouts.shift import is_flow, shift_rule
-from mrflow_sched.plan.families import Family, Prediction, ShiftRule, get_family
+from mrflow_sched.engines.diffusers.layouts.shift import is_flow, shift_rule, ve_rule
+from mrflow_sched.plan.families import Family, Prediction, ShiftRule, family_of_pipeline, get_family
 
 __all__ = ["find_layout"]
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """One kind of pipeline: `classes` matches the names of its text-to-image classes."""
-
-    classes: str
-    layout: type[Layout]
-    family: Callable[[Any], str]
-    # Whether the pipeline hands its scheduler an even list of levels; the scheduler makes its own otherwise.
-    even_list: bool = True
-
-
-def _flux1(pipe: Any) -> str:
-    if pipe.transformer.config.guidance_embeds:
-        return "demo" if 2 ** (len(pipe.vae.config.block_out_channels) - 1) == 4 else "flux1-dev"
-    return "flux1-schnell"
-
-
-def _sd3(pipe: Any) -> str:
-    # 24 layers are 3 and 3.5 medium, 38 are 3.5 large; 3.5 has normalised queries and keys.
-    config = pipe.transformer.config
-    return "sd35" if config.num_layers >= 38 else "sd3"
-
-
-def _z_image(pipe: Any) -> str:
-    # Same network, same class; the released schedulers differ: shift 3 is Turbo, 6 the base model.
-    return "z-image-turbo" if float(pipe.scheduler.config.get("shift") or 1.0) <= 3.0 else "z-image"
-
-
-def _klein(pipe: Any) -> str:
-    return "flux2-klein" if pipe.config.get("is_distilled") else "flux2-klein-base"
-
-
-def _hunyuan(pipe: Any) -> str:
-    return "hunyuan-image-distilled" if pipe.transformer.config.guidance_embeds else "hunyuan-image"
-
-
-def _hidream(pipe: Any) -> str:
-    # The distilled ones are released with the scheduler of consistency models.
-    return "hidream-dev" if "LCM" in type(pipe.scheduler).__name__ else "hidream"
-
-
-def _named(name: str) -> Callable[[Any], str]:
-    return lambda pipe: name
-
-
-_KINDS = (
-    _Kind(r"Flux(ControlNet|Control|Kontext)?Pipeline", known.FluxLayout, _flux1),
-    _Kind(r"Flux2Pipeline", known.Flux2Layout, _named("flux2-dev")),
-    _Kind(r"Flux2Klein(KV)?Pipeline", known.Flux2KleinLayout, _klein),
-    _Kind(r"QwenImage(ControlNet)?Pipeline", known.QwenImageLayout, _named("qwen-image")),
-    _Kind(r"StableDiffusion3(ControlNet|PAG)?Pipeline", known.Sd3Layout, _sd3, even_list=False),
-    _Kind(r"ZImage(ControlNet)?Pipeline", known.ZImageLayout, _z_image),
-    _Kind(r"ChromaPipeline", known.ChromaLayout, _named("chroma")),
-    _Kind(r"Lumina(2|2Text2Img)Pipeline", known.Lumina2Layout, _named("lumina2")),
-    _Kind(r"AuraFlowPipeline", known.AuraFlowLayout, _named("auraflow"), even_list=False),
-    _Kind(r"HunyuanImagePipeline", known.HunyuanImageLayout, _hunyuan),
-    _Kind(r"HiDreamImagePipeline", known.HiDreamLayout, _hidream, even_list=False),
-    _Kind(r"Sana(PAG|ControlNet)?Pipeline", known.SanaLayout, _named("sana")),
-    _Kind(
-        r"StableDiffusionXL(ControlNet|PAG|ControlNetPAG|Adapter)?Pipeline",
-        known.StableDiffusionXLLayout,
-        _named("sdxl"),
-    ),
-    _Kind(
-        r"StableDiffusion(ControlNet|PAG|ControlNetPAG|Adapter)?Pipeline", known.StableDiffusionLayout, _named("sd15")
-    ),
-)
-
-_UNETS = ("sdxl", "sd15")
 
 
 def find_layout(pipe: Any, family: str | None = None) -> Layout:
     """The `Layout` of a loaded diffusers text-to-image pipeline; `family` names the family where you know better.
 
     The shift rule is that of the pipeline's own scheduler configuration; sizes are those of its VAE and network.
-    Raises ValueError, one sentence, for what is no such pipeline or lacks something.
+    Raises MrFlowError, one sentence, for what is no such pipeline or lacks something.
     """
     _check_pipeline(pipe)
-    kind = _kind_of(pipe)
-    if kind is None:
+    family = family or pipe.config.get("_mrflow_family")
+    told = family_of_pipeline(pipe)
+    if told is None or told.pipeline is None:
         if not is_flow(pipe.scheduler):
             raise MrFlowError(
                 f"pipe is {type(pipe).__name__} with {type(pipe.scheduler).__name__}, which is no flow; use a flow "
                 f"model, Stable Diffusion 1.5 or XL."
             )
         return generic_layout(pipe, family)
-    found = get_family(family or kind.family(pipe))
-    if issubclass(kind.layout, known.StableDiffusionLayout) and not is_flow(pipe.scheduler):
-        return kind.layout(pipe, _measured(pipe, replace(found, prediction=_prediction(pipe)), found.shift), True)
+    found = told if family is None else _named(pipe, family)
+    info = found.pipeline or told.pipeline
+    layout: type[Layout] = getattr(known, info.layout)
+    experimental = told.prediction != "flow"
+    if experimental and not is_flow(pipe.scheduler):
+        rule = ve_rule(pipe.scheduler, found.shift)
+        return layout(pipe, _measured(pipe, replace(found, prediction=_prediction(pipe)), rule), True)
     if not is_flow(pipe.scheduler):
         raise MrFlowError(
             f"pipe.scheduler is {type(pipe.scheduler).__name__}, which samples no flow; {type(pipe).__name__} needs a "
             f"flow scheduler such as FlowMatchEulerDiscreteScheduler."
         )
-    rule = shift_rule(pipe.scheduler, found.shift, even_list=kind.even_list)
-    return kind.layout(pipe, _measured(pipe, replace(found, prediction="flow"), rule), found.name in _UNETS)
+    rule = shift_rule(pipe.scheduler, found.shift, even_list=info.even_list)
+    return layout(pipe, _measured(pipe, replace(found, prediction="flow"), rule), experimental)
 
 
-def _kind_of(pipe: Any) -> _Kind | None:
-    for base in type(pipe).__mro__:
-        for kind in _KINDS:
-            if re.fullmatch(kind.classes, base.__name__):
-                return kind
-    return None
+def _named(pipe: Any, name: str) -> Family:
+    """The family called `name`, if the pipeline is of a class that it knows. Raises MrFlowError otherwise."""
+    found = get_family(name)
+    kinds = [base.__name__ for base in type(pipe).__mro__]
+    if found.pipeline is None or not any(re.fullmatch(found.pipeline.classes, kind) for kind in kinds):
+        raise MrFlowError(
+            f"family is {name!r}, which {kinds[0]} is not a pipeline of; leave it out, or name the family it is of."
+        )
+    return found
 
 
 def _prediction(pipe: Any) -> Prediction:

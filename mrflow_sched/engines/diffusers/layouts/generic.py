@@ -12,8 +12,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +34,10 @@ _WIDTH, _HEIGHT = 192, 128
 class _Generic(Layout):
     """What all generic layouts share: text as strings, and guidance in the words of the pipeline's signature."""
 
-    casts_latents: ClassVar[bool] = False
+    @property
+    def positive_first(self) -> bool:
+        """As the pipeline's source joins the two embeddings."""
+        return _joins_positive_first(self.pipe.__class__)
 
     def encode_text(self, prompts: Any, negative_prompts: Any = None, options: Any = None) -> dict[str, Any]:
         """The prompts as they are, with what the pipeline's call takes of `options`."""
@@ -94,6 +98,10 @@ def generic_layout(pipe: Any, family: str | None) -> Layout:
     shape = _shape(pipe)
     kind = _scaling(pipe, source, shape.packed)
     even = any("linspace" in line and not line.lstrip().startswith("#") for line in source.splitlines())
+    if re.search(
+        r"""config\[["']use_dynamic_shifting["']\]""", source
+    ):  # Bria: its own even list with that option only
+        even = even and bool(pipe.scheduler.config.get("use_dynamic_shifting"))
     known = ShiftRule("flux2") if "compute_empirical_mu" in source else None
     rule = shift_rule(pipe.scheduler, known, even_list=even)
     return kind(pipe, _family(pipe, shape, rule, family), True)
@@ -185,16 +193,24 @@ def _network(pipe: Any) -> Any:
     return pipe.unet if transformer is None else transformer
 
 
+@lru_cache(maxsize=32)
+def _joins_positive_first(kind: Any) -> bool:
+    return re.search(r"cat\(\s*\[\s*prompt_embeds\s*,\s*negative_prompt_embeds", _source_of(kind)) is not None
+
+
 def _source(pipe: Any) -> str:
+    return _source_of(type(pipe))
+
+
+def _source_of(kind: Any) -> str:
     """The source of the pipeline's class, and of those below it down to the one that has the loop."""
-    bases = type(pipe).__mro__
+    bases = kind.__mro__
     last = next(number for number, base in enumerate(bases) if "__call__" in vars(base))
     try:
         return "\n".join(inspect.getsource(base) for base in bases[: last + 1])
     except (OSError, TypeError) as error:
         raise MrFlowError(
-            f"pipe is {type(pipe).__name__}, whose source cannot be read to learn its conventions; use a class of "
-            f"diffusers."
+            f"pipe is {kind.__name__}, whose source cannot be read to learn its conventions; use a class of diffusers."
         ) from error
 
 
@@ -219,6 +235,7 @@ def _family(pipe: Any, shape: _Shape, rule: ShiftRule, name: str | None) -> Fami
         "vae_factor": shape.factor,
         "patch": shape.patch,
         "latent_channels": shape.channels,
+        "pipeline": None,
     }
     if name is not None:
         known = get_family(name)
@@ -248,5 +265,6 @@ def _family(pipe: Any, shape: _Shape, rule: ShiftRule, name: str | None) -> Fami
         # Every weight meets every token about once; pairs of tokens are left out.
         "linear_cost": 2.0 * sum(weight.numel() for weight in network.parameters()),
         "attention_cost": 0.0,
+        "network_cost": None,
     }
     return replace(like, **own, sources=MappingProxyType(dict.fromkeys(like.sources, "read from the pipeline")))

@@ -1,10 +1,13 @@
-"""One class for each family whose conventions differ from the plain kind, each named after what it serves.
+"""A class for each family whose conventions differ from the plain kind, which is `Layout` itself. Names of what a
+pipeline takes and gives stand in the family's file.
 
-Source of every convention: the pipeline of the same name in diffusers, and spec 1.6.
+Source of every convention: the pipeline of the same name in diffusers, and docs/method.md, section 1.6.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,27 +15,40 @@ from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts.base import Layout
+from mrflow_sched.sampling.network import TokenInputs
 
 __all__ = [
-    "AuraFlowLayout",
-    "ChromaLayout",
     "Flux2KleinLayout",
     "Flux2Layout",
     "FluxLayout",
     "HiDreamLayout",
     "HunyuanImageLayout",
-    "Lumina2Layout",
+    "Layout",
     "PackedLayout",
     "QwenImageLayout",
-    "SanaLayout",
-    "Sd3Layout",
     "StableDiffusionLayout",
     "StableDiffusionXLLayout",
     "VideoVaeLayout",
     "ZImageLayout",
+    "pack",
+    "unpack",
 ]
 
 PATCH = 2
+
+
+def pack(latents: Tensor, patch: int = PATCH) -> Tensor:
+    """(B, C, h, w) latents as (B, h/p * w/p, p * p * C) tokens: each is a patch of p x p, channel outermost."""
+    batch, channels, rows, columns = latents.shape
+    patches = latents.reshape(batch, channels, rows // patch, patch, columns // patch, patch)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+
+
+def unpack(tokens: Tensor, rows: int, columns: int, patch: int = PATCH) -> Tensor:
+    """Inverse of `pack`: (B, h/p * w/p, p * p * C) tokens as (B, C, h, w) latents of `rows` x `columns`."""
+    batch, _, features = tokens.shape
+    patches = tokens.reshape(batch, rows // patch, columns // patch, features // patch**2, patch, patch)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // patch**2, rows, columns)
 
 
 class PackedLayout(Layout):
@@ -40,23 +56,28 @@ class PackedLayout(Layout):
 
     def pack(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) latents as (B, h/p * w/p, p * p * C) tokens."""
-        patch = self.family.patch
-        batch, channels, rows, columns = latents.shape
-        patches = latents.reshape(batch, channels, rows // patch, patch, columns // patch, patch)
-        return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+        return pack(latents, self.family.patch)
 
     def unpack(self, state: Tensor, width: int, height: int) -> Tensor:
         """Inverse of `pack`."""
-        patch = self.family.patch
-        channels, rows, columns = self.latent_shape(width, height)
-        patches = state.reshape(len(state), rows // patch, columns // patch, channels, patch, patch)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(state), channels, rows, columns)
+        _, rows, columns = self.latent_shape(width, height)
+        return unpack(state, rows, columns, self.family.patch)
 
 
 class FluxLayout(PackedLayout):
     """FLUX.1 in all its text-to-image pipelines: FluxPipeline, with ControlNet or Control, Kontext."""
 
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds", "")
+    tokens: ClassVar[TokenInputs | None] = TokenInputs(
+        "hidden_states", "img_ids", ("controlnet_block_samples", "controlnet_single_block_samples")
+    )
+
+    def cut_prompt(self, prompts: Sequence[str], options: Mapping[str, Any]) -> tuple[int, int] | None:
+        """By T5's tokens."""
+        tokenizer, read = getattr(self.pipe, "tokenizer_2", None), options.get("max_sequence_length")
+        if tokenizer is None or read is None:
+            return None
+        longest = max((len(tokenizer(prompt, verbose=False).input_ids) for prompt in dict.fromkeys(prompts)), default=0)
+        return (longest, read) if longest > read else None
 
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
@@ -68,6 +89,14 @@ class FluxLayout(PackedLayout):
             other = super()._encode_rows(negatives, None, own)
             text |= {f"negative_{name}": value for name, value in other.items()}
         return text
+
+    def guided_by_two(self) -> Layout:
+        """Guided by a second branch: the plan's scale is `true_cfg_scale`, which costs two forwards."""
+        return replace(self, family=replace(self.family, guidance_kind="cfg"))
+
+    def guidance_arguments(self, guidance: float) -> dict[str, Any]:
+        """The scale that the network reads, or with a second branch that of the branches."""
+        return {"true_cfg_scale" if self._guided else "guidance_scale": guidance}
 
     def stage_arguments(self, text: Any, guidance: float, width: int, height: int) -> dict[str, Any]:
         """As the base class; Kontext is told the area too, or it would render a megapixel whatever the size."""
@@ -102,8 +131,6 @@ class VideoVaeLayout(Layout):
 class QwenImageLayout(VideoVaeLayout, PackedLayout):
     """Qwen-Image: true CFG, a video VAE with one frame, statistics per channel."""
 
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_embeds_mask")
-
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
@@ -126,37 +153,13 @@ class QwenImageLayout(VideoVaeLayout, PackedLayout):
         return {"true_cfg_scale": guidance, **embedded}
 
 
-class Sd3Layout(Layout):
-    """Stable Diffusion 3 and 3.5: latents as they are."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    )
-
-
-class ChromaLayout(PackedLayout):
-    """Chroma: FLUX.1's latents, T5 with masks, true CFG."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "",
-        "negative_prompt_attention_mask",
-    )
-
-
 class Flux2Layout(Layout):
     """FLUX.2 dev: 2x2 patches first, then the VAE's running statistics; a latent pixel is a token.
 
     Latents are (128, H/16, W/16), the shape in which the pipeline draws its noise.
     """
 
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "")
+    tokens: ClassVar[TokenInputs | None] = TokenInputs("hidden_states", "img_ids")
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """(4C, H/16, W/16): what is one channel of the VAE's latents is four here."""
@@ -216,11 +219,13 @@ class ZImageLayout(Layout):
     The pipeline's scale g means p + g (p - n): its 5.0 is what others call a CFG scale of 6. Plans keep its numbers.
     """
 
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
-
     def plan_guidance(self, guidance: float) -> float:
         """0 and below are off, which a plan calls 1."""
         return 1.0 if guidance <= 0.0 else guidance
+
+    def guidance_weight(self, guidance: float) -> float:
+        """The pipeline makes p + g (p - n), which leads g + 1 from the negative branch and g from the positive one."""
+        return 0.0 if guidance == 1.0 else guidance
 
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
         """The pipeline's scale; 0.0 for the plan's 1 (off)."""
@@ -243,39 +248,8 @@ class ZImageLayout(Layout):
         return {name: value for name, value in super()._named(found).items() if value}
 
 
-class Lumina2Layout(Layout):
-    """Lumina-Image 2.0."""
-
-    casts_latents: ClassVar[bool] = False
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "negative_prompt_attention_mask",
-    )
-
-
-class SanaLayout(Layout):
-    """Sana: an autoencoder of factor 32 without a distribution."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = Lumina2Layout.text_outputs
-
-
-class AuraFlowLayout(Layout):
-    """AuraFlow."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = Lumina2Layout.text_outputs
-
-
 class HunyuanImageLayout(Layout):
     """HunyuanImage 2.1: guidance is a component of the pipeline (base) or an input of the network (distilled)."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds",
-        "prompt_embeds_mask",
-        "prompt_embeds_2",
-        "prompt_embeds_mask_2",
-    )
 
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
@@ -306,16 +280,6 @@ class HunyuanImageLayout(Layout):
 class HiDreamLayout(Layout):
     """HiDream-I1: four text encoders, at most the tokens that its network was made for."""
 
-    casts_latents: ClassVar[bool] = False
-    text_outputs: ClassVar[tuple[str, ...]] = (
-        "prompt_embeds_t5",
-        "negative_prompt_embeds_t5",
-        "prompt_embeds_llama3",
-        "negative_prompt_embeds_llama3",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    )
-
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """(C, h, w). Raises ValueError off the grid, and above the network's longest sequence."""
         made = super().latent_shape(width, height)
@@ -333,6 +297,11 @@ class HiDreamLayout(Layout):
         picked = super().select_text(moved, rows)
         return {name: value.transpose(0, 1) if "llama3" in name else value for name, value in picked.items()}
 
+    def take_rows(self, inputs: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
+        """As the base class; Llama's states are (layer, row, token, channel)."""
+        taken = super().take_rows(inputs, rows, count)
+        return {name: inputs[name][:, rows] if "llama3" in name else value for name, value in taken.items()}
+
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
         """0 where the plan says 1: either is off."""
         return {"guidance_scale": 0.0 if guidance == 1.0 else guidance}
@@ -344,9 +313,6 @@ class HiDreamLayout(Layout):
 
 class StableDiffusionLayout(Layout):
     """Stable Diffusion 1.5 and its kin: a U-Net of variance-exploding noise, carried over by equal signal-to-noise."""
-
-    casts_latents: ClassVar[bool] = False
-    text_outputs: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
 
     def finish(self, images: Tensor) -> Tensor:
         """Black where the pipeline has a safety checker that says so."""
@@ -376,8 +342,6 @@ class StableDiffusionLayout(Layout):
 
 class StableDiffusionXLLayout(StableDiffusionLayout):
     """Stable Diffusion XL."""
-
-    text_outputs: ClassVar[tuple[str, ...]] = Sd3Layout.text_outputs
 
     def finish(self, images: Tensor) -> Tensor:
         """With the pipeline's invisible watermark, where it has one."""

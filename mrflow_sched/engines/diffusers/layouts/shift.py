@@ -10,7 +10,7 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.families import ShiftRule
 from mrflow_sched.plan.schedule import shift_sigma
 
-__all__ = ["is_flow", "shift_rule"]
+__all__ = ["is_flow", "shift_rule", "ve_rule"]
 
 _REFUSED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas")
 
@@ -27,9 +27,9 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
     """The rule in a flow scheduler's configuration.
 
     `known`: the family's own rule, whose kind decides where a configuration only says "dynamic". `even_list`: whether
-    the pipeline gives the scheduler evenly spaced levels 1 ... 1/steps, as most do, or leaves the list to the
+    the pipeline gives the scheduler evenly spaced sigmas 1 ... 1/steps, as most do, or leaves them to the
     scheduler, which then ends it at the shifted 1/num_train_timesteps (SD3).
-    Raises ValueError for a configuration that no plan can follow.
+    Raises MrFlowError for a configuration that no plan can follow.
     """
     config = _config(scheduler)
     for name in _REFUSED:
@@ -37,16 +37,15 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
             raise MrFlowError(f"pipe.scheduler has {name}={config[name]!r}, which no plan can follow; turn it off.")
     if config.get("use_flow_sigmas") and "flow_shift" in config:  # DPMSolverMultistep, UniPC and their kin
         return _static(float(config["flow_shift"]), None, None)
-    if config.get("use_beta_sigmas"):
-        return ShiftRule("beta")
+    beta = 0.6 if config.get("use_beta_sigmas") else None  # what diffusers takes for both of its numbers
     terminal = config.get("shift_terminal") or None
     dynamic, shift = bool(config.get("use_dynamic_shifting")), float(config.get("shift") or 1.0)
     smallest = 1.0 / int(config.get("num_train_timesteps") or 1000)
     sigma_min = None if even_list else smallest if dynamic else shift_sigma(smallest, shift)
     if not dynamic:
-        return _static(shift, terminal, sigma_min)
+        return _static(shift, terminal, sigma_min, beta)
     if known is not None and known.kind == "flux2":
-        return replace(known, terminal=terminal)
+        return replace(known, terminal=terminal, beta=beta)
     if config.get("time_shift_type", "exponential") != "exponential":
         # Such models (CogView4) are told the unshifted time of a shifted sigma, which only their own lists know.
         raise MrFlowError(
@@ -61,12 +60,18 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
         max_shift=_or(config.get("max_shift"), 1.15),
         terminal=terminal,
         sigma_min=sigma_min,
+        beta=beta,
     )
 
 
-def _static(shift: float, terminal: float | None, sigma_min: float | None) -> ShiftRule:
+def ve_rule(scheduler: Any, known: ShiftRule) -> ShiftRule:
+    """The rule of a scheduler of variance-exploding noise: the family's, or that of zero terminal SNR."""
+    return ShiftRule("zero-snr") if _config(scheduler).get("rescale_betas_zero_snr") else known
+
+
+def _static(shift: float, terminal: float | None, sigma_min: float | None, beta: float | None = None) -> ShiftRule:
     kind = "none" if shift == 1.0 else "static"
-    return ShiftRule(kind, shift=shift, terminal=terminal, sigma_min=sigma_min)
+    return ShiftRule(kind, shift=shift, terminal=terminal, sigma_min=sigma_min, beta=beta)
 
 
 def _or(value: Any, absent: float) -> float:

@@ -21,12 +21,12 @@ from mrflow_sched.measure.calibrate import (
     NEAR_DB,
     Calibration,
     SweepRow,
-    _enough,
-    _spread,
     band_power,
     bound,
     calibrate,
     choose,
+    fewest_steps,
+    unfold_patches,
 )
 
 FIELD = GaussianFieldEngine(
@@ -91,19 +91,20 @@ def test_the_least_noise_with_the_models_own_detail_is_chosen() -> None:
     assert choose(rows, 0.9).sigma == 0.05  # a bound above all that was swept: the sweep decides
 
 
-def test_low_steps_are_the_fewest_that_are_as_true_as_the_papers() -> None:
+def test_low_steps_are_the_fewest_that_are_as_accurate_as_the_papers() -> None:
     assert (
-        _enough((("euler", 20, 0.06), ("multistep", 8, 0.09), ("multistep", 12, 0.05), ("multistep", 16, 0.04))) == 12
+        fewest_steps((("euler", 20, 0.06), ("multistep", 8, 0.09), ("multistep", 12, 0.05), ("multistep", 16, 0.04)))
+        == 12
     )
-    assert _enough((("euler", 20, 0.01), ("multistep", 20, 0.02))) == 20
+    assert fewest_steps((("euler", 20, 0.01), ("multistep", 20, 0.02))) == 20
 
 
 def test_patches_in_channels_are_unfolded_before_frequencies_are_counted() -> None:
     family = get_family("flux2-dev")
     pixels = torch.randn((2, 32, 8, 12), generator=torch.Generator().manual_seed(1))
     folded = pixels.reshape(2, 32, 4, 2, 6, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 128, 4, 6)
-    assert torch.equal(_spread(folded, family), pixels)
-    assert _spread(pixels, family) is pixels
+    assert torch.equal(unfold_patches(folded, family), pixels)
+    assert unfold_patches(pixels, family) is pixels
 
 
 # --------------------------------------------------------------------------------------------------- a model in numbers
@@ -140,7 +141,7 @@ def test_given_pictures_are_measured_in_place_of_native_ones() -> None:
     assert found.pictures == 2
     with pytest.raises(ValueError, match="images must be one per prompt, got 2 for 1 prompts"):
         calibrate(FIELD, None, prompts=["a"], width=64, height=64, images=images)
-    with pytest.raises(ValueError, match="prompts holds no text"):
+    with pytest.raises(ValueError, match="prompts is empty"):
         calibrate(FIELD, None, prompts=[], width=64, height=64)
 
 
@@ -173,6 +174,10 @@ def test_an_entry_reads_back_exactly_and_becomes_the_default_preset() -> None:
         '{"format": "mrflow-calibration-1"}',
         SAMPLE.to_json().replace('"sigma": 0.15,\n  "low', '"sigma": 1.5,\n  "low'),
         SAMPLE.to_json().replace('"family"', '"model"'),
+        SAMPLE.to_json().replace('"low_steps": 11', '"low_steps": 1001'),
+        SAMPLE.to_json().replace('"refine_steps": 1\n}', '"refine_steps": 1.5\n}'),
+        SAMPLE.to_json().replace('"demo"', "3"),
+        "[" * 100_000,
     ],
 )
 def test_what_is_no_entry_is_one_sentence(text: str) -> None:
@@ -239,7 +244,7 @@ def test_a_calibration_that_does_not_fit_is_refused(capsys: pytest.CaptureFixtur
     path.write_text(SAMPLE.to_json())
     for words, sentence in (
         (("plan", "--family", "sd3", "--calibration", str(path)), "of family demo, not sd3"),
-        (("plan", "--family", "demo", "--calibration", str(tmp_path)), "cannot be read"),
+        (("plan", "--family", "demo", "--calibration", str(tmp_path)), "which cannot be read; give a file that"),
         (
             ("plan", "--family", "demo", "--calibration", str(demo.weights_path() / "model_index.json")),
             "no calibration",

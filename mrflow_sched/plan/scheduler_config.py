@@ -1,25 +1,33 @@
-"""The sigma lists that diffusers' schedulers make of their configurations."""
+"""The sigmas that a diffusers scheduler's configuration asks for.
+
+The formulas are those of `schedule`; here is which of them an option chooses, and in which order.
+"""
 
 from __future__ import annotations
 
 import math
-import operator
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.plan.schedule import beta_sigmas, shift_sigma
-
-Levels = tuple[float, ...]
-
+from mrflow_sched.plan.schedule import (
+    Sigmas,
+    evenly,
+    scaled_linear_betas,
+    shift_sigma,
+    spaced_by_beta,
+    stretched,
+    trailing_steps,
+    ve_of_betas,
+)
 
 CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def step_count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> int:
-    """How many steps are asked for. Raises ValueError where nothing says so, or the counts disagree."""
+    """How many steps are asked for. Raises MrFlowError where nothing says so, or the counts disagree."""
     counts = {
         "num_inference_steps": steps,
         "sigmas": None if sigmas is None else sum(1 for sigma in sigmas if float(sigma) > 0.0),
@@ -35,22 +43,22 @@ def step_count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Seq
 
 
 def shift_in_force(options: Mapping[str, Any], mu: float | None) -> float:
-    """The factor of `shift_sigma`. Raises ValueError where it depends on the picture's size and no `mu` is given."""
+    """The factor of `shift_sigma`. Raises MrFlowError where it depends on the image's size and no `mu` is given."""
     if not options["use_dynamic_shifting"]:
         return float(options["flow_shift"] if options["use_flow_sigmas"] else options["shift"])
     if mu is None:
-        raise MrFlowError("mu is None with use_dynamic_shifting; give set_timesteps the mu of the picture's size.")
+        raise MrFlowError("mu is None with use_dynamic_shifting; give set_timesteps the mu of the image's size.")
     return math.exp(mu) if options["time_shift_type"] == "exponential" else float(mu)
 
 
-def flow_levels(
+def flow_sigmas(
     options: Mapping[str, Any],
     count: int,
     sigmas: Sequence[float] | None,
     timesteps: Sequence[float] | None,
     mu: float | None,
     sigma_min: float,
-) -> Levels:
+) -> Sigmas:
     """The list that FlowMatchEulerDiscreteScheduler would make, or a multistep scheduler with `use_flow_sigmas`."""
     training = float(options["num_train_timesteps"])
     if sigmas is not None:
@@ -60,54 +68,39 @@ def flow_levels(
     elif options["use_flow_sigmas"]:
         raw = [1.0 - index / count * (1.0 - 1.0 / training) for index in range(count)]
     else:
-        raw = _even(1.0, sigma_min, count)
+        raw = evenly(1.0, sigma_min, count)
     shift = shift_in_force(options, mu)
-    levels = [shift_sigma(sigma, shift) for sigma in raw]
-    terminal = options["shift_terminal"]
-    if terminal and levels[-1] < 1.0:
-        # Stretched about 1 until the last level is `terminal`; a single step from 1 has nothing to stretch.
-        stretch = (1.0 - terminal) / (1.0 - levels[-1])
-        levels = [1.0 - (1.0 - level) * stretch for level in levels]
-    return _ended(_converted(options, levels))
+    shifted = [shift_sigma(sigma, shift) for sigma in raw]
+    if options["shift_terminal"]:
+        shifted = stretched(shifted, float(options["shift_terminal"]))
+    return _ended(_converted(options, shifted))
 
 
-def _converted(options: Mapping[str, Any], levels: Sequence[float]) -> list[float]:
-    """As many levels between the same ends, spaced by the formula that the options name, if they name one."""
+def _converted(options: Mapping[str, Any], sigmas: Sequence[float]) -> list[float]:
+    """As many sigmas between the same ends, spaced by the formula that the options name, if they name one."""
     if not any(options[name] for name in CONVERSIONS):
-        return list(levels)
-    count = len(levels)
-    top = float(options.get("sigma_max") or levels[0])
-    bottom = float(options.get("sigma_min") or levels[-1])
+        return list(sigmas)
+    count = len(sigmas)
+    top = float(options.get("sigma_max") or sigmas[0])
+    bottom = float(options.get("sigma_min") or sigmas[-1])
     if options["use_karras_sigmas"]:  # Karras et al. 2022, eq. 5, rho = 7
-        return [root**7 for root in _even(top ** (1 / 7), bottom ** (1 / 7), count)]
+        return [root**7 for root in evenly(top ** (1 / 7), bottom ** (1 / 7), count)]
     if options["use_exponential_sigmas"]:
-        return [math.exp(exponent) for exponent in _even(math.log(top), math.log(bottom), count)]
-    # Lee et al. 2024, with both ends on the list.
-    quantiles = beta_sigmas(count - 1) if count > 1 else (1.0,)
-    return [bottom + quantile * (top - bottom) for quantile in quantiles]
+        return [math.exp(exponent) for exponent in evenly(math.log(top), math.log(bottom), count)]
+    return spaced_by_beta([top, *sigmas[1:-1], bottom] if count > 1 else [top])
 
 
-def _even(first: float, last: float, count: int) -> list[float]:
-    return [first + (last - first) * index / max(count - 1, 1) for index in range(count)]
-
-
-def _ended(levels: Sequence[float]) -> Levels:
-    """The list with its final 0; levels that are 0 already (some pipelines ask for that) become that one."""
-    return (*(level for level in levels if level > 0.0), 0.0)
+def _ended(sigmas: Sequence[float]) -> Sigmas:
+    """The schedule with its final 0; sigmas that are 0 already (some pipelines ask for that) become that one."""
+    return (*(sigma for sigma in sigmas if sigma > 0.0), 0.0)
 
 
 # --------------------------------------------------------------------------------------------- variance-exploding lists
 
 
-def training_levels(options: Mapping[str, Any]) -> Levels:
-    """sigma_ve of every training step, rising: sqrt((1 - abar) / abar). Raises ValueError without betas."""
-    kept: list[float] = list(accumulate((1.0 - beta for beta in _betas(options)), operator.mul))
-    if options["rescale_betas_zero_snr"]:
-        # Lin et al. 2023, algorithm 1; the last is kept a little above 0, so that its level is finite.
-        roots = [math.sqrt(each) for each in kept]
-        scale = roots[0] / (roots[0] - roots[-1])
-        kept = [((root - roots[-1]) * scale) ** 2 for root in roots[:-1]] + [2.0**-24]
-    return tuple(math.sqrt((1.0 - each) / each) for each in kept)
+def training_sigmas(options: Mapping[str, Any]) -> Sigmas:
+    """sigma_ve of every training step, rising, see `schedule.ve_of_betas`. Raises MrFlowError without betas."""
+    return ve_of_betas(_betas(options), zero_snr=bool(options["rescale_betas_zero_snr"]))
 
 
 def _betas(options: Mapping[str, Any]) -> list[float]:
@@ -123,46 +116,46 @@ def _betas(options: Mapping[str, Any]) -> list[float]:
             "configuration of the model's own scheduler."
         )
     if options["beta_schedule"] == "linear":
-        return _even(float(first), float(last), count)
-    return [root**2 for root in _even(math.sqrt(first), math.sqrt(last), count)]
+        return evenly(float(first), float(last), count)
+    return scaled_linear_betas(float(first), float(last), count)
 
 
-def ve_levels(
+def ve_sigmas(
     options: Mapping[str, Any],
-    table: Levels,
+    table: Sigmas,
     count: int,
     sigmas: Sequence[float] | None,
     timesteps: Sequence[float] | None,
-) -> tuple[Levels, dict[float, float]]:
-    """The list that EulerDiscreteScheduler would make, and the times of its levels."""
+) -> tuple[Sigmas, dict[float, float]]:
+    """The list that EulerDiscreteScheduler would make, and the time of each sigma."""
     if sigmas is not None:
         return _ended([float(sigma) for sigma in sigmas]), {}
     times = _spaced_times(options, count) if timesteps is None else [float(time) for time in timesteps]
-    levels = [_level_at(time, table) for time in times]
+    found = [_sigma_at(time, table) for time in times]
     if any(options[name] for name in CONVERSIONS):
-        return _ended(_converted(options, levels)), {}
-    return _ended(levels), dict(zip(levels, times, strict=True))
+        return _ended(_converted(options, found)), {}
+    return _ended(found), dict(zip(found, times, strict=True))
 
 
 def _spaced_times(options: Mapping[str, Any], count: int) -> list[float]:
     """Training steps to visit, falling: the three spacings of Lin et al. 2023, table 2."""
     training = int(options["num_train_timesteps"])
     if options["timestep_spacing"] == "linspace":
-        return _even(training - 1.0, 0.0, count)
+        return evenly(training - 1.0, 0.0, count)
     if options["timestep_spacing"] == "leading":
         return [float(training // count * index + options["steps_offset"]) for index in reversed(range(count))]
-    return [round(training - index * training / count) - 1.0 for index in range(count)]
+    return [float(step) for step in trailing_steps(training, count)]
 
 
-def _level_at(time: float, table: Levels) -> float:
+def _sigma_at(time: float, table: Sigmas) -> float:
     """sigma_ve at a training step, between two of them on the straight line."""
     low = min(max(int(time), 0), len(table) - 2)
     share = min(max(time - low, 0.0), 1.0)
     return table[low] + share * (table[low + 1] - table[low])
 
 
-def time_of(level: float, table: Levels) -> float:
-    """The training step at which sigma_ve is `level`, between two of them on the line in log sigma (k-diffusion)."""
-    low = min(max(bisect_right(table, level) - 1, 0), len(table) - 2)
+def time_of(sigma: float, table: Sigmas) -> float:
+    """The training step at which sigma_ve is `sigma`, between two of them on the line in log sigma (k-diffusion)."""
+    low = min(max(bisect_right(table, sigma) - 1, 0), len(table) - 2)
     below, above = math.log(table[low]), math.log(table[low + 1])
-    return low + min(max((math.log(level) - below) / (above - below), 0.0), 1.0)
+    return low + min(max((math.log(sigma) - below) / (above - below), 0.0), 1.0)

@@ -1,0 +1,129 @@
+"""What is known of each kind of model: one file a family, every number with its source.
+
+`FAMILIES` maps a name such as "flux1-dev" to a `Family`; `get_family` finds one or says which exist. A new family is
+one file with a tuple `FAMILIES`, and its name in `_MODULES` here. A source is a file, a paper, a model card or a
+section of docs/method.md. Where nobody has published or measured a number, its source says "not measured" and what the
+value was chosen from. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.families import (
+    auraflow,
+    chroma,
+    demo,
+    flux1,
+    flux2,
+    hidream,
+    hunyuan,
+    lumina2,
+    qwen,
+    sana,
+    sd3,
+    sdxl,
+    zimage,
+)
+from mrflow_sched.plan.families.base import (
+    TIERS,
+    Family,
+    GuidanceKind,
+    HostFacts,
+    PipelineInfo,
+    Prediction,
+    Preset,
+    ShiftRule,
+)
+
+__all__ = [
+    "FAMILIES",
+    "TIERS",
+    "Family",
+    "GuidanceKind",
+    "HostFacts",
+    "PipelineInfo",
+    "Prediction",
+    "Preset",
+    "ShiftRule",
+    "families_of",
+    "family_of_host",
+    "family_of_pipeline",
+    "get_family",
+]
+
+
+class FamilyModule(Protocol):
+    """A file of this folder: the families that it describes."""
+
+    @property
+    def FAMILIES(self) -> tuple[Family, ...]: ...
+
+
+_MODULES: tuple[FamilyModule, ...] = (
+    flux1,
+    qwen,
+    sd3,
+    zimage,
+    flux2,
+    chroma,
+    lumina2,
+    sana,
+    auraflow,
+    hunyuan,
+    hidream,
+    sdxl,
+    demo,
+)
+
+
+def families_of(modules: Iterable[FamilyModule]) -> Mapping[str, Family]:
+    """The families of several files by name, in order. Raises MrFlowError where two have one name."""
+    found: dict[str, Family] = {}
+    for module in modules:
+        for family in module.FAMILIES:
+            if family.name in found:
+                raise MrFlowError(f"family {family.name!r} is there twice; give the second one another name.")
+            found[family.name] = family
+    return MappingProxyType(found)
+
+
+FAMILIES: Mapping[str, Family] = families_of(_MODULES)
+
+
+def get_family(name: str, families: Mapping[str, Family] = FAMILIES) -> Family:
+    """The family called `name`.
+
+    Args:
+        name: a name such as "flux1-dev".
+        families: where to look; all that the package knows where left out.
+
+    Raises:
+        MrFlowError: with the nearest known name and the list of all.
+    """
+    family = families.get(name)
+    if family is None:
+        near = difflib.get_close_matches(str(name), families, n=1)
+        hint = f"did you mean {near[0]!r}? Known families are" if near else "known families are"
+        raise MrFlowError(f"family {name!r} is unknown; {hint} {', '.join(families)}.")
+    return family
+
+
+def family_of_pipeline(pipe: Any, families: Mapping[str, Family] = FAMILIES) -> Family | None:
+    """The family of a loaded diffusers pipeline, by its class or a base class; None for a class nobody lists."""
+    for base in type(pipe).__mro__:
+        for family in families.values():
+            info = family.pipeline
+            if info is not None and re.fullmatch(info.classes, base.__name__) and info.tells(pipe):
+                return family
+    return None
+
+
+def family_of_host(facts: HostFacts, families: Mapping[str, Family] = FAMILIES) -> Family | None:
+    """The family of the checkpoint that a WebUI has loaded; None where no family knows it."""
+    return next((family for family in families.values() if family.host(facts)), None)

@@ -1,0 +1,49 @@
+"""Lumina-Image 2.0."""
+
+from __future__ import annotations
+
+from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, ShiftRule, always
+from mrflow_sched.plan.families.shared import ASSUMED_PRESETS, DIFFUSERS, FEWER_CFG_PRESETS, sources, transformer_flop
+
+
+def _host(facts: HostFacts) -> bool:
+    return facts.flow and facts.engine == "Lumina2"
+
+
+# 26 blocks and 2 refiner blocks; 8 of 24 heads for keys and values (8/3), gated MLP of width 4 (12).
+_LUMINA_LINEAR, _LUMINA_ATTENTION = transformer_flop(2304, 28, matrices=8 / 3 + 12)
+_LUMINA2 = Family(
+    name="lumina2",
+    title="Lumina-Image 2.0",
+    shift=ShiftRule("static", shift=6.0),
+    guidance_kind="cfg",
+    guidance=4.0,
+    text_tokens=256,
+    native_steps=30,
+    presets=ASSUMED_PRESETS + FEWER_CFG_PRESETS,
+    solver="careful",
+    linear_cost=_LUMINA_LINEAR,
+    attention_cost=_LUMINA_ATTENTION,
+    pipeline=PipelineInfo(
+        classes=r"Lumina(2|2Text2Img)Pipeline",
+        titles=(("Lumina2", "Lumina2Pipeline"),),
+        tells=always,
+        casts_latents=False,
+        text_outputs=(
+            "prompt_embeds",
+            "prompt_attention_mask",
+            "negative_prompt_embeds",
+            "negative_prompt_attention_mask",
+        ),
+    ),
+    host=_host,
+    sources=sources(
+        "careful",
+        shift="6.0 in third-party inference code; its scheduler file was not read",
+        guidance=DIFFUSERS,
+        text_tokens="padded to 256, diffusers Lumina2Pipeline",
+        native_steps=DIFFUSERS,
+    ),
+)
+
+FAMILIES = (_LUMINA2,)

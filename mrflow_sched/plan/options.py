@@ -1,0 +1,334 @@
+"""Every option of a plan, defined once: its type, its range, its words.
+
+`PlanOptions` types the keywords of `make_plan`; `OPTIONS` is the same table as values, for whoever checks options or
+shows them to a user: the command line, MrFlow, node editors. A new option is one field here and one place that uses it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypedDict, cast, get_args, get_origin, get_type_hints
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.checks import (
+    MAX_FACTOR,
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STAGES,
+    MAX_STEPS,
+    MIN_FACTOR,
+    Posterior,
+    SeedRule,
+    checked_interval,
+    is_number,
+)
+from mrflow_sched.plan.schedule import MAX_MU
+from mrflow_sched.plan.solver_table import SOLVER_NAMES
+
+__all__ = ["OPTIONS", "NativeOptions", "Option", "PlanOptions", "StagedOptions", "check_options"]
+
+Kind = Literal["whole", "number", "text", "flag", "interval", "numbers"]
+Applies = Literal["staged", "native", "both"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One option of a plan.
+
+    `help`: one line for a user. `low`, `high`: the range of its numbers, ends included unless `open_range`. `choices`:
+    the words it takes (beside numbers, where `kind` says so). `default`: its value where nothing is said; None: the
+    family and its preset decide. `metavar`: what stands for the value in a usage line. `advice`: the end of the
+    sentence that refuses a value. Read from the field and its class: `name`; `kind` ("whole", "number", "text", "flag",
+    "interval": two numbers, "numbers": a list of them); `per_stage`: one value, or one per later stage; `applies`:
+    whether staged plans, native plans or both take it.
+    """
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    open_range: bool = False
+    choices: tuple[str, ...] = ()
+    default: Any = None
+    metavar: str | None = None
+    advice: str = ""
+    name: str = ""
+    kind: Kind = "text"
+    per_stage: bool = False
+    applies: Applies = "both"
+
+    def check(self, value: object) -> None:
+        """Raise MrFlowError, one sentence, unless `value` is of this option's type and range."""
+        if self.kind in ("interval", "numbers"):
+            self._check_list(value)
+        elif self.per_stage and isinstance(value, Sequence) and not isinstance(value, str):
+            for each in cast("Sequence[object]", value):
+                self._check_one(each)
+        else:
+            self._check_one(value)
+
+    def _check_list(self, value: object) -> None:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise MrFlowError(f"{self.name} must be a list of numbers, got {value!r}{self._end}")
+        if self.kind == "interval":
+            checked_interval(cast("tuple[float, float]", value))
+        elif self.low is not None:
+            for each in cast("Sequence[object]", value):
+                self._check_one(each)
+
+    def _check_one(self, value: object) -> None:
+        if isinstance(value, str) and value in self.choices:
+            return
+        right: Mapping[str, bool] = {
+            "whole": isinstance(value, int) and not isinstance(value, bool),
+            "number": is_number(value),
+            "numbers": is_number(value),
+            "text": isinstance(value, str) and not self.choices,
+            "flag": isinstance(value, bool),
+        }
+        if not right[self.kind] or not self._in_range(value):
+            raise MrFlowError(f"{self.name} must {self._allowed}, got {value!r}{self._end}")
+
+    def _in_range(self, value: Any) -> bool:
+        if self.low is None or self.high is None:
+            return True
+        return self.low < value < self.high if self.open_range else self.low <= value <= self.high
+
+    @property
+    def _allowed(self) -> str:
+        words = " or ".join(map(repr, self.choices))
+        if self.kind == "text" and len(self.choices) > 2:
+            return f"be one of {', '.join(self.choices)}"
+        if self.kind == "text":
+            return f"be {words or 'text'}"
+        if self.kind == "flag":
+            return "be True or False"
+        ends = f"{_shown(self.low)} and {_shown(self.high)}" if self.open_range else ""
+        count = "whole number" if self.kind == "whole" else "number"
+        numbers = f"lie between {ends}" if ends else f"be a {count} from {_shown(self.low)} to {_shown(self.high)}"
+        return f"be {words} or {numbers.removeprefix('be ')}" if words else numbers
+
+    @property
+    def _end(self) -> str:
+        return f"; {self.advice}." if self.advice else "."
+
+
+def _shown(value: float | None) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+class _SharedOptions(TypedDict, total=False):
+    """Options of every plan."""
+
+    solver: Annotated[
+        str | None,
+        Option(
+            help=f"solver of all stages ({', '.join(SOLVER_NAMES)}); the family's where left out",
+            choices=SOLVER_NAMES,
+            metavar="NAME",
+        ),
+    ]
+    mu: Annotated[
+        float | None,
+        Option(
+            help="shift of the first stage, as log(shift)",
+            low=-MAX_MU,
+            high=MAX_MU,
+            advice="it is log(shift)",
+        ),
+    ]
+    sigmas: Annotated[
+        Sequence[float] | None,
+        Option(
+            help="the sigmas of the first stage themselves, from 1 to 0, which nothing shifts",
+            low=0,
+            high=1,
+            metavar="S",
+            advice="it is the fraction of noise",
+        ),
+    ]
+    guidance: Annotated[
+        float | None,
+        Option(help="guidance of the first stage; 1 turns CFG off", low=0, high=MAX_GUIDANCE, metavar="G"),
+    ]
+    seed: Annotated[int, Option(help="seed of the first image's noise", low=0, high=MAX_SEED, default=0, metavar="N")]
+    seed_rule: Annotated[
+        SeedRule,
+        Option(help="how the seeds of stages and of the images of a batch differ", default="offset"),
+    ]
+    posterior: Annotated[
+        Posterior,
+        Option(help="what to take from the VAE encoder's distribution", default="mode"),
+    ]
+
+
+class NativeOptions(_SharedOptions, total=False):
+    """Keywords of `make_native_plan`."""
+
+    steps: Annotated[int | None, Option(help="steps of native sampling", low=1, high=MAX_STEPS, metavar="N")]
+
+
+class StagedOptions(_SharedOptions, total=False):
+    """Keywords that only a staged plan takes, and those of every plan."""
+
+    factor: Annotated[
+        float | None,
+        Option(
+            help=f"size step between stages, {MIN_FACTOR} to {MAX_FACTOR:g}",
+            low=MIN_FACTOR,
+            high=MAX_FACTOR,
+            metavar="F",
+            advice="for a larger step use more stages",
+        ),
+    ]
+    factors: Annotated[
+        Sequence[float] | None,
+        Option(
+            help="a size step for each handoff, in place of factor and stages",
+            low=MIN_FACTOR,
+            high=MAX_FACTOR,
+            metavar="F",
+            advice="for a larger step use more stages",
+        ),
+    ]
+    stages: Annotated[
+        int | None,
+        Option(
+            help=f"number of stages, 2 to {MAX_STAGES}",
+            low=2,
+            high=MAX_STAGES,
+            metavar="N",
+            advice="for one stage use native=True",
+        ),
+    ]
+    low_steps: Annotated[int | None, Option(help="steps of the first stage", low=1, high=MAX_STEPS, metavar="N")]
+    refine_steps: Annotated[
+        int | Sequence[int] | None,
+        Option(
+            help="steps of every later stage; 0 keeps the upscaler's image",
+            low=0,
+            high=MAX_STEPS,
+            metavar="N",
+        ),
+    ]
+    sigma: Annotated[
+        float | Sequence[float] | None,
+        Option(
+            help="fraction of noise at which refining starts, 0 < S < 1",
+            low=0,
+            high=1,
+            open_range=True,
+            metavar="S",
+            advice="it is the noise fraction, usually 0.12",
+        ),
+    ]
+    refine_curve: Annotated[Literal["linear", "shifted"], Option(help="spacing of the refine sigmas", default="linear")]
+    shift_tokens: Annotated[
+        Literal["low", "final"] | int,
+        Option(
+            help="token count that sets mu of the first stage: its own (low), the final size's, or a number",
+            low=1,
+            high=2**31,
+            default="low",
+            metavar="low|final|N",
+        ),
+    ]
+    refine_guidance: Annotated[
+        float | None,
+        Option(help="guidance of every later stage", low=0, high=MAX_GUIDANCE, metavar="G"),
+    ]
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        Option(help="sigmas between which CFG is on in stage 1", low=0, high=1, metavar="LOW-HIGH"),
+    ]
+    tile: Annotated[
+        int,
+        Option(
+            help="side of the tiles in which the network sees larger later stages; 0: none",
+            low=0,
+            high=MAX_SIDE,
+            default=0,
+            metavar="PIXELS",
+        ),
+    ]
+    native: Annotated[bool, Option(help="plan plain sampling at the final size, in one stage", default=False)]
+
+
+class MadeOptions(NativeOptions, StagedOptions, total=False):
+    """Keywords of `make_plan`, without `preset`, which has a place of its own there."""
+
+
+class PlanOptions(MadeOptions, total=False):
+    """All that decides a plan beside its family and size: `make_plan(family, width, height, **options)`."""
+
+    preset: Annotated[
+        str | None,
+        Option(help="fast, balanced, best, or low-size steps + full-size steps, for example 12+1", metavar="NAME"),
+    ]
+
+
+def _read_options() -> Mapping[str, Option]:
+    """The table of `PlanOptions`, `preset` first."""
+    native, staged = (frozenset(get_type_hints(each)) for each in (NativeOptions, StagedOptions))
+    made: dict[str, Option] = {}
+    for name, hint in get_type_hints(PlanOptions, include_extras=True).items():
+        kind, option = get_args(hint)
+        applies: Applies = "both" if name == "native" or name in native & staged else "staged"
+        if name in native - staged:
+            applies = "native"
+        made[name] = replace(option, name=name, applies=applies, **_facts(kind, option))
+    return MappingProxyType({"preset": made.pop("preset"), **made})
+
+
+def _facts(hint: Any, option: Option) -> dict[str, Any]:
+    """`kind`, `per_stage` and `choices` of a field of this type."""
+    parts = (hint,) if get_origin(hint) in (Literal, Sequence, tuple) else get_args(hint) or (hint,)
+    origins = [get_origin(part) for part in parts]
+    words = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+    names: Mapping[Any, Kind] = {int: "whole", float: "number", bool: "flag", str: "text"}
+    plain: list[Kind] = [names[part] for part in parts if part in names]
+    kind: Kind = plain[0] if plain else "text"
+    if not plain and tuple in origins:
+        kind = "interval"
+    elif not plain and Sequence in origins:
+        kind = "numbers"
+    listed = bool(plain) and Sequence in origins
+    return {"kind": kind, "per_stage": listed, "choices": words or option.choices}
+
+
+OPTIONS: Mapping[str, Option] = _read_options()
+"""Every option of a plan by name, `preset` first."""
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+def check_options(options: Mapping[str, Any], function: str = "make_plan") -> dict[str, Any]:
+    """The options that are given, each of its type and in its range.
+
+    Args:
+        options: name and value; None means that nothing is said.
+        function: who takes them, for the sentence.
+
+    Returns:
+        The options without those that are None.
+
+    Raises:
+        MrFlowError: for a name that is not in `OPTIONS` and for a value out of range.
+    """
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(OPTIONS)}."
+            raise MrFlowError(f"{name} is no option of {function}; {hint}")
+        if value is not None:
+            OPTIONS[name].check(value)
+            given[name] = value
+    return given

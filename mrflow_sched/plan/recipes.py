@@ -1,0 +1,98 @@
+"""Schedules as short texts, such as "native 12 mu=0.63", that make the same sigmas again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.schedule import (
+    Sigmas,
+    beta_sigmas,
+    native_sigmas,
+    refine_sigmas,
+    scaled_linear_sigmas,
+    validate_sigmas,
+)
+
+__all__ = ["explicit_recipe", "read_number", "sigmas_from_recipe"]
+
+# Recipes come from image metadata, which anyone can write: keep a hostile one from filling memory.
+_MAX_STEPS = 1000
+
+
+@lru_cache(maxsize=64)
+def sigmas_from_recipe(recipe: str) -> Sigmas:
+    """Make the list that a recipe describes: a kind, then words. Numbers are written in full precision.
+
+    ==========================================  =======================================
+    "native 12 mu=0.63 [terminal= min= beta=]"  `native_sigmas`
+    "beta 12 mu=0.0"                            `beta_sigmas` with 0.6 and 0.6
+    "scaled-linear 30", "zero-snr 30"           `scaled_linear_sigmas`
+    "linear 1 start=0.12", "shifted ..."        `refine_sigmas`
+    "list 1.0 0.5 0.0"                          these very values
+    "none"                                      the empty list: a stage without steps
+    ==========================================  =======================================
+
+    Raises MrFlowError for text that is none of these.
+    """
+    shown = recipe if len(recipe) <= 60 else f"{recipe[:57]}..."
+    kind, *words = recipe.split(" ")
+    try:
+        if kind in ("list", "none"):
+            values = [read_number(word) for word in words[: _MAX_STEPS + 2]]
+            if len(values) > _MAX_STEPS + 1:
+                raise MrFlowError(f"recipe {kind!r} holds more than {_MAX_STEPS} steps.")
+            return validate_sigmas(values) if kind == "list" else _no_values(values)
+        steps, numbers = int(words[0][:9]), _numbers(words[1:9])
+        if steps > _MAX_STEPS:
+            raise MrFlowError(f"recipe {shown!r} asks for more than {_MAX_STEPS} steps.")
+        made = _from_numbers(kind, steps, numbers)
+    except (IndexError, KeyError) as error:
+        raise MrFlowError(f"recipe {shown!r} lacks a number; see sigmas_from_recipe for the forms.") from error
+    if numbers:
+        raise MrFlowError(f"recipe {shown!r} has a number {kind} lists do not take: {next(iter(numbers))}.")
+    return made
+
+
+def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
+    """The list of `kind`; takes the numbers that it uses out of `numbers`."""
+    if kind == "native":
+        mu, terminal, sigma_min = numbers.pop("mu"), numbers.pop("terminal", None), numbers.pop("min", None)
+        return native_sigmas(steps, mu=mu, terminal=terminal, sigma_min=sigma_min, beta=numbers.pop("beta", None))
+    if kind == "beta":
+        return beta_sigmas(steps, mu=numbers.pop("mu"))
+    if kind in ("scaled-linear", "zero-snr"):
+        return scaled_linear_sigmas(steps, zero_snr=kind == "zero-snr")
+    if kind in ("linear", "shifted"):
+        return refine_sigmas(numbers.pop("start"), steps, kind)
+    raise MrFlowError(
+        f"recipe must begin with native, beta, scaled-linear, zero-snr, linear, shifted, list or none: {kind!r}."
+    )
+
+
+def read_number(text: str) -> float:
+    """A number as plans write it, of a length that a number can have. Raises MrFlowError for other text."""
+    if not re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?(e[+-]?[0-9]{1,3})?", text):
+        raise MrFlowError(f"{text[:60]!r} is not a number")
+    return float(text)
+
+
+def _numbers(words: Sequence[str]) -> dict[str, float]:
+    pairs = [word.partition("=") for word in words]
+    found = {name: read_number(value) for name, _, value in pairs}
+    if len(found) < len(pairs):
+        raise MrFlowError(f"a number of the recipe is there twice: {', '.join(name for name, *_ in pairs)}.")
+    return found
+
+
+def _no_values(values: list[float]) -> Sigmas:
+    if values:
+        raise MrFlowError(f"recipe 'none' takes no values, got {values!r}.")
+    return ()
+
+
+def explicit_recipe(sigmas: Sequence[float]) -> str:
+    """The recipe that spells out every value: "list 1.0 0.5 0.0", or "none" for no values."""
+    return " ".join(["list", *(repr(float(sigma)) for sigma in sigmas)]) if sigmas else "none"

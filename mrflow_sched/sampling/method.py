@@ -1,0 +1,233 @@
+"""The `Method` role: how a stage is sampled and how one stage becomes the next. `Plain` is the published method.
+
+Engines know models, methods know mathematics. A method gets a `StageRun`, everything that one stage is made of, and
+uses its `sample` to walk the stage's sigmas. A method of one's own is a few lines: see docs/library.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.sampling.engine import Guidance, capabilities_of
+from mrflow_sched.sampling.handoff import encode_images, handoff, stage_noise
+from mrflow_sched.sampling.noise import add_noise, draw_noise, model_sigmas, ve_to_sigma
+from mrflow_sched.sampling.solvers import get_solver, solver_forwards
+from mrflow_sched.upscaling.fit import upscale_to
+
+if TYPE_CHECKING:
+    from mrflow_sched.plan.stages import Stage, StagedPlan
+    from mrflow_sched.sampling.engine import Engine
+    from mrflow_sched.sampling.network import Around
+    from mrflow_sched.sampling.progress import Hooks, Tracker
+    from mrflow_sched.upscaling.role import PixelUpscaler
+
+__all__ = ["Method", "Plain", "StageRun", "run_progress"]
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a run, as a method sees it.
+
+    Attributes:
+        engine: What predicts, encodes and decodes.
+        plan: The whole run's numbers.
+        stage: This stage's: size, sigmas, solver, guidance.
+        index: Which stage it is; 0 is the first.
+        text: Conditioning of the batch, for the engine.
+        seeds: Noise seeds of this stage, one per image.
+        upscaler: For the handoff; None means Lanczos.
+        progress: Share of the whole run, from 0 to 1, that is behind when each of the stage's sigmas is reached.
+        hooks: What the run asks and tells its caller.
+        tracker: The run's clock.
+    """
+
+    engine: Engine
+    plan: StagedPlan
+    stage: Stage
+    index: int
+    text: Any
+    seeds: tuple[int, ...]
+    upscaler: PixelUpscaler | None
+    progress: tuple[float, ...]
+    hooks: Hooks
+    tracker: Tracker
+
+    def sample(self, latents: Tensor, *, guidance: Guidance | None = None, around: Around | None = None) -> Tensor:
+        """Walk the stage's sigmas with its solver: by the engine's own loop where it has one, else step by step.
+
+        Args:
+            latents: (B, *latent_shape), float32, noised to the stage's first sigma.
+            guidance: The scale at each flow sigma; the stage's own throughout, where left out.
+            around: Called in the place of every call of the network (`mrflow_sched.sampling.network`).
+
+        Returns:
+            The state at the end of the sigmas, in the shape of `latents`, float32.
+
+        Raises:
+            MrFlowError: `around` is given for an engine without a network seam.
+            Cancelled: The caller wants the run to stop.
+        """
+        stage, able = self.stage, capabilities_of(self.engine)
+        family = self.engine.family
+        sigmas = model_sigmas(stage.sigmas, family.prediction, family.shift.largest_ve)
+        if around is not None and not able.network_seam:
+            raise MrFlowError(
+                f"this method stands between a loop and its network, which {type(self.engine).__name__} has no seam "
+                "for; use an engine whose capabilities say network_seam, such as PipelineEngine."
+            )
+        if able.whole_stages and (guidance is None or able.guidance_per_step):
+            engine: Any = self.engine
+            return engine.sample_stage(
+                *(stage.solver, latents, sigmas, self.text),
+                guidance=stage.guidance if guidance is None else guidance,
+                progress=self.progress,
+                callback=self._heard,
+                **({} if around is None else {"around": around}),
+            )
+        return get_solver(stage.solver)(self._denoiser(guidance), latents, sigmas, callback=self._stepped)
+
+    def with_engine(self, engine: Any) -> StageRun:
+        """The same stage on another engine, a wrapper of this one for example."""
+        return replace(self, engine=engine)
+
+    def _denoiser(self, guidance: Guidance | None) -> Any:
+        """The engine's clean estimate as solvers ask for it, with its forwards counted."""
+        stage, flow = self.stage, self.engine.family.prediction == "flow"
+        each = stage.forwards / solver_forwards(stage.solver, stage.steps)
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            self.tracker.forwards += each
+            scale = stage.guidance
+            if guidance is not None:
+                level = float(sigma.flatten()[0])
+                scale = guidance(level if flow else ve_to_sigma(level))
+            return self.engine.denoise(x, sigma, self.text, guidance=scale)
+
+        return denoise
+
+    def _heard(self, state: dict[str, Any]) -> None:
+        """After an evaluation of an engine's own loop: of all images, or of some where memory is short."""
+        stage, share = self.stage, state.get("images", len(self.seeds)) / len(self.seeds)
+        made = state.get("forwards", stage.forwards / solver_forwards(stage.solver, stage.steps))
+        self.tracker.forwards += share * made
+        self._stepped(state)
+
+    def _stepped(self, state: dict[str, Any]) -> None:
+        self.tracker.report(int(state["i"]) + 1, state["denoised"])
+        self.hooks.stop_if_cancelled()
+
+
+class Method(Protocol):
+    """How a run's stages are sampled and joined. `gradients` says whether they are recorded while it works."""
+
+    @property
+    def gradients(self) -> bool:
+        """Whether gradients are recorded."""
+        ...
+
+    def start(self, run: StageRun, image: Tensor | None) -> Tensor:
+        """The state at which stage 1 starts.
+
+        Args:
+            run: The first stage.
+            image: An image to start from, (B, 3, H, W) in [0, 1]; None for pure noise.
+
+        Returns:
+            Latents (B, *latent_shape), float32, noised to the stage's first sigma.
+        """
+        ...
+
+    def stage(self, run: StageRun, latents: Tensor) -> Tensor:
+        """The clean latents that a stage makes of the state at which it starts; both (B, *latent_shape), float32."""
+        ...
+
+    def handoff(self, run: StageRun, images: Tensor) -> Tensor | None:
+        """How one stage becomes the next.
+
+        Args:
+            run: The stage that is to start.
+            images: What the stage before has made, (B, 3, h, w) in [0, 1].
+
+        Returns:
+            Latents at which `run` starts, noised to its first sigma; None where it takes no step. The upscaled images
+            go to `run.hooks.keep`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The published method: docs/method.md, section 1.2.
+
+    Stage 1 walks its sigmas from pure noise; every later stage takes the image before it, upscales it in pixel space,
+    encodes it, adds a little noise and removes that again.
+    """
+
+    gradients: bool = False
+
+    def start(self, run: StageRun, image: Tensor | None) -> Tensor:
+        """Pure noise, one stream per image, or a given image with noise in it."""
+        stage, engine, posterior = run.stage, run.engine, run.plan.posterior
+        shape = engine.latent_shape(stage.width, stage.height)
+        if image is None:
+            noise = draw_noise(shape, run.seeds, device=engine.device)
+            clean = torch.zeros_like(noise)
+        else:
+            noise = stage_noise(shape, posterior, run.seeds, device=engine.device)
+            fitted = upscale_to(image, stage.width, stage.height)
+            clean = encode_images(engine, fitted, posterior, run.seeds, warn=run.hooks.say)
+        family = engine.family
+        return add_noise(clean, noise, stage.start_sigma, family.prediction, family.shift.largest_ve)
+
+    def stage(self, run: StageRun, latents: Tensor) -> Tensor:
+        """The stage's sigmas with its solver, at one guidance scale."""
+        return run.sample(latents)
+
+    def handoff(self, run: StageRun, images: Tensor) -> Tensor | None:
+        """Upscale, encode, add noise: `mrflow_sched.sampling.handoff`."""
+        result = handoff(
+            *(run.engine, images, run.stage, run.upscaler),
+            seeds=run.seeds,
+            posterior=run.plan.posterior,
+            on_part=lambda name: run.tracker.begin(name, run.index),
+            on_image=lambda image: _keep(run, image),
+            cancel=run.hooks.cancel,
+        )
+        for sentence in result.warnings:
+            run.hooks.say(sentence)
+        return result.latents
+
+
+def _keep(run: StageRun, image: Tensor) -> None:
+    if run.hooks.keep is not None:
+        run.hooks.keep(f"stage {run.index + 1} upscaled", image)
+
+
+def run_progress(first: Sequence[float], sigmas: Sequence[float]) -> tuple[float, ...]:
+    """Share of a run that is behind at each of `sigmas`, counted in steps of its first stage.
+
+    A later stage starts where the first stage's schedule had the same sigma, between two of its steps on the straight
+    line, and ends where that ends.
+
+    Args:
+        first: Sigmas of stage 1, falling to 0.
+        sigmas: Those of the stage asked about, falling to 0; may be empty.
+
+    Returns:
+        As many values from 0 to 1, rising to 1.
+    """
+    steps = len(first) - 1
+    found: list[float] = []
+    for sigma in sigmas:
+        below = next((index for index, level in enumerate(first) if level <= sigma), steps)
+        above = max(below - 1, 0)
+        gap = first[above] - first[below]
+        within = (first[above] - min(sigma, first[above])) / gap if gap > 0 else 0.0
+        found.append((above + within * (below - above)) / steps)
+    return tuple(found)

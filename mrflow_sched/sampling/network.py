@@ -1,0 +1,190 @@
+"""The network seam: one call of a pipeline's network, as a value that a method can look at, change and run again.
+
+A method hands a function `around(call, run)` to `StageRun.sample`. It is called in the place of every call that the
+pipeline's loop makes of its network, and returns what the loop is to be given:
+
+    def around(call, run):
+        return run(call)                 # what happens without a seam
+
+`call` can be kept (and run later, with gradients), changed (`call.replace(hidden_states=...)`), cut down to some of
+its image tokens (`call.subset(tokens)`) or not be run at all. docs/library.md has an example of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MrFlowError
+
+__all__ = ["Around", "Branch", "NetworkCall", "Next", "TokenInputs"]
+
+Branch = Literal["positive", "negative", "both", "only"]
+"""Which guidance branch a call is for: of two calls a step, the "positive" or the "negative" one; "both" in one batch;
+or "only", where nothing is guided by a second branch."""
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Which inputs of a network hold image tokens: their names, with the tokens along the second last dimension.
+
+    Attributes:
+        latents: The input that holds the tokens themselves, (B, N, C).
+        positions: The input with their positions, (N, P) or (B, N, P).
+        residuals: Inputs that hold lists of further tensors (B, N, C), such as a ControlNet's.
+    """
+
+    latents: str
+    positions: str
+    residuals: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NetworkCall:
+    """One call of a network by a pipeline's loop.
+
+    Attributes:
+        inputs: Every argument of the call by name. The tensors are those of the loop: do not change them in place.
+        sigma: Noise level of the evaluation: flow sigma, or sigma_ve for variance-exploding models.
+        step: The solver's step, from 0.
+        branch: Which guidance branch the call is for.
+        batch: Images of this call; the tensors hold twice as many rows where `branch` is "both".
+        latents_name: Which input is the noisy latents.
+        tokens: Which inputs hold image tokens; None where a subset cannot be passed.
+        network: What is run.
+        positive_first: Whether the first half of "both" is the positive branch.
+        take_rows: (inputs, rows, count) -> inputs: the rows of every input that holds `count` samples.
+    """
+
+    inputs: Mapping[str, Any]
+    sigma: float
+    step: int
+    branch: Branch
+    batch: int
+    latents_name: str
+    tokens: TokenInputs | None
+    network: Callable[..., Any] = field(repr=False)
+    positive_first: bool = False
+    take_rows: Callable[[Mapping[str, Any], slice, int], Mapping[str, Any]] | None = field(default=None, repr=False)
+
+    @property
+    def latents(self) -> Tensor:
+        """The noisy latents as the network gets them, (rows, ...); those of a list stacked."""
+        return tensor_of(self.inputs[self.latents_name])
+
+    def replace(self, **inputs: Any) -> NetworkCall:
+        """The same call with other inputs.
+
+        Args:
+            **inputs: New values by the network's own names.
+
+        Raises:
+            MrFlowError: The call has no input of that name.
+        """
+        unknown = [name for name in inputs if name not in self.inputs]
+        if unknown:
+            raise MrFlowError(
+                f"{unknown[0]} is no input of this call of {_name(self.network)}; it has {', '.join(self.inputs)}."
+            )
+        return replace(self, inputs={**self.inputs, **inputs})
+
+    def subset(self, tokens: Tensor) -> NetworkCall:
+        """The same call for some of the image tokens, each with its own position.
+
+        Args:
+            tokens: Indices of the tokens to keep, (n,) integers from 0 to N - 1.
+
+        Returns:
+            A call whose `run` returns (B, n, C).
+
+        Raises:
+            MrFlowError: The network makes positions from the size of its input, so none can be left out.
+        """
+        if self.tokens is None:
+            raise MrFlowError(
+                f"{_name(self.network)} makes its positions from the size of the image, so a subset of tokens cannot "
+                "be passed to it; ask engine.capabilities.token_subsets first."
+            )
+        names = self.tokens
+        chosen: dict[str, Any] = {
+            name: self.inputs[name].index_select(-2, tokens.to(self.inputs[name].device))
+            for name in (names.latents, names.positions)
+        }
+        for name in names.residuals:
+            kept = cast("Sequence[Tensor] | None", self.inputs.get(name))
+            if kept is not None:
+                chosen[name] = [each.index_select(-2, tokens.to(each.device)) for each in kept]
+        return self.replace(**chosen)
+
+    def positive(self) -> NetworkCall:
+        """Of a call of "both" branches: the positive one alone. Other calls are returned as they are."""
+        if self.branch != "both":
+            return self
+        rows = slice(0, self.batch) if self.positive_first else slice(self.batch, 2 * self.batch)
+        inputs = (self.take_rows or _take_rows)(self.inputs, rows, 2 * self.batch)
+        return replace(self, inputs=inputs, branch="positive")
+
+    def run(self) -> Tensor:
+        """Run the network on these inputs; a graph is kept where gradients are recorded.
+
+        Returns:
+            The network's output; where it gives a list of images, these stacked.
+        """
+        return tensor_of(first_of(self.network(**self.inputs)))
+
+
+Next = Callable[[NetworkCall], Tensor]
+Around = Callable[[NetworkCall, Next], Tensor]
+"""What stands between a loop and its network: gets a call and the function that runs it, returns the output."""
+
+
+def first_of(output: Any) -> Any:
+    """The prediction in what a network returned: the first of a tuple, or the `sample` of an output object."""
+    if isinstance(output, tuple):
+        return cast("tuple[Any, ...]", output)[0]
+    return output.sample if hasattr(output, "sample") and not isinstance(output, Tensor) else output
+
+
+def tensor_of(value: Any) -> Tensor:
+    """A tensor, or a list of tensors of one shape as one."""
+    return torch.stack(list(cast("Sequence[Tensor]", value))) if isinstance(value, (list, tuple)) else value
+
+
+def like_output(output: Any, made: Tensor) -> Any:
+    """`made` in the wrapping of `output`: what the loop unpacks."""
+    first = first_of(output)
+    inner: Any = list(made.unbind(0)) if isinstance(first, (list, tuple)) else made
+    if isinstance(output, tuple):
+        return (inner, *cast("tuple[Any, ...]", output)[1:])
+    if inner is first or output is first:
+        return inner
+    return type(output)(sample=inner)
+
+
+def _take_rows(inputs: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
+    return {name: rows_of(value, rows, count) for name, value in inputs.items()}
+
+
+def rows_of(value: Any, rows: slice, count: int) -> Any:
+    """The `rows` of every tensor and list in `value` that has `count` of them; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == count else value
+    if isinstance(value, Mapping):
+        found = cast("Mapping[str, Any]", value)
+        return {name: rows_of(each, rows, count) for name, each in found.items()}
+    if isinstance(value, (list, tuple)):
+        many = list(cast("Sequence[Any]", value))
+        if len(many) == count and all(isinstance(each, Tensor) for each in many):
+            kept = many[rows]  # one tensor per image
+        else:
+            kept = [rows_of(each, rows, count) for each in many]
+        return tuple(kept) if isinstance(value, tuple) else kept
+    return value
+
+
+def _name(network: Any) -> str:
+    return type(getattr(network, "__self__", network)).__name__

@@ -1,0 +1,53 @@
+"""`mrflow compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_tools import SMALL, pixels
+
+from mrflow_sched.images.files import read_png_text
+from mrflow_sched.images.record import RunRecord
+from mrflow_sched.plan.stages import StagedPlan
+
+
+def test_compare_measures_both_and_draws_them(mrflow: Any, tmp_path: Path) -> None:
+    words = (*SMALL, "--steps", "4", "--repeats", "2", "--out", str(tmp_path))
+    code, out, err = mrflow("compare", "a red star", *words, "--json", "--progress")
+    found = json.loads(out)
+    assert code == 0
+    assert "warm-up, native" in err
+    assert err.count("with Lanczos") == 1
+    wanted = {"native_seconds", "staged_seconds", "speedup", "overhead_share", "peak_memory_ratio", "stages"}
+    assert wanted | {"native", "staged", "sheet"} <= set(found)
+    assert found["speedup"] == pytest.approx(found["native_seconds"] / found["staged_seconds"])
+    parts = {part["name"]: part["seconds"] for part in found["stages"]}
+    assert next(iter(parts)) == "text"
+    assert list(parts)[-1] == "save"
+    assert 0.9 * found["staged_seconds"] <= sum(parts.values()) <= found["staged_seconds"] * 1.001
+    network = parts["stage 1 sample"] + parts["stage 2 sample"]
+    assert found["overhead_share"] == pytest.approx(1 - network / found["staged_seconds"])
+    assert found["peak_memory_ratio"] == found["staged_peak_bytes"] / found["native_peak_bytes"]
+    assert 0.5 < found["peak_memory_ratio"] < 2
+    assert (found["warmup"], found["repeats"]) == (True, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.png", "native.png", "staged.png"]
+    assert pixels(found["native"]).shape == pixels(found["staged"]).shape == (32, 32, 3)
+    sheet = pixels(found["sheet"])
+    assert sheet.shape[1] > 1000
+    record = RunRecord.from_json(read_png_text(found["native"])["mrflow"])
+    plan = StagedPlan.from_string(record.plan)
+    assert [(stage.steps, stage.solver) for stage in plan.stages] == [(4, "euler")]
+
+
+def test_compare_in_words_and_its_pictures_repeat(mrflow: Any, tmp_path: Path) -> None:
+    code, out, _ = mrflow("compare", "a red star", *SMALL, "--steps", "2", "--solver", "heun", "--out", str(tmp_path))
+    assert code == 0
+    assert "x as fast" in out
+    assert f"image: {tmp_path / 'compare.png'}" in out
+    code, out, _ = mrflow("generate", "--from", str(tmp_path / "staged.png"), "--out", str(tmp_path / "again"))
+    assert code == 0
+    assert np.array_equal(pixels(tmp_path / "staged.png"), pixels(out.strip()))

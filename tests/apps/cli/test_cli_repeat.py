@@ -1,0 +1,152 @@
+"""`mrflow generate --from`: an image's run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_tools import SMALL, pixels
+from PIL import Image
+
+from mrflow_sched.apps.cli import load
+from mrflow_sched.images.files import load_image, read_png_text, save_png
+from mrflow_sched.images.record import RunRecord
+from mrflow_sched.plan.stages import StagedPlan
+
+
+def test_from_takes_family_and_device_from_the_picture(
+    mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path))
+    text = read_png_text(out.strip())["mrflow"]
+    plan = StagedPlan.from_string(RunRecord.from_json(text).plan)
+    altered = json.dumps(json.loads(text) | {"device": "quantum", "plan": replace(plan, family="sdxl").to_string()})
+    monkeypatch.setattr("mrflow_sched.images.files.read_png_text", lambda _path: {"mrflow": altered})
+    code, _, err = mrflow("generate", "--from", out.strip(), "--out", str(tmp_path))
+    assert code == 2
+    assert "'sdxl'" in err
+    altered = json.dumps(json.loads(text) | {"device": "quantum"})
+    code, _, err = mrflow("generate", "--from", out.strip(), "--out", str(tmp_path))
+    assert code == 0
+    assert "device 'quantum' is now 'cpu'" in err
+
+
+def test_from_refuses_what_it_cannot_repeat(mrflow: Any, tmp_path: Path, tiny_copy: Path) -> None:
+    _, out, _ = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path))
+    path = out.strip()
+    for extra in (("--seed", "1"), ("--batch", "2"), ("--native",), ("--size", "8x8"), ("a star",)):
+        code, _, err = mrflow("generate", "--from", path, *extra)
+        assert code == 2
+        assert "has no place" in err
+    code, _, err = mrflow("generate", "--from", path, model=None)
+    assert code == 2
+    assert "name it with --model DIR" in err
+    (tiny_copy / "text_encoder" / "config.json").write_text(
+        (tiny_copy / "text_encoder" / "config.json").read_text() + "\n"
+    )
+    code, _, err = mrflow("generate", "--from", path, "--out", str(tmp_path / "again"), model=tiny_copy)
+    assert code == 2
+    assert "other weights" in err
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    code, _, err = mrflow("generate", "--from", str(tmp_path / "plain.png"))
+    assert code == 2
+    assert "has no mrflow record" in err
+
+
+def test_from_says_what_moves_the_last_bits(mrflow: Any, tmp_path: Path) -> None:
+    _, out, _ = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path))
+    code, _, err = mrflow("generate", "--from", out.strip(), "--dtype", "bfloat16", "--out", str(tmp_path))
+    assert code == 0
+    assert "dtype of transformer 'float32' is now 'bfloat16'" in err
+
+
+def records(folder: Path) -> RunRecord:
+    (path,) = folder.glob("*.png")
+    return RunRecord.from_json(read_png_text(path)["mrflow"])
+
+
+def test_the_command_repeats_an_image_bit_for_bit_in_a_new_process(tmp_path: Path) -> None:
+    """All defaults: on hardware with bfloat16 the network, the VAE and the upscaler differ in their dtypes."""
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", "mrflow_sched", "generate", *words]
+        found = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+        assert found.returncode == 0, found.stderr
+        assert "may differ" not in found.stderr
+        return found.stdout.strip()
+
+    prompt = "a red striped circle and a blue star over green hills"
+    first = run(prompt, "--size", "128x128", "--low-steps", "2", "--out", str(tmp_path / "first"))
+    again = run("--from", first, "--out", str(tmp_path / "again"))
+    assert np.array_equal(pixels(first), pixels(again))
+    assert read_png_text(first) == read_png_text(again)
+    assert {"transformer", "vae", "upscaler"} <= set(records(tmp_path / "first").dtypes)
+
+
+@pytest.mark.parametrize("network", ["float32", "bfloat16"])
+def test_every_part_is_loaded_in_its_recorded_dtype(
+    mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
+    from mrflow_sched import demo
+
+    vae = {"float32": "bfloat16", "bfloat16": "float32"}[network]
+    usual = load.load_engine
+    with monkeypatch.context() as patch:
+        parts = {"transformer": network, "text_encoder": network, "text_encoder_2": network, "vae": vae}
+        patch.setattr(load, "load_engine", lambda model, _dtypes: usual(model, parts))
+        words = [word for word in SMALL if word not in ("--dtype", "float32")]
+        words += ["--upscaler", str(demo.upscaler_path())]
+        code, out, _ = mrflow("generate", "a star", *words, "--out", str(tmp_path / "first"))
+    assert code == 0
+    first = records(tmp_path / "first")
+    assert (first.dtypes["transformer"], first.dtypes["vae"]) == (network, vae)
+    assert (first.dtype, first.vae_dtype) == (network, vae)
+    upscaler = ("--upscaler", str(demo.upscaler_path()))
+    code, again, err = mrflow("generate", "--from", out.strip(), *upscaler, "--out", str(tmp_path / "again"))
+    assert code == 0
+    assert "may differ" not in err
+    assert records(tmp_path / "again") == first
+    assert np.array_equal(pixels(out.strip()), pixels(again.strip()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_upscaler_runs_in_its_recorded_dtype(mrflow: Any, tmp_path: Path, dtype: str) -> None:
+    from mrflow_sched import demo
+
+    upscaler = ("--upscaler", str(demo.upscaler_path()))
+    _, out, _ = mrflow("generate", "a star", *SMALL, *upscaler, "--out", str(tmp_path / "first"))
+    record = records(tmp_path / "first")
+    altered = replace(record, dtypes={**record.dtypes, "upscaler": dtype})
+    save_png(tmp_path / "altered.png", load_image(out.strip()), {"mrflow": altered.to_json()})
+    code, out, err = mrflow(
+        "generate", "--from", str(tmp_path / "altered.png"), *upscaler, "--out", str(tmp_path / "again")
+    )
+    assert (code, "may differ" in err) == (0, False)
+    assert records(tmp_path / "again").dtypes["upscaler"] == dtype
+
+
+def test_an_older_record_repeats_with_its_two_dtypes(mrflow: Any, tmp_path: Path) -> None:
+    _, out, _ = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path / "first"))
+    older = json.loads(records(tmp_path / "first").to_json())
+    del older["dtypes"]
+    save_png(tmp_path / "older.png", load_image(out.strip()), {"mrflow": json.dumps(older)})
+    code, again, err = mrflow("generate", "--from", str(tmp_path / "older.png"), "--out", str(tmp_path / "again"))
+    assert code == 0
+    assert "may differ" not in err
+    assert np.array_equal(pixels(out.strip()), pixels(again.strip()))
+
+
+@pytest.mark.parametrize("change", [{"threads": 10**6}, {"seed": -1}, {"dtypes": {"vae": 3}}, {"plan": "mrflow1;x"}])
+def test_an_altered_record_is_one_sentence(mrflow: Any, tmp_path: Path, change: dict[str, Any]) -> None:
+    _, out, _ = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path / "first"))
+    text = json.dumps(json.loads(records(tmp_path / "first").to_json()) | change)
+    save_png(tmp_path / "altered.png", load_image(out.strip()), {"mrflow": text})
+    code, out, err = mrflow("generate", "--from", str(tmp_path / "altered.png"), "--out", str(tmp_path / "again"))
+    assert (code, out, err.count("\n")) == (2, "", 1)
