@@ -192,10 +192,11 @@ def test_the_staged_way_laid_open_is_the_staged_way(small: Any, plain: Any) -> N
 
 def test_guidance_by_two_forwards_is_what_it_says(small: Any) -> None:
     engine = small.engine
-    both = guided.GuidedByTwo(engine)
+    both = guided.guided_by_two(engine)
+    assert (engine.family.guidance_kind, both.family.guidance_kind) == ("embedded", "cfg")
     x, sigma = torch.randn((1, *engine.latent_shape(64, 64)), generator=torch.Generator().manual_seed(0)), torch.ones(1)
-    pair, empty = both.encode_text(PROMPTS[:1]), engine.encode_text([""])
-    first, second = (engine.denoise(x, sigma, text, guidance=1.0) for text in (pair.text, empty))
+    pair, alone, empty = both.encode_text(PROMPTS[:1], [""]), engine.encode_text(PROMPTS[:1]), engine.encode_text([""])
+    first, second = (engine.denoise(x, sigma, text, guidance=1.0) for text in (alone, empty))
     assert torch.allclose(both.denoise(x, sigma, pair, guidance=3.0), second + 3 * (first - second), atol=1e-5)
     assert torch.equal(both.denoise(x, sigma, pair, guidance=1.0), first)
     off, half, on = (

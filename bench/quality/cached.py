@@ -5,27 +5,23 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import diffusers
+
 from bench.quality.ways import FAMILY, Way, planned
-from mrflow_sched import demo, get_family, make_plan
-from mrflow_sched.engines.diffusers.folder import load_pipeline
+from mrflow_sched import demo, make_plan
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
 
 @cache
 def _engine(threshold: float) -> PipelineEngine:
-    import diffusers
-    import torch
-
-    pipe = load_pipeline(demo.weights_path(), dtype=torch.bfloat16)  # as the embedded engine on the CPU
-    pipe.vae.to(torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    engine = demo.load_engine()
     if threshold:
-        pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=threshold))
-    return PipelineEngine(pipe, family=FAMILY, arguments={"max_sequence_length": get_family(FAMILY).text_tokens})
+        engine.pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=threshold))
+    return engine
 
 
 def cached(size: int, threshold: float, low_steps: int = 12) -> Way:
-    """The staged way through the embedded model's pipeline, with first-block caching from `threshold` (0: none).
+    """The staged way with first-block caching from `threshold` (0: none).
 
     Its cost is that of all forwards; what caching leaves out shows in the seconds.
     """

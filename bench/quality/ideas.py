@@ -7,19 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.quality.ways import FAMILY, Made, Model, Way, staged
+from bench.quality.ways import FAMILY, Made, Model, Way, planned, staged
 from mrflow_sched import make_plan
 from mrflow_sched.measure.calibrate import band_power, bound
-from mrflow_sched.plan.stages import StagedPlan
-from mrflow_sched.sampling.noise import add_noise, draw_noise, stage_seed
-from mrflow_sched.sampling.solvers import get_solver
+from mrflow_sched.sampling.method import Method, Plain, StageRun
+from mrflow_sched.sampling.noise import add_noise, draw_noise
 from mrflow_sched.upscaling.fit import upscale_to
 
 FITTED_ON = 64  # training scenes that corrections are fitted on
@@ -41,43 +41,57 @@ class Parts:
     final: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class Opened(Plain):
+    """The published method with `parts` put in, for one batch."""
+
+    model: Any = None
+    parts: Parts = Parts()
+    levels: list[Tensor] = field(default_factory=list[Tensor])
+
+    def start(self, run: StageRun, image: Tensor | None) -> Tensor:
+        own = self.parts.low_noise or _own_noise
+        return own(self.model, run.seeds, run.engine.latent_shape(run.stage.width, run.stage.height))
+
+    def handoff(self, run: StageRun, images: Tensor) -> Tensor:
+        parts, model = self.parts, self.model
+        enlarged = upscale_to(images, run.stage.width, run.stage.height, run.upscaler)
+        run.hooks.keep and run.hooks.keep(f"stage {run.index + 1} upscaled", enlarged)
+        clean = run.engine.encode(enlarged)
+        clean = clean if parts.encoded is None else parts.encoded(model, clean)
+        noise = (parts.high_noise or _own_noise)(model, run.seeds, clean.shape[1:])
+        if parts.sigma is None:
+            return add_noise(clean, noise, run.stage.start_sigma)
+        self.levels[:] = [parts.sigma(model, images)]
+        return add_noise(clean, noise, self.levels[0])
+
+    def stage(self, run: StageRun, latents: Tensor) -> Tensor:
+        if run.index == 0 or not self.levels:
+            return super().stage(run, latents)
+        # One step to 0 is the clean estimate.
+        return run.engine.denoise(latents, self.levels[0], run.text, guidance=run.stage.guidance)
+
+
 def opened(size: int, name: str, parts: Parts | None = None, **numbers: object) -> Way:
     """The staged way of `make_plan(..., "12+1", **numbers)` with `parts` put in."""
     plan = make_plan(FAMILY, size, size, "12+1", **numbers)  # type: ignore[arg-type]
     changed = parts or Parts()
 
-    @torch.no_grad()
+    def method(model: Model, seeds: Sequence[int]) -> Method:
+        return Opened(model=model, parts=changed)
+
+    way = planned(name, "ideas", plan, method=method)
+    if changed.final is None:
+        return way
+    final = changed.final
+
     def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
-        return _walked(model, plan, changed, prompts, seeds)
+        made = way.make(model, prompts, seeds)
+        assert made.low is not None
+        assert made.enlarged is not None
+        return replace(made, images=final(made.low, made.enlarged, made.images))
 
-    return Way(name, "ideas", sum(plan.stage_costs()), make)
-
-
-def _walked(model: Model, plan: StagedPlan, parts: Parts, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
-    engine, (first, last) = model.engine, plan.stages
-    text = engine.encode_text(prompts)
-    solver = get_solver(first.solver)
-
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return engine.denoise(x, sigma, text, guidance=first.guidance)
-
-    shape = engine.latent_shape(first.width, first.height)
-    own = parts.low_noise or _own_noise
-    low = engine.decode(solver(denoise, own(model, seeds, shape), first.sigmas))
-    enlarged = upscale_to(low, last.width, last.height, model.enlargers["SR"])
-    clean = engine.encode(enlarged)
-    if parts.encoded is not None:
-        clean = parts.encoded(model, clean)
-    own = parts.high_noise or _own_noise
-    noise = own(model, [stage_seed(seed, 0, 1, plan.seed_rule) for seed in seeds], clean.shape[1:])
-    if parts.sigma is None:
-        latents = get_solver(last.solver)(denoise, add_noise(clean, noise, last.sigmas[0]), last.sigmas)
-    else:
-        level = parts.sigma(model, low)
-        latents = denoise(add_noise(clean, noise, level), level)  # one step to 0 is the clean estimate
-    refined = engine.decode(latents)
-    final = refined if parts.final is None else parts.final(low, enlarged, refined)
-    return Made(final, low, enlarged)
+    return replace(way, make=make)
 
 
 def _own_noise(model: Model, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,8 +16,8 @@ from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
 from mrflow_sched.plan.schedule import native_sigmas, shift_sigma, unshift_sigma
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
+from mrflow_sched.sampling.method import Method, Plain, StageRun
 from mrflow_sched.sampling.noise import add_noise, draw_noise
-from mrflow_sched.sampling.solvers import get_solver
 from mrflow_sched.upscaling.fit import upscale_to
 from mrflow_sched.upscaling.lanczos import LanczosUpscaler
 
@@ -82,13 +81,22 @@ class Way:
 
 
 def planned(
-    name: str, kind: str, plan: StagedPlan, enlarger: str = "SR", around: Callable[[Any], Any] = lambda engine: engine
+    name: str,
+    kind: str,
+    plan: StagedPlan,
+    enlarger: str = "SR",
+    *,
+    around: Callable[[Any], Any] = lambda engine: engine,
+    method: Callable[[Model, Sequence[int]], Method] | None = None,
+    negative: str | None = None,
 ) -> Way:
-    """A way that the sampler runs, on the engine that `around` makes of the model's."""
+    """A way that the sampler runs: on the engine that `around` makes of the model's, by the `method` for some seeds."""
 
     def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
         engine, enlarge = around(model.engine), _enlarger(model, enlarger)
-        done = sample_staged(engine, plan, prompts, upscaler=enlarge, seeds=seeds, keep_stages=True)
+        how = None if method is None else method(model, seeds)
+        asked: dict[str, Any] = {"upscaler": enlarge, "seeds": seeds, "keep_stages": True, "method": how}
+        done = sample_staged(engine, plan, prompts, negative_prompt=negative, **asked)
         on_the_way = {stage.name: stage.image for stage in done.stages}
         return Made(done.images, on_the_way.get("stage 1"), on_the_way.get("stage 2 upscaled"))
 
@@ -113,6 +121,25 @@ def staged(size: int, preset: str = "12+1", name: str = "", enlarger: str = "SR"
     return planned(name or f"staged {plan.preset}", "staged", plan, enlarger)
 
 
+@dataclass(frozen=True)
+class FromLatents(Plain):
+    """Stage 1 carried over by `enlarge(latents, images)` of its latents and its decoded images, with noise of `seeds`
+    in place of the stage's own."""
+
+    enlarge: Callable[[Tensor, Tensor], Tensor] = lambda latents, images: latents
+    seeds: Sequence[int] = ()
+    kept: list[Tensor] = field(default_factory=list[Tensor])
+
+    def stage(self, run: StageRun, latents: Tensor) -> Tensor:
+        made = super().stage(run, latents)
+        self.kept[:] = [made]
+        return made
+
+    def handoff(self, run: StageRun, images: Tensor) -> Tensor:
+        clean = self.enlarge(self.kept[0], images)
+        return add_noise(clean, draw_noise(clean.shape[1:], self.seeds), run.stage.start_sigma)
+
+
 def hires_fix(size: int, steps: int, hires_steps: int, denoise: float, latent: bool) -> Way:
     """What WebUIs call hires fix, at half size first: the host's fixed shift in both passes, and the second pass's
     start where denoising strength and that shift put it.
@@ -121,70 +148,55 @@ def hires_fix(size: int, steps: int, hires_steps: int, denoise: float, latent: b
     the first one's seed.
     """
     shift = math.exp(host_mu())
-    first_list = native_sigmas(steps, mu=host_mu())
     walked = int(hires_steps / denoise)
     tail = [shift_sigma((hires_steps - i) / walked, shift) for i in range(hires_steps)] + [0.0]
-    share = _share(size)
 
-    @torch.no_grad()
-    def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
-        engine, text = model.engine, model.engine.encode_text(prompts)
-        first = _walk(model, text, draw_noise(engine.latent_shape(size // 2, size // 2), seeds), first_list)
-        if latent:
-            clean = functional.interpolate(first, scale_factor=2, mode="bilinear", align_corners=False)
-        else:
-            eight_bits = (engine.decode(first) * 255).floor() / 255
-            large = (upscale_to(eight_bits, size, size, model.enlargers["SR"]) * 255).floor() / 255
-            clean = engine.encode(large)
-        start = add_noise(clean, draw_noise(clean.shape[1:], seeds), tail[0])
-        return Made(engine.decode(_walk(model, text, start, tail)))
+    def method(model: Model, seeds: Sequence[int]) -> Method:
+        def enlarged(latents: Tensor, images: Tensor) -> Tensor:
+            if latent:
+                return functional.interpolate(latents, scale_factor=2, mode="bilinear", align_corners=False)
+            large = upscale_to((images * 255).floor() / 255, size, size, model.enlargers["SR"])
+            return model.engine.encode((large * 255).floor() / 255)
+
+        return FromLatents(enlarge=enlarged, seeds=seeds)
 
     word = "latent" if latent else "pixel"
     name = f"hires fix, {word}, {steps}+{hires_steps}, denoise {denoise:g} (sigma {tail[0]:.2f})"
-    return Way(name, "hires fix", steps * share + hires_steps, make)
+    return planned(name, "hires fix", _two_stages(size, native_sigmas(steps, mu=host_mu()), tail), method=method)
 
 
 def midway(size: int, steps: int, until: int, high_steps: int) -> Way:
     """Latents enlarged on the way, in the manner of Bottleneck Sampling and RALU: `until` of `steps` low steps, the
     clean estimate enlarged (nearest), noise at the level that was reached, then `high_steps` at the final size."""
     low, high = (make_native_plan(FAMILY, side, side, steps=steps) for side in (size // 2, size))
-    sigmas = list(low.stages[0].sigmas)
+    sigmas = low.stages[0].sigmas
     level = sigmas[until]
     mu = high.stages[0].mu or 0.0
     begin = unshift_sigma(level, math.exp(mu))
     tail = [shift_sigma(begin * (1 - i / high_steps), math.exp(mu)) for i in range(high_steps)] + [0.0]
 
-    @torch.no_grad()
-    def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
-        engine, text = model.engine, model.engine.encode_text(prompts)
-        noise = draw_noise(engine.latent_shape(size // 2, size // 2), seeds)
-        kept: list[Tensor] = []
-        walked = sigmas[: until + 1]
-        _walk(model, text, noise, walked, lambda told: kept.append(told["denoised"]))
-        clean = functional.interpolate(kept[-1], scale_factor=2, mode="nearest")
-        begun = add_noise(clean, draw_noise(clean.shape[1:], [seed + 1 for seed in seeds]), tail[0])
-        return Made(engine.decode(_walk(model, text, begun, tail)))
+    def method(model: Model, seeds: Sequence[int]) -> Method:
+        def enlarged(latents: Tensor, images: Tensor) -> Tensor:
+            return functional.interpolate(latents, scale_factor=2, mode="nearest")
 
+        return FromLatents(enlarge=enlarged, seeds=[seed + 1 for seed in seeds])
+
+    # Euler's step to 0 gives the clean estimate of the last sigma before it.
+    plan = _two_stages(size, (*sigmas[:until], 0.0), tail)
     name = f"latents enlarged midway, {until} low + {high_steps} (sigma {level:.2f})"
-    return Way(name, "midway", until * _share(size) + high_steps, make)
+    return planned(name, "midway", plan, method=method)
+
+
+def _two_stages(size: int, first: Sequence[float], second: Sequence[float]) -> StagedPlan:
+    """Half size and full size by Euler, each with its own sigmas."""
+    plan = make_plan(FAMILY, size, size, sigmas=first, solver="euler", refine_steps=len(second) - 1)
+    low, high = plan.stages
+    return replace(plan, stages=(low, replace(high, sigmas=tuple(second), recipe="")))
 
 
 def host_mu() -> float:
     """mu of WebUI hosts: that of the model's full size, whatever the picture's."""
     return make_native_plan(FAMILY, 256, 256, steps=1).stages[0].mu or 0.0
-
-
-def _share(size: int) -> float:
-    """Cost of a forward at half size, in forwards at the final one."""
-    plan = make_plan(FAMILY, size, size)
-    return plan.stage_costs()[0] / plan.stages[0].forwards
-
-
-def _walk(model: Model, text: Any, start: Tensor, sigmas: Sequence[float], hear: Any = None) -> Tensor:
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return model.engine.denoise(x, sigma, text, guidance=model.guidance)
-
-    return get_solver("euler")(denoise, start, sigmas, callback=hear)
 
 
 def equal_cost(size: int) -> list[Way]:

@@ -30,26 +30,34 @@ from mrflow_sched.engines.diffusers.pipeline import PipelineEngine, given_embedd
 from mrflow_sched.engines.diffusers.view import HINT
 from mrflow_sched.images.convert import from_pictures, to_pil
 from mrflow_sched.plan.make import make_plan
-from mrflow_sched.plan.options import OPTIONS
+from mrflow_sched.plan.options import CallOptions
 from mrflow_sched.plan.sizes import fit_box
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.lanczos import resize_lanczos
 from mrflow_sched.upscaling.load import load_upscaler
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mrflow_sched.engines.diffusers.layouts import Layout
     from mrflow_sched.plan.families import Family
+    from mrflow_sched.plan.options import MadeOptions
     from mrflow_sched.plan.stages import StagedPlan
     from mrflow_sched.sampler import StagedResult, StageImage
+    from mrflow_sched.sampling.method import Method
     from mrflow_sched.sampling.progress import Progress, StageTiming
     from mrflow_sched.upscaling.role import PixelUpscaler
+
+    class _More(CallOptions, total=False, extra_items=Any):
+        """What a call takes besides: options of the plan, and whatever the pipeline's own call takes."""
+
 
 __all__ = ["MrFlow", "MrFlowOutput"]
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Options of a plan that the call takes by these names. A pipeline's `sigmas` are shifted, a plan's are not: neither is
 # taken, so that nobody gets the other one.
-_PLAN_WORDS = frozenset(OPTIONS) - {"preset", "guidance", "seed", "native", "steps", "sigmas"}
+_PLAN_WORDS = frozenset(CallOptions.__annotations__)
 # What a pipeline's call takes and a plan decides: word -> what to say in its place.
 _DECIDED = {
     "num_inference_steps": "low_steps and refine_steps",
@@ -66,11 +74,16 @@ _DRAWN_SEEDS = 2**32
 class MrFlowOutput:
     """What a run made.
 
-    `images`: as the pipeline gives them (a list of PIL images, an array (B, H, W, C) or a tensor (B, C, H, W), both in
-    [0, 1], or the packed latents). `seeds`: one per image; `seed=output.seeds[i]` makes image i again. `plan`: all
-    numbers of the run. `stages`: pictures on the way, where asked for. `warnings`: sentences for the user, the plan's
-    notes among them. `cancelled`: stopped by the caller; `unfinished`: stopped, or out of memory, and `images` are the
-    best so far, at the size that they had then.
+    Attributes:
+        images: As the pipeline gives them: a list of PIL images, an array (B, H, W, C) or a tensor (B, C, H, W), both
+            in [0, 1], or the packed latents. Where `unfinished`, the best so far, at the size that they had then.
+        plan: All numbers of the run.
+        seeds: One per image; `seed=output.seeds[i]` makes image i again.
+        timings: Seconds of every part.
+        stages: The images on the way, where asked for.
+        warnings: Sentences for the user, the plan's notes among them.
+        cancelled: Stopped by the caller.
+        unfinished: Stopped, or out of memory.
     """
 
     images: Any
@@ -96,12 +109,16 @@ class MrFlow:
     ) -> None:
         """Take a loaded `pipe`, which stays as it is and stays usable.
 
-        `upscaler`: an ESRGAN-type file (.safetensors, .pth), or anything that is called like a `PixelUpscaler`; left
-        out, pictures are enlarged with Lanczos, which adds no detail. `family` names the family (`FAMILIES`) where
-        you know better than what the pipeline's class and configuration tell. `compile_mode`, a mode of
-        `torch.compile` ("default", "reduce-overhead" with CUDA graphs, ...), compiles the network for the first stage,
-        once per size; it pays over many pictures. Raises ValueError, one sentence, for a pipeline whose stages cannot
-        be run and for an unknown mode, FileNotFoundError or ValueError for a file that is no upscaler.
+        Args:
+            pipe: A text-to-image pipeline of diffusers.
+            upscaler: An ESRGAN-type file (.safetensors, .pth), or anything that is called like a `PixelUpscaler`; left
+                out, images are upscaled with Lanczos, which adds no detail.
+            family: Name of the family (`FAMILIES`), where you know better than class and configuration tell.
+            compile_mode: A mode of `torch.compile` ("default", "reduce-overhead" with CUDA graphs, ...): compiles the
+                network for the first stage, once per size; it pays over many images.
+
+        Raises:
+            MrFlowError: A pipeline whose stages cannot be run, an unknown mode, a file that is no upscaler.
         """
         self.pipe = pipe
         self._compiler = None if compile_mode is None else NetworkCompiler(compile_mode)
@@ -123,11 +140,25 @@ class MrFlow:
         return self._layout.experimental
 
     def plan(
-        self, width: int | None = None, height: int | None = None, preset: str | None = None, **more: Any
+        self,
+        width: int | None = None,
+        height: int | None = None,
+        preset: str | None = None,
+        **options: Unpack[MadeOptions],
     ) -> StagedPlan:
-        """The `StagedPlan` that a call with these arguments would run; `more` as in `make_plan`."""
+        """The plan that a call with these arguments would run.
+
+        Args:
+            width: Of the final image in pixels; the family's usual where left out.
+            height: Likewise.
+            preset: "12+1", "fast", ...; the family's default where left out.
+            **options: As in `make_plan`.
+
+        Raises:
+            MrFlowError: A value out of range.
+        """
         wide, high = _size(self.family, width, height)
-        return make_plan(self.family, wide, high, preset, **more)
+        return make_plan(self.family, wide, high, preset, **options)
 
     def __call__(
         self,
@@ -149,22 +180,40 @@ class MrFlow:
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         cancel: Callable[[], bool] | None = None,
         keep_stages: bool = False,
-        **more: Any,
+        method: Method | None = None,
+        **more: Unpack[_More],
     ) -> MrFlowOutput:
-        """Make pictures at `width` x `height` pixels: few steps small, super-resolution, noise, one step at full size.
+        """Make images: few steps at low resolution, super-resolution, a little noise, one step at full size.
 
-        `prompt`: one, or a list; `num_images_per_prompt` of each. `preset` ("12+1") and those of `more` that
-        `make_plan` takes (low_steps, refine_steps, sigma, factor, stages, solver, ...) decide the plan;
-        `guidance_scale` is the pipeline's, 1 or its own word for off. All other names in `more` go to the pipeline's
-        call in every stage (prompt_2, prompt_embeds, ip_adapter_image, joint_attention_kwargs, `control_image`, which
-        may be a function (width, height) -> hint).
-        `seed`: one (further images take the next), or one per image; a `generator` gives one seed per image, a list of
-        them one each; with neither, seeds are new every time and told in the result.
-        `image` alone (PIL, array or tensor in [0, 1], alpha kept) is enlarged and refined; with `strength`, the noise
-        fraction to start at, it is where stage 1 begins. `callback` hears `Progress` and `cancel` is asked at every
-        step; `callback_on_step_end` is the pipeline's, called in every stage.
-        Raises ValueError, one sentence, for what does not fit; `images` are the best so far where the run was stopped
-        or memory ran out after stage 1.
+        Args:
+            prompt: One, or a list.
+            width: Of the final image in pixels; the family's usual where left out, or what `image` gives.
+            height: Likewise.
+            preset: "12+1" (low-resolution + refine steps), "fast", "balanced" or "best".
+            negative_prompt: One, or one per prompt.
+            num_images_per_prompt: Images of each prompt.
+            guidance_scale: The pipeline's, 1 or its own word for off.
+            seed: One (further images take the next), or one per image.
+            generator: Gives one seed per image; a list of them one each. With neither, seeds are new every time and
+                told in the result.
+            output_type: "pil", "np", "pt" or "latent".
+            image: A PIL image, array or tensor in [0, 1], alpha kept: is upscaled and refined in place of stage 1.
+            strength: With `image`: the sigma, from 0 to 1, at which stage 1 starts from it.
+            callback: Hears `Progress` at every part and step.
+            callback_on_step_end: The pipeline's own, called in every stage; `step` counts from 0 in each.
+            callback_on_step_end_tensor_inputs: The pipeline's own.
+            cancel: Asked at every step; True stops the run.
+            keep_stages: Keep the images on the way.
+            method: How stages are sampled and joined; left out, what the plan asks for.
+            **more: Options of the plan (`make_plan`: low_steps, refine_steps, sigma, factor, stages, solver, ...);
+                every other name goes to the pipeline's call in every stage (prompt_2, prompt_embeds,
+                joint_attention_kwargs, `control_image`, which may be a function (width, height) -> hint).
+
+        Returns:
+            The images and what was told; the best so far where the run was stopped or memory ran out after stage 1.
+
+        Raises:
+            MrFlowError: What does not fit, in one sentence.
         """
         if output_type not in _OUTPUT_TYPES:
             raise MrFlowError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
@@ -216,22 +265,16 @@ class MrFlow:
             image=picture,
             start_sigma=strength,
             seeds=seeds,
+            method=method,
         )
+        notes = _notes(plan, picture is not None and strength is None)
         return MrFlowOutput(
             images=_give(result, alpha, output_type, engine),
             plan=plan,
             seeds=seeds,
             timings=result.timings,
             stages=result.stages,
-            warnings=tuple(
-                dict.fromkeys(
-                    (
-                        *_notes(plan, picture is not None and strength is None),
-                        *_told_of_image(self.pipe, image, layout),
-                        *result.warnings,
-                    )
-                )
-            ),
+            warnings=tuple(dict.fromkeys((*notes, *_told_of_image(self.pipe, image, layout), *result.warnings))),
             cancelled=result.cancelled,
             unfinished=result.unfinished,
         )

@@ -79,7 +79,11 @@ def open_image(path: str | os.PathLike[str], *, own: bool = False) -> Image.Imag
     """The whole image at `path` as Pillow holds it, its file closed.
 
     Pillow's guard refuses files that would unpack to about 178 million pixels or more. With `own`, for files that this
-    process wrote, a PNG may have up to 32768 pixels a side, the most that a plan allows. Raises as `load_image`.
+    process wrote, a PNG may have up to 32768 pixels a side, the most that a plan allows.
+
+    Raises:
+        MissingFileError: There is no such file.
+        MrFlowError: It is not a whole image of a known format, or too large.
     """
     with _refusing(path), open(path, "rb") as file:
         if own and _is_png(file):

@@ -54,8 +54,11 @@ _FORMAT = "mrflow-calibration-1"
 
 @dataclass(frozen=True)
 class SweepRow:
-    """The refine stage from one start sigma: `detail_db`, high-frequency power over the model's own in dB, and `psnr`
-    of the image against the one that was downscaled, in dB."""
+    """The refine stage from one start sigma.
+
+    `detail_db`: high-frequency power over the model's own in dB. `psnr`: of the image against the one that was
+    downscaled, in dB.
+    """
 
     sigma: float
     refine_steps: int
@@ -247,7 +250,11 @@ def calibrate(
 
 
 def bound(power: float) -> float:
-    """The start sigma s whose noise is as strong as a `power` that is scaled by 1 - s: sqrt(L) / (1 + sqrt(L))."""
+    """The start sigma s whose noise is as strong as a `power` that is scaled by 1 - s: sqrt(L) / (1 + sqrt(L)).
+
+    Raises:
+        MrFlowError: A negative power.
+    """
     if not power >= 0:
         raise MrFlowError(f"power must not be negative, got {power!r}.")
     root = math.sqrt(power)
@@ -255,8 +262,15 @@ def bound(power: float) -> float:
 
 
 def band_power(latents: Tensor, factor: float) -> tuple[float, float]:
-    """Mean power per frequency of `latents` (B, C, h, w) below and above the Nyquist frequency of a grid `factor` times
-    coarser; 1 for white noise of standard deviation 1. The mean value itself is left out."""
+    """Mean power per frequency below and above the Nyquist frequency of a coarser grid.
+
+    Args:
+        latents: (B, C, h, w).
+        factor: How many times coarser that grid is.
+
+    Returns:
+        The power below and above; 1 for white noise of standard deviation 1. The mean value itself is left out.
+    """
     fft: Any = torch.fft  # without types
     spectrum: Tensor = fft.fft2(latents.float(), norm="ortho").abs().square().mean((0, 1)).cpu()
     down: Tensor = fft.fftfreq(latents.shape[-2]).abs()
@@ -268,8 +282,10 @@ def band_power(latents: Tensor, factor: float) -> tuple[float, float]:
 
 
 def choose(rows: Sequence[SweepRow], least: float) -> SweepRow:
-    """The row of the smallest sigma, from `least` on, whose detail is the model's own to `NEAR_DB`; where none is, the
-    nearest one."""
+    """The row of the smallest sigma, from `least` on, whose detail is the model's own to `NEAR_DB`.
+
+    Where none is, the nearest one.
+    """
     allowed = [row for row in rows if row.sigma >= least - 1e-9] or list(rows)
     near = [row for row in allowed if abs(row.detail_db) <= NEAR_DB]
     if near:

@@ -151,8 +151,10 @@ def _colour(part: str) -> tuple[int, int, int]:
 
 
 def _wrap(pen: _Pen, text: str, size: float, width: float, lines: int) -> list[str]:
-    """At most `lines` lines of `text`, broken at spaces and between letters of Chinese, Japanese and Korean; the last
-    one ended by dots where words were left out."""
+    """At most `lines` lines of `text`, the last one ended by dots where words were left out.
+
+    Lines break at spaces and between letters of Chinese, Japanese and Korean.
+    """
     found: list[str] = [""]
     for space, word in _WORD.findall(text):
         longer = f"{found[-1]}{' ' if space and found[-1] else ''}{word}"

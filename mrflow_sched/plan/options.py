@@ -29,7 +29,7 @@ from mrflow_sched.plan.checks import (
 from mrflow_sched.plan.schedule import MAX_MU
 from mrflow_sched.plan.solver_table import SOLVER_NAMES
 
-__all__ = ["OPTIONS", "NativeOptions", "Option", "PlanOptions", "StagedOptions", "check_options"]
+__all__ = ["OPTIONS", "CallOptions", "NativeOptions", "Option", "PlanOptions", "StagedOptions", "check_options"]
 
 Kind = Literal["whole", "number", "text", "flag", "interval", "numbers"]
 Applies = Literal["staged", "native", "both"]
@@ -123,8 +123,8 @@ def _shown(value: float | None) -> str:
 # ----------------------------------------------------------------------------------------------------------- the table
 
 
-class _SharedOptions(TypedDict, total=False):
-    """Options of every plan."""
+class _WalkOptions(TypedDict, total=False):
+    """Options of every plan that go by these names wherever one is made."""
 
     solver: Annotated[
         str | None,
@@ -143,6 +143,19 @@ class _SharedOptions(TypedDict, total=False):
             advice="it is log(shift)",
         ),
     ]
+    seed_rule: Annotated[
+        SeedRule,
+        Option(help="how the seeds of stages and of the images of a batch differ", default="offset"),
+    ]
+    posterior: Annotated[
+        Posterior,
+        Option(help="what to take from the VAE encoder's distribution", default="mode"),
+    ]
+
+
+class _SharedOptions(_WalkOptions, total=False):
+    """Options of every plan."""
+
     sigmas: Annotated[
         Sequence[float] | None,
         Option(
@@ -158,14 +171,6 @@ class _SharedOptions(TypedDict, total=False):
         Option(help="guidance of the first stage; 1 turns CFG off", low=0, high=MAX_GUIDANCE, metavar="G"),
     ]
     seed: Annotated[int, Option(help="seed of the first image's noise", low=0, high=MAX_SEED, default=0, metavar="N")]
-    seed_rule: Annotated[
-        SeedRule,
-        Option(help="how the seeds of stages and of the images of a batch differ", default="offset"),
-    ]
-    posterior: Annotated[
-        Posterior,
-        Option(help="what to take from the VAE encoder's distribution", default="mode"),
-    ]
 
 
 class NativeOptions(_SharedOptions, total=False):
@@ -174,8 +179,8 @@ class NativeOptions(_SharedOptions, total=False):
     steps: Annotated[int | None, Option(help="steps of native sampling", low=1, high=MAX_STEPS, metavar="N")]
 
 
-class StagedOptions(_SharedOptions, total=False):
-    """Keywords that only a staged plan takes, and those of every plan."""
+class CallOptions(_WalkOptions, total=False):
+    """Keywords of a plan that `MrFlow` takes by these names; guidance and seed have the pipeline's names there."""
 
     factor: Annotated[
         float | None,
@@ -257,6 +262,11 @@ class StagedOptions(_SharedOptions, total=False):
             metavar="PIXELS",
         ),
     ]
+
+
+class StagedOptions(CallOptions, _SharedOptions, total=False):
+    """Keywords that a staged plan takes."""
+
     native: Annotated[bool, Option(help="plan plain sampling at the final size, in one stage", default=False)]
 
 

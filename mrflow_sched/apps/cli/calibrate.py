@@ -59,6 +59,11 @@ class CalibrateRequest:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> CalibrateRequest:
+        """The request that the arguments make.
+
+        Raises:
+            MrFlowError: Options that do not go together.
+        """
         prompts, images = tuple(args.prompts), tuple(args.images or ())
         if images and args.steps is not None:
             raise MrFlowError(

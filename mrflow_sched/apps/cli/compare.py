@@ -43,6 +43,7 @@ class CompareRequest:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> CompareRequest:
+        """The request that the arguments make."""
         choices = PlanChoices.from_args(args)
         # Euler unless --solver says otherwise, because that is what native pipelines run; --steps is the native run's.
         options: PlanOptions = {"solver": "euler", **choices.options}

@@ -19,6 +19,7 @@ class DoctorRequest:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> DoctorRequest:
+        """The request that the arguments make."""
         return cls(args.model, args.upscaler, args.json)
 
 

@@ -101,7 +101,11 @@ class RepeatRequest:
 
 
 def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
-    """What `mrflow generate` is asked for. Raises MrFlowError where a prompt is missing or --from has company."""
+    """What `mrflow generate` is asked for.
+
+    Raises:
+        MrFlowError: The prompt is missing, or options do not go together.
+    """
     model, output = ModelChoices.from_args(args), OutputChoices.from_args(args)
     if args.source is None:
         if args.prompt is None:
@@ -240,8 +244,12 @@ def _arithmetic(old: RunRecord, new: RunRecord) -> Iterator[tuple[str, object, o
 def _save_images(folder: Path, job: Job, record: RunRecord, result: StagedResult) -> tuple[list[Path], list[str]]:
     """Write the wanted images of a result, and its stages where kept, each with its record; never over an old file.
 
-    Returns the paths of the images, and the names of those left out, with a sentence to the user, because they contain
-    NaN or infinity. Raises MrFlowError where no image is left.
+    Returns:
+        The paths of the images, and the names of those left out because they contain NaN or infinity, which the user is
+        told.
+
+    Raises:
+        MrFlowError: No image is left.
     """
     from mrflow_sched.images.files import save_png
 

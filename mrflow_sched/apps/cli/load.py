@@ -31,8 +31,10 @@ UPSCALER = "upscaler"
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run needs, decided before anything large is loaded: `images` are the wanted ones of the batch, and
-    `source` is the record that is repeated, if any."""
+    """All that a run needs, decided before anything large is loaded.
+
+    `images` are the wanted ones of the batch, and `source` is the record that is repeated, if any.
+    """
 
     plan: StagedPlan
     prompt: str

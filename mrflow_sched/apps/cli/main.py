@@ -1,5 +1,4 @@
-"""The `mrflow` command: `plan` shows the numbers of a run, `generate` makes images, `compare` measures native and
-staged sampling, `calibrate` measures which settings suit a model, `doctor` checks the installation.
+"""Staged sampling for text-to-image flow models: the `mrflow` command.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done; 1 (`doctor` only) something would
 fail; 2 a refusal, one sentence says why and what to do; 70 a fault of mrflow or of a library, with its traceback; 130
@@ -36,7 +35,9 @@ class Command(Protocol):
     (a frozen dataclass) of the parsed arguments, and `run`, which does the work and returns the exit code.
     """
 
-    def add_parser(self, commands: Commands) -> None: ...
+    def add_parser(self, commands: Commands) -> None:
+        """Add the command's parser."""
+        ...
 
 
 COMMANDS: tuple[Command, ...] = (plan, generate, compare, calibrate, doctor)

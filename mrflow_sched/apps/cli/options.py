@@ -26,13 +26,20 @@ class Parser(argparse.ArgumentParser):
     """argparse without the usage block: a bad argument is one sentence, like every other refusal."""
 
     def error(self, message: str) -> NoReturn:
+        """Refuse the arguments.
+
+        Raises:
+            MrFlowError: Always, with argparse's own sentence.
+        """
         raise MrFlowError(f"{message.strip().rstrip('.')} (see {self.prog} --help).")
 
 
 class Commands(Protocol):
     """Where a command adds its parser."""
 
-    def add_parser(self, name: str, **more: Any) -> argparse.ArgumentParser: ...
+    def add_parser(self, name: str, **more: Any) -> argparse.ArgumentParser:
+        """The parser of a command called `name`; `more` are argparse's own keywords."""
+        ...
 
 
 # --- how an option is read ---------------------------------------------------------------------
@@ -172,6 +179,7 @@ class PlanChoices:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> PlanChoices:
+        """The choices in the arguments."""
         return cls(args.size, given_options(args), args.calibration)
 
     def make_plan(self, family: str | Family) -> StagedPlan:
@@ -280,6 +288,7 @@ class ModelChoices:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelChoices:
+        """The choices in the arguments."""
         return cls(args.model, args.family, args.upscaler, args.device, args.dtype, args.offload_text)
 
 
@@ -311,4 +320,5 @@ class OutputChoices:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> OutputChoices:
+        """The choices in the arguments."""
         return cls(args.out, args.progress, args.json)

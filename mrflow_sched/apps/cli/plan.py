@@ -31,6 +31,7 @@ class PlanRequest:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> PlanRequest:
+        """The request that the arguments make."""
         return cls(args.family, PlanChoices.from_args(args), args.timings, args.json)
 
 
