@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.markdown import table
-from bench.psnr import psnr
 from mrflow_sched import MrFlow, demo, load_upscaler
 from mrflow_sched._runtime.peak import PeakMemory
 from mrflow_sched.engines.diffusers.folder import load_pipeline
+from mrflow_sched.measure.metrics import psnr
 from mrflow_sched.upscaling.model import ModelUpscaler
 
 LOW_STEPS, SIGMA, NATIVE_STEPS = 12, 0.12, 50

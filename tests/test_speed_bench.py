@@ -133,7 +133,7 @@ def test_the_command_writes_numbers_a_table_and_a_plot(tmp_path: Path, capsys: A
     ways = record["families"]["demo"]["ways"]
     assert list(ways) == ["native", "2+1", "12+1", "reference 12+1"]
     assert ways["reference 12+1"]["limit"] == ways["12+1"]["limit"]
-    assert abs(ways["12+1"]["foretold off by"]) < 0.05  # what it was learnt from
+    assert abs(ways["12+1"]["predicted off by"]) < 0.05  # what it was learnt from
     assert ways["2+1"]["limit"] < ways["2+1"]["network limit"]
     assert (tmp_path / "speed-demo.png").stat().st_size > 1000
     assert "| native 2 |" in (tmp_path / "speed-demo.md").read_text()
@@ -186,7 +186,7 @@ def test_the_reference_is_the_official_procedure_on_the_same_networks() -> None:
     assert seen["mode multistep"] is None
     assert seen["sample euler"].rounded
     assert seen["sample euler"].upscaler is made.upscaler
-    assert "foretold" not in found["reference 12+1"]
+    assert "predicted" not in found["reference 12+1"]
 
 
 def test_compiled_networks_are_told_in_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

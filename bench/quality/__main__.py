@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.psnr import psnr
 from bench.quality import ideas, metrics, report, scores, sweeps, ways
 from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption, render
+from mrflow_sched.measure.metrics import psnr
 
 TEST_STREAM, FIRST_SEED = 3, 1000
 OURS = report.OURS

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.psnr import psnr
 from bench.quality import judge, metrics
 from mrflow_sched.demo.scenes import Scene
+from mrflow_sched.measure.metrics import psnr
 
 WEIGHTS: Mapping[str, float] = {
     "attributes": 0.40,

@@ -8,8 +8,8 @@
     python -m bench.speed --outside --demo           decoding, enlarging, encoding, text, saving: each way of doing them
 
 Measured: native sampling, staged presets, the official scripts' procedure, every part alone, the highest memory; after
-a warm-up of every way at its own sizes. Beside them: the arithmetic limit (`mrflow_sched.cost`), and what the model
-foretells from one staged run. With `--outside`, what lies outside the network, and what other ways to do it would take.
+a warm-up of every way at its own sizes. Beside them: the limit by FLOP (`mrflow_sched.plan.cost`), and what the model
+predicts from one staged run. With `--outside`, what lies outside the network, and what other ways to do it would take.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mrflow_sched.upscaling.model import ModelUpscaler
 from mrflow_sched.upscaling.role import PixelUpscaler
 
 PRESETS = ("20+1", "12+1", "8+1", "6+1")
-FORETOLD_FROM = "12+1"
+PREDICTED_FROM = "12+1"
 """The staged run that the cost model learns the machine from."""
 REFERENCE = "reference 12+1"
 """The official scripts' choices: Euler, a posterior drawn by the VAE, enlarging in tiles, 8-bit pictures in between.
@@ -162,15 +162,15 @@ def compare_ways(
     presets: Sequence[str],
     *,
     counted: bool = True,
-    foretell: bool = True,
+    predict: bool = True,
 ) -> dict[str, Any]:
     """Native and staged runs of one model; where its sizes are those that were `counted`, the limit of each, and what
     the cost model makes of one of them."""
     plans = {preset: _plan(family, side, preset) for preset in presets}
     native = make_native_plan(family, side, side, steps=native_steps)
     tiles: dict[str, PixelUpscaler] = {}
-    if FORETOLD_FROM in plans and isinstance(bench.upscaler, ModelUpscaler):
-        plans[REFERENCE] = _plan(family, side, FORETOLD_FROM, solver="euler", posterior="sample")
+    if PREDICTED_FROM in plans and isinstance(bench.upscaler, ModelUpscaler):
+        plans[REFERENCE] = _plan(family, side, PREDICTED_FROM, solver="euler", posterior="sample")
         tiles[REFERENCE] = Tiles(bench.upscaler, rounded=True)
     found_of = bench.measure_in_turn({"native": native, **plans}, tiles)
     base = found_of["native"]
@@ -191,25 +191,25 @@ def compare_ways(
                 "share of limit": base.seconds / found.seconds / limit,
                 "fastest share": base.fastest / found.fastest / limit,
             }
-    if counted and foretell and FORETOLD_FROM in plans:
-        _foretell(rows, plans, native, bench)
+    if counted and predict and PREDICTED_FROM in plans:
+        _predict(rows, plans, native, bench)
     memory = peak_memory(plans[presets[0]]) if counted else None
     return {
         "size": side,
         "ways": rows,
-        "memory foretold": None if memory is None else {"bytes": memory.total, "part": memory.name},
+        "memory predicted": None if memory is None else {"bytes": memory.total, "part": memory.name},
     }
 
 
-def _foretell(rows: dict[str, Any], plans: dict[str, StagedPlan], native: StagedPlan, bench: Bench) -> None:
+def _predict(rows: dict[str, Any], plans: dict[str, StagedPlan], native: StagedPlan, bench: Bench) -> None:
     """Add what the cost model, knowing one staged run, says of every way."""
-    speeds = Speeds.measured(plans[FORETOLD_FROM], rows[FORETOLD_FROM]["parts"], bench.engine.family)
+    speeds = Speeds.measured(plans[PREDICTED_FROM], rows[PREDICTED_FROM]["parts"], bench.engine.family)
     for name, plan in {"native": native, **plans}.items():
         if name == REFERENCE:
             continue  # enlarges more pixels than the plan has
         told = sum(seconds for _, seconds in speeds.predict(plan, bench.engine.family))
-        rows[name]["foretold"] = told
-        rows[name]["foretold off by"] = told / rows[name]["seconds"] - 1
+        rows[name]["predicted"] = told
+        rows[name]["predicted off by"] = told / rows[name]["seconds"] - 1
 
 
 def _limit(plan: StagedPlan, native: StagedPlan) -> float:
@@ -240,7 +240,7 @@ def scale(bench: Bench, family: str, sides: Sequence[int], tile: int, start: int
             found = bench.measure(plan)
             told = peak_memory(plan)
             rows.append({"side": side, "stages": stages, "tile": cut, **asdict(found)})
-            rows[-1]["memory foretold"] = None if told is None else told.total
+            rows[-1]["memory predicted"] = None if told is None else told.total
             print(f"{side} px, {stages} stages, tile {cut}: {found.seconds:.2f} s", file=sys.stderr, flush=True)
     return rows
 
@@ -306,12 +306,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             batches = []
             for batch in options.batches:
                 bench = made(batch)
-                plan = _plan(name, side, FORETOLD_FROM)
+                plan = _plan(name, side, PREDICTED_FROM)
                 bench.warm(plan)
                 batches.append({"batch": batch, **asdict(bench.measure(plan))})
             found: dict[str, Any] = {"sizes": rows, "batches": batches}
         elif options.outside:
-            found = {"size": side, "outside": outside.measure(made(), _plan(name, side, FORETOLD_FROM))}
+            found = {"size": side, "outside": outside.measure(made(), _plan(name, side, PREDICTED_FROM))}
         else:
             found = compare_ways(
                 made(),
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 options.native_steps,
                 options.presets,
                 counted=not options.small,
-                foretell=options.compile is None,  # a FLOP costs less in the stages that are compiled
+                predict=options.compile is None,  # a FLOP costs less in the stages that are compiled
             )
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             found["text"] = outside.encoders(name, device, dtype, options.repeats, small=options.small)

@@ -43,7 +43,7 @@ def _ways_table(found: Mapping[str, Any]) -> str:
     head = ["way", "s", "speedup", "limit", "of the limit", "fastest runs", "network only", "outside it"]
     rows: list[list[str]] = []
     for name, row in found["ways"].items():
-        told = f"{row['foretold']:.2f} s ({row['foretold off by']:+.1%})" if "foretold" in row else ""
+        told = f"{row['predicted']:.2f} s ({row['predicted off by']:+.1%})" if "predicted" in row else ""
         label = f"native {row['steps']}" if "steps" in row else name
         cells = [label, f"{row['seconds']:.3f}"]
         for key, form in _COLUMNS.items():
@@ -57,7 +57,7 @@ def _ways_table(found: Mapping[str, Any]) -> str:
 def _scale_tables(found: Mapping[str, Any]) -> str:
     sizes: list[list[object]] = []
     for row in found["sizes"]:
-        told = "" if row["memory foretold"] is None else f"{row['memory foretold'] / 2**20:.0f}"
+        told = "" if row["memory predicted"] is None else f"{row['memory predicted'] / 2**20:.0f}"
         seconds, peak = f"{row['seconds']:.2f}", f"{row['peak'] / 2**20:.0f}"
         sizes.append([row["side"], row["stages"], row["tile"] or "", seconds, peak, told])
     batches: list[list[object]] = []

@@ -57,7 +57,7 @@ def handoff(
 ) -> HandoffResult:
     """Carry finished `images` (B, 3, h, w, float32 in [0, 1]) to the start of `stage`: upscale, encode, add noise.
 
-    x = (1 - start_sigma) E(U(image)) + start_sigma noise (arXiv 2607.01642, section 1.2 of the specification).
+    x = (1 - start_sigma) E(U(image)) + start_sigma noise (docs/method.md, section 1.2).
     `seeds` holds one noise seed per image, already those of this stage (`noise.stage_seed`). `upscaler` None means
     Lanczos. `posterior` "sample" draws from the encoder's distribution with the first numbers of each seed, and the
     noise is the numbers after them, as in the official scripts. `on_part(name)` is called as each of `PARTS`
