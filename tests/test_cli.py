@@ -92,7 +92,7 @@ def test_plan_tells_work_memory_and_tiles(mrflow: Any) -> None:
     code, out, _ = mrflow("plan", "--family", "flux1-dev", "--size", "4096x4096", "--stages", "3", "--tile", "1024")
     assert (code, "tile=1024" in out) == (0, True)
     _, out, _ = mrflow("plan", "--family", "sd35", "--guidance-interval", "0.3-0.9")
-    assert "@0.3-0.9 " in out
+    assert " guidance_interval=0.3/0.9 " in out
     code, _, err = mrflow("plan", "--family", "sd35", "--guidance-interval", "wide")
     assert (code, "write LOW-HIGH" in err) == (2, True)
     code, _, err = mrflow("plan", "--family", "flux1-dev", "--native", "--tile", "1024")
