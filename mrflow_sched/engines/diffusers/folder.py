@@ -124,7 +124,7 @@ def _assembled(folder: Path, index: Mapping[str, Any], part: Callable[[str, Any]
         if name.startswith("_") or name not in known:  # a newer diffusers may have written the folder
             continue
         parts[name] = part(name, _part_class(folder, name, value)) if _is_part(name, value) else value
-        if isinstance(value, list) and not _is_part(name, value):
+        if value == [None, None]:
             parts[name] = None
     try:
         pipe = kind(**parts)
@@ -141,8 +141,9 @@ def _assembled(folder: Path, index: Mapping[str, Any], part: Callable[[str, Any]
 
 
 def _is_part(name: str, value: Any) -> bool:
-    """Whether an entry of model_index.json names a part: [library, class], both given."""
-    return not name.startswith("_") and isinstance(value, list) and len(cast("list[Any]", value)) == 2 and all(value)  # pyright: ignore[reportUnknownArgumentType]
+    """Whether an entry of model_index.json names a part: [library, class]; [null, null] stands for one left out."""
+    pair = cast("list[Any]", value) if isinstance(value, list) else []
+    return not name.startswith("_") and len(pair) == 2 and all(isinstance(each, str) for each in pair)
 
 
 def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:
