@@ -287,7 +287,7 @@ def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float 
     return validate_sigmas([1.0, *inner, 0.0], "sigmas")
 
 
-# ------------------------------------------------------------------------------------ variance-exploding schedules
+# ---------------------------------------------------------------------------------------- variance-exploding schedules
 
 
 def scaled_linear_sigmas(steps: int, *, zero_snr: bool = False) -> Sigmas:
