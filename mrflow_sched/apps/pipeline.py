@@ -226,8 +226,8 @@ class MrFlow:
         prompts = _prompts(prompt, arguments, num_images_per_prompt)
         negatives = _negatives(negative_prompt, len(prompts), num_images_per_prompt)
         seeds = _seeds(seed, generator, len(prompts))
-        picture, alpha = (None, None) if image is None else _picture(image)
         _check_image(self.pipe, image, arguments)
+        picture, alpha = (None, None) if image is None else _picture(image)
         two = _guided_by_two(layout, arguments, negatives)
         if two:
             layout = layout.guided_by_two()
