@@ -34,14 +34,14 @@ from mrflow_sched.engines.diffusers.view import (
     HINT,
     TOKENIZER_LOCK,
     Mirror,
+    copy_dicts,
+    follow_last_change,
     hint_for_stage,
     interrupted,
-    last_word,
-    one_at_a_time,
-    own_dicts,
     put_network,
     stage_window,
     view_of,
+    with_tokenizer_lock,
 )
 from mrflow_sched.plan.families import Family
 from mrflow_sched.sampling.engine import Capabilities, Guidance
@@ -418,7 +418,7 @@ class PipelineEngine:
             on_evaluation=heard,
         )
         view = view_of(layout.pipe, scheduler=scheduler, **layout.view_attributes(asked.scale, width, height))
-        object.__setattr__(view, "encode_prompt", one_at_a_time(view.encode_prompt))
+        object.__setattr__(view, "encode_prompt", with_tokenizer_lock(view.encode_prompt))
         mirror = Mirror(self._pipe, view)
         seam = self._seam(asked, scheduler, len(latents), mirror)
         put_network(view, self._network, shell_of(self.network, seam))
@@ -502,8 +502,8 @@ class PipelineEngine:
         if hear is not None and asked.callbacks:
             if hasattr(hear, "tensor_inputs"):  # diffusers' own callback classes say so themselves
                 own["callback_on_step_end_tensor_inputs"] = hear.tensor_inputs
-            own["callback_on_step_end"] = last_word(hear, scheduler)
-        return own_dicts(own)
+            own["callback_on_step_end"] = follow_last_change(hear, scheduler)
+        return copy_dicts(own)
 
     def _pixels(self, latents: Tensor) -> tuple[int, int]:
         """(width, height) of the image that latents (B, C, h, w) are of."""
