@@ -24,18 +24,18 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.families import Family
 from mrflow_sched.sampling.network import TokenInputs, rows_of
 
-__all__ = ["Layout", "defaults", "takes"]
+__all__ = ["Layout", "parameter_defaults", "parameter_names"]
 
 # A VAE that overflows in float16 is float32 while it runs, as in diffusers; a second thread must not turn it back.
 _UPCAST = threading.Lock()
 
 
-def takes(function: Any) -> frozenset[str]:
+def parameter_names(function: Any) -> frozenset[str]:
     """Names of the parameters that `function` can be given."""
     return frozenset(inspect.signature(function).parameters)
 
 
-def defaults(function: Any) -> dict[str, Any]:
+def parameter_defaults(function: Any) -> dict[str, Any]:
     """The parameters of `function` that have a default, with it."""
     found = inspect.signature(function).parameters.values()
     return {each.name: each.default for each in found if each.default is not inspect.Parameter.empty}
@@ -95,7 +95,7 @@ class Layout:
     @property
     def call_names(self) -> frozenset[str]:
         """Names of the keyword arguments that the pipeline's call takes."""
-        return takes(self.pipe.__call__)
+        return parameter_names(self.pipe.__call__)
 
     # ----------------------------------------------------------------------------------------------------- latents
 
@@ -211,7 +211,7 @@ class Layout:
         # An explicit None is an argument: Sana's complex_human_instruction=None switches the instruction off. A text or
         # embedding that is None is one that is not there.
         own = {name: value for name, value in dict(options or {}).items() if value is not None or "prompt" not in name}
-        known = takes(self.pipe.encode_prompt)
+        known = parameter_names(self.pipe.encode_prompt)
         given = {name: value for name, value in own.items() if name in known} | _lora_scale(own, known)
         firsts = None if prompts is None else list(prompts)
         seconds = None if negative_prompts is None else list(negative_prompts)
@@ -237,10 +237,10 @@ class Layout:
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
         """`encode_text` without repeats: the pipeline's own `encode_prompt`, its results under the call's names."""
-        known = takes(self.pipe.encode_prompt)
+        known = parameter_names(self.pipe.encode_prompt)
         arguments: dict[str, Any] = {
             # What the call would say itself: encode_prompt's own defaults differ from the call's in some pipelines.
-            **{name: value for name, value in defaults(self.pipe.__call__).items() if name in known},
+            **{name: value for name, value in parameter_defaults(self.pipe.__call__).items() if name in known},
             "prompt": prompts,
             "prompt_2": None,
             "prompt_3": None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts import known
-from mrflow_sched.engines.diffusers.layouts.base import Layout, takes
+from mrflow_sched.engines.diffusers.layouts.base import Layout, parameter_names
 from mrflow_sched.engines.diffusers.layouts.generic import generic_layout
 from mrflow_sched.engines.diffusers.layouts.shift import is_flow, shift_rule, ve_rule
 from mrflow_sched.plan.families import Family, Prediction, ShiftRule, family_of_pipeline, get_family
@@ -99,7 +99,7 @@ def _check_pipeline(pipe: Any) -> None:
             raise MrFlowError(f"pipe is {name} without {part}; load it with all of its components.")
     if getattr(pipe, "transformer", None) is None and getattr(pipe, "unet", None) is None:
         raise MrFlowError(f"pipe is {name} without transformer or unet; load it with all of its components.")
-    known = takes(pipe.__call__)
+    known = parameter_names(pipe.__call__)
     if known & {"strength", "mask_image"} or "Edit" in name:
         raise MrFlowError(f"pipe is {name}, which starts from an image; give the family's text-to-image pipeline.")
     for argument in ("latents", "width", "height", "prompt", "num_inference_steps"):

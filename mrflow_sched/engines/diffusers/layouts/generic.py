@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.engines.diffusers.layouts.base import Layout, defaults, takes
+from mrflow_sched.engines.diffusers.layouts.base import Layout, parameter_defaults, parameter_names
 from mrflow_sched.engines.diffusers.layouts.known import PackedLayout, VideoVaeLayout
 from mrflow_sched.engines.diffusers.layouts.shift import shift_rule
 from mrflow_sched.plan.families import Family, GuidanceKind, ShiftRule, get_family
@@ -174,7 +174,7 @@ def _packs_alike(pipe: Any, shape: _Shape) -> bool:
     latents = torch.arange(shape.channels * rows * columns, dtype=torch.float32).view(1, shape.channels, rows, columns)
     ours = PackedLayout(pipe, replace(get_family("flux1-dev"), patch=shape.patch)).pack(latents)
     try:
-        extra = (shape.patch,) if "patch_size" in takes(pipe._pack_latents) else ()
+        extra = (shape.patch,) if "patch_size" in parameter_names(pipe._pack_latents) else ()
         theirs = pipe._pack_latents(latents, 1, shape.channels, rows, columns, *extra)
     except (AttributeError, TypeError, RuntimeError):
         return False
@@ -215,7 +215,7 @@ def _source_of(kind: Any) -> str:
 
 
 def _guidance_word(pipe: Any) -> str | None:
-    words = takes(pipe.__call__)
+    words = parameter_names(pipe.__call__)
     return next((word for word in ("true_cfg_scale", "guidance_scale") if word in words), None)
 
 
@@ -241,14 +241,14 @@ def _family(pipe: Any, shape: _Shape, rule: ShiftRule, name: str | None) -> Fami
         known = get_family(name)
         sources = {**known.sources, **dict.fromkeys(measured, "read from the pipeline")}
         return replace(known, **measured, sources=MappingProxyType(sources))
-    like, said, network = get_family("sd3"), defaults(pipe.__call__), _network(pipe)
+    like, said, network = get_family("sd3"), parameter_defaults(pipe.__call__), _network(pipe)
     config = network.config
     word = _guidance_word(pipe)
     scale = said.get(word or "") if isinstance(said.get(word or ""), (int, float)) else None
     kind: GuidanceKind = "none"
     if getattr(config, "guidance_embeds", False) and word == "guidance_scale":
         kind = "embedded"
-    elif word and scale is not None and takes(pipe.__call__) & {"negative_prompt", "negative_prompt_embeds"}:
+    elif word and scale is not None and parameter_names(pipe.__call__) & {"negative_prompt", "negative_prompt_embeds"}:
         kind = "cfg"
     side = int(getattr(pipe, "default_sample_size", None) or 0) * int(pipe.vae_scale_factor)
     side = side // grid * grid if side >= 512 else like.native_size[0]
