@@ -164,7 +164,7 @@ class NetworkSeam:
 def guided_per_step(guidance: Guidance, base: float, weight: Callable[[float], float]) -> Around:
     """CFG with another scale at each step, inside a loop that was given one scale.
 
-    The loop computes n + w(base) (p - n) of the two branches. With n moved towards p until the remaining fraction is
+    The loop computes p + w(base) (p - n) of the two branches. With n moved towards p until the remaining fraction is
     w(scale) / w(base), that gives what the scale asks for; where the fraction is 0 the negative branch is not run at
     all.
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.engines.diffusers.layouts import known
+from mrflow_sched.engines.diffusers.layouts import per_family
 from mrflow_sched.engines.diffusers.layouts.base import Layout, parameter_names
 from mrflow_sched.engines.diffusers.layouts.generic import generic_layout
 from mrflow_sched.engines.diffusers.layouts.shift import is_flow, shift_rule, ve_rule
@@ -18,10 +18,19 @@ __all__ = ["find_layout"]
 
 
 def find_layout(pipe: Any, family: str | None = None) -> Layout:
-    """The `Layout` of a loaded diffusers text-to-image pipeline; `family` names the family where you know better.
+    """The layout of a loaded diffusers text-to-image pipeline.
 
     The shift rule is that of the pipeline's own scheduler configuration; sizes are those of its VAE and network.
-    Raises MrFlowError, one sentence, for what is no such pipeline or lacks something.
+
+    Args:
+        pipe: The pipeline.
+        family: Name of its family, where you know better than its class and configuration.
+
+    Returns:
+        The layout.
+
+    Raises:
+        MrFlowError: It is no such pipeline, lacks a component, or has a scheduler that no plan can follow.
     """
     _check_pipeline(pipe)
     family = family or pipe.config.get("_mrflow_family")
@@ -35,7 +44,7 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
         return generic_layout(pipe, family)
     found = told if family is None else _named(pipe, family)
     info = found.pipeline or told.pipeline
-    layout: type[Layout] = getattr(known, info.layout)
+    layout: type[Layout] = getattr(per_family, info.layout)
     experimental = told.prediction != "flow"
     if experimental and not is_flow(pipe.scheduler):
         rule = ve_rule(pipe.scheduler, found.shift)
@@ -61,7 +70,7 @@ def _named(pipe: Any, name: str) -> Family:
 
 
 def _prediction(pipe: Any) -> Prediction:
-    """What a U-Net of variance-exploding noise predicts, as its scheduler knows."""
+    """What a U-Net of a variance-exploding model predicts, by its scheduler."""
     said = pipe.scheduler.config.get("prediction_type", "epsilon")
     kinds: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
     if said not in kinds:
