@@ -61,7 +61,7 @@ def within_memory(
     if len(parts) < batch:
         raise MemoryError(f"memory ran out while {what}; choose a smaller size or free memory.")
     if able is not engine and warn is not None:
-        warn(f"memory ran out while {what}; it was done in tiles, whose seams may show faintly.")
+        warn(f"memory ran out while {what}; it was done in tiles, which may leave faint seams.")
     return torch.cat(parts)
 
 

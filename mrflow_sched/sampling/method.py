@@ -78,8 +78,8 @@ class StageRun:
         sigmas = model_sigmas(stage.sigmas, family.prediction, family.shift.largest_ve)
         if around is not None and not able.network_seam:
             raise MrFlowError(
-                f"this method stands between a loop and its network, which {type(self.engine).__name__} has no seam "
-                "for; use an engine whose capabilities say network_seam, such as PipelineEngine."
+                f"{type(self.engine).__name__} has no seam at its network, as this method needs; use an engine whose "
+                "capabilities include network_seam, such as PipelineEngine."
             )
         if able.whole_stages and (guidance is None or able.guidance_per_step):
             engine: Any = self.engine

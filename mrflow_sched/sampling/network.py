@@ -91,7 +91,7 @@ class NetworkCall:
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
             raise MrFlowError(
-                f"{unknown[0]} is no input of this call of {_name(self.network)}; it has {', '.join(self.inputs)}."
+                f"{unknown[0]} is no input of this call of {_name(self.network)}; use one of {', '.join(self.inputs)}."
             )
         return replace(self, inputs={**self.inputs, **inputs})
 

@@ -75,9 +75,8 @@ class Walk:
         if sample is copied and not sample.is_inference() and _version(sample) == version:
             return  # told without waiting for the device
         if sample.shape != self._solved.shape:
-            raise MrFlowError(
-                f"sample has shape {tuple(sample.shape)}, the state before it {tuple(self._solved.shape)}; keep it."
-            )
+            before, got = tuple(self._solved.shape), tuple(sample.shape)
+            raise MrFlowError(f"sample must keep the shape of the state before it, {before}, got {got}.")
         if not torch.equal(sample, self.state.to(copied.dtype).to(sample)):
             self._offset = sample.to(self._solved) - self._solved
 

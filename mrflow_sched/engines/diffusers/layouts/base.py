@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def text_outputs(self) -> tuple[str, ...]:
-        """What `pipe.encode_prompt` returns, in order, by argument names of the pipeline's call; "" is not passed on."""
+        """What `encode_prompt` returns, in order, by argument names of the pipeline's call; "" is not passed on."""
         return () if self.family.pipeline is None else self.family.pipeline.text_outputs
 
     @property
@@ -198,7 +198,7 @@ class Layout:
         grid = self.family.grid
         if width < grid or height < grid or width % grid or height % grid:
             raise MrFlowError(
-                f"size is {width}x{height}; {self.family.title} makes positive multiples of {grid} pixels per side."
+                f"size is {width}x{height}; {self.family.title} needs positive multiples of {grid} pixels per side."
             )
 
     # ------------------------------------------------------------------------------------------------------ images

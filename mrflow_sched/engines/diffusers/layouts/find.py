@@ -38,8 +38,8 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
     if told is None or told.pipeline is None:
         if not is_flow(pipe.scheduler):
             raise MrFlowError(
-                f"pipe is {type(pipe).__name__} with {type(pipe.scheduler).__name__}, which is no flow; use a flow "
-                f"model, Stable Diffusion 1.5 or XL."
+                f"pipe is {type(pipe).__name__} with {type(pipe.scheduler).__name__}, which is not a flow "
+                f"scheduler; use a flow model, Stable Diffusion 1.5 or XL."
             )
         return generic_layout(pipe, family)
     found = told if family is None else _named(pipe, family)
@@ -51,8 +51,8 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
         return layout(pipe, _measured(pipe, replace(found, prediction=_prediction(pipe)), rule), True)
     if not is_flow(pipe.scheduler):
         raise MrFlowError(
-            f"pipe.scheduler is {type(pipe.scheduler).__name__}, which samples no flow; {type(pipe).__name__} needs a "
-            f"flow scheduler such as FlowMatchEulerDiscreteScheduler."
+            f"pipe.scheduler is {type(pipe.scheduler).__name__}, which is not a flow scheduler; {type(pipe).__name__} "
+            f"needs one such as FlowMatchEulerDiscreteScheduler."
         )
     rule = shift_rule(pipe.scheduler, found.shift, even_list=info.even_list)
     return layout(pipe, _measured(pipe, replace(found, prediction="flow"), rule), experimental)
@@ -64,7 +64,7 @@ def _named(pipe: Any, name: str) -> Family:
     kinds = [base.__name__ for base in type(pipe).__mro__]
     if found.pipeline is None or not any(re.fullmatch(found.pipeline.classes, kind) for kind in kinds):
         raise MrFlowError(
-            f"family is {name!r}, which {kinds[0]} is not a pipeline of; leave it out, or name the family it is of."
+            f"family is {name!r}, but {kinds[0]} is not one of its pipelines; leave family out, or name the right one."
         )
     return found
 
@@ -75,7 +75,7 @@ def _prediction(pipe: Any) -> Prediction:
     kinds: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
     if said not in kinds:
         raise MrFlowError(
-            f"pipe.scheduler has prediction_type={said!r}; stages can be run for {' and '.join(kinds)} or a flow."
+            f"pipe.scheduler has prediction_type={said!r}; staged sampling supports {', '.join(kinds)} and flow."
         )
     return kinds[said]
 

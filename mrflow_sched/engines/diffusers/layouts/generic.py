@@ -108,7 +108,7 @@ def generic_layout(pipe: Any, family: str | None) -> Layout:
     source = _source(pipe)
     if re.search(r"sigmas\s*=\s*timesteps\s*/", source):
         raise MrFlowError(
-            f"pipe is {type(pipe).__name__}, which tells its network other times than its sigmas: no plan can."
+            f"pipe is {type(pipe).__name__}, whose timesteps do not match its sigmas; no plan can follow that."
         )
     shape = _shape(pipe)
     kind = _scaling(pipe, source, shape.packed)
@@ -135,7 +135,7 @@ def _scaling(pipe: Any, source: str, packed: bool) -> type[Layout]:
         found = _Unshifted if "scaling_factor" in source and not packed else None
     if found is not None:
         return found
-    raise MrFlowError(f"pipe is {type(pipe).__name__}, whose scaling of latents is not known; ask for it to be added.")
+    raise MrFlowError(f"pipe is {type(pipe).__name__}, whose latent scaling is not recognised; ask for it to be added.")
 
 
 def _shape(pipe: Any) -> _Shape:
@@ -156,7 +156,7 @@ def _shape(pipe: Any) -> _Shape:
         if _packs_alike(pipe, made):
             return made
     raise MrFlowError(
-        f"pipe is {name}, whose latents of shape {tuple(noise.shape)} are not known; ask for it to be added."
+        f"pipe is {name}, whose latent shape {tuple(noise.shape)} is not recognised; ask for it to be added."
     )
 
 
@@ -179,7 +179,7 @@ def _drawn(pipe: Any, channels: int) -> Tensor:
         noise: Tensor = made if isinstance(made, Tensor) else made[0]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MrFlowError(
-            f"pipe is {type(pipe).__name__}, whose prepare_latents cannot be asked for noise; ask for it to be added."
+            f"pipe is {type(pipe).__name__}, whose prepare_latents takes unknown arguments; ask for it to be added."
         ) from error
     return noise
 
