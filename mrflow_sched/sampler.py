@@ -314,7 +314,7 @@ def _stages_of(
             f"start_sigma must be above 0 and at most 1, got {start_sigma!r}; it is the fraction of noise."
         )
     first = stages[0]
-    # A first step of no length to speak of would cost a forward and change nothing.
+    # A first step of almost no length would cost a forward and change nothing.
     below = tuple(sigma for sigma in first.sigmas if sigma < _SHORTEST_STEP * start_sigma)
     sigmas = (float(start_sigma), *below) if start_sigma < 1.0 else first.sigmas
     share = solver_forwards(first.solver, len(sigmas) - 1) / solver_forwards(first.solver, first.steps)

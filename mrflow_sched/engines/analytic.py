@@ -74,7 +74,7 @@ def _mixing(sigma: Tensor, prediction: Prediction, ndim: int) -> tuple[Tensor, T
 
 _CPU = torch.device("cpu")
 _POWER = power_law()
-# Both speak for themselves: 8-pixel grid, no text tokens to pay for, guidance of 1 unless a plan says otherwise.
+# Both families: 8-pixel grid, no text tokens in the cost, guidance of 1 unless a plan sets another.
 _FAMILY = replace(get_family("demo"), name="analytic", text_tokens=0, guidance=1.0, min_low_side=8)
 _FIELD_FAMILY = replace(_FAMILY, title="Gaussian field", latent_channels=48, guidance_kind="none")
 _MIXTURE_FAMILY = replace(_FAMILY, title="Gaussian mixture", latent_channels=64, guidance_kind="cfg")

@@ -78,8 +78,8 @@ class StageRun:
         sigmas = model_sigmas(stage.sigmas, family.prediction, family.shift.largest_ve)
         if around is not None and not able.network_seam:
             raise MrFlowError(
-                f"{type(self.engine).__name__} has no seam at its network, as this method needs; use an engine whose "
-                "capabilities include network_seam, such as PipelineEngine."
+                f"{type(self.engine).__name__} has no seam at its network, which this method needs; use an engine "
+                "whose capabilities include network_seam, such as PipelineEngine."
             )
         if able.whole_stages and (guidance is None or able.guidance_per_step):
             engine: Any = self.engine
@@ -112,8 +112,8 @@ class StageRun:
             self.tracker.forwards += each
             scale = stage.guidance
             if guidance is not None:
-                level = float(sigma.flatten()[0])
-                scale = guidance(level if flow else ve_to_sigma(level))
+                value = float(sigma.flatten()[0])
+                scale = guidance(value if flow else ve_to_sigma(value))
             return self.engine.denoise(x, sigma, self.text, guidance=scale)
 
         return denoise
@@ -271,7 +271,7 @@ def run_progress(first: Sequence[float], sigmas: Sequence[float]) -> tuple[float
     steps = len(first) - 1
     found: list[float] = []
     for sigma in sigmas:
-        below = next((index for index, level in enumerate(first) if level <= sigma), steps)
+        below = next((index for index, value in enumerate(first) if value <= sigma), steps)
         above = max(below - 1, 0)
         gap = first[above] - first[below]
         within = (first[above] - min(sigma, first[above])) / gap if gap > 0 else 0.0

@@ -35,15 +35,15 @@ __all__ = [
     "ve_to_sigma",
 ]
 
-Level = TypeVar("Level", float, Tensor)
+Sigma = TypeVar("Sigma", float, Tensor)
 
 _SEED_RANGE = 2**63
 
 
-# ------------------------------------------------------------------------------------------------------------ levels
+# ------------------------------------------------------------------------------------------------------------ sigmas
 
 
-def sigma_to_ve(sigma: Level) -> Level:
+def sigma_to_ve(sigma: Sigma) -> Sigma:
     """The sigma_ve with the signal-to-noise ratio of a flow sigma: sigma / (1 - sigma) (docs/method.md, section 1.1).
 
     Args:
@@ -62,7 +62,7 @@ def sigma_to_ve(sigma: Level) -> Level:
     return math.inf if sigma == 1.0 else sigma / (1.0 - sigma)
 
 
-def ve_to_sigma(sigma_ve: Level) -> Level:
+def ve_to_sigma(sigma_ve: Sigma) -> Sigma:
     """The flow sigma with the signal-to-noise ratio of a sigma_ve: sigma_ve / (1 + sigma_ve), inverse of `sigma_to_ve`.
 
     Args:
@@ -135,14 +135,14 @@ def add_noise(
     if x0.shape != noise.shape:
         raise MrFlowError(f"noise must have the shape of x0, got {tuple(noise.shape)} for {tuple(x0.shape)}.")
     clean = _state(x0)
-    level = _broadcast(sigma, clean)
-    if not bool(((level >= 0) & (level <= 1)).all()):
+    s = _broadcast(sigma, clean)
+    if not bool(((s >= 0) & (s <= 1)).all()):
         raise MrFlowError(f"sigma must lie between 0 and 1, got {sigma!r}; it is the fraction of noise.")
     mixed_in = noise.to(clean)
     if prediction == "flow":
-        return (1.0 - level) * clean + level * mixed_in
+        return (1.0 - s) * clean + s * mixed_in
     top = scaled_linear_ve()[-1] if largest is None else largest
-    return clean + sigma_to_ve(level).clamp(max=top) * mixed_in
+    return clean + sigma_to_ve(s).clamp(max=top) * mixed_in
 
 
 def to_denoised(output: Tensor, x: Tensor, sigma: float | Tensor, prediction: Prediction = "flow") -> Tensor:
@@ -165,11 +165,11 @@ def to_denoised(output: Tensor, x: Tensor, sigma: float | Tensor, prediction: Pr
     """
     _check_prediction(prediction)
     state = _state(x)
-    level, raw = _broadcast(sigma, state), output.to(state)
+    s, raw = _broadcast(sigma, state), output.to(state)
     if prediction == "v":
-        power = level**2 + 1.0
-        return state / power - raw * level / power.sqrt()
-    return state - level * raw
+        power = s**2 + 1.0
+        return state / power - raw * s / power.sqrt()
+    return state - s * raw
 
 
 def denoised_to_velocity(denoised: Tensor, x: Tensor, sigma: float | Tensor) -> Tensor:
@@ -189,10 +189,10 @@ def denoised_to_velocity(denoised: Tensor, x: Tensor, sigma: float | Tensor) -> 
         MrFlowError: A sigma of 0 or below, or of another shape.
     """
     state = _state(x)
-    level = _broadcast(sigma, state)
-    if not bool((level > 0).all()):
+    s = _broadcast(sigma, state)
+    if not bool((s > 0).all()):
         raise MrFlowError(f"sigma must be above 0, got {sigma!r}; a clean image has no velocity.")
-    return (state - denoised.to(state)) / level
+    return (state - denoised.to(state)) / s
 
 
 # ---------------------------------------------------------------------------------------------------------- randomness
@@ -274,12 +274,12 @@ def _state(x: Tensor) -> Tensor:
 
 def _broadcast(sigma: float | Tensor, like: Tensor) -> Tensor:
     """`sigma`, one for the batch or one per sample, shaped to multiply `like` (B, ...)."""
-    level = torch.as_tensor(sigma, dtype=like.dtype, device=like.device)
-    if level.ndim == 0:
-        return level
-    if level.ndim != 1 or level.shape[0] not in (1, like.shape[0]):
-        raise MrFlowError(f"sigma must be a number or hold one per sample, got shape {tuple(level.shape)}.")
-    return level.reshape(-1, *([1] * (like.ndim - 1)))
+    s = torch.as_tensor(sigma, dtype=like.dtype, device=like.device)
+    if s.ndim == 0:
+        return s
+    if s.ndim != 1 or s.shape[0] not in (1, like.shape[0]):
+        raise MrFlowError(f"sigma must be a number or hold one per sample, got shape {tuple(s.shape)}.")
+    return s.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 def _check_prediction(prediction: str) -> None:

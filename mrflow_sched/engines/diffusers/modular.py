@@ -48,7 +48,7 @@ class StageTimesteps(ModularPipelineBlocks):
         meaning = "Sigmas of the stage, falling, usually to 0: flow sigma, or sigma_ve for variance-exploding models."
         return [
             InputParam("stage_sigmas", description=meaning),
-            InputParam("timesteps", description="What the network is told at each evaluation."),
+            InputParam("timesteps", description="Time given to the network at each evaluation."),
             InputParam("num_inference_steps", description="Evaluations of the loop."),
         ]
 
@@ -56,7 +56,7 @@ class StageTimesteps(ModularPipelineBlocks):
     def intermediate_outputs(self) -> list[OutputParam]:
         """`timesteps` and `num_inference_steps`, for the loop."""
         return [
-            OutputParam("timesteps", description="What the network is told at each evaluation."),
+            OutputParam("timesteps", description="Time given to the network at each evaluation."),
             OutputParam("num_inference_steps", description="Evaluations of the loop."),
         ]
 

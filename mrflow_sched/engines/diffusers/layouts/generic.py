@@ -28,7 +28,7 @@ from mrflow_sched.plan.families import Family, GuidanceKind, ShiftRule, get_fami
 
 __all__ = ["generic_layout"]
 
-# A probe picture whose sides every VAE factor and patch size in use divides.
+# A probe image whose sides every VAE factor and patch size in use divides.
 _WIDTH, _HEIGHT = 192, 128
 
 

@@ -26,7 +26,7 @@ def is_flow(scheduler: Any) -> bool:
     """
     config = _config(scheduler)
     by_config = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") in ("flow", "flow_prediction")
-    # Our own scheduler says so itself; it also takes the configurations of other models.
+    # Our own scheduler has `prediction`; it also accepts the configurations of other models.
     return by_config or "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "prediction", None) == "flow"
 
 
@@ -61,7 +61,7 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
     if known is not None and known.kind == "flux2":
         return replace(known, terminal=terminal, beta=beta)
     if config.get("time_shift_type", "exponential") != "exponential":
-        # Such models (CogView4) are told the unshifted time of a shifted sigma, which only their own lists know.
+        # Such models (CogView4) are told the unshifted time of a shifted sigma, which only their own schedules know.
         raise MrFlowError(
             f"pipe.scheduler has time_shift_type={config['time_shift_type']!r}, which no plan can follow; models with "
             f"'exponential' or a fixed shift can be run in stages."
