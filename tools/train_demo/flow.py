@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mrflow_sched.demo import scenes
 from mrflow_sched.demo.scenes import caption
-from mrflow_sched.engines.diffusers.layouts.known import pack, unpack
+from mrflow_sched.engines.diffusers.layouts.per_family import pack, unpack
 from tools.train_demo import data, text
 
 GUIDANCE_RANGE = (1.0, 5.0)
