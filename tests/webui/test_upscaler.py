@@ -306,7 +306,7 @@ def test_a_file_that_cannot_be_used_costs_detail_and_says_so(folder: Path, name:
     assert made.tobytes() == picture().resize((48, 32), Image.Resampling.LANCZOS).tobytes()
     [sentence] = ours.take_sentences()
     assert name in sentence
-    assert sentence.endswith("The picture was enlarged with Lanczos instead.")
+    assert sentence.endswith("The image was upscaled with Lanczos instead.")
 
 
 def test_a_broken_model_s_own_scale_is_its_name_s(folder: Path) -> None:
