@@ -71,7 +71,7 @@ def test_shift_and_solver() -> None:
 def test_a_note_names_the_solver_that_runs_in_place_of_the_word(family: str, solver: str) -> None:
     made = make(family, solver="multistep")
     assert (made.solver, made.plan.stages[0].solver) == (solver, solver)
-    assert any(note.startswith(f"Stage 1 runs the solver {solver}, which suits") for note in made.notes)
+    assert any(note.startswith(f"Stage 1 uses the solver {solver}, which suits") for note in made.notes)
     assert not any("solver" in note for note in make(family).notes)
 
 

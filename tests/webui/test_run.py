@@ -235,7 +235,7 @@ def test_a_host_without_the_hook_before_sampling_still_runs_the_lists() -> None:
     ui.generate(p, {"solver": "multistep"})
     first, last = plan_lists(ui, 384, 256)
     assert close([level for _, level, _ in ui.calls], [*first, *last])
-    assert any("runs on its own sampler" in comment for comment in p.comments)
+    assert any("uses the WebUI's sampler" in comment for comment in p.comments)
     assert not ui.errors
 
 
