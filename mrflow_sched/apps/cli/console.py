@@ -78,7 +78,9 @@ def print_json(value: Any) -> None:
 
 @contextlib.contextmanager
 def saying_warnings() -> Generator[None, None, None]:
-    """Print this package's warnings as sentences, each once, when the block ends; those of libraries as usual.
+    """Print this package's warnings as sentences, each once, and those of libraries as usual, when the block ends.
+
+    After an exception nothing is printed but what the exception says.
 
     Yields:
         Nothing; warnings are collected while the block runs.

@@ -66,9 +66,9 @@ def scale_in_name(name: str) -> int | None:
 def pick_automatic(names: Iterable[str]) -> tuple[str, str | None]:
     """Choose the upscaler for "automatic".
 
-    x2 models come first, because an x4 model makes four times the pixels and most of them are thrown away; ours before
-    the host's own of the same file; general models before those for drawings; slow transformer networks never. Without
-    any model it is the host's Lanczos: "Lanczos", or Forge Neo's "None", which resizes with Lanczos.
+    x2 models come first, because an x4 model does four times the work for pixels that are mostly thrown away; ours
+    before the host's own entry for the same file; general models before those for drawings; slow transformer networks
+    never. Without any model it is the host's Lanczos: "Lanczos", or Forge Neo's "None", which resizes with Lanczos.
 
     Args:
         names: Names of the host's upscalers.
