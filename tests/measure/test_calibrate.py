@@ -249,7 +249,7 @@ def test_a_calibration_that_does_not_fit_is_refused(capsys: pytest.CaptureFixtur
             ("plan", "--family", "demo", "--calibration", str(demo.weights_path() / "model_index.json")),
             "not a calibration",
         ),
-        (("generate", "--from", "x.png", "--calibration", str(path)), "--calibration has no place"),
+        (("generate", "--from", "x.png", "--calibration", str(path)), "--calibration has no meaning"),
     ):
         code, _, err = mrflow(capsys, *words)
         assert code == 2
