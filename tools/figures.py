@@ -124,15 +124,15 @@ def record_table(record: dict[str, Any]) -> str:
         "steps": sum(curve[-1][0] for curve in judge["curves"].values()),
     }
     ends = {
-        "text": f"{record['text']['curve'][-1][3]:.1%} of token roles right on held-out captions",
+        "text": f"{record['text']['curve'][-1][3]:.1%} of token roles correct on held-out captions",
         "flow": f"velocity error {low:.3f} at 128, {high:.3f} at 256, after {seen['tiny']} samples at 64 pixels, "
         f"{seen['low']} at 128 and {seen['high']} at 256",
         "vae": f"{record['vae']['curve'][-1][2]:.1f} dB on training crops",
         "sr": f"{record['sr']['curve'][-1][2]:.1f} dB on training crops",
-        "guided": "error {:.3f} to the guided teacher, {:.3f} of a network that does not heed the scale".format(
+        "guided": "error {:.3f} to the guided teacher, {:.3f} for a network that ignores the scale".format(
             *guided["curve"][-1][2:]
         ),
-        "classifier": f"{record['classifier']['accuracy_on_true_scenes']['all'] * 100:.1f} % on unseen true scenes",
+        "classifier": f"{record['classifier']['accuracy_on_true_scenes']['all'] * 100:.1f} % on unseen rendered scenes",
     }
     for name, end in ends.items():
         part = judged if name == "classifier" else record[name]

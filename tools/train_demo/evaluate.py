@@ -56,7 +56,7 @@ def make_seeded(plan: Any, seed: int) -> Any:
 
 
 def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path | None = None) -> dict[str, Any]:
-    """Writes ``evaluation.json`` and sheets; the judge is the classifier trained on true scenes."""
+    """Writes ``evaluation.json`` and sheets; the judge is the classifier trained on rendered scenes."""
     engine = PipelineEngine.from_folder(weights, family="demo")
     upscaler = load_upscaler(weights / "upscaler" / "x2.safetensors")
     judge = classifier.Judge()
@@ -71,7 +71,7 @@ def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path |
     out: dict[str, Any] = {
         "scenes": len(scenes),
         "guidance": guidance,
-        "true scenes": classifier.accuracy(judge, true, true_scenes),
+        "rendered scenes": classifier.accuracy(judge, true, true_scenes),
     }
     plans = {
         "native 50": make_native_plan("demo", 256, 256, solver="euler"),
