@@ -51,16 +51,16 @@ def training_curves(record: dict[str, Any], path: Path) -> None:
 
 
 def stages_strip(path: Path) -> None:
-    """One picture on its way: stage 1 as made, enlarged, refined."""
+    """One picture on its way: stage 1 as made, upscaled, refined."""
     engine, upscaler = demo.load_engine(), load_upscaler(demo.upscaler_path())
     prompt = demo.example_prompts()[0]
     plan = make_plan("demo", 256, 256, "12+1", seed=3)
     result = sample_staged(engine, plan, prompt, upscaler=upscaler, keep_stages=True)
-    low, enlarged = (stage.image[0] for stage in result.stages)
+    low, upscaled = (stage.image[0] for stage in result.stages)
     small = torch.ones(3, 256, 128)
     small[:, 64:192] = low
     gap = torch.ones(3, 256, 16)
-    save_png(path, torch.cat([small, gap, enlarged, gap, result.images[0]], 2), {})
+    save_png(path, torch.cat([small, gap, upscaled, gap, result.images[0]], 2), {})
 
 
 def merge_sheets(names: tuple[str, str], work: Path, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Pixel super-resolution: a one-block RRDBNet x2 in ESRGAN layout, first regressed, then trained against a patch
 discriminator.
 
-What it learns to enlarge is what it will be given: low-size pictures that went through the VAE.
+What it learns to upscale is what it will be given: low-size pictures that went through the VAE.
 """
 
 from __future__ import annotations
