@@ -56,7 +56,8 @@ class Opened(Plain):
     def handoff(self, run: StageRun, images: Tensor) -> Tensor:
         parts, model = self.parts, self.model
         upscaled = upscale_to(images, run.stage.width, run.stage.height, run.upscaler)
-        run.hooks.keep and run.hooks.keep(f"stage {run.index + 1} upscaled", upscaled)
+        if run.hooks.keep:
+            run.hooks.keep(f"stage {run.index + 1} upscaled", upscaled)
         clean = run.engine.encode(upscaled)
         clean = clean if parts.encoded is None else parts.encoded(model, clean)
         noise = (parts.high_noise or _own_noise)(model, run.seeds, clean.shape[1:])
