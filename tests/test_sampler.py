@@ -15,9 +15,11 @@ from mrflow_sched.engines.analytic import GaussianFieldEngine
 from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import StagedResult, sample_staged
+from mrflow_sched.sampling.engine import Capabilities
 from mrflow_sched.sampling.method import Plain, StageRun
 from mrflow_sched.sampling.noise import draw_noise
 from mrflow_sched.sampling.progress import Progress, wait_for
+from mrflow_sched.sampling.solvers import get_solver
 from mrflow_sched.upscaling.fit import upscale_to
 
 ENGINE = GaussianFieldEngine(means={"red": (2.0, -1.0, -1.0), "blue": (-1.0, -1.0, 2.0)})
@@ -203,6 +205,35 @@ def test_classifier_free_guidance_counts_twice() -> None:
     result = run(engine, plan)
     assert plan.forwards == result.forwards == 3 * 2 + 1
     assert [call[2] for name, call in engine.calls if name == "denoise"] == [4.0, 4.0, 4.0, 1.0]
+
+
+class OwnLoop(Recording):
+    """An engine that walks stages itself, at one guidance scale."""
+
+    capabilities = Capabilities(whole_stages=True)
+
+    def sample_stage(self, solver, latents, sigmas, text, *, guidance, progress=None, callback=None):
+        self.calls.append(("stage", guidance))
+
+        def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return self.inner.denoise(x, sigma, text, guidance=guidance)
+
+        return get_solver(solver)(model, latents, sigmas, callback=callback)
+
+
+def test_an_engines_own_loop_of_one_guidance_is_not_given_an_interval() -> None:
+    """It is asked step by step in that stage, which is slower and the same."""
+    family = replace(FAMILY, guidance_kind="cfg", guidance=4.0)
+    engine = OwnLoop(replace(ENGINE, family=family))
+    stepped = Recording(engine.inner)
+    plan = make_plan(family, 32, 32, low_steps=4, refine_steps=1, solver="euler", guidance_interval=(0.3, 0.9))
+    result = run(engine, plan)
+    assert [call for call in engine.calls if call[0] == "stage"] == [("stage", 4.0)]  # the refine stage
+    scales = [call[2] for name, call in engine.calls if name == "denoise"]
+    assert scales == [4.0 if 0.3 <= sigma <= 0.9 else 1.0 for sigma in plan.stages[0].sigmas[:-1]]
+    assert len(set(scales)) == 2
+    assert torch.equal(result.images, run(stepped, plan).images)
+    assert result.forwards == plan.forwards
 
 
 def test_variance_exploding_engines_get_sigma_ve() -> None:
