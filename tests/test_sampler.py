@@ -179,6 +179,7 @@ def test_upscale_mode_starts_from_a_picture() -> None:
     assert [timing.name for timing in result.timings] == ["text", *TIMINGS[3:]]
     assert {event.stage for event in events} == {2}
     assert events[0].fraction == 0.0
+    assert next(event.fraction for event in events if event.name == "stage 2 decode") == 1.0
     assert events[-1].fraction == 1.0
     alone = run(image=picture[None], plan=plan_of(seed=12))
     torch.testing.assert_close(result.images[1:], alone.images, rtol=0, atol=1e-6)
