@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_pipelines
 
 import mrflow_sched
 from mrflow_sched.plan.cost import UPSCALER_FLOP, part_costs
@@ -273,6 +276,73 @@ def test_a_family_is_added_by_one_file(tmp_path: Path) -> None:
         get_family("mine")
     with pytest.raises(ValueError, match="family 'mine' is there twice"):
         families_of([added, added])
+
+
+NEWCOMER = """
+from mrflow_sched.plan.families.base import Family, PipelineInfo, Preset, ShiftRule, always
+
+INFO = PipelineInfo(
+    classes="MinePipeline", titles=(("Mine", "MinePipeline"),), tells=always, layout="FluxLayout",
+    text_outputs=("prompt_embeds", "pooled_prompt_embeds", ""), max_sequence_length=24,
+)
+FAMILIES = (
+    Family(
+        name="mine", title="Mine", shift=ShiftRule("static", shift=2.0), guidance_kind="embedded", guidance=2.5,
+        text_tokens=24, native_steps=8, presets=(Preset("3+1", 3, 1, 0.2, "measured"),), default_preset="3+1",
+        solver="euler", pipeline=INFO,
+    ),
+)
+"""
+
+NEWCOMERS_RUN = """
+import tiny_pipelines
+from pipeline_tools import listening
+
+from mrflow_sched import MrFlow, StagedPlan, make_plan
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+from mrflow_sched.plan.families import get_family
+
+class MinePipeline(tiny_pipelines.diffusers().FluxPipeline):
+    pass
+
+pipe = MinePipeline(**tiny_pipelines.make("flux1-dev").components)
+pipe.set_progress_bar_config(disable=True)
+assert PipelineEngine(pipe, family="mine").family.name == MrFlow(pipe).family.name == "mine"
+assert PipelineEngine(tiny_pipelines.make("flux1-dev")).family.name == "flux1-dev"
+plan = make_plan("mine", 64, 64)
+assert StagedPlan.from_string(plan.to_string()) == plan
+with listening(pipe) as heard:
+    made = MrFlow(pipe)("a cat", width=64, height=64, seed=3, output_type="pt")
+assert made.images.shape == (1, 3, 64, 64) and bool(made.images.isfinite().all())
+assert made.plan.family == "mine" and not any("family" in warning for warning in made.warnings)
+sigmas = [sigma for stage in made.plan.stages for sigma in stage.sigmas[:-1]]
+told = [float(time[0]) for time in heard.timesteps]
+assert len(told) == len(sigmas) == 4 and max(abs(a - b) for a, b in zip(told, sigmas)) < 1e-6
+assert {float(each["guidance"][0]) for each in heard.arguments} == {2.5}
+assert {each["encoder_hidden_states"].shape[1] for each in heard.arguments} == {24}
+print("made")
+"""
+
+
+def test_a_newcomers_family_of_one_file_plans_and_samples(tmp_path: Path) -> None:
+    """In a copy of the package: the file, and its name in `_MODULES`, and nothing else is new."""
+    package = Path(mrflow_sched.__file__).parent
+    copied = shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("weights", "__pycache__"))
+    room = copied / "plan" / "families"
+    (room / "mine.py").write_text(NEWCOMER, encoding="utf-8")
+    registry = (room / "__init__.py").read_text("utf-8")
+    for listed in ("    lumina2,\n    qwen,\n", "    lumina2,\n    sana,\n"):  # the import and the tuple
+        assert registry.count(listed) == 1
+        registry = registry.replace(listed, listed.replace("lumina2,\n", "lumina2,\n    mine,\n"))
+    (room / "__init__.py").write_text(registry, encoding="utf-8")
+    tests = Path(tiny_pipelines.__file__).parent
+    paths = os.pathsep.join(map(str, (tmp_path, tests)))
+    command = [sys.executable, "-c", NEWCOMERS_RUN]
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == "made"
 
 
 def test_a_family_of_ones_own_may_be_changed() -> None:

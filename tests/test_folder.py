@@ -43,6 +43,7 @@ def test_a_folders_pipeline_is_the_one_that_diffusers_loads(tiny_folder: Path, t
         assert mine.keys() == other.keys()
         assert all(torch.equal(mine[key], other[key]) for key in other)
         assert not getattr(ours, name).training
+        assert not any(weight.requires_grad for weight in getattr(ours, name).parameters())
     assert ours.tokenizer_2("red star").input_ids == theirs.tokenizer_2("red star").input_ids
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import tiny_pipelines
 import torch
 
-from mrflow_sched import MrFlow, StagedPlan, get_family, make_plan
+from mrflow_sched import MrFlow, StagedPlan, get_family, make_plan, sample_staged
+from mrflow_sched.engines.analytic import GaussianFieldEngine
+from mrflow_sched.methods import GuidanceInterval, Plain, StageRun
 
 
 def test_forwards_are_counted_level_by_level() -> None:
@@ -47,6 +50,22 @@ def test_where_nothing_is_saved_it_is_refused() -> None:
         make_plan("flux1-dev", 1024, 1024, guidance_interval=(0.1, 0.9))
     with pytest.raises(ValueError, match="this run of sd35 has none"):
         make_plan("sd35", 1024, 1024, guidance=1.0, guidance_interval=(0.1, 0.9))
+
+
+def test_stages_without_an_interval_are_left_to_the_method_inside() -> None:
+    stages: list[int] = []
+
+    class Noting(Plain):
+        def stage(self, run: StageRun, latents: torch.Tensor) -> torch.Tensor:
+            stages.append(run.index)
+            return super().stage(run, latents)
+
+    exact = GaussianFieldEngine()
+    engine = replace(exact, family=replace(exact.family, guidance_kind="cfg", guidance=4.0))
+    plan = make_plan(engine.family, 32, 32, low_steps=4, guidance_interval=(0.3, 0.9))
+    made = sample_staged(engine, plan, "", method=GuidanceInterval(Noting()))
+    assert stages == [1]
+    assert torch.equal(made.images, sample_staged(engine, plan, "").images)
 
 
 @pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image", "sdxl"])

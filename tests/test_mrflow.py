@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mrflow_sched import MrFlow
 from mrflow_sched.apps.pipeline import MrFlowOutput
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.upscaling.fit import upscale_to
 
 SIDE = 64
@@ -73,6 +74,15 @@ def test_output_types_are_the_pipelines(flux: Any) -> None:
     torch.testing.assert_close((decoded / 2 + 0.5).clamp(0, 1), tensors, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="output_type must be one of pil, np, pt, latent, got 'jpg'"):
         run(flux, output_type="jpg")
+
+
+def test_latents_without_a_refine_step_are_those_of_the_upscaled_image(flux: Any) -> None:
+    """Not those of stage 1, which are a quarter of the size."""
+    asked: dict[str, Any] = {"refine_steps": 0}
+    latents = run(flux, output_type="latent", **asked).images
+    engine = PipelineEngine(flux)
+    expected = engine.layout.pack(engine.encode(run(flux, **asked).images))
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
 
 
 def test_prompts_times_images_come_in_the_pipelines_order(flux: Any) -> None:

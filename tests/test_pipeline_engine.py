@@ -144,6 +144,37 @@ def test_a_batch_is_what_its_images_are_alone(name: str) -> None:
     assert float((both.images[0] - both.images[1]).abs().max()) > 0.05
 
 
+# ------------------------------------------------------------------------------------- against the pipeline by itself
+
+# What the model card of each has in its call besides prompt and size; diffusers' default for the length is 512.
+_CARDS: dict[str, dict[str, Any]] = {"flux1-dev": {}, "flux1-schnell": {"max_sequence_length": 256}}
+
+
+@pytest.mark.parametrize("name", list(_CARDS))
+def test_a_folders_stage_1_is_what_diffusers_makes_of_it_by_default(name: str, tmp_path: Path) -> None:
+    """Same start noise, diffusers' own loop and scheduler, nothing said of the text's length: that is ours to know."""
+    made = tiny_pipelines.make(name)
+    made.tokenizer_2.model_max_length = 512  # as in the released folders
+    made.save_pretrained(tmp_path / "model")
+    theirs = tiny_pipelines.diffusers().FluxPipeline.from_pretrained(tmp_path / "model", local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    engine = PipelineEngine.from_folder(tmp_path / "model", device="cpu", dtype="float32")
+    plan = make_plan(engine.family, 64, 64, low_steps=4, seed=3, solver="euler")
+    low = plan.stages[0]
+    start = engine.layout.pack(draw_noise(engine.latent_shape(low.width, low.height), [3]))
+
+    def native(**card: Any) -> Tensor:
+        asked: dict[str, Any] = {"width": low.width, "height": low.height, "num_inference_steps": 4, **card}
+        return theirs("a cat", latents=start.clone(), output_type="pt", **asked).images
+
+    assert type(theirs.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    first = run(engine, plan, keep_stages=True).stages[0]
+    assert first.name == "stage 1"
+    torch.testing.assert_close(first.image, native(**_CARDS[name]), rtol=0, atol=1e-4)
+    # Text of another length is another image, so the comparison above sees it.
+    assert float((first.image - native(max_sequence_length=128)).abs().max()) > 1e-3
+
+
 # ------------------------------------------------------------------------------------------------------- one evaluation
 
 

@@ -15,8 +15,11 @@ from mrflow_sched.engines.analytic import GaussianFieldEngine
 from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import StagedResult, sample_staged
+from mrflow_sched.sampling.engine import Capabilities
+from mrflow_sched.sampling.method import Plain, StageRun
 from mrflow_sched.sampling.noise import draw_noise
 from mrflow_sched.sampling.progress import Progress, wait_for
+from mrflow_sched.sampling.solvers import get_solver
 from mrflow_sched.upscaling.fit import upscale_to
 
 ENGINE = GaussianFieldEngine(means={"red": (2.0, -1.0, -1.0), "blue": (-1.0, -1.0, 2.0)})
@@ -158,6 +161,15 @@ def test_a_stage_without_steps_can_be_followed_by_one_with() -> None:
     assert result.forwards == 5
 
 
+def test_latents_are_those_that_the_images_were_decoded_from() -> None:
+    whole = run()
+    assert whole.latents is not None
+    assert torch.equal(ENGINE.decode(whole.latents), whole.images)
+    # An upscaled image was not decoded from anything: the latents of stage 1 are another, smaller image's.
+    assert run(plan=plan_of(refine_steps=0)).latents is None
+    assert run(plan=plan_of(64, 64, stages=3, refine_steps=[1, 0])).latents is None
+
+
 def test_upscale_mode_starts_from_a_picture() -> None:
     engine = Recording()
     picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -167,6 +179,7 @@ def test_upscale_mode_starts_from_a_picture() -> None:
     assert [timing.name for timing in result.timings] == ["text", *TIMINGS[3:]]
     assert {event.stage for event in events} == {2}
     assert events[0].fraction == 0.0
+    assert next(event.fraction for event in events if event.name == "stage 2 decode") == 1.0
     assert events[-1].fraction == 1.0
     alone = run(image=picture[None], plan=plan_of(seed=12))
     torch.testing.assert_close(result.images[1:], alone.images, rtol=0, atol=1e-6)
@@ -193,6 +206,35 @@ def test_classifier_free_guidance_counts_twice() -> None:
     result = run(engine, plan)
     assert plan.forwards == result.forwards == 3 * 2 + 1
     assert [call[2] for name, call in engine.calls if name == "denoise"] == [4.0, 4.0, 4.0, 1.0]
+
+
+class OwnLoop(Recording):
+    """An engine that walks stages itself, at one guidance scale."""
+
+    capabilities = Capabilities(whole_stages=True)
+
+    def sample_stage(self, solver, latents, sigmas, text, *, guidance, progress=None, callback=None):
+        self.calls.append(("stage", guidance))
+
+        def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return self.inner.denoise(x, sigma, text, guidance=guidance)
+
+        return get_solver(solver)(model, latents, sigmas, callback=callback)
+
+
+def test_an_engines_own_loop_of_one_guidance_is_not_given_an_interval() -> None:
+    """It is asked step by step in that stage, which is slower and the same."""
+    family = replace(FAMILY, guidance_kind="cfg", guidance=4.0)
+    engine = OwnLoop(replace(ENGINE, family=family))
+    stepped = Recording(engine.inner)
+    plan = make_plan(family, 32, 32, low_steps=4, refine_steps=1, solver="euler", guidance_interval=(0.3, 0.9))
+    result = run(engine, plan)
+    assert [call for call in engine.calls if call[0] == "stage"] == [("stage", 4.0)]  # the refine stage
+    scales = [call[2] for name, call in engine.calls if name == "denoise"]
+    assert scales == [4.0 if 0.3 <= sigma <= 0.9 else 1.0 for sigma in plan.stages[0].sigmas[:-1]]
+    assert len(set(scales)) == 2
+    assert torch.equal(result.images, run(stepped, plan).images)
+    assert result.forwards == plan.forwards
 
 
 def test_variance_exploding_engines_get_sigma_ve() -> None:
@@ -325,6 +367,51 @@ def test_stage_1_may_begin_at_a_picture() -> None:
     assert fractions[-1] == 1.0
 
 
+class FirstState(Recording):
+    """Keeps the state of the first evaluation."""
+
+    state: torch.Tensor | None = None
+
+    def denoise(self, x, sigma, text, *, guidance):
+        self.state = x if self.state is None else self.state
+        return super().denoise(x, sigma, text, guidance=guidance)
+
+
+@pytest.mark.parametrize(("posterior", "after"), [("mode", 0), ("sample", 1)])
+def test_an_image_to_begin_at_gets_noise_that_its_encoding_did_not_use(posterior: str, after: int) -> None:
+    """A posterior that is drawn takes the first numbers of the seed, the noise those after them."""
+    picture = torch.full((3, 16, 16), 0.4)
+    engine = FirstState()
+    run(engine, plan_of(posterior=posterior), image=picture, start_sigma=0.5)
+    encoded = ENGINE.encode(picture[None], posterior=posterior, seeds=[11])
+    wanted = 0.5 * encoded + 0.5 * draw_noise((48, 4, 4), [11], after=after)
+    assert engine.state is not None
+    torch.testing.assert_close(engine.state, wanted, rtol=0, atol=1e-6)
+
+
+def test_only_a_first_step_of_no_length_is_left_out() -> None:
+    """A sigma of the schedule within 2 % of the start would cost a forward and change nothing; the next counts."""
+    sigmas = plan_of().stages[0].sigmas
+    assert sigmas[2] < 0.97
+    for start, first in ((sigmas[2] / 0.99, 3), (sigmas[2] / 0.97, 2), (sigmas[2] / 0.9, 2)):
+        engine = Recording()
+        run(engine, plan_of(), image=torch.full((3, 16, 16), 0.4), start_sigma=start)
+        levels = [call[1] for name, call in engine.calls if name == "denoise"]
+        assert levels == pytest.approx([start, *sigmas[first:-1], 0.2], abs=1e-6)
+
+
+def test_progress_from_an_image_counts_the_steps_that_are_left() -> None:
+    plan = plan_of()
+    events: list[Progress] = []
+    run(plan=plan, image=torch.full((3, 16, 16), 0.4), start_sigma=plan.stages[0].sigmas[2], callback=events.append)
+    low, full = plan.stage_costs()
+    left = low * (plan.stages[0].steps - 2) / plan.stages[0].steps
+    after_stage_1 = next(event for event in events if event.name == "stage 1 decode")
+    assert after_stage_1.fraction == pytest.approx(left / (left + full))
+    sampled = [event for event in events if event.name == "stage 1 sample"]
+    assert [(event.step, event.steps) for event in sampled] == [(0, 2), (1, 2), (2, 2)]
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -434,6 +521,25 @@ def test_cancel_after_the_upscaler_gives_its_image(name: str, step: int) -> None
     result, _ = stopped_at(name, step)
     assert result.images.shape == (1, 3, 32, 32)
     assert torch.equal(result.images, Doubler()(result.stages[0].image))
+
+
+@pytest.mark.parametrize(("refine_steps", "last"), [(0, "upscale"), (1, "noise")])
+def test_cancel_at_the_end_of_the_handoff_is_heard_before_anything_else_begins(refine_steps: int, last: str) -> None:
+    asked: list[bool] = []
+
+    class Late(Plain):
+        def handoff(self, run: StageRun, images: torch.Tensor) -> torch.Tensor | None:
+            state = super().handoff(run, images)
+            asked.append(True)  # too late for the handoff's own parts to hear it
+            return state
+
+    events: list[Progress] = []
+    plan = plan_of(refine_steps=refine_steps)
+    result = run(plan=plan, method=Late(), callback=events.append, cancel=lambda: bool(asked))
+    assert result.cancelled
+    assert result.unfinished
+    assert result.images.shape == (1, 3, 32, 32)
+    assert events[-1].name == result.timings[-1].name == last
 
 
 def test_finished_latents_are_decoded_even_if_a_stop_is_asked_for() -> None:

@@ -7,7 +7,6 @@ import inspect
 import pickle
 from importlib import import_module
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,6 +210,25 @@ def test_add_noise_and_scale_noise_mix_as_the_model_was_trained() -> None:
         each.set_timesteps(7)
     times = theirs.timesteps[[1, 4, 6]]
     torch.testing.assert_close(ours.add_noise(clean, drawn, times), theirs.add_noise(clean, drawn, times))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_a_mask_keeps_is_noised_to_the_sigma_that_is_due(solver: str) -> None:
+    """diffusers' inpainting pipelines noise the kept region anew after every step, for the next one."""
+    scheduler = flow(shift=3.0, solver=solver)
+    clean, drawn = noise(1, 2, 4), noise(1, 2, 4, seed=1)
+    scheduler.set_begin_index(0)
+    state, heard = drawn, []
+    for index, (time, level) in enumerate(zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True)):
+        state = scheduler.step(network(state, float(level)), time, state, return_dict=False)[0]
+        due = float(scheduler.sigmas[index + 1])
+        # Such a pipeline names the next timestep; where a level is evaluated twice, that does not tell which.
+        told = scheduler.timesteps[min(index + 1, len(scheduler.timesteps) - 1)]
+        kept = scheduler.scale_noise(clean, told[None], drawn)
+        torch.testing.assert_close(kept, (1 - due) * clean + due * drawn)
+        heard.append(due)
+    assert len(set(heard)) > 2
+    assert heard[-1] == 0.0
 
 
 def test_a_copy_starts_anew_and_leaves_the_other_alone() -> None:
@@ -708,6 +726,27 @@ def test_a_real_pipeline_makes_the_same_picture_with_our_euler(name: str) -> Non
     assert pipe.scheduler.final_state.dtype == torch.float32
 
 
+def test_inpainting_is_diffusers_own_with_our_euler() -> None:
+    """Every step puts the kept region back, noised to the next sigma: the wrong one shows at the mask's border."""
+    from tiny_pipelines import make
+
+    pipe = diffusers.StableDiffusion3InpaintPipeline(**make("sd3").components)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros((1, 1, 64, 64))
+    mask[..., 32:] = 1.0
+    asked: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 6, "output_type": "latent"}
+
+    def run() -> Tensor:
+        drawn = torch.Generator().manual_seed(4)
+        found: Tensor = pipe("a red cube", image=image, mask_image=mask, strength=0.7, generator=drawn, **asked).images
+        return found
+
+    theirs = run()
+    pipe.scheduler = MrFlowScheduler.from_config(pipe.scheduler.config, solver="euler")
+    torch.testing.assert_close(run(), theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_a_pipeline_is_saved_and_loaded_with_it(tmp_path: Any) -> None:
     from tiny_pipelines import make
 
@@ -730,20 +769,21 @@ def timesteps_of(network: Any) -> list[float]:
     return heard
 
 
-def test_the_example_of_the_documentation_runs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_and_its_image_to_image_twin_make_a_staged_image() -> None:
+    """As docs/library.md shows it: twelve evaluations on the pipeline's own list, and one at the refine sigma."""
     from tiny_pipelines import make
 
-    make("flux1-dev").save_pretrained(tmp_path / "FLUX.1-dev")
-    page = (Path(__file__).parents[1] / "docs" / "library.md").read_text(encoding="utf-8")
-    code = page.split("## Our lists and solvers in any diffusers pipeline")[1].split("```python\n")[1].split("```")[0]
-    small = code.replace("512", "64").replace("1024", "128")
-    monkeypatch.chdir(tmp_path)
-    before, after = small.split("image = pipe(")
-    names: dict[str, Any] = {}
-    exec(before, names)
-    heard = timesteps_of(names["pipe"].transformer)
-    exec("image = pipe(" + after, names)
-    assert names["sharp"].size == (128, 128)
+    pipe = make("flux1-dev")
+    own = pipe.scheduler.config
+    pipe.scheduler = MrFlowScheduler.from_config(own, solver="multistep")
+    heard = timesteps_of(pipe.transformer)
+    image = pipe("a star", width=64, height=64, num_inference_steps=12).images[0]
+    refine = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    refine.scheduler = MrFlowScheduler.from_config(own, stage="refine", sigma=0.12)
+    refine.set_progress_bar_config(disable=True)
+    large = image.resize((128, 128))
+    sharp = refine("a star", image=large, width=128, height=128, strength=1.0, num_inference_steps=1).images[0]
+    assert sharp.size == (128, 128)
     assert len(heard) == 13
     assert heard[0] == 1.0
     assert heard[-1] == pytest.approx(0.12)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched.engines.analytic import MixtureEngine
 from mrflow_sched.plan.schedule import native_sigmas
-from mrflow_sched.sampling.solvers import SOLVERS, get_solver, solver_forwards
+from mrflow_sched.sampling.solvers import SOLVERS, get_solver, solver_forwards, solver_steps
 
 SECOND_ORDER = ("heun", "multistep", "careful", "dpmpp_2m")
 VE_SIGMAS = (14.6, 9.0, 5.4, 3.1, 1.7, 0.9, 0.45, 0.2, 0.08, 0.0)
@@ -399,14 +399,24 @@ def test_careful_with_guidance_3_is_as_true_as_any_single_solver_at_every_count(
 
 
 def test_careful_trusts_a_line_and_distrusts_a_turn() -> None:
-    """A slope that goes on straight is trusted fully, one that turns back not at all; the first has no history."""
-    from mrflow_sched.sampling.solvers import _careful_weights
+    """A slope that goes on straight is trusted fully, one that turns back not at all; the first has no history.
 
-    before, slope = torch.zeros(2, 3), torch.ones(2, 3)
-    predicted = torch.stack([torch.ones(3), -torch.ones(3)])
-    ahead, behind = _careful_weights(slope, before, predicted)
-    assert ahead.flatten().tolist() == [1.0, 0.0]
-    assert behind.flatten().tolist() == [0.5, 0.0]
-    ahead, behind = _careful_weights(slope, before, None)
-    assert ahead.flatten().tolist() == [1.0, 1.0]
-    assert behind.flatten().tolist() == [0.5, 0.5]
+    Steps of one width h and slopes that we choose: 0, 1, then one per sample.
+    """
+    sigmas, h = (1.0, 0.75, 0.5, 0.25), -0.25
+    steps = solver_steps("careful", torch.zeros(3, 2), sigmas)
+    x, sigma = next(steps)
+    x, sigma = steps.send(x)
+    assert torch.equal(x, torch.zeros(3, 2))
+    # No prediction yet: trust 1. The slope changed by as much as it is, bend = 1, so half of the correction from 0 to
+    # the trapezoid's h/2 is made; then a step with 1 + (1 - 0)/2, the mean slope ahead on the line.
+    x, sigma = steps.send(x - sigma * torch.ones(3, 2))
+    torch.testing.assert_close(x, torch.full((3, 2), h / 4 + 1.5 * h))
+    # That line predicts 2. 1.5 misses it by 0.5 of 0.5 + 1; 0 by all of 1 + 1.
+    with pytest.raises(StopIteration) as end:
+        steps.send(x - sigma * torch.tensor([2.0, 1.5, 0.0])[:, None])
+    trust = 1 - (1 / 3) ** 4
+    behind = trust / (1 + (0.5 / 1.5) ** 2)
+    half = 1.75 * h + behind * (h / 4 + 1.25 * h - 1.75 * h)
+    expected = torch.tensor([1.75 * h + 2.5 * h, half + h * (1.5 + trust * 0.25), 1.75 * h])
+    torch.testing.assert_close(end.value.value, expected[:, None].expand(3, 2))

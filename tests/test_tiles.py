@@ -48,6 +48,22 @@ def test_tiles_of_a_network_without_surroundings_are_the_whole(width: int, heigh
     assert tiled.name == "pointwise"
 
 
+class Blurring(Pointwise):
+    """An engine whose clean estimate sees two latents around each, and nothing beyond the edge of what it is given."""
+
+    def denoise(self, x: Tensor, sigma: Tensor, text: Any, *, guidance: float) -> Tensor:
+        return torch.nn.functional.avg_pool2d(x, 5, stride=1, padding=2)
+
+
+def test_neighbours_share_a_quarter_of_a_tile_so_that_seams_see_their_surroundings() -> None:
+    """Tiles of 32 latents share 8, of which the outer 2 of each do not count: those that lack their surroundings."""
+    engine: Any = Blurring()
+    x = torch.randn((1, *engine.latent_shape(608, 128)), generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.3])
+    tiled = TiledEngine(engine, 128).denoise(x, sigma, None, guidance=1.0)
+    torch.testing.assert_close(tiled, engine.denoise(x, sigma, None, guidance=1.0), rtol=0, atol=1e-6)
+
+
 def test_cancelling_is_heard_between_tiles() -> None:
     engine, asked = Pointwise(), []
 

@@ -446,6 +446,22 @@ def test_too_large_a_result_is_averaged_down_not_sampled() -> None:
     assert result[..., 4:-4, 4:-4].sub(0.5).abs().max() < 0.02
 
 
+@pytest.mark.parametrize(("waves", "seen", "low", "high"), [(6, 6, 0.95, 1.0), (51, 13, 0.0, 0.15)])
+def test_a_x4_model_for_a_factor_of_2_does_not_alias(waves: int, seen: int, low: float, high: float) -> None:
+    """Of 51 waves on the model's 128 pixels, 64 pixels can show none: unfiltered, half of them would come as 13."""
+
+    class Waves(Nearest):
+        def __call__(self, image: Tensor) -> Tensor:
+            side = image.shape[-1] * self.scale
+            wave = 0.5 + 0.4 * torch.cos(2 * torch.pi * waves * (torch.arange(side) + 0.5) / side)
+            return wave.expand(1, 3, side, side)
+
+    model: Any = Waves(4)
+    result = upscale_to(images(1, 32, 32), 64, 64, ModelUpscaler("waves", model))
+    spectrum = torch.fft.rfft(result[0, 0, 32]).abs() * 2 / 64
+    assert low <= float(spectrum[seen]) / 0.4 <= high
+
+
 def test_floats_are_not_rounded_to_8_bits() -> None:
     line = torch.linspace(0.4, 0.41, 64).expand(1, 3, 64, 64)
     result = upscale_to(line, 96, 96, nearest()[0])
