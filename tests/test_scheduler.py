@@ -236,7 +236,7 @@ def test_a_step_too_many_and_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model_output has shape \(2, 8\) and sample \(2, 4\)"):
         scheduler.step(noise(2, 8), scheduler.timesteps[0], x)
     scheduler.step(x, scheduler.timesteps[0], x)
-    with pytest.raises(ValueError, match=r"sample has shape \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"sample must keep the shape of the state before it, \(2, 4\), got \(3, 4\)"):
         scheduler.step(noise(3, 4), scheduler.timesteps[1], noise(3, 4))
 
 
