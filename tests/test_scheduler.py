@@ -609,7 +609,7 @@ def test_stages_refuse_what_cannot_be_meant() -> None:
         MrFlowScheduler.for_stage(FLOW, (14.6, 0.0), "euler", prediction="epsilon")
     with pytest.raises(ValueError, match="solver 'rk4' is unknown"):
         MrFlowScheduler.for_stage(FLOW, (0.5, 0.0), "rk4")
-    with pytest.raises(ValueError, match="prediction_type 'trigflow', which is neither"):
+    with pytest.raises(ValueError, match="prediction_type 'trigflow', which is not flow, epsilon or v"):
         MrFlowScheduler.for_stage({"prediction_type": "trigflow"}, (0.5, 0.0), "euler")  # Sana-Sprint
 
 
