@@ -1,4 +1,4 @@
-"""What was measured, and how: every module is a command (`python -m bench.speed`), run from the repository's folder."""
+"""Benchmarks: every module is a command (`python -m bench.speed`), run from the repository's folder."""
 
 from __future__ import annotations
 

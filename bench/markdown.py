@@ -1,4 +1,4 @@
-"""Tables as the pages hold them."""
+"""Markdown tables for the pages of docs/ and the results."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""The official scripts' procedure beside ours, on the embedded model, in one run.
+"""Compares the official scripts' procedure with ours, on the embedded model, in one run.
 
     python -m bench.reference --out DIR          reference.md, reference.json (some minutes); --size, --seeds
     python -m bench.reference --quick            one prompt, prints only
 
 The reference is written from the description in docs/official.md, with diffusers' own pipeline and scheduler: few Euler
-steps at half size with the shift of that size, an 8-bit picture, super-resolution in 192-pixel tiles, an 8-bit picture,
-a posterior drawn by the VAE, noise from the same generator, one Euler step. Four ways are compared with it:
+steps at half size with the shift of that size, an 8-bit image, super-resolution in 192-pixel tiles, an 8-bit image, a
+sample of the VAE's posterior, noise from the same generator, one Euler step. Four ways are compared with it:
 
-* native, 50 steps at full size: what the seconds and the distances are measured against.
-* MrFlow with the reference's choices, and 8-bit rounding at the same two places: shows that it is the same procedure.
-* MrFlow with the reference's choices in float: shows what the rounding does.
-* MrFlow as it comes.
+* native, 50 steps at full size: the base of speedups and distances.
+* MrFlow with the reference's choices, rounded to 8 bits at the same two places: shows that the procedure is the same.
+* MrFlow with the reference's choices in float: shows the effect of the rounding.
+* MrFlow with its defaults.
 
 All ways share networks, dtype (float32), prompts, seeds, sizes, numbers of steps and the start sigma.
 """
@@ -42,7 +42,7 @@ from mrflow_sched.upscaling.model import ModelUpscaler
 
 LOW_STEPS, SIGMA, NATIVE_STEPS = 12, 0.12, 50
 FRAME, TILE, MARGIN, TOGETHER = 15, 192, 24, 4
-"""Of the reference's super-resolution: reflected frame, tile side, its margin (pixels), tiles at once."""
+"""The reference's super-resolution: reflected frame, tile side and its margin in pixels, tiles per batch."""
 
 Picture = Callable[[str, int], Image.Image]
 
@@ -56,7 +56,7 @@ class Reference:
     def __init__(self, pipe: Any, tiles: Tiles, size: int, guidance: float) -> None:
         import diffusers
 
-        library: Any = diffusers  # its annotations speak of tuples of one
+        library: Any = diffusers  # its annotations name tuples of one
         self._pipe, self._tiles, self._size = pipe, tiles, size
         unshifted = library.FlowMatchEulerDiscreteScheduler(shift=1.0)  # the start sigma reaches the network as it is
         self._refiner = library.FluxPipeline(**{**pipe.components, "scheduler": unshifted})
@@ -87,7 +87,7 @@ class Reference:
 @dataclass(frozen=True)
 class Tiles:
     """Super-resolution in tiles, as the reference does it: a reflected frame, whole tiles with a margin of repeated
-    border pixels, four at a time. With `rounded` the picture is 8-bit before and after, the latter by cutting off."""
+    border pixels, four at a time. With `rounded` the image is 8-bit before and after, the latter by truncation."""
 
     upscaler: ModelUpscaler
     rounded: bool = False
@@ -126,13 +126,13 @@ class Tiles:
 
 
 def to_picture(image: Tensor, truncate: bool = False) -> Image.Image:
-    """(3, H, W) or (1, 3, H, W) in [0, 1] as an 8-bit picture."""
+    """(3, H, W) or (1, 3, H, W) in [0, 1] as an 8-bit PIL image."""
     values = image.reshape(image.shape[-3:]).permute(1, 2, 0) * 255
     return Image.fromarray((values if truncate else values.round()).to(torch.uint8).cpu().numpy())
 
 
 def from_picture(picture: Image.Image) -> Tensor:
-    """An 8-bit picture as (1, 3, H, W) float32 in [0, 1]."""
+    """An 8-bit PIL image as (1, 3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
 
 
@@ -141,7 +141,7 @@ def from_picture(picture: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """One way. Levels are 8-bit steps over all pixels and channels; PSNR in dB, of all pictures as one."""
+    """One way. "Levels" are 8-bit steps over all pixels and channels; PSNR in dB, of all images as one."""
 
     name: str
     seconds: float
@@ -153,7 +153,7 @@ class Row:
 
 
 def ways(size: int) -> dict[str, Picture]:
-    """All ways by name, each a function (prompt, seed) -> picture."""
+    """All ways by name, each a function (prompt, seed) -> image."""
     pipe = load_pipeline(demo.weights_path(), device="cpu", dtype="float32")
     upscaler = cast(ModelUpscaler, load_upscaler(demo.upscaler_path(), device="cpu", dtype="float32"))
     guidance = MrFlow(pipe, family="demo").family.guidance
@@ -180,7 +180,7 @@ def ways(size: int) -> dict[str, Picture]:
 
 
 def measure(size: int, prompts: Sequence[str], seeds: Sequence[int], tell: Callable[[str], object]) -> list[Row]:
-    """Every way on every prompt and seed, one after the other, so that a slow moment of the machine meets all alike."""
+    """Every way on every prompt and seed, one after the other, so that a slow moment of the machine affects all."""
     every = ways(size)
     pictures: dict[str, list[np.ndarray]] = {name: [] for name in every}
     seconds: dict[str, list[float]] = {name: [] for name in every}
@@ -214,7 +214,7 @@ def measure(size: int, prompts: Sequence[str], seeds: Sequence[int], tell: Calla
 
 
 def _psnr(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
-    """Of the mean square error over all pictures."""
+    """PSNR of the mean square error over all images."""
     first, second = (torch.from_numpy(np.stack(list(each)))[None].double() / 255 for each in (some, others))
     return float(psnr(first, second))
 
@@ -222,7 +222,7 @@ def _psnr(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
 def to_markdown(rows: Sequence[Row]) -> str:
     """The rows as a table."""
     native = next(row for row in rows if row.name == "native")
-    head = ["way", "seconds", "native / this", "peak MiB", "to the reference: worst, mean level"]
+    head = ["way", "seconds", "native / this", "peak MiB", "to the reference: largest, mean 8-bit step"]
     cells = [
         [
             row.name,
@@ -244,7 +244,7 @@ def _db(value: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", type=int, default=256, help="side of the picture in pixels (default 256)")
+    parser.add_argument("--size", type=int, default=256, help="side of the image in pixels (default 256)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds per prompt (default 2)")
     parser.add_argument("--quick", action="store_true", help="one prompt and seed")
     parser.add_argument("--out", type=Path, help="folder for reference.json and reference.md")

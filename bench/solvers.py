@@ -1,4 +1,4 @@
-"""How true is each solver? RMS distance to the converged solution, by solver, step count and guidance.
+"""Measures how accurate each solver is: RMS distance to the converged solution, by solver, step count and guidance.
 
     python -m bench.solvers --out DIR      random Gaussian-mixture flows (about a minute): solvers.md, solvers.json
     python -m bench.solvers --demo --out DIR   the embedded network, in float32 (some minutes): solvers-demo.*
@@ -10,8 +10,8 @@ From Python, `measure` runs on any engine, text and latent shape:
     measure(Problem("mine", engine, text, (len(prompts), *engine.latent_shape(128, 128)), mu=0.5))
 
 "Converged" is Heun with many steps on the same noise. All solvers here take one evaluation per step, so equal steps
-are equal cost. `best` in the table is, for each problem and step count, the best of Euler, multistep and DPM++ 2M: an
-oracle that knows beforehand which of them to use; `careful` below 1 is truer than that.
+mean equal cost. `best` in the table is the best of Euler, multistep and DPM++ 2M, chosen in hindsight for each problem
+and step count; `careful` below 1 is more accurate than that.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def demo_problem() -> Problem:
 
 
 def mean_ratios(rows: Iterable[Row], steps: Sequence[int]) -> dict[str, dict[int, float]]:
-    """Geometric mean over problems of each solver's distance divided by the oracle's, by step count."""
+    """Geometric mean over problems of each solver's distance divided by the best in hindsight, by step count."""
     cells: dict[tuple[str, float, int], dict[str, float]] = {}
     for row in rows:
         cells.setdefault((row.problem, row.guidance, row.steps), {})[row.solver] = row.rms
@@ -147,7 +147,7 @@ def table(title: str, values: Mapping[str, Mapping[int, float]], steps: Sequence
 
 
 def report(rows: Sequence[Row], guidance: Sequence[float], steps: Sequence[int]) -> str:
-    """The whole result as markdown: ratios to the oracle per guidance, then the distances of the first problem."""
+    """The result as markdown: ratios to the best in hindsight per guidance, then the distances of the first problem."""
     parts = [
         table(f"ratio to best, guidance {scale:g}", mean_ratios([r for r in rows if r.guidance == scale], steps), steps)
         for scale in guidance
@@ -163,7 +163,7 @@ def report(rows: Sequence[Row], guidance: Sequence[float], steps: Sequence[int])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Truth of solvers on Gaussian-mixture flows with exact velocity.")
+    parser = argparse.ArgumentParser(description="Accuracy of solvers on Gaussian-mixture flows with exact velocity.")
     parser.add_argument("--out", type=Path, help="folder for solvers.json and solvers.md")
     parser.add_argument("--seed", type=int, default=1000, help="seed of the first problem")
     parser.add_argument("--problems", type=int, default=12, help="how many random problems")

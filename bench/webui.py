@@ -1,9 +1,10 @@
-"""Seconds on a real WebUI: native 20 steps, MrFlow 12+1 and built-in Hires. fix, and the sigma that each refines from.
+"""Measures seconds on a real WebUI: native 20 steps, MrFlow 12+1 and Hires. fix, and the sigma each refines from.
 
     MRFLOW_WEBUI_ROOT=/path/to/webui MRFLOW_WEBUI_CHECKPOINT=name python -m bench.webui --size 768 --repeats 3
 
 The host is started headless with its own Python, as tests/webui/live.py describes, with the options in
-MRFLOW_WEBUI_ARGS. Each job runs once to warm up. A line of JSON per job; seconds are the API call's, median and all.
+MRFLOW_WEBUI_ARGS. Each job runs once to warm up. Prints a line of JSON per job, with the seconds of the API call: the
+median, and every run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.webui.live import Host, find_installation
 
 
 def jobs(size: int, flux: bool) -> dict[str, tuple[list[Any], dict[str, Any]]]:
-    """The extension's arguments and the host's fields of every job; `flux` adds what Forge asks of Flux jobs."""
+    """The extension's arguments and the host's fields of every job; `flux` adds what Forge needs for Flux jobs."""
     base: dict[str, Any] = {"width": size, "height": size, "steps": 20, "scheduler": "Simple", "sampler_name": "Euler"}
     if flux:
         base |= {"distilled_cfg_scale": 3.5, "hr_additional_modules": ["Use same choices"]}

@@ -1,7 +1,6 @@
-// MrFlow's page helper. The plan line is made by Python from the values on the page, whenever one of them changes. What
-// the page cannot see (a checkpoint that was loaded meanwhile) is asked for when the pointer comes to the accordion.
-// Answers to quick changes may arrive out of order: after each new line it is asked for once more, and stays when the
-// answer is the same.
+// MrFlow's page helper. Python makes the plan line from the values on the page, whenever one of them changes. A change
+// that the page cannot see (a checkpoint that was loaded meanwhile) is asked for when the pointer enters the accordion.
+// Answers to quick changes may arrive out of order, so each new line is asked for once more.
 
 const mrflow = {
     pause: 1500,
@@ -23,7 +22,7 @@ const mrflow = {
         if (Date.now() - mrflow.asked > mrflow.pause) mrflow.ask();
     },
 
-    // The page may be drawn before it listens, and then the first click is lost.
+    // The page may be shown before it handles clicks, and then the first one is lost.
     first(tries) {
         if (mrflow.element("plan")?.textContent.trim() || tries === 0) return;
         mrflow.ask();

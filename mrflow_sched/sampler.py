@@ -43,7 +43,12 @@ _SHORTEST_STEP = 0.98
 
 @dataclass(frozen=True)
 class StageImage:
-    """An image on the way: "stage 1" (decoded) or "stage 2 upscaled"; `image` (B, 3, H, W) in [0, 1]."""
+    """An intermediate image of a run.
+
+    Attributes:
+        name: "stage 1" (decoded) or "stage 2 upscaled", and so on.
+        image: (B, 3, H, W), float32 in [0, 1], on the engine's device.
+    """
 
     name: str
     image: Tensor
@@ -51,21 +56,21 @@ class StageImage:
 
 @dataclass(frozen=True)
 class StagedResult:
-    """What a run made.
+    """What a run produced.
 
     Attributes:
         images: (B, 3, H, W), float32 in [0, 1], on the engine's device; where `unfinished`, the best so far.
-        stages: The images on the way, if asked for.
+        stages: The intermediate images; empty unless `keep_stages` was set.
         timings: In order: "text", "stage 1 sample", "stage 1 decode", "upscale", "encode", "noise", "stage 2 sample",
             "stage 2 decode", and so on.
-        plan: The run's numbers.
+        plan: The plan that was run.
         seeds: The stage-1 noise seed of each image.
         cancelled: The caller stopped the run.
-        warnings: Sentences for the user.
-        forwards: Network evaluations per image that were really made.
+        warnings: One sentence each, for the user.
+        forwards: Network evaluations per image that were made.
         unfinished: Cancelled, or out of memory after the first image (`warnings` says which).
-        latents: (B, *latent_shape): what the last stage's sampling made of them, None where `images` are not decoded
-            from it.
+        latents: (B, *latent_shape), float32: the result of the last stage's sampling; None where `images` were not
+            decoded from it.
     """
 
     images: Tensor
@@ -96,46 +101,46 @@ def sample_staged(
     seeds: Sequence[int] | None = None,
     method: Method | None = None,
 ) -> StagedResult:
-    """Make the images of a plan (arXiv 2607.01642; docs/method.md, section 1.2); one of one stage samples natively.
+    """Make the images of a plan (arXiv 2607.01642; docs/method.md, section 1.2); a plan of one stage samples natively.
 
     Args:
-        engine: What predicts, encodes and decodes.
+        engine: Predicts, encodes and decodes.
         plan: All numbers of the run.
-        prompt: One for all images of the batch, or a sequence with one each.
+        prompt: One for all images of the batch, or one per image.
         negative_prompt: Likewise; None for none.
-        batch: Number of images where `prompt` is one text.
+        batch: Number of images where `prompt` is a single text.
         upscaler: Super-resolution between stages; None means Lanczos.
-        callback: Hears every part and step; may raise `Cancelled`.
-        cancel: Asked at each of them. Where it answers True the result is the best image so far: in stage 1 its clean
+        callback: Called with `Progress` at every part and step; may raise `Cancelled`.
+        cancel: Polled at each of them. Once it returns True, the result is the best image so far: in stage 1 its clean
             estimate, after that the last decoded or upscaled image.
-        keep_stages: Keep the images on the way in the result.
-        image: (3, H, W) or (B, 3, H, W) in [0, 1]: takes the place of stage 1, to be upscaled and refined.
-        start_sigma: With `image`, from 0 to 1: stage 1 starts from that image, brought to its size and noised to this
-            sigma, and walks what its schedule has below it.
-        seeds: One per image; left out, they follow the plan's seed by its rule, and with the rule "offset" image i of
-            a batch is what seed + i makes alone.
-        method: How stages are sampled and joined; left out, what the plan asks for (`mrflow_sched.methods.method_of`).
+        keep_stages: Keep the intermediate images in the result.
+        image: (3, H, W) or (B, 3, H, W), floats in [0, 1]: replaces stage 1, to be upscaled and refined.
+        start_sigma: With `image`, above 0 and at most 1: stage 1 starts from that image, resized and noised to this
+            sigma, and runs the part of its schedule below it.
+        seeds: One per image; if None, they follow from the plan's seed and seed rule. With the rule "offset", image i
+            of a batch is what seed + i makes alone.
+        method: How stages are sampled and joined; None: what the plan asks for (`mrflow_sched.methods.method_of`).
 
     Returns:
-        The images, with what was told and measured. Where memory runs out after the first image, the best so far comes
-        back with a warning, as if cancelled.
+        The images with timings and warnings. If memory runs out after the first image, the best image so far is
+        returned with a warning, as if cancelled.
 
     Raises:
         MrFlowError: Arguments that do not fit. Other exceptions of the engine and KeyboardInterrupt pass through.
     """
-    prompts = _one_each(prompt, batch, "prompt")
-    negatives = None if negative_prompt is None else _one_each(negative_prompt, len(prompts), "negative_prompt")
+    prompts = _texts(prompt, batch, "prompt")
+    negatives = None if negative_prompt is None else _texts(negative_prompt, len(prompts), "negative_prompt")
     given = None if image is None else _start_images(image, engine, len(prompts))
     stages, costs = _stages_of(plan, start_sigma, given)
     own_seeds = _checked_seeds(seeds, len(prompts))
-    how = method_of(plan) if method is None else method
+    method = method_of(plan) if method is None else method
     first = 0 if given is None or start_sigma is not None else 1
     kept = _Kept(keep_stages, given if first else None)
     track = Tracker(stages, costs, engine.device, callback)
     hooks = Hooks(cancel, kept.warnings.append, kept.finished)
     cancelled = False
-    _tell_of_family(engine, plan, hooks)
-    with torch.set_grad_enabled(how.gradients):
+    _warn_of_family(engine, plan, hooks)
+    with torch.set_grad_enabled(method.gradients):
         try:
             track.begin("text", first)
             hooks.stop_if_cancelled()
@@ -144,19 +149,19 @@ def sample_staged(
                 stage, noise = stages[index], _noise_seeds(plan, own_seeds, index, len(prompts))
                 behind = run_progress(stages[0].sigmas, stage.sigmas)
                 run = StageRun(engine, plan, stage, index, text, noise, upscaler, behind, hooks, track)
-                state = how.start(run, given) if index == 0 else how.handoff(run, kept.best())
+                state = method.start(run, given) if index == 0 else method.handoff(run, kept.best())
                 hooks.stop_if_cancelled()
                 if state is not None:
                     track.begin(f"stage {index + 1} sample", index)
                     hooks.stop_if_cancelled()
-                    _decode(run, how.stage(run, state), kept, last=index == len(stages) - 1)
+                    _decode(run, method.stage(run, state), kept, last=index == len(stages) - 1)
             track.finish()
         except Cancelled:
             cancelled = True
         except Exception as error:
             if not is_memory_error(error) or kept.images is None:
                 raise
-            kept.tell_of_memory(track)
+            kept.warn_of_memory(track)
         track.end()
         images = _best_so_far(kept, track, engine, len(prompts))
     return StagedResult(
@@ -196,7 +201,7 @@ def _decode(run: StageRun, latents: Tensor, kept: _Kept, *, last: bool) -> None:
 
 @dataclass
 class _Kept:
-    """What a run has made so far: the best images, those on the way for whoever wants them, sentences for the user."""
+    """What a run has made so far: the best images, the intermediate ones if they are kept, warnings for the user."""
 
     keep_stages: bool
     images: Tensor | None = None
@@ -206,19 +211,35 @@ class _Kept:
     unfinished: bool = False
 
     def finished(self, name: str | None, images: Tensor) -> None:
-        """`images` are the best so far; without a `name` they are no stage of their own."""
+        """Take `images` as the best so far.
+
+        Args:
+            name: What to keep them as among the stages; None: they are the result, no intermediate image.
+            images: (B, 3, H, W), float32 in [0, 1].
+        """
         self.images = images
         if self.keep_stages and name is not None:
             self.stages.append(StageImage(name, images))
 
     def best(self) -> Tensor:
-        """The images of the stage before. Raises RuntimeError where a method has left the first stage without any."""
+        """The images of the stage before.
+
+        Returns:
+            (B, 3, H, W), float32 in [0, 1].
+
+        Raises:
+            RuntimeError: A method left stage 1 without any.
+        """
         if self.images is None:
             raise RuntimeError("stage 1 made no image; a method's start must not return None.")
         return self.images
 
-    def tell_of_memory(self, track: Tracker) -> None:
-        """Memory ran out in the part at work: the best images so far are what the run can give."""
+    def warn_of_memory(self, track: Tracker) -> None:
+        """Note that memory ran out in the current part, so the best images so far are the result.
+
+        Args:
+            track: Knows the current part and stage.
+        """
         self.unfinished = True
         self.warnings.append(
             f"Memory ran out in {track.part!r} of stage {track.index + 1}: this is the best image before it; choose a "
@@ -227,7 +248,7 @@ class _Kept:
 
 
 def _best_so_far(kept: _Kept, track: Tracker, engine: Engine, batch: int) -> Tensor:
-    """The last finished images, else the present clean estimate decoded, else mid grey."""
+    """The last finished images, else the current clean estimate decoded, else mid grey."""
     if kept.images is not None:
         return kept.images
     if track.estimate is not None:
@@ -240,7 +261,7 @@ def _best_so_far(kept: _Kept, track: Tracker, engine: Engine, batch: int) -> Ten
 # ---------------------------------------------------------------------------------------------------- what is asked for
 
 
-def _one_each(text: str | Sequence[str], batch: int, name: str) -> list[str]:
+def _texts(text: str | Sequence[str], batch: int, name: str) -> list[str]:
     """One text per image. Raises MrFlowError where the counts do not fit or nothing is asked for."""
     if batch < 1:
         raise MrFlowError(f"batch must be 1 or more, got {batch!r}; it is the number of images.")
@@ -266,7 +287,7 @@ def _noise_seeds(plan: StagedPlan, own: tuple[int, ...] | None, stage: int, batc
 
 
 def _start_images(image: Tensor, engine: Engine, batch: int) -> Tensor:
-    """The image that takes the place of stage 1, as (B, 3, H, W) on the device."""
+    """The image that replaces stage 1, as (B, 3, H, W) on the device."""
     images = image if image.ndim == 4 else image[None]
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] not in (1, batch):
         raise MrFlowError(
@@ -280,10 +301,7 @@ def _start_images(image: Tensor, engine: Engine, batch: int) -> Tensor:
 def _stages_of(
     plan: StagedPlan, start_sigma: float | None, image: Tensor | None
 ) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
-    """The stages that are run and their costs: those of the plan, the first begun at `start_sigma` where one is given.
-
-    Raises MrFlowError where image and sigma do not fit each other or the plan.
-    """
+    """The stages that are run and their costs: the plan's, the first starting at `start_sigma` if one is given."""
     stages, costs = plan.stages, plan.stage_costs()
     if start_sigma is None:
         if image is not None and len(stages) < 2:
@@ -296,7 +314,7 @@ def _stages_of(
             f"start_sigma must be above 0 and at most 1, got {start_sigma!r}; it is the fraction of noise."
         )
     first = stages[0]
-    # A first step of no length to speak of would cost a forward and change nothing.
+    # A first step of almost no length would cost a forward and change nothing.
     below = tuple(sigma for sigma in first.sigmas if sigma < _SHORTEST_STEP * start_sigma)
     sigmas = (float(start_sigma), *below) if start_sigma < 1.0 else first.sigmas
     share = solver_forwards(first.solver, len(sigmas) - 1) / solver_forwards(first.solver, first.steps)
@@ -306,7 +324,7 @@ def _stages_of(
     return (begun, *stages[1:]), (costs[0] * share, *costs[1:])
 
 
-def _tell_of_family(engine: Engine, plan: StagedPlan, hooks: Hooks) -> None:
+def _warn_of_family(engine: Engine, plan: StagedPlan, hooks: Hooks) -> None:
     if plan.family != engine.family.name:
         hooks.say(
             f"The plan is for family {plan.family} but the engine is {engine.family.name}: its sizes, sigmas and "

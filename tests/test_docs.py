@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pkgutil
 import re
 from pathlib import Path
 
@@ -73,3 +74,24 @@ def test_the_site_shows_every_page() -> None:
 def test_the_gate_builds_the_site_strictly() -> None:
     assert re.search(r"^docs:.*\n\t.*mkdocs build --strict", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert "make docs" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_names_of_the_package_on_the_pages_exist() -> None:
+    text = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+    imported = re.findall(r"^from (mrflow_sched[\w.]*) import (.+)$", text, re.MULTILINE)
+    names = [f"{module}:{name.strip()}" for module, found in imported for name in found.split(",")]
+    names += re.findall(r"`(mrflow_sched(?:\.\w+)+)`", text)
+    assert len(names) > 10
+    for name in names:
+        pkgutil.resolve_name(name)
+
+
+WORDS = {"enlarg": "upscale", "picture": "image", "foretel": "predict", "foretold": "predict", "truer": "more accurate"}
+PLAIN = ("cli", "demo-model", "diffusers", "index", "method", "official", "quality", "solvers", "speed")
+
+
+@pytest.mark.parametrize("page", PLAIN)
+def test_a_page_has_one_word_for_one_thing(page: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL).lower()
+    assert {old: new for old, new in WORDS.items() if old in prose} == {}

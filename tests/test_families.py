@@ -102,7 +102,7 @@ class TestConformance:
         assert all(re.fullmatch(info.classes, name) for _, name in info.titles)
         assert info.text_outputs
         assert info.max_sequence_length in (None, family.text_tokens)
-        layouts = pytest.importorskip("mrflow_sched.engines.diffusers.layouts.known")
+        layouts = pytest.importorskip("mrflow_sched.engines.diffusers.layouts.per_family")
         assert issubclass(getattr(layouts, info.layout), layouts.Layout)
 
 

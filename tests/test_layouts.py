@@ -496,7 +496,7 @@ def test_an_autoencoder_without_a_distribution_has_one_answer() -> None:
 def test_arguments_that_do_not_fit_get_one_sentence() -> None:
     layout, images = layout_of("flux1-dev"), noise(2, 3, 32, 32)
     for side in (0, 24, 40):
-        with pytest.raises(ValueError, match=f"size is {side}x64; FLUX.1-dev makes positive multiples of 16"):
+        with pytest.raises(ValueError, match=f"size is {side}x64; FLUX.1-dev needs positive multiples of 16"):
             layout.latent_shape(side, 64)
     with pytest.raises(ValueError, match="posterior is 'mean'; use mode or sample"):
         layout.encode(images, "mean")
@@ -532,11 +532,11 @@ def test_what_is_no_text_to_image_pipeline_is_refused_in_one_sentence() -> None:
         ),
         (
             with_scheduler("flux1-dev", tiny_pipelines.diffusers().DDIMScheduler()),
-            "pipe.scheduler is DDIMScheduler, which samples no flow",
+            "pipe.scheduler is DDIMScheduler, which is not a flow scheduler",
         ),
         (
             with_scheduler("krea2", tiny_pipelines.diffusers().DDIMScheduler()),
-            "Krea2Pipeline with DDIMScheduler, which is no flow",
+            "Krea2Pipeline with DDIMScheduler, which is not a flow scheduler",
         ),
         (with_scheduler("sd15", prediction_type="sample"), "pipe.scheduler has prediction_type='sample'"),
         (with_scheduler("sd3", invert_sigmas=True), "pipe.scheduler has invert_sigmas=True"),
@@ -576,11 +576,11 @@ def test_conventions_that_cannot_be_seen_are_refused() -> None:
             self.scheduler.set_timesteps(timesteps=timesteps, sigmas=sigmas)
 
     sentences = {
-        OddNoise: r"latents of shape \(1, 3, 5\) are not known",
-        OddPacking: r"latents of shape \(1, 96, 64\) are not known",
-        OddCall: "whose prepare_latents cannot be asked for noise",
-        OddScaling: "whose scaling of latents is not known",
-        OddTimes: "tells its network other times than its sigmas",
+        OddNoise: r"latent shape \(1, 3, 5\) is not recognised",
+        OddPacking: r"latent shape \(1, 96, 64\) is not recognised",
+        OddCall: "whose prepare_latents takes unknown arguments",
+        OddScaling: "whose latent scaling is not recognised",
+        OddTimes: "whose timesteps do not match its sigmas",
     }
     for odd, sentence in sentences.items():
         pipe = copy.copy(tiny("krea2"))

@@ -294,7 +294,7 @@ def test_a_controlnets_window_in_two_evaluations_a_step() -> None:
 
 
 def test_a_controlled_pipeline_without_its_hint_is_one_sentence() -> None:
-    pipe, hint = _controlled(), torch.rand(1, 3, 64, 64)
+    pipe, hint = _controlled(), torch.randn(1, 3, 64, 64)
     asked: list[dict[str, Any]] = [{"image": hint}, {}]
     for given in asked:
         with pytest.raises(MrFlowError, match="control_image is missing"):

@@ -133,16 +133,19 @@ def test_what_comes_back_beside_the_images(flux: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"num_inference_steps": 4}, "num_inference_steps is not taken, as the plan decides it; use low_steps and"),
+        ({"num_inference_steps": 4}, "num_inference_steps is not accepted, as the plan decides it; use low_steps and"),
         ({"sigmas": [1.0]}, "use low_steps, refine_steps and sigma"),
         ({"latents": None}, "use seed, or image with strength"),
-        ({"low_stepz": 3}, "low_stepz is no option of a plan and no argument of FluxPipeline; did you mean low_steps"),
-        ({"zzz": 3}, "zzz is no option of a plan and no argument of FluxPipeline; make_plan and"),
+        (
+            {"low_stepz": 3},
+            "low_stepz is neither a plan option nor .* of FluxPipeline; did you mean low_steps",
+        ),
+        ({"zzz": 3}, "zzz is neither a plan option nor an argument of FluxPipeline; make_plan and"),
         ({"seed": [1, 2]}, "seed must be one, or one per image, got 2 for 1 images"),
         ({"seed": 1, "generator": torch.Generator()}, "seed and generator are both given"),
         ({"strength": 0.5}, "strength=0.5 needs an image to start from"),
         ({"prompt": None}, "prompt is missing"),
-        ({"prompt": []}, "prompt holds no text"),
+        ({"prompt": []}, "prompt is empty; describe the image"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number of at least 1, got 0"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt must be one text or one per prompt, got 2 for 1 prompts"),
         ({"sigma": 1.5}, "sigma must lie between 0 and 1, got 1.5"),

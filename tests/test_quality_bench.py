@@ -20,7 +20,7 @@ UNUSED: Any = None
 @pytest.fixture(scope="module")
 def truth() -> scores.Truth:
     scenes = command.scenes_of(4)
-    return scores.Truth(scenes, command.true_pictures(scenes, 256))
+    return scores.Truth(scenes, command.rendered(scenes, 256))
 
 
 def blurred(pictures: Tensor) -> Tensor:
@@ -158,15 +158,15 @@ def test_a_way_makes_pictures_of_the_size(kind: str) -> None:
         "hires latent": lambda: ways.hires_fix(128, 1, 1, 0.5, latent=True),
         "midway": lambda: ways.midway(128, 2, 1, 1),
         "staged": lambda: ways.staged(128, low_steps=1),
-        "reference": lambda: ways.staged(128, low_steps=1, enlarger="reference", posterior="sample"),
+        "reference": lambda: ways.staged(128, low_steps=1, upscaler="reference", posterior="sample"),
     }[kind]()
     result = made.make(ways.Model.load(128), ["a smooth pink sky over blue waves with a sun on the left"], [3])
     assert result.images.shape == (1, 3, 128, 128)
     assert float(result.images.std()) > 0.01
     if kind in ("staged", "reference"):
         assert result.low is not None
-        assert result.enlarged is not None
-        assert (result.low.shape[-1], result.enlarged.shape[-1]) == (64, 128)
+        assert result.upscaled is not None
+        assert (result.low.shape[-1], result.upscaled.shape[-1]) == (64, 128)
 
 
 PROMPTS = ["the word MAGIC in white letters on a blue wall", "a smooth pink sky over blue waves with a sun on the left"]
@@ -248,20 +248,20 @@ def test_colour_guards_bring_back_the_low_pictures_colours(plain: Any) -> None:
     means = plain.low.mean((2, 3))
     for guard in (ideas.whole_colours, ideas.local_colours):
         before = (shifted.mean((2, 3)) - means).abs().mean()
-        after = (guard(plain.low, plain.enlarged, shifted).mean((2, 3)) - means).abs().mean()
+        after = (guard(plain.low, plain.upscaled, shifted).mean((2, 3)) - means).abs().mean()
         assert after < 0.2 * before
 
 
 def test_what_does_not_vary_is_not_refined() -> None:
-    enlarged = torch.full((1, 3, 64, 64), 0.5)
-    enlarged[..., 32:, :] = torch.rand((1, 3, 32, 64), generator=torch.Generator().manual_seed(1))
-    refined = enlarged + 0.1
-    kept = ideas.where_it_varies(enlarged, enlarged, refined)
-    assert torch.equal(kept[..., :24, :], enlarged[..., :24, :])
+    upscaled = torch.full((1, 3, 64, 64), 0.5)
+    upscaled[..., 32:, :] = torch.rand((1, 3, 32, 64), generator=torch.Generator().manual_seed(1))
+    refined = upscaled + 0.1
+    kept = ideas.where_it_varies(upscaled, upscaled, refined)
+    assert torch.equal(kept[..., :24, :], upscaled[..., :24, :])
     assert torch.allclose(kept[..., 44:, :], refined[..., 44:, :])
 
 
-def test_corrections_bring_enlarged_latents_nearer_to_true_ones(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrections_bring_upscaled_latents_nearer_to_the_scenes(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ideas, "FITTED_ON", 8)
     made, true = ideas._pairs(small)
     plain = (made - true).square().mean()
@@ -336,5 +336,5 @@ def test_the_command_writes_tables_a_plot_and_pictures(tmp_path: Path, capsys: A
     for name in ("plot", "sweep", "sheet", "sweeps"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
     drift = record["ways"]["staged 1+1"]["colour drift"]
-    assert set(drift) == {"low to enlarged", "enlarged to round trip", "round trip to final", "low to final"}
+    assert set(drift) == {"low to upscaled", "upscaled to round trip", "round trip to final", "low to final"}
     assert np.isfinite(record["ways"]["staged 1+1"]["psnr of the layout"])

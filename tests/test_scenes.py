@@ -94,7 +94,7 @@ def test_every_letter_is_drawn_inside_its_box_and_unlike_the_others() -> None:
 
 
 def test_a_size_that_is_too_small_is_refused() -> None:
-    with pytest.raises(ValueError, match="size is 4"):
+    with pytest.raises(ValueError, match="size must be 8 pixels or more, got 4"):
         render(EXAMPLE, 4, 0)
 
 

@@ -162,7 +162,7 @@ def test_index_for_timestep_finds_what_is_there_and_says_what_is_not() -> None:
     for index in (0, 2, 4, 10):  # where steps begin: the second of two evaluations at one level
         assert scheduler.index_for_timestep(scheduler.timesteps[index]) == index
         assert scheduler.index_for_timestep(float(scheduler.timesteps[index])) == index
-    with pytest.raises(ValueError, match=r"timestep 3\.5 is not in the list"):
+    with pytest.raises(ValueError, match=r"timestep 3\.5 is not in the schedule"):
         scheduler.index_for_timestep(3.5)
 
 

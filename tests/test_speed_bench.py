@@ -166,7 +166,7 @@ def test_every_part_outside_the_network_is_measured_as_it_is_done_and_otherwise(
     rows = json.loads((tmp_path / f"{stem}.json").read_text())["families"][name]["outside"]
     parts = [row["part"] for row in rows if row["used"]]
     assert len(parts) == len(set(parts))
-    assert {"text", "enlarge", "encode", "noise", "decode", "save"} <= set(parts)
+    assert {"text", "upscale", "encode", "noise", "decode", "save"} <= set(parts)
     assert all(row["seconds"] > 0 for row in rows)
     assert "| decode | channels last |" in (tmp_path / f"{stem}.md").read_text()
 

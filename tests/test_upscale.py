@@ -184,7 +184,7 @@ def test_a_precision_that_is_asked_for() -> None:
 
 def test_a_model_that_overflows_is_named() -> None:
     upscaler, model = nearest()
-    with pytest.raises(ValueError, match=r"double gave values that are not finite in float32"):
+    with pytest.raises(ValueError, match=r"double returned NaN or infinity in float32"):
         upscaler(torch.full((1, 3, 4, 4), float("inf")))
     assert model.seen == [(4, 4)]
 
@@ -311,7 +311,7 @@ def test_other_errors_pass_through() -> None:
 
 def test_memory_that_does_not_suffice_for_the_smallest_tile() -> None:
     upscaler, _ = nearest(largest=4)
-    with pytest.raises(MemoryError, match="enlarged 64x64 pixels at once"):
+    with pytest.raises(MemoryError, match="upscaled 64x64 pixels at once"):
         upscaler(images(1, 70, 70))
 
 
@@ -717,7 +717,7 @@ def test_a_model_that_cannot_be_rehearsed_is_built_all_the_same(
 
 
 def test_models_of_another_kind(tmp_path: Path) -> None:
-    assert "takes 1 and gives 1 channels" in refused(save(rrdbnet(2, channels=1), tmp_path / "grey.pth"))
+    assert "takes 1 and returns 1 channels" in refused(save(rrdbnet(2, channels=1), tmp_path / "grey.pth"))
     inpainting: Any = SimpleNamespace(architecture=SimpleNamespace(name="LaMa"), purpose="Inpainting")
     with pytest.raises(ValueError, match="LaMa model for Inpainting"):
         load._checked_model(tmp_path / "lama.pth", inpainting)
@@ -775,6 +775,6 @@ def test_somebody_elses_upscaler_takes_image_by_image_what_it_cannot_take_at_onc
         assert torch.equal(upscale_to(images, 12, 8, Small()), expected)
         assert asked == ([2] if fits == 2 else [2, 1, 1])
     else:
-        with pytest.raises(MemoryError, match="the upscaler small enlarged 6x4 pixels; free memory, or choose"):
+        with pytest.raises(MemoryError, match="the upscaler small upscaled 6x4 pixels; free memory, or choose"):
             upscale_to(images, 12, 8, Small())
         assert asked == [2, 1]

@@ -1,4 +1,4 @@
-"""What makes the embedded model and its pages: `python -m tools.train`, `python -m tools.figures`."""
+"""Tools that make the embedded model and its pages: `python -m tools.train`, `python -m tools.figures`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Make the pictures and tables of docs/ from the embedded model: ``python -m tools.figures --work DIR``.
+"""Make the figures and tables of docs/ from the embedded model: ``python -m tools.figures --work DIR``.
 
-Needs the work folder of ``tools.train`` (curves, judge) and the finished weights. Everything in docs/images/ and the
-numbers in docs/demo-model.json come from here.
+Needs the work folder of ``tools.train`` (curves, judge) and the finished weights. Writes training, stage and sample
+figures to docs/images/, the numbers to docs/demo-model.json, and the tables of docs/demo-model.md and docs/solvers.md.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def training_curves(record: dict[str, Any], path: Path) -> None:
 
 
 def stages_strip(path: Path) -> None:
-    """One picture on its way: stage 1 as made, enlarged, refined."""
+    """One image in its stages: stage 1, upscaled, refined."""
     engine, upscaler = demo.load_engine(), load_upscaler(demo.upscaler_path())
     prompt = demo.example_prompts()[0]
     plan = make_plan("demo", 256, 256, "12+1", seed=3)
     result = sample_staged(engine, plan, prompt, upscaler=upscaler, keep_stages=True)
-    low, enlarged = (stage.image[0] for stage in result.stages)
+    low, upscaled = (stage.image[0] for stage in result.stages)
     small = torch.ones(3, 256, 128)
     small[:, 64:192] = low
     gap = torch.ones(3, 256, 16)
-    save_png(path, torch.cat([small, gap, enlarged, gap, result.images[0]], 2), {})
+    save_png(path, torch.cat([small, gap, upscaled, gap, result.images[0]], 2), {})
 
 
 def merge_sheets(names: tuple[str, str], work: Path, path: Path) -> None:
@@ -79,7 +79,7 @@ def write_between(page: Path, mark: str, text: str) -> None:
 
 
 def part_table(weights: Path) -> str:
-    """What the shipped weights are, part by part."""
+    """Class and size of every part of the shipped weights."""
     rows: list[list[str]] = []
     files = {
         "network": "transformer",
@@ -101,7 +101,7 @@ def part_table(weights: Path) -> str:
 
 
 def accuracy_table(scores: dict[str, Any]) -> str:
-    """Share of each attribute that the judge reads in the images, by way of sampling."""
+    """Share of each attribute that the judge reads in the images, by sampling way."""
     names = [name for name, value in scores.items() if isinstance(value, dict)]
     groups = list(scores["native 50"])
     groups.remove("seconds")
@@ -114,7 +114,7 @@ def accuracy_table(scores: dict[str, Any]) -> str:
 
 
 def record_table(record: dict[str, Any]) -> str:
-    """What training every part took, and how good it was at the end."""
+    """Training seconds and steps of every part, and its quality at the end."""
     rows: list[list[str]] = []
     flow, guided = record["flow"], record["guided"]
     low, high = (next(row[k] for row in reversed(flow["curve"]) if row[k] is not None) for k in (3, 4))
@@ -124,15 +124,15 @@ def record_table(record: dict[str, Any]) -> str:
         "steps": sum(curve[-1][0] for curve in judge["curves"].values()),
     }
     ends = {
-        "text": f"{record['text']['curve'][-1][3]:.1%} of token roles right on held-out captions",
+        "text": f"{record['text']['curve'][-1][3]:.1%} of token roles correct on held-out captions",
         "flow": f"velocity error {low:.3f} at 128, {high:.3f} at 256, after {seen['tiny']} samples at 64 pixels, "
         f"{seen['low']} at 128 and {seen['high']} at 256",
         "vae": f"{record['vae']['curve'][-1][2]:.1f} dB on training crops",
         "sr": f"{record['sr']['curve'][-1][2]:.1f} dB on training crops",
-        "guided": "error {:.3f} to the guided teacher, {:.3f} of a network that does not heed the scale".format(
+        "guided": "error {:.3f} to the guided teacher, {:.3f} for a network that ignores the scale".format(
             *guided["curve"][-1][2:]
         ),
-        "classifier": f"{record['classifier']['accuracy_on_true_scenes']['all'] * 100:.1f} % on unseen true scenes",
+        "classifier": f"{record['classifier']['accuracy_on_true_scenes']['all'] * 100:.1f} % on unseen rendered scenes",
     }
     for name, end in ends.items():
         part = judged if name == "classifier" else record[name]
@@ -141,7 +141,7 @@ def record_table(record: dict[str, Any]) -> str:
 
 
 def solver_tables(path: Path, *, ratios: bool) -> str:
-    """Solver tables of docs/solvers.md from a result of bench.solvers: ratios to the best, or plain distances."""
+    """Solver tables of docs/solvers.md from results of bench.solvers: ratios to the best, or plain distances."""
     found = [solvers.Row(**row) for row in json.loads(path.read_text())]
     tables: list[str] = []
     for scale in sorted({row.guidance for row in found}):
@@ -157,7 +157,7 @@ def solver_tables(path: Path, *, ratios: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--skip-evaluation", action="store_true", help="use the evaluation that is there")
+    parser.add_argument("--skip-evaluation", action="store_true", help="use the existing evaluation")
     options = parser.parse_args()
     IMAGES.mkdir(parents=True, exist_ok=True)
     if not options.skip_evaluation:

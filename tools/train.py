@@ -1,9 +1,8 @@
-"""Train the demo model from nothing: ``python -m tools.train --work DIR`` runs every part that is not finished yet,
-in order.
+"""Train the demo model from scratch: ``python -m tools.train --work DIR`` runs every unfinished part in order.
 
-Parts: data, text, flow, vae, sr, guide, classifier, export, evaluate. Each keeps checkpoints under DIR and goes on
-where it stopped; its settings and curves end up in DIR/<part>.json. ``--scale 0.01`` shrinks every time budget, to
-try the whole chain in minutes.
+Parts: data, text, flow, vae, sr, guide, classifier, export, evaluate. Each keeps checkpoints under DIR and
+resumes where it stopped; its settings and curves are written to DIR/<part>.json. ``--scale 0.01`` shrinks every time
+budget, to run the whole chain in minutes.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def main() -> None:
         "--work",
         type=Path,
         required=True,
-        help="folder for pictures, latents and checkpoints (about 10 GB for 28000 scenes)",
+        help="folder for images, latents and checkpoints (about 10 GB for 28000 scenes)",
     )
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="where the finished pipeline folder goes")
     parser.add_argument("--scenes", type=int, default=28000)

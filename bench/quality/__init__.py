@@ -1,1 +1,1 @@
-"""What staged sampling costs in quality, by kind of picture, on scenes that are known exactly: see __main__.py."""
+"""Quality of staged sampling by kind of image, on scenes that are known exactly: see __main__.py."""

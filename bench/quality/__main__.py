@@ -1,12 +1,12 @@
-"""What does staged sampling cost in quality, and where? On the embedded model, whose scenes are known exactly.
+"""Measures what staged sampling costs in quality, on the embedded model, whose scenes are known exactly.
 
     python -m bench.quality --out DIR                   the ways at equal cost (16 scenes: 25 minutes on two CPU cores)
-    python -m bench.quality --sweep sigma --out DIR     one number at a time; `--sweep all` for all sweeps
-    python -m bench.quality --ideas --out DIR           what might do better than the plain recipe
+    python -m bench.quality --sweep sigma --out DIR     one option at a time; `--sweep all` for all sweeps
+    python -m bench.quality --ideas --out DIR           ideas that may beat staged 12+1
     python -m bench.quality --quick                     a few scenes, prints only
 
 Writes quality.json, .md, .png, -pictures.png and -worst.png (or sweep-NAME.*, ideas.*). Scenes, seeds and
-resamples are fixed, and no part of the model was trained on the scenes. The composite and its weights: scores.py.
+resamples are fixed, and no part of the model was trained on the scenes. scores.py defines the composite.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def scenes_of(each: int) -> list[Scene]:
     return [scene for rows in found.values() for scene in rows]
 
 
-def true_pictures(scenes: Sequence[Scene], size: int) -> Tensor:
-    """The scenes as they are drawn, (N, 3, size, size)."""
+def rendered(scenes: Sequence[Scene], size: int) -> Tensor:
+    """The scenes as the generator renders them, (N, 3, size, size) in [0, 1]."""
     drawn = [torch.from_numpy(render(scene, size, seed=FIRST_SEED + row)) for row, scene in enumerate(scenes)]
     return torch.stack(drawn).permute(0, 3, 1, 2).float().contiguous()
 
 
 def sample(model: ways.Model, way: ways.Way, prompts: Sequence[str], batch: int) -> tuple[ways.Made, float]:
-    """All pictures of a way, and seconds per picture; one picture is made before, to warm up."""
+    """All images of a way, and seconds per image. One image is made first as a warm-up and not counted."""
     seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
     way.make(model, prompts[:1], seeds[:1])
     parts: list[ways.Made] = []
@@ -68,7 +68,7 @@ def sample(model: ways.Model, way: ways.Way, prompts: Sequence[str], batch: int)
 
     images = joined("images")
     assert images is not None
-    return ways.Made(images, joined("low"), joined("enlarged")), seconds
+    return ways.Made(images, joined("low"), joined("upscaled")), seconds
 
 
 def measure(
@@ -81,18 +81,18 @@ def measure(
     batch: int = 8,
     tell: Callable[[str], object] = print,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """All ways on all scenes: the record, and the pictures by way ("true" among them). `count` bootstrap samples."""
+    """All ways on all scenes, `count` bootstrap samples: the record, and the images by way (with `report.TRUTH`)."""
     scenes = scenes_of(each)
     prompts = [caption(scene) for scene in scenes]
     model = ways.Model.load(size)
-    truth = scores.Truth(scenes, true_pictures(scenes, size))
+    truth = scores.Truth(scenes, rendered(scenes, size))
     measured: dict[str, scores.Measured] = {}
     rows: dict[str, dict[str, Any]] = {}
     for way in chosen:
         made, seconds = sample(model, way, prompts, batch)
         measured[way.name] = truth.measure(made.images)
         rows[way.name] = {"kind": way.kind, "cost": way.cost, "seconds": seconds, **_stages(model, truth, made)}
-        tell(f"{way.name}: {seconds:.2f} s a picture, composite {truth.parts(measured[way.name])['composite']:.3f}")
+        tell(f"{way.name}: {seconds:.2f} s per image, composite {truth.parts(measured[way.name])['composite']:.3f}")
     natives = [way.name for way in chosen if way.kind == "native"]
     groups = [truth.rows_of(category).tolist() for category in CATEGORIES]
     samples = metrics.resamples(count, len(scenes), groups)
@@ -115,24 +115,24 @@ def measure(
         "resamples": count,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "true pictures": truth.parts(truth.true),
-        "letters of true pictures": truth.letters_by_height(truth.true),
+        "ground truth": truth.parts(truth.true),
+        "letters of the ground truth": truth.letters_by_height(truth.true),
         "ways": rows,
     }
     if OURS in measured:
         record["worst"] = scores.worst(measured[OURS], measured[base])[:8]
-    pictures = {"true": truth.true.pictures, **{name: each_m.pictures for name, each_m in measured.items()}}
+    pictures = {report.TRUTH: truth.true.pictures, **{name: each_m.pictures for name, each_m in measured.items()}}
     return record, pictures
 
 
 def _stages(model: ways.Model, truth: scores.Truth, made: ways.Made) -> dict[str, Any]:
-    """What each part of a staged way does to the colours, and how near the result stays to the low picture."""
-    if made.low is None or made.enlarged is None:
+    """How each part of a staged way changes the colours, and the PSNR of the result to its low-resolution image."""
+    if made.low is None or made.upscaled is None:
         return {}
     engine = model.engine
     with torch.no_grad():
-        round_trip = torch.cat([engine.decode(engine.encode(part)) for part in made.enlarged.split(8)])
-    chain = {"low": made.low, "enlarged": made.enlarged, "round trip": round_trip, "final": made.images}
+        round_trip = torch.cat([engine.decode(engine.encode(part)) for part in made.upscaled.split(8)])
+    chain = {"low": made.low, "upscaled": made.upscaled, "round trip": round_trip, "final": made.images}
     colours = {name: metrics.colour(images) for name, images in chain.items()}
     names = list(chain)
     drift = {
@@ -152,11 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, help="final side in pixels (default 256)")
     parser.add_argument("--scenes", type=int, default=24, help="scenes per category (default 24)")
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap samples (default 200)")
-    parser.add_argument("--sweep", choices=[*sweeps.SWEEPS, "all"], help="sweep one number in place of the comparison")
-    parser.add_argument("--ideas", action="store_true", help="compare ideas with the plain recipe")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of the ways at equal cost these; * for any text")
+    parser.add_argument("--sweep", choices=[*sweeps.SWEEPS, "all"], help="sweep one option instead of the comparison")
+    parser.add_argument("--ideas", action="store_true", help="compare ideas with staged 12+1")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these ways at equal cost; * matches any text")
     parser.add_argument("--quick", action="store_true", help="two scenes per category and few ways")
-    parser.add_argument("--out", type=Path, help="folder for what is written")
+    parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args(arguments)
     each, count = (2, 20) if options.quick else (options.scenes, options.resamples)
     base = "native 50"
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.only:
             unknown = [name for name in options.only if not any(fnmatch(way.name, name) for way in every)]
             if unknown:
-                parser.error(f"--only {unknown[0]!r} is no way; there are {', '.join(way.name for way in every)}")
+                parser.error(f"--only {unknown[0]!r} is no way; choose from {', '.join(way.name for way in every)}")
             every = [way for way in every if any(fnmatch(way.name, name) for name in (OURS, *options.only))]
             base = base if base in [way.name for way in every] else OURS
         jobs["quality"] = [every[0], ways.staged(options.size)] if options.quick else every

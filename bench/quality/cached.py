@@ -1,4 +1,4 @@
-"""Step caching as diffusers has it: where the first block changes little from step to step, the others are left out."""
+"""Step caching of diffusers: where the first block changes little from step to step, the other blocks are skipped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _engine(threshold: float) -> PipelineEngine:
 def cached(size: int, threshold: float, low_steps: int = 12) -> Way:
     """The staged way with first-block caching from `threshold` (0: none).
 
-    Its cost is that of all forwards; what caching leaves out shows in the seconds.
+    Its cost counts all forwards; the skipped blocks show in the seconds only.
     """
 
     def around(_engine_of_model: Any) -> PipelineEngine:

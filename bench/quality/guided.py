@@ -1,8 +1,8 @@
 """The embedded model guided by two forwards, as families without embedded guidance are.
 
-At an embedded scale of 1 the network answers as its caption says, and without a caption as if it had none:
-classifier-free guidance of the two is what it was taught to give in one forward. So the questions that only such
-families have can be asked here too. It is what FLUX.1's pipeline calls true CFG.
+At an embedded scale of 1 the network predicts without guidance, with a caption or without one. It was trained to give
+classifier-free guidance of these two predictions in one forward. So questions about CFG can be measured on it too.
+FLUX.1's pipeline calls this true CFG.
 """
 
 from __future__ import annotations

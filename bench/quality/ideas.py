@@ -1,7 +1,7 @@
-"""Ideas to do better than the plain staged recipe, each as a way at the cost of 12+1 (or near it).
+"""Ideas that may beat staged 12+1, each as a way at about the same cost.
 
-`opened` is the staged way with its parts laid open, one place to change each; without changes it gives the pictures of
-`ways.staged` to the bit. An idea goes into the package only where this benchmark says that it is worth it.
+`opened` is the staged way with replaceable parts; without replacements its images equal those of `ways.staged` bit for
+bit. An idea enters the package only if this benchmark shows a gain.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FITTED_ON = 64  # training scenes that corrections are fitted on
 
 @dataclass(frozen=True)
 class Parts:
-    """What may be changed. Every function but `final` is given the model first.
+    """What may be replaced. Every function except `final` gets the model first.
 
     `low_noise(seeds, shape)`: noise of stage 1, and `high_noise(seeds, shape)` of the refine stage. `encoded(latents)`:
-    the enlarged picture's latents, corrected. `sigma(low)`: start level of each picture, (B,). `final(low, enlarged,
-    refined)`: the picture that is kept.
+    the upscaled image's latents, corrected. `sigma(low)`: start sigma of each image, (B,). `final(low, upscaled,
+    refined)`: the final image.
     """
 
     low_noise: Callable[[Model, Sequence[int], Sequence[int]], Tensor] | None = None
@@ -43,11 +43,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class Opened(Plain):
-    """The published method with `parts` put in, for one batch."""
+    """The published method with `parts` in place of its own, for one batch."""
 
     model: Any = None
     parts: Parts = Parts()
-    levels: list[Tensor] = field(default_factory=list[Tensor])
+    sigmas: list[Tensor] = field(default_factory=list[Tensor])
 
     def start(self, run: StageRun, image: Tensor | None) -> Tensor:
         own = self.parts.low_noise or _own_noise
@@ -55,25 +55,26 @@ class Opened(Plain):
 
     def handoff(self, run: StageRun, images: Tensor) -> Tensor:
         parts, model = self.parts, self.model
-        enlarged = upscale_to(images, run.stage.width, run.stage.height, run.upscaler)
-        run.hooks.keep and run.hooks.keep(f"stage {run.index + 1} upscaled", enlarged)
-        clean = run.engine.encode(enlarged)
+        upscaled = upscale_to(images, run.stage.width, run.stage.height, run.upscaler)
+        if run.hooks.keep:
+            run.hooks.keep(f"stage {run.index + 1} upscaled", upscaled)
+        clean = run.engine.encode(upscaled)
         clean = clean if parts.encoded is None else parts.encoded(model, clean)
         noise = (parts.high_noise or _own_noise)(model, run.seeds, clean.shape[1:])
         if parts.sigma is None:
             return add_noise(clean, noise, run.stage.start_sigma)
-        self.levels[:] = [parts.sigma(model, images)]
-        return add_noise(clean, noise, self.levels[0])
+        self.sigmas[:] = [parts.sigma(model, images)]
+        return add_noise(clean, noise, self.sigmas[0])
 
     def stage(self, run: StageRun, latents: Tensor) -> Tensor:
-        if run.index == 0 or not self.levels:
+        if run.index == 0 or not self.sigmas:
             return super().stage(run, latents)
         # One step to 0 is the clean estimate.
-        return run.engine.denoise(latents, self.levels[0], run.text, guidance=run.stage.guidance)
+        return run.engine.denoise(latents, self.sigmas[0], run.text, guidance=run.stage.guidance)
 
 
 def opened(size: int, name: str, parts: Parts | None = None, **numbers: object) -> Way:
-    """The staged way of `make_plan(..., "12+1", **numbers)` with `parts` put in."""
+    """The staged way of `make_plan(..., "12+1", **numbers)` with `parts` in place of its own."""
     plan = make_plan(FAMILY, size, size, "12+1", **numbers)  # type: ignore[arg-type]
     changed = parts or Parts()
 
@@ -88,8 +89,8 @@ def opened(size: int, name: str, parts: Parts | None = None, **numbers: object) 
     def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
         made = way.make(model, prompts, seeds)
         assert made.low is not None
-        assert made.enlarged is not None
-        return replace(made, images=final(made.low, made.enlarged, made.images))
+        assert made.upscaled is not None
+        return replace(made, images=final(made.low, made.upscaled, made.images))
 
     return replace(way, make=make)
 
@@ -102,50 +103,50 @@ def _own_noise(model: Model, seeds: Sequence[int], shape: Sequence[int]) -> Tens
 
 
 def nested_noise(model: Model, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The final size's noise, averaged over 2x2 and scaled back to deviation 1, for the low size: a native picture
-    of the same seed starts from the same coarse noise."""
+    """The final size's noise, averaged over 2x2 and scaled back to standard deviation 1, for the low size: a native
+    image of the same seed starts from the same coarse noise."""
     channels, rows, columns = shape
     return 2 * functional.avg_pool2d(draw_noise((channels, 2 * rows, 2 * columns), seeds), 2)
 
 
 def native_noise(model: Model, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The noise that a native picture of the same seed starts from, at the refine stage too."""
+    """The noise that a native image of the same seed starts from, for the refine stage."""
     return draw_noise(shape, [seed - 1 for seed in seeds])
 
 
 def sigma_of_error(model: Model, low: Tensor) -> Tensor:
-    """A start level for every picture: that whose noise is as strong as the enlarger's error in the latents, measured
-    where the truth is known: half the low picture, enlarged again."""
+    """A start sigma for every image: its noise is as strong as the upscaler's error in the latents, measured where the
+    ground truth is known, on the low-resolution image halved and upscaled again."""
     half = functional.interpolate(low, scale_factor=0.5, mode="area")
-    again = upscale_to(half, low.shape[-1], low.shape[-2], model.enlargers["SR"])
+    again = upscale_to(half, low.shape[-1], low.shape[-2], model.upscalers["SR"])
     wrong = model.engine.encode(again) - model.engine.encode(low)
     return torch.tensor([min(max(bound(band_power(each[None], 2)[1]), 0.05), 0.4) for each in wrong])
 
 
-def whole_colours(low: Tensor, enlarged: Tensor, refined: Tensor) -> Tensor:
-    """The refined picture with the low picture's mean of every colour channel."""
+def whole_colours(low: Tensor, upscaled: Tensor, refined: Tensor) -> Tensor:
+    """The refined image with the low-resolution image's mean of every colour channel."""
     return (refined + low.mean((2, 3), keepdim=True) - refined.mean((2, 3), keepdim=True)).clamp(0, 1)
 
 
-def local_colours(low: Tensor, enlarged: Tensor, refined: Tensor) -> Tensor:
-    """The refined picture with the low picture's colours, coarser than an eighth of the low side's pixels."""
+def local_colours(low: Tensor, upscaled: Tensor, refined: Tensor) -> Tensor:
+    """The refined image with the low-resolution image's colours at scales above 8 of its pixels."""
     coarse = functional.avg_pool2d(low, 8) - functional.avg_pool2d(refined, 8 * refined.shape[-1] // low.shape[-1])
     shift = functional.interpolate(coarse, refined.shape[-2:], mode="bilinear", align_corners=False)
     return (refined + shift).clamp(0, 1)
 
 
-def where_it_varies(low: Tensor, enlarged: Tensor, refined: Tensor) -> Tensor:
-    """Refined where the enlarged picture varies within 9x9 pixels, the enlarged picture elsewhere, softly."""
-    grey = enlarged.mean(1, keepdim=True)
+def where_it_varies(low: Tensor, upscaled: Tensor, refined: Tensor) -> Tensor:
+    """Refined where the upscaled image varies within 9x9 pixels, the upscaled image elsewhere, blended."""
+    grey = upscaled.mean(1, keepdim=True)
     mean, square = (functional.avg_pool2d(each, 9, 1, 4, count_include_pad=False) for each in (grey, grey**2))
     variance = (square - mean**2).clamp(min=0)
     share = (variance.sqrt() / 0.04).clamp(0, 1)
-    return share * refined + (1 - share) * enlarged
+    return share * refined + (1 - share) * upscaled
 
 
 @cache
 def _pairs(model: Model) -> tuple[Tensor, Tensor]:
-    """Latents of training scenes that were made small and enlarged, and of the scenes themselves, (N, C, h, w)."""
+    """Latents of training scenes that were downscaled and upscaled, and of the scenes themselves, (N, C, h, w)."""
     from tools.train_demo import data
 
     engine = model.engine
@@ -153,13 +154,13 @@ def _pairs(model: Model) -> tuple[Tensor, Tensor]:
     large = torch.stack(scenes).permute(0, 3, 1, 2).float().contiguous()
     small = functional.interpolate(large, scale_factor=0.5, mode="area")
     low = torch.cat([engine.decode(engine.encode(part)) for part in small.split(8)])
-    enlarged = [upscale_to(part, model.size, model.size, model.enlargers["SR"]) for part in low.split(8)]
-    return torch.cat([engine.encode(part) for part in enlarged]), engine.encode(large)
+    upscaled = [upscale_to(part, model.size, model.size, model.upscalers["SR"]) for part in low.split(8)]
+    return torch.cat([engine.encode(part) for part in upscaled]), engine.encode(large)
 
 
 @cache
 def _least_squares(model: Model, side: int) -> tuple[Tensor, Tensor]:
-    """The convolution (C, C, side, side) and shift (C,) that bring enlarged latents nearest to true ones."""
+    """The convolution (C, C, side, side) and shift (C,) that bring upscaled latents nearest to those of the scenes."""
     made, true = _pairs(model)
     channels = made.shape[1]
     rows = functional.unfold(made, side, padding=side // 2).transpose(1, 2).flatten(0, 1).double()
@@ -171,7 +172,7 @@ def _least_squares(model: Model, side: int) -> tuple[Tensor, Tensor]:
 
 
 def least_squares(side: int) -> Callable[[Model, Tensor], Tensor]:
-    """Enlarged latents through a convolution that was fitted on training scenes."""
+    """Upscaled latents through a convolution that was fitted on training scenes."""
 
     def corrected(model: Model, latents: Tensor) -> Tensor:
         kernel, shift = _least_squares(model, side)
@@ -182,20 +183,20 @@ def least_squares(side: int) -> Callable[[Model, Tensor], Tensor]:
 
 @cache
 def _gains(model: Model) -> Tensor:
-    """Factor of every channel and frequency (C, h, w / 2 + 1) that gives enlarged latents the true ones' mean power, at
-    most 2."""
+    """Factor of every channel and frequency (C, h, w / 2 + 1), 0.5 to 2, that gives upscaled latents the scenes' mean
+    power."""
     made, true = (torch.fft.rfft2(each).abs().square().mean(0) for each in _pairs(model))
     ratio = functional.avg_pool2d(true, 5, 1, 2) / functional.avg_pool2d(made, 5, 1, 2).clamp(min=1e-9)
     return ratio.sqrt().clamp(0.5, 2.0)
 
 
 def same_power(model: Model, latents: Tensor) -> Tensor:
-    """Enlarged latents with the true ones' mean power at every frequency."""
+    """Upscaled latents with the scenes' mean power at every frequency."""
     return torch.fft.irfft2(torch.fft.rfft2(latents) * _gains(model), s=latents.shape[-2:])
 
 
 def same_detail(model: Model, latents: Tensor) -> Tensor:
-    """Enlarged latents with the true ones' mean power above the low picture's Nyquist frequency: one number."""
+    """Upscaled latents with the scenes' mean power above the low-resolution image's Nyquist frequency: one factor."""
     made, true = (band_power(each, 2)[1] for each in _pairs(model))
     spectrum = torch.fft.rfft2(latents)
     down, across = torch.fft.fftfreq(latents.shape[-2]).abs(), torch.fft.rfftfreq(latents.shape[-1]).abs()
@@ -204,12 +205,12 @@ def same_detail(model: Model, latents: Tensor) -> Tensor:
 
 
 def ideas(size: int) -> list[Way]:
-    """All ideas; numbers that `make_plan` knows already are here where they are meant to do better."""
+    """All ideas, some of them plain options of `make_plan`."""
     return [
         opened(size, "nested noise", Parts(low_noise=nested_noise)),
         opened(size, "nested noise in both stages", Parts(low_noise=nested_noise, high_noise=native_noise)),
-        opened(size, "sigma per picture", Parts(sigma=sigma_of_error)),
-        opened(size, "colour guard, whole picture", Parts(final=whole_colours)),
+        opened(size, "sigma per image", Parts(sigma=sigma_of_error)),
+        opened(size, "colour guard, whole image", Parts(final=whole_colours)),
         opened(size, "colour guard, local", Parts(final=local_colours)),
         opened(size, "refined where it varies", Parts(final=where_it_varies)),
         opened(size, "latents corrected, 1x1 fit", Parts(encoded=least_squares(1))),

@@ -1,7 +1,7 @@
-"""The judge of the benchmark: which attributes of its caption a picture shows, and features to compare sets by.
+"""The judge of the benchmark: which attributes of its caption an image shows, and features to compare sets by.
 
-The networks are those of tools/train_demo/classifier.py, trained on true scenes only; their weights lie beside this
-file. On true scenes that they were not trained on they read 99.7 per cent of the attributes as the caption says.
+The networks are those of tools/train_demo/classifier.py, trained on rendered scenes only; their weights are beside
+this file. On rendered scenes that they were not trained on they read 99.7 per cent of the attributes correctly.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def keep(trained: Path) -> None:
 
 
 def hits(pictures: Tensor, scenes: Sequence[Any]) -> list[dict[str, list[bool]]]:
-    """By picture and group of attributes, what reads as the scene says; "letters" are those of its word."""
+    """By image and group of attributes, whether each reads as the scene says; "letters" are those of its word."""
     return classifier.hits(load(), pictures, scenes)
 
 
 @torch.inference_mode()
 def features(pictures: Tensor) -> Tensor:
-    """What the judge knows of whole pictures (N, 256)."""
+    """The judge's features of whole images, (N, 256)."""
     judge = load()
     small = classifier.at_reading_size(pictures) * 2 - 1
     return torch.cat([judge.whole.hidden(judge.whole.body(part)) for part in small.split(50)])
@@ -50,7 +50,7 @@ def features(pictures: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def maps(pictures: Tensor) -> list[Tensor]:
-    """Feature maps at four scales, for distances between two pictures."""
+    """Feature maps at four scales, for distances between two images."""
     found: list[Tensor] = []
     x = classifier.at_reading_size(pictures) * 2 - 1
     for layer in load().whole.body[:-3]:

@@ -1,7 +1,7 @@
-"""Distances between pictures and between sets of pictures, without a network that must be downloaded.
+"""Distances between images and between sets of images, without a network that must be downloaded.
 
-Pictures are float tensors (N, 3, H, W) in [0, 1]; sets that are compared have the same N and size. All metrics are
-deterministic: what is drawn at random (patches, directions) is drawn from a fixed seed, the same for both sets.
+Images are float tensors (N, 3, H, W) in [0, 1]; compared sets have the same N and size. All metrics are deterministic:
+random patches and directions come from a fixed seed, the same for both sets.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-LEVELS = 4  # of the Laplacian pyramid, from the finest to what is left
-PATCH, PATCHES, DIRECTIONS = 7, 64, 64  # of the sliced Wasserstein distance: side, number per picture, projections
-COMPONENTS = 24  # of the features of the true pictures that the Frechet distance is taken in
+LEVELS = 4  # of the Laplacian pyramid: bands from the finest, and the residual
+PATCH, PATCHES, DIRECTIONS = 7, 64, 64  # of the sliced Wasserstein distance: side, number per image, projections
+COMPONENTS = 24  # principal components of the ground truth's features, for the Frechet distance
 BANDS = 16  # rings of the power spectrum
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# -------------------------------------------------------------------------------------------------------------- images
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
@@ -41,8 +41,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def perceptual(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Distance of feature maps in the manner of LPIPS (Zhang et al. 2018), unweighted, (N,): channels of every place
-    scaled to length 1, squared difference, mean over places, sum over layers. `a`, `b`: maps (N, C, h, w) per layer."""
+    """Distance of feature maps in the manner of LPIPS (Zhang et al. 2018), unweighted, (N,): channels at every
+    position scaled to length 1, squared difference, mean over positions, sum over layers.
+
+    `a` and `b` hold one map (N, C, h, w) per layer.
+    """
     total = torch.zeros(len(a[0]))
     for x, y in zip(a, b, strict=True):
         total += (functional.normalize(x) - functional.normalize(y)).square().sum(1).flatten(1).mean(1)
@@ -59,7 +62,7 @@ def colour(images: Tensor) -> Tensor:
 
 
 def pyramid(images: Tensor, levels: int = LEVELS) -> list[Tensor]:
-    """Laplacian pyramid: `levels` - 1 bands from the finest, then the small picture that is left."""
+    """Laplacian pyramid: `levels` - 1 bands from the finest, then the small residual image."""
     taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
     kernel = (taps[:, None] * taps).expand(3, 1, 5, 5)
 
@@ -84,7 +87,7 @@ class Projected:
 
 @dataclass(frozen=True)
 class Scale:
-    """What normalises the patches of every set: mean and deviation of the true pictures, per level and colour."""
+    """Normalises the patches of every set: mean and standard deviation of the ground truth, per level and colour."""
 
     mean: tuple[Tensor, ...]
     deviation: tuple[Tensor, ...]
@@ -99,7 +102,7 @@ class Scale:
 
 
 def project(images: Tensor, scale: Scale, seed: int = 0) -> Projected:
-    """Random 7x7 patches of every level, at the same places in every set, projected on random unit directions."""
+    """Random 7x7 patches of every level, at the same positions in every set, projected on random unit directions."""
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []
     for band, mean, deviation in zip(pyramid(images), scale.mean, scale.deviation, strict=True):
@@ -115,9 +118,9 @@ def project(images: Tensor, scale: Scale, seed: int = 0) -> Projected:
 
 
 def sliced_wasserstein(a: Projected, b: Projected, rows: Tensor | None = None) -> Tensor:
-    """Mean distance of the sorted projections, per level from the finest (LEVELS,); `rows` chooses pictures.
+    """Mean distance of the sorted projections, per level from the finest (LEVELS,); `rows` chooses images.
 
-    As in Progressive GAN (Karras et al. 2018), but both sets are normalised by the true one, so that a lack of contrast
+    As in Progressive GAN (Karras et al. 2018), but both sets are normalised by the ground truth, so a lack of contrast
     counts.
     """
     distances: list[Tensor] = []
@@ -130,14 +133,14 @@ def sliced_wasserstein(a: Projected, b: Projected, rows: Tensor | None = None) -
 
 @dataclass(frozen=True)
 class Basis:
-    """Principal components of the true pictures' features, each scaled to deviation 1."""
+    """Principal components of the ground truth's features, each scaled to standard deviation 1."""
 
     mean: Tensor
     axes: Tensor
 
     @classmethod
     def of(cls, features: Tensor, components: int = COMPONENTS) -> Basis:
-        """`features` (N, F) of the true pictures."""
+        """`features` (N, F) of the ground truth."""
         mean = features.mean(0)
         _, deviation, axes = torch.linalg.svd((features - mean).double(), full_matrices=False)
         kept = min(components, len(features) - 1)
@@ -192,7 +195,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
 
 
 def resamples(count: int, pictures: int, groups: Sequence[Sequence[int]], seed: int = 0) -> list[Tensor]:
-    """`count` bootstrap samples of picture numbers, drawn with replacement within each group."""
+    """`count` bootstrap samples of image numbers, drawn with replacement within each group."""
     generator = torch.Generator().manual_seed(seed)
     assert sorted(row for group in groups for row in group) == list(range(pictures))
     drawn: list[Tensor] = []

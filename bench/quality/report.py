@@ -1,4 +1,4 @@
-"""Tables, the trade-off plot and sheets of pictures of what was measured."""
+"""Tables, the trade-off plot and image sheets of the measured ways."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from mrflow_sched.images.convert import to_pil
 
 OURS = "staged 12+1"
 """The way that the goals are about."""
+TRUTH = "ground truth"
+"""The rendered scenes, among the images by way."""
 BEYOND = ("hires fix", "midway", "native")
-"""Kinds of ways that are not ours."""
+"""Kinds of ways that are not ours; the goals compare them with the staged ones."""
 PARTS = ("attributes", "letters", "local structure", "look", "spectrum")
 
 
@@ -51,7 +53,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
 
 
 def goals(record: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    """Each goal of the method on this model, what was measured, and whether this run meets it."""
+    """Each goal of the method on this model, the measured value, and whether this run meets it."""
     rows, base = record["ways"], record["base"]
     ours, longer, native = rows[OURS], rows["staged 20+1"], rows[base]
     staged = [row for row in rows.values() if row["kind"] == "staged"]
@@ -69,7 +71,7 @@ def goals(record: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     return [
         (f"attributes and letters of {base} at 95 % or more", f"{native['accuracy']:.1%}", native["accuracy"] >= 0.95),
         (f"{OURS} within 1 % of {base}'s composite", f"{ours['to base']:+.3f}", ours["to base"] >= -0.01),
-        (f"staged 20+1 not to be told from {base}", f"{low:+.3f} to {high:+.3f}", low <= 0 <= high or low > 0),
+        (f"staged 20+1 indistinguishable from {base}", f"{low:+.3f} to {high:+.3f}", low <= 0 <= high or low > 0),
         (
             "better than every other way at equal or lower cost",
             "not better than " + ", ".join(unbeaten) if unbeaten else "all",
@@ -80,12 +82,12 @@ def goals(record: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
             ", ".join(f"{height} px {share:.0%}" for height, share in zip(large, letters, strict=True)),
             min(letters, default=1.0) >= 0.97,
         ),
-        ("mean colour drift from the low picture at most 1/255", f"{drift:.2f}/255", drift <= 1.0),
+        ("mean colour drift from the low-resolution image at most 1/255", f"{drift:.2f}/255", drift <= 1.0),
     ]
 
 
 def plot(record: Mapping[str, Any], path: Path, *, sweep: bool = False) -> None:
-    """Composite against seconds a picture (or, for a sweep, by value), with intervals."""
+    """Composite against seconds per image (or, for a sweep, by value), with intervals."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -107,7 +109,7 @@ def plot(record: Mapping[str, Any], path: Path, *, sweep: bool = False) -> None:
         _trade_off(both[0], [(number, row) for number, (_, row) in numbered], kinds, bars=True)
         top = [(number, row) for number, (_, row) in numbered if row["composite"] > best - 0.03]
         _trade_off(both[1], top, kinds, bars=False)
-        both[1].set_title("its upper edge: numbers as on the right", fontsize=9)
+        both[1].set_title("the best ways, by number (see right)", fontsize=9)
         names = "\n".join(f"{number}  {name}" for number, (name, _) in numbered)
         figure.text(1.01, 0.5, names, fontsize=7.5, va="center")
     figure.savefig(path, dpi=110, bbox_inches="tight")
@@ -126,7 +128,7 @@ def _trade_off(axes: Any, rows: Sequence[tuple[int, Mapping[str, Any]]], kinds: 
             at = (row["seconds"], row["composite"])
             axes.annotate(str(number), at, xytext=spot, textcoords="offset points", fontsize=7, ha="center")
     axes.set_xscale("log")
-    axes.set_xlabel("seconds a picture")
+    axes.set_xlabel("seconds per image")
     axes.set_ylabel("composite")
     for index, kind in enumerate(kinds):
         axes.plot([], [], "o", color=f"C{index}", label=kind)
@@ -135,8 +137,7 @@ def _trade_off(axes: Any, rows: Sequence[tuple[int, Mapping[str, Any]]], kinds: 
 
 
 def sweeps_plot(records: Mapping[str, tuple[str, Mapping[str, Any]]], path: Path) -> None:
-    """All sweeps side by side, {name: (question, record)}: each value's difference to the plain recipe, with
-    intervals."""
+    """All sweeps side by side, {name: (question, record)}: each value's difference to staged 12+1, with intervals."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -175,7 +176,7 @@ def _bar(
 def sheet(
     record: Mapping[str, Any], pictures: Mapping[str, Tensor], scenes: Sequence[Scene], path: Path, each: int = 2
 ) -> None:
-    """The true pictures and every way's, `each` scenes of every category side by side, a line per way."""
+    """The ground truth and the images of every way: `each` scenes of every category side by side, a line per way."""
     shown: list[int] = []
     for category in dict.fromkeys(scene.category for scene in scenes):
         shown += [row for row, scene in enumerate(scenes) if scene.category == category][:each]
@@ -191,8 +192,8 @@ def sheet(
 
 
 def worst_sheet(record: Mapping[str, Any], pictures: Mapping[str, Tensor], path: Path) -> None:
-    """The scenes at which our way loses the most to the base: the true picture, the base's, ours."""
-    names = ["true", record["base"], OURS]
+    """The scenes at which our way loses most against the base: the ground truth, the base's image, ours."""
+    names = [TRUTH, record["base"], OURS]
     side, left = 192, 120
     rows = record["worst"]
     out = Image.new("RGB", (left + side * len(rows), side * len(names)), (250, 249, 246))

@@ -1,17 +1,17 @@
-"""One number for a set of pictures, and the parts that it is made of.
+"""One score for a set of images, and its parts.
 
-The composite was fixed before anything was measured with it:
+The composite was fixed before the first measurement:
 
     0.40 attributes + 0.25 letters + 0.15 local structure + 0.10 look + 0.10 spectrum
 
-attributes       share of the caption's attributes but letters that the judge reads in the picture
-letters          share of its word's letters
-local structure  1 - d / d(blank), mean over the pyramid's levels; d: sliced Wasserstein distance to the true pictures
-look             1 - sqrt(d / d(blank)); d: Frechet distance of the judge's features to the true pictures'
-spectrum         1 - d / 10 dB; d: root mean square difference of the power spectrum to the true pictures'
+attributes       share of the caption's attributes, letters excluded, that the judge reads in the image
+letters          share of the letters of its word
+local structure  1 - d / d(blank), mean over the pyramid's levels; d: sliced Wasserstein distance to the ground truth
+look             1 - sqrt(d / d(blank)); d: Frechet distance of the judge's features to those of the ground truth
+spectrum         1 - d / 10 dB; d: root mean square difference of the power spectrum from that of the ground truth
 
-"Blank" pictures have the true ones' mean colour and nothing else. Parts are cut off at 0. Where no picture has a word,
-the other weights are scaled up.
+"Blank" images are uniform, in the mean colour of the ground truth. Parts are clipped at 0. If no image has a word, the
+other weights are scaled up.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DECIBEL = 10.0
 
 @dataclass(frozen=True)
 class Measured:
-    """What all scores of a set of pictures are computed from."""
+    """What all scores of a set of images are computed from."""
 
     pictures: Tensor
     hits: Sequence[Mapping[str, Sequence[bool]]]
@@ -50,7 +50,7 @@ class Measured:
 
 
 class Truth:
-    """The true pictures of the scenes, and all that sets of sampled pictures are held against."""
+    """The rendered scenes, and everything that sets of sampled images are compared with."""
 
     def __init__(self, scenes: Sequence[Scene], pictures: Tensor) -> None:
         self.scenes = list(scenes)
@@ -62,7 +62,7 @@ class Truth:
         self._blank_look = metrics.frechet(blank.features, self.true.features)
 
     def measure(self, pictures: Tensor) -> Measured:
-        """All that is needed to score `pictures` (N, 3, H, W), one per scene, as they are saved: in 8 bits."""
+        """Everything needed to score `pictures` (N, 3, H, W), one per scene, rounded to 8 bits as when saved."""
         saved = (pictures.clamp(0, 1) * 255).round() / 255
         return Measured(
             saved,
@@ -74,7 +74,7 @@ class Truth:
         )
 
     def parts(self, measured: Measured, rows: Tensor | None = None) -> dict[str, float]:
-        """The parts of the composite, over the pictures `rows`, and "composite" itself."""
+        """The parts of the composite over the images `rows`, and "composite" itself."""
         chosen = range(len(self.scenes)) if rows is None else rows.tolist()
         every = [measured.hits[row] for row in chosen]
         attributes = [hit for each in every for group, values in each.items() if group != "letters" for hit in values]
@@ -93,18 +93,18 @@ class Truth:
         return {"composite": sum(WEIGHTS[name] * value for name, value in found.items()) / weight, **found}
 
     def accuracy(self, measured: Measured) -> float:
-        """Share of all attributes and letters read right, each counted once."""
+        """Share of all attributes and letters read correctly, each counted once."""
         every = [hit for each in measured.hits for values in each.values() for hit in values]
         return sum(every) / len(every)
 
     def groups(self, measured: Measured) -> dict[str, float]:
-        """Share of attributes read right, by kind of attribute."""
+        """Share of attributes read correctly, by kind of attribute."""
         names = dict.fromkeys(name for each in measured.hits for name in each)
         hits = {name: [hit for each in measured.hits for hit in each.get(name, ())] for name in names}
         return {name: sum(values) / len(values) for name, values in hits.items()}
 
     def letters_by_height(self, measured: Measured) -> dict[int, float]:
-        """Share of letters read right, by the height of the glyphs in pixels."""
+        """Share of letters read correctly, by the height of the glyphs in pixels."""
         from mrflow_sched.demo.scenes import word_boxes
 
         found: dict[int, list[bool]] = {}
@@ -116,12 +116,12 @@ class Truth:
         return {height: sum(values) / len(values) for height, values in sorted(found.items())}
 
     def rows_of(self, category: str) -> Tensor:
-        """Numbers of the pictures of one category."""
+        """Numbers of the images of one category."""
         return torch.tensor([row for row, scene in enumerate(self.scenes) if scene.category == category])
 
 
 def worst(measured: Measured, other: Measured) -> list[int]:
-    """Numbers of the pictures, those first that lose the most attributes to `other`'s; ties by perceptual distance."""
+    """Image numbers, first those that lose most attributes against `other`; ties by perceptual distance."""
 
     def share(hits: Mapping[str, Sequence[bool]]) -> float:
         every = [hit for values in hits.values() for hit in values]
@@ -133,7 +133,7 @@ def worst(measured: Measured, other: Measured) -> list[int]:
 
 
 def against(measured: Measured, other: Measured) -> dict[str, float]:
-    """Mean distances of pictures to others of the same scenes and seeds."""
+    """Mean distances of images to others of the same scenes and seeds."""
     shift = metrics.colour(measured.pictures) - metrics.colour(other.pictures)
     return {
         "psnr": float(psnr(measured.pictures, other.pictures).clamp(max=100).mean()),

@@ -1,4 +1,4 @@
-"""Sweeps: one number of the staged way at a time, everything else as the family's 12+1. Each answers a question."""
+"""Sweeps: one option of the staged way at a time, everything else as in the family's 12+1. Each answers a question."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _step_cache(size: int) -> list[Way]:
 def _precision(size: int) -> list[Way]:
     return [
         staged(size, "12+1", "float"),
-        staged(size, "12+1", "8 bits and tiles", enlarger="reference"),
+        staged(size, "12+1", "8 bits and tiles", upscaler="reference"),
     ]
 
 
@@ -68,18 +68,18 @@ SWEEPS: dict[str, Sweep] = {
     ),
     "low_steps": Sweep("How many steps at the low size?", _each("low_steps", (4, 5, 6, 7, 8, 10, 12, 16, 20, 30))),
     "refine_steps": Sweep("How many refine steps, and on which curve?", _refine_steps),
-    "factor": Sweep("How much smaller may stage 1 be?", _each("factor", (1.25, 1.5, 2.0, 3.0, 4.0))),
-    "enlarger": Sweep(
-        "Does the enlarger have to be a network?",
+    "factor": Sweep("How much smaller can stage 1 be?", _each("factor", (1.25, 1.5, 2.0, 3.0, 4.0))),
+    "upscaler": Sweep(
+        "Does the upscaler have to be a network?",
         lambda size: [
-            staged(size, "12+1", f"enlarger {kind}", enlarger=kind)
+            staged(size, "12+1", f"upscaler {kind}", upscaler=kind)
             for kind in ("SR", "regressed", "SR twice, halved", "Lanczos")
         ],
     ),
     "refine_guidance": Sweep("Guidance in the refine step?", _each("refine_guidance", (1.0, 2.0, 3.5, 5.0))),
     "guidance_interval": Sweep("Where does CFG matter?", _guidance_interval),
-    "shift_tokens": Sweep("Whose shift for stage 1?", _each("shift_tokens", ("low", "final"))),
-    "posterior": Sweep("The encoder's centre, or a draw?", _each("posterior", ("mode", "sample"))),
+    "shift_tokens": Sweep("Shift of stage 1: low or final size?", _each("shift_tokens", ("low", "final"))),
+    "posterior": Sweep("Posterior: mode or sample?", _each("posterior", ("mode", "sample"))),
     "seed_rule": Sweep("Which noise for the refine step?", _seed_rules),
     "precision": Sweep("Float, or 8 bits between the stages?", _precision),
     "step_cache": Sweep("Does step caching save more than fewer steps do?", _step_cache),

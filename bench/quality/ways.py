@@ -1,4 +1,4 @@
-"""Ways of making a picture, each as a function of prompts and seeds: native, staged, and what people do instead."""
+"""Ways of making an image, each as a function of prompts and seeds: native, staged, and common alternatives."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mrflow_sched.upscaling.lanczos import LanczosUpscaler
 
 FAMILY = "demo"
 REGRESSED = Path(__file__).parent / "regressed_x2.safetensors"
-"""An upscaler like the embedded one, trained without a discriminator: the average that
+"""An upscaler like the embedded one, trained without a discriminator: the weight average that
 `train_demo.sr.train(work, UpscalerSettings(seconds=400, gan_from=1.0, pool=1500))` writes, in 16 bits."""
 
 
 @dataclass(frozen=True)
 class Twice:
-    """A x2 network as a x4 one, the way that x4 models are used: `upscale_to` then shrinks what it makes."""
+    """A x2 network run twice as a x4 one; `upscale_to` then downscales its result, as with x4 models."""
 
     once: Any
     scale: int = 4
@@ -44,10 +44,10 @@ class Twice:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """The embedded model and its enlargers, loaded once; `size` is the final side in pixels."""
+    """The embedded model and its upscalers, loaded once; `size` is the final side in pixels."""
 
     engine: Any
-    enlargers: dict[str, Any]
+    upscalers: dict[str, Any]
     size: int
 
     @classmethod
@@ -63,11 +63,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Made:
-    """Final pictures (N, 3, H, W) and, where there are any, those of the low stage and the enlarged ones."""
+    """Final images (N, 3, H, W) and, if there are any, the images of the low stage and the upscaled ones."""
 
     images: Tensor
     low: Tensor | None = None
-    enlarged: Tensor | None = None
+    upscaled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,18 @@ def planned(
     name: str,
     kind: str,
     plan: StagedPlan,
-    enlarger: str = "SR",
+    upscaler: str = "SR",
     *,
     around: Callable[[Any], Any] = lambda engine: engine,
     method: Callable[[Model, Sequence[int]], Method] | None = None,
     negative: str | None = None,
 ) -> Way:
-    """A way that the sampler runs: on the engine that `around` makes of the model's, by the `method` for some seeds."""
+    """A way that the sampler runs, on the engine that `around` makes of the model's, with the seeds' `method`."""
 
     def make(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Made:
-        engine, enlarge = around(model.engine), _enlarger(model, enlarger)
+        engine, upscale = around(model.engine), _upscaler(model, upscaler)
         how = None if method is None else method(model, seeds)
-        asked: dict[str, Any] = {"upscaler": enlarge, "seeds": seeds, "keep_stages": True, "method": how}
+        asked: dict[str, Any] = {"upscaler": upscale, "seeds": seeds, "keep_stages": True, "method": how}
         done = sample_staged(engine, plan, prompts, negative_prompt=negative, **asked)
         on_the_way = {stage.name: stage.image for stage in done.stages}
         return Made(done.images, on_the_way.get("stage 1"), on_the_way.get("stage 2 upscaled"))
@@ -103,10 +103,10 @@ def planned(
     return Way(name, kind, sum(plan.stage_costs()), make)
 
 
-def _enlarger(model: Model, name: str) -> Any:
+def _upscaler(model: Model, name: str) -> Any:
     if name == "reference":
-        return reference.Tiles(model.enlargers["SR"], rounded=True)
-    return model.enlargers[name]
+        return reference.Tiles(model.upscalers["SR"], rounded=True)
+    return model.upscalers[name]
 
 
 def native(size: int, steps: int, solver: str = "euler") -> Way:
@@ -115,18 +115,18 @@ def native(size: int, steps: int, solver: str = "euler") -> Way:
     return planned(f"native {steps}" + ("" if solver == "euler" else f" {solver}"), "native", plan)
 
 
-def staged(size: int, preset: str = "12+1", name: str = "", enlarger: str = "SR", **numbers: Any) -> Way:
+def staged(size: int, preset: str = "12+1", name: str = "", upscaler: str = "SR", **numbers: Any) -> Way:
     """Our method, with `numbers` of `make_plan`."""
     plan = make_plan(FAMILY, size, size, preset, **numbers)
-    return planned(name or f"staged {plan.preset}", "staged", plan, enlarger)
+    return planned(name or f"staged {plan.preset}", "staged", plan, upscaler)
 
 
 @dataclass(frozen=True)
 class FromLatents(Plain):
-    """Stage 1 carried over by `enlarge(latents, images)` of its latents and its decoded images, with noise of `seeds`
-    in place of the stage's own."""
+    """The handoff by `upscale(latents, images)` of stage 1's latents and decoded images, with noise of `seeds` in place
+    of the stage's own."""
 
-    enlarge: Callable[[Tensor, Tensor], Tensor] = lambda latents, images: latents
+    upscale: Callable[[Tensor, Tensor], Tensor] = lambda latents, images: latents
     seeds: Sequence[int] = ()
     kept: list[Tensor] = field(default_factory=list[Tensor])
 
@@ -136,15 +136,15 @@ class FromLatents(Plain):
         return made
 
     def handoff(self, run: StageRun, images: Tensor) -> Tensor:
-        clean = self.enlarge(self.kept[0], images)
+        clean = self.upscale(self.kept[0], images)
         return add_noise(clean, draw_noise(clean.shape[1:], self.seeds), run.stage.start_sigma)
 
 
 def hires_fix(size: int, steps: int, hires_steps: int, denoise: float, latent: bool) -> Way:
-    """What WebUIs call hires fix, at half size first: the host's fixed shift in both passes, and the second pass's
-    start where denoising strength and that shift put it.
+    """What WebUIs call hires fix, from half size: the host's fixed shift in both passes; denoising strength and that
+    shift give the second pass's start sigma.
 
-    In pixels the picture is enlarged by the same network, through 8 bits; in latents, bilinearly. The second pass has
+    In pixels the same network upscales the image, through 8 bits; latents are upscaled bilinearly. The second pass has
     the first one's seed.
     """
     shift = math.exp(host_mu())
@@ -152,13 +152,13 @@ def hires_fix(size: int, steps: int, hires_steps: int, denoise: float, latent: b
     tail = [shift_sigma((hires_steps - i) / walked, shift) for i in range(hires_steps)] + [0.0]
 
     def method(model: Model, seeds: Sequence[int]) -> Method:
-        def enlarged(latents: Tensor, images: Tensor) -> Tensor:
+        def upscaled(latents: Tensor, images: Tensor) -> Tensor:
             if latent:
                 return functional.interpolate(latents, scale_factor=2, mode="bilinear", align_corners=False)
-            large = upscale_to((images * 255).floor() / 255, size, size, model.enlargers["SR"])
+            large = upscale_to((images * 255).floor() / 255, size, size, model.upscalers["SR"])
             return model.engine.encode((large * 255).floor() / 255)
 
-        return FromLatents(enlarge=enlarged, seeds=seeds)
+        return FromLatents(upscale=upscaled, seeds=seeds)
 
     word = "latent" if latent else "pixel"
     name = f"hires fix, {word}, {steps}+{hires_steps}, denoise {denoise:g} (sigma {tail[0]:.2f})"
@@ -166,24 +166,24 @@ def hires_fix(size: int, steps: int, hires_steps: int, denoise: float, latent: b
 
 
 def midway(size: int, steps: int, until: int, high_steps: int) -> Way:
-    """Latents enlarged on the way, in the manner of Bottleneck Sampling and RALU: `until` of `steps` low steps, the
-    clean estimate enlarged (nearest), noise at the level that was reached, then `high_steps` at the final size."""
+    """Latents upscaled midway, as in Bottleneck Sampling and RALU: `until` of `steps` low steps, the clean estimate
+    upscaled (nearest), noise at the sigma that was reached, then `high_steps` at the final size."""
     low, high = (make_native_plan(FAMILY, side, side, steps=steps) for side in (size // 2, size))
     sigmas = low.stages[0].sigmas
-    level = sigmas[until]
+    reached = sigmas[until]
     mu = high.stages[0].mu or 0.0
-    begin = unshift_sigma(level, math.exp(mu))
+    begin = unshift_sigma(reached, math.exp(mu))
     tail = [shift_sigma(begin * (1 - i / high_steps), math.exp(mu)) for i in range(high_steps)] + [0.0]
 
     def method(model: Model, seeds: Sequence[int]) -> Method:
-        def enlarged(latents: Tensor, images: Tensor) -> Tensor:
+        def upscaled(latents: Tensor, images: Tensor) -> Tensor:
             return functional.interpolate(latents, scale_factor=2, mode="nearest")
 
-        return FromLatents(enlarge=enlarged, seeds=[seed + 1 for seed in seeds])
+        return FromLatents(upscale=upscaled, seeds=[seed + 1 for seed in seeds])
 
     # Euler's step to 0 gives the clean estimate of the last sigma before it.
     plan = _two_stages(size, (*sigmas[:until], 0.0), tail)
-    name = f"latents enlarged midway, {until} low + {high_steps} (sigma {level:.2f})"
+    name = f"latents upscaled midway, {until} low + {high_steps} (sigma {reached:.2f})"
     return planned(name, "midway", plan, method=method)
 
 
@@ -195,12 +195,12 @@ def _two_stages(size: int, first: Sequence[float], second: Sequence[float]) -> S
 
 
 def host_mu() -> float:
-    """mu of WebUI hosts: that of the model's full size, whatever the picture's."""
+    """mu of WebUI hosts: that of the model's full size, for images of every size."""
     return make_native_plan(FAMILY, 256, 256, steps=1).stages[0].mu or 0.0
 
 
 def equal_cost(size: int) -> list[Way]:
-    """What the trade-off plot compares."""
+    """The ways that the trade-off plot compares."""
     return [
         *(native(size, steps) for steps in (50, 20, 12, 8, 4)),
         *(native(size, steps, "multistep") for steps in (20, 12, 8, 4)),
@@ -211,8 +211,8 @@ def equal_cost(size: int) -> list[Way]:
         staged(size, name="staged 6+2 from 0.45", low_steps=6, refine_steps=2, sigma=0.45),
         staged(size, name="staged 6+4 from 0.6", low_steps=6, refine_steps=4, sigma=0.6, refine_curve="shifted"),
         staged(size, "12+1", "no refine, 12+0", refine_steps=0),
-        staged(size, "12+1", "no SR network, 12+1", enlarger="Lanczos"),
-        staged(size, "12+1", "reference procedure, 12+1", enlarger="reference", solver="euler", posterior="sample"),
+        staged(size, "12+1", "no SR network, 12+1", upscaler="Lanczos"),
+        staged(size, "12+1", "reference procedure, 12+1", upscaler="reference", solver="euler", posterior="sample"),
         hires_fix(size, 12, 1, 0.12, latent=False),
         hires_fix(size, 12, 4, 0.12, latent=False),
         hires_fix(size, 12, 1, 0.12, latent=True),

@@ -1,15 +1,15 @@
-"""How near does a staged run come to its arithmetic? Every figure is a ratio within one run.
+"""Measures how near a staged run comes to the limit by FLOP. Compare only numbers of one run.
 
     python -m bench.speed --out DIR                  true-size networks with random weights on the GPU, in bfloat16
     python -m bench.speed --small --out DIR          the same on networks of a few channels, on any machine
     python -m bench.speed --demo --out DIR           the embedded model on this machine
-    python -m bench.speed --limits                   what arithmetic allows, by family; nothing is run
+    python -m bench.speed --limits                   the limit by FLOP of every family; nothing is run
     python -m bench.speed --scale --demo --out DIR   time and memory against size and batch
-    python -m bench.speed --outside --demo           decoding, enlarging, encoding, text, saving: each way of doing them
+    python -m bench.speed --outside --demo           the parts outside the network, and alternatives
 
-Measured: native sampling, staged presets, the official scripts' procedure, every part alone, the highest memory; after
-a warm-up of every way at its own sizes. Beside them: the limit by FLOP (`mrflow_sched.plan.cost`), and what the model
-predicts from one staged run. With `--outside`, what lies outside the network, and what other ways to do it would take.
+Measured, after a warm-up of every way at its own sizes: native sampling, staged presets, the official scripts'
+procedure, every part, and peak memory. Beside them: the limit by FLOP (`mrflow_sched.plan.cost`), and the cost model's
+prediction from one staged run. `--outside` measures the parts outside the network, and alternatives to each.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from mrflow_sched.upscaling.role import PixelUpscaler
 
 PRESETS = ("20+1", "12+1", "8+1", "6+1")
 PREDICTED_FROM = "12+1"
-"""The staged run that the cost model learns the machine from."""
+"""The staged run from which the cost model learns the machine's speed."""
 REFERENCE = "reference 12+1"
-"""The official scripts' choices: Euler, a posterior drawn by the VAE, enlarging in tiles, 8-bit pictures in between.
-`bench/reference.py` shows that they make its pictures."""
+"""The official scripts' choices: Euler, a sampled posterior, upscaling in tiles, 8-bit images in between.
+`bench/reference.py` shows that these choices give the reference's images."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One way on one model: seconds of a whole run (median of the repeats), of its parts, highest memory in bytes,
-    seconds of the fastest repeat, and of the run before all that count, which warms up and compiles."""
+    """One way on one model: seconds of a whole run (median of the repeats) and of its parts, peak memory in bytes,
+    seconds of the fastest repeat, and of the warm-up run, which compiles."""
 
     seconds: float
     parts: dict[str, float]
@@ -74,7 +74,7 @@ def _median(runs: Sequence[_Run], peak: int, first: float) -> Measured:
 
 
 class Bench:
-    """A model and its upscaler, and how a plan is run on them."""
+    """A model and its upscaler, on which plans are run."""
 
     def __init__(self, engine: Any, upscaler: Any, prompts: Sequence[str], repeats: int) -> None:
         self.engine, self.upscaler, self.prompts, self.repeats = engine, upscaler, list(prompts), repeats
@@ -89,7 +89,7 @@ class Bench:
         batch: int = 1,
         compiler: NetworkCompiler | None = None,
     ) -> Bench:
-        """Random weights in the sizes of family `name`."""
+        """A model of family `name` with random weights."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         pipe = networks.build(name, device, dtype, small=small)
         engine = PipelineEngine(pipe, arguments=networks.embeddings(name, pipe, batch), compiler=compiler)
@@ -102,7 +102,7 @@ class Bench:
 
     @classmethod
     def demo(cls, repeats: int, batch: int = 1, compiler: NetworkCompiler | None = None) -> Bench:
-        """The embedded model; with a `compiler`, as the diffusers pipeline that it is."""
+        """The embedded model; with a `compiler`, as a diffusers pipeline."""
         prompt = "a red striped circle and a blue star over green hills under an orange sky, the word FLOW"
         if compiler is None:
             engine: Any = demo.load_engine()
@@ -113,11 +113,11 @@ class Bench:
         return cls(engine, load_upscaler(demo.upscaler_path()), [prompt] * batch, repeats)
 
     def warm(self, plan: StagedPlan) -> None:
-        """One run with as few steps as can be."""
+        """One run with one step per stage."""
         self._run(shortest(plan))
 
     def measure(self, plan: StagedPlan) -> Measured:
-        """`plan` as often as asked for; memory is that of the first run."""
+        """`plan` run `repeats` times; memory is that of the first run."""
         with PeakMemory(self.engine.device) as peak:
             runs = [self._run(plan)]
         first = runs[0][0]
@@ -126,9 +126,9 @@ class Bench:
     def measure_in_turn(
         self, plans: Mapping[str, StagedPlan], upscalers: Mapping[str, PixelUpscaler] | None = None
     ) -> dict[str, Measured]:
-        """Every plan as often as asked for, one after the other in each round, so that all meet the machine in the
-        same moods: a processor slows down under long work. Memory is that of a run before, whose time does not count.
-        Plans that `upscalers` names run with that one.
+        """Every plan `repeats` times, one after the other in each round, so that a slow phase of the machine affects
+        all. Memory is that of a warm-up run, whose time does not count. `upscalers` holds another upscaler for some
+        plans, by name.
         """
         others = upscalers or {}
         firsts: dict[str, tuple[int, float]] = {}
@@ -147,7 +147,7 @@ class Bench:
         done = sample_staged(self.engine, plan, self.prompts, upscaler=upscaler or self.upscaler)
         seconds = clock.stop()
         if not bool(done.images.isfinite().all()):
-            raise ValueError(f"{plan.preset} made values that are no numbers; the random weights are too strong.")
+            raise ValueError(f"{plan.preset} gave NaN or infinity; the random weights are too large.")
         parts: dict[str, float] = {}
         for timing in done.timings:
             parts[timing.name] = parts.get(timing.name, 0.0) + timing.seconds
@@ -164,8 +164,8 @@ def compare_ways(
     counted: bool = True,
     predict: bool = True,
 ) -> dict[str, Any]:
-    """Native and staged runs of one model; where its sizes are those that were `counted`, the limit of each, and what
-    the cost model makes of one of them."""
+    """Native and staged runs of one model. With `counted` (FLOP of its sizes are known), also the limit of each and,
+    with `predict`, the cost model's prediction of each."""
     plans = {preset: _plan(family, side, preset) for preset in presets}
     native = make_native_plan(family, side, side, steps=native_steps)
     tiles: dict[str, PixelUpscaler] = {}
@@ -202,18 +202,18 @@ def compare_ways(
 
 
 def _predict(rows: dict[str, Any], plans: dict[str, StagedPlan], native: StagedPlan, bench: Bench) -> None:
-    """Add what the cost model, knowing one staged run, says of every way."""
+    """Add the cost model's prediction of every way, from one staged run."""
     speeds = Speeds.measured(plans[PREDICTED_FROM], rows[PREDICTED_FROM]["parts"], bench.engine.family)
     for name, plan in {"native": native, **plans}.items():
         if name == REFERENCE:
-            continue  # enlarges more pixels than the plan has
+            continue  # upscales more pixels than the plan counts
         told = sum(seconds for _, seconds in speeds.predict(plan, bench.engine.family))
         rows[name]["predicted"] = told
         rows[name]["predicted off by"] = told / rows[name]["seconds"] - 1
 
 
 def _limit(plan: StagedPlan, native: StagedPlan) -> float:
-    """Arithmetic alone: FLOP of the native run over FLOP of the staged one, VAE and upscaler included."""
+    """FLOP of the native run over FLOP of the staged one, VAE and upscaler included."""
     parts, whole = part_costs(plan), part_costs(native)
     if parts is None or whole is None:
         return work_ratio(plan)
@@ -226,7 +226,7 @@ def _plan(family: str, side: int, preset: str, **more: Any) -> StagedPlan:
 
 
 def scale(bench: Bench, family: str, sides: Sequence[int], tile: int, start: int) -> list[dict[str, Any]]:
-    """Seconds and memory of staged runs by size: two stages, or as many as it takes to begin at `start` or below."""
+    """Seconds and memory of staged runs by size: two stages, or enough to start at `start` pixels or fewer."""
     rows: list[dict[str, Any]] = []
     own = min(get_family(family).native_size)
     for side in sides:
@@ -236,7 +236,7 @@ def scale(bench: Bench, family: str, sides: Sequence[int], tile: int, start: int
         for cut in (0, tile) if side > tile else (0,):
             plan = make_plan(family, side, side, stages=stages, tile=cut)
             if cut == 0 and side > 4 * own:
-                continue  # attention over the whole picture: hours
+                continue  # attention over the whole image takes hours
             found = bench.measure(plan)
             told = peak_memory(plan)
             rows.append({"side": side, "stages": stages, "tile": cut, **asdict(found)})
@@ -259,10 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--native-steps", type=int, help="steps of the native run (default: the family's)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each way, the median counts (default 3)")
     parser.add_argument("--small", action="store_true", help="networks of a few channels")
-    parser.add_argument("--demo", action="store_true", help="the embedded model in place of random networks")
-    parser.add_argument("--limits", action="store_true", help="print what arithmetic allows, and nothing else")
-    parser.add_argument("--scale", action="store_true", help="sizes and batches in place of ways")
-    parser.add_argument("--outside", action="store_true", help="the parts outside the network in place of ways")
+    parser.add_argument("--demo", action="store_true", help="the embedded model instead of random networks")
+    parser.add_argument("--limits", action="store_true", help="print the limits by FLOP, and run nothing")
+    parser.add_argument("--scale", action="store_true", help="sizes and batches instead of ways")
+    parser.add_argument("--outside", action="store_true", help="the parts outside the network instead of ways")
     parser.add_argument("--sides", type=int, nargs="+", help="sides for --scale")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], help="batches for --scale")
     parser.add_argument(
@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--compile", choices=COMPILE_MODES, metavar="MODE", help="torch.compile stages of several steps, native too"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder for what is written")
+    parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args(arguments)
     if options.limits:
         print(report.limits(options.presets), report.large(), sep="\n\n")

@@ -1,4 +1,4 @@
-"""Honest seconds."""
+"""Timing that waits for the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Clock:
-    """Seconds of everything between its making and `stop`: by the device's own events on CUDA, else by the clock."""
+    """Seconds between construction and `stop`: by CUDA events on CUDA, else by the wall clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda, self._device = device.type == "cuda", device
@@ -29,7 +29,7 @@ class Clock:
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each way; all of them one after the other in every round, after one that does not count."""
+    """Median seconds of each way: all run one after the other in every round, after a warm-up round."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for counted in range(-1, rounds):
         for name, work in ways.items():

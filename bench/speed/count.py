@@ -1,9 +1,9 @@
-"""FLOP and memory of true-size networks, counted without running them: on tensors that have a shape and no numbers.
+"""FLOP and memory of true-size networks, counted without running them, on tensors that have a shape and no content.
 
-    python -m bench.speed.count            the table that mrflow_sched's families and cost model take their numbers from
+    python -m bench.speed.count            the table behind the numbers of the families and the cost model
 
-FLOP: torch's own counter (two per multiply-add; matrix products, convolutions and attention). Memory: the most bytes of
-tensors alive at once that a forward makes, without the weights, workspaces and fragmentation.
+FLOP: torch's own counter (two per multiply-add; matrix products, convolutions and attention). Memory: peak bytes of the
+tensors that a forward makes, without the weights, workspaces and fragmentation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.speed import networks
 
 @dataclass(frozen=True)
 class Count:
-    """Of one call: FLOP, the most bytes alive at once, and the bytes of the weights that it reads."""
+    """One call: FLOP, peak bytes alive, and the bytes of the weights that it reads."""
 
     flop: float
     peak: int
@@ -34,7 +34,7 @@ class Count:
 
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
-    """FLOP of the CPU's fused attention, which torch's counter does not know (given shapes)."""
+    """FLOP of the CPU's fused attention, which torch's counter does not know, from shapes."""
     return sdpa_flop_count(query, key, value)
 
 
@@ -42,7 +42,7 @@ _MORE = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
 
 
 class _Alive(TorchDispatchMode):
-    """Bytes of the storages that operations made and that still live; `peak` is the most there ever were."""
+    """Bytes of the storages that operations made and that are still alive; `peak` is their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _Alive(TorchDispatchMode):
 
 
 def count(make: Callable[[], Any], call: Callable[[Any], Any], dtype: torch.dtype = torch.bfloat16) -> Count:
-    """Of `call(module)`, for the module that `make` builds; nothing is allocated or computed."""
+    """Count `call(module)` for the module that `make` builds; nothing is allocated or computed."""
     before = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         torch.set_default_dtype(dtype)
@@ -89,12 +89,12 @@ def count(make: Callable[[], Any], call: Callable[[Any], Any], dtype: torch.dtyp
 
 
 def forward(name: str, width: int, height: int, *, small: bool = False, batch: int = 1) -> Count:
-    """Of one forward of the family's network for a picture of `width` x `height` pixels."""
+    """One forward of the family's network for an image of `width` x `height` pixels."""
     return count(lambda: networks.make_network(name, small=small), _FORWARDS[name](width // 8, height // 8, batch))
 
 
 def decode(name: str, width: int, height: int, *, small: bool = False) -> Count:
-    """Of the VAE's decoder, weights of the whole VAE."""
+    """The VAE's decoder, with the weights of the whole VAE."""
 
     def call(vae: Any) -> None:
         channels = getattr(vae.config, "latent_channels", None) or vae.config.z_dim
@@ -105,7 +105,7 @@ def decode(name: str, width: int, height: int, *, small: bool = False) -> Count:
 
 
 def encode(name: str, width: int, height: int, *, small: bool = False) -> Count:
-    """Of the VAE's encoder, weights of the whole VAE."""
+    """The VAE's encoder, with the weights of the whole VAE."""
 
     def call(vae: Any) -> None:
         frames = (1,) if "z_dim" in vae.config else ()
@@ -115,12 +115,12 @@ def encode(name: str, width: int, height: int, *, small: bool = False) -> Count:
 
 
 def upscale(width: int, height: int, *, small: bool = False) -> Count:
-    """Of RRDBNet x2 on a picture of `width` x `height` pixels."""
+    """RRDBNet x2 on an image of `width` x `height` pixels."""
     return count(lambda: networks.make_upscaler(small=small), lambda m: m(torch.zeros(1, 3, height, width)))
 
 
 def flux_forward(tokens: int, text: int, batch: int = 1) -> Callable[[Any], Any]:
-    """A forward of FLUX.1's class on so many tokens."""
+    """A forward of FLUX.1's class on `tokens` image tokens and `text` text tokens."""
 
     def call(model: Any) -> Any:
         config = model.config
@@ -200,11 +200,11 @@ _FORWARDS: dict[str, Callable[[int, int, int], Callable[[Any], Any]]] = {
 
 
 def main() -> None:
-    print(table(["part", "pixels", "TFLOP", "MiB alive at once", "GiB of weights"], rows()))
+    print(table(["part", "pixels", "TFLOP", "peak MiB", "GiB of weights"], rows()))
 
 
 def rows() -> list[list[str]]:
-    """Every part at its sizes: its name, the side in pixels, TFLOP, MiB of tensors alive at once, GiB of weights."""
+    """Every part at its sizes: name, side in pixels, TFLOP, peak MiB of tensors, GiB of weights."""
     found: list[list[str]] = []
 
     def row(part: str, side: int, count: Count) -> None:

@@ -1,8 +1,8 @@
-"""The real networks of a family in their true sizes, with random weights: time does not depend on what the weights are.
+"""The networks of a family in their true sizes, with random weights: time does not depend on the weights.
 
 `build("flux1-dev")` gives a diffusers pipeline without text encoders, `embeddings` random text of the true length, and
-`make_encoder` the text encoders one by one, as most cards do not hold all parts at once. With `small=True` the same
-classes are a few channels wide, to try every line without a GPU.
+`make_encoder` the text encoders one by one, since most GPUs do not hold all parts at once. With `small=True` the same
+classes are a few channels wide, to run every line without a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DYNAMIC: Arguments = {"use_dynamic_shifting": True, "shift": 3.0}
 
 @dataclass(frozen=True)
 class Encoder:
-    """A text encoder: class and configuration of transformers by name, true arguments, and tokens of a prompt."""
+    """A text encoder: class and configuration of transformers by name, true-size arguments, and tokens of a prompt."""
 
     title: str
     model: str
@@ -93,15 +93,15 @@ _SMALLER: Arguments = {
     **dict.fromkeys(("d_kv", "head_dim"), 16),
     "vocab_size": 1000,
 }
-"""What shrinks an encoder of any kind."""
+"""Arguments that shrink an encoder of any kind."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one family is built: classes of diffusers by name, their true arguments, and what shrinks them.
+    """How one family is built: classes of diffusers by name, their true-size arguments, and those that shrink them.
 
-    `text(config, batch, device, dtype)` gives the keyword arguments of the pipeline's call that stand for the prompt;
-    the widths of text follow the network's own arguments.
+    `text(config, batch, device, dtype)` gives the pipeline's keyword arguments in place of a prompt; text widths
+    follow the network's own arguments.
     """
 
     pipeline: str
@@ -118,7 +118,7 @@ class Recipe:
 
     @property
     def part(self) -> str:
-        """What the pipeline calls its network."""
+        """The pipeline's name for its network."""
         return "unet" if "UNet" in self.network else "transformer"
 
 
@@ -136,7 +136,7 @@ def _flux_text(config: Any, batch: int, device: torch.device, dtype: torch.dtype
 
 
 def _qwen_text(config: Any, batch: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """A prompt of the family's usual length and a negative one of 8 tokens, about what a blank comes to."""
+    """A prompt of the family's usual length and a negative one of 8 tokens, about the length of an empty one."""
     made: dict[str, Any] = {}
     for prefix, length in (("", get_family("qwen-image").text_tokens), ("negative_", 8)):
         made[f"{prefix}prompt_embeds"] = _random((batch, length, config.joint_attention_dim), device, dtype)
@@ -303,13 +303,13 @@ def make_network(name: str, *, small: bool = False) -> Any:
 
 
 def make_vae(name: str, *, small: bool = False) -> Any:
-    """The VAE alone, likewise."""
+    """The VAE alone, on the default device and in the default dtype."""
     recipe = RECIPES[name]
     return getattr(diffusers, recipe.vae)(**{**recipe.vae_arguments, **(recipe.vae_small if small else {})})
 
 
 def make_encoder(encoder: Encoder, device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Any:
-    """A text encoder with random weights. Raises AttributeError where the installed transformers is too old for it."""
+    """A text encoder with random weights. Raises AttributeError if the installed transformers is too old."""
     import transformers
 
     library: Any = transformers
@@ -325,7 +325,7 @@ def make_encoder(encoder: Encoder, device: torch.device, dtype: torch.dtype, *, 
 
 
 def make_upscaler(*, small: bool = False) -> torch.nn.Module:
-    """RRDBNet x2 of 23 blocks (small: one), its first layer taking 2x2 pixels as channels, as RealESRGAN_x2plus."""
+    """RRDBNet x2 of 23 blocks (small: one), whose first layer takes 2x2 pixels as channels, like RealESRGAN_x2plus."""
     from spandrel.architectures.ESRGAN.__arch.RRDB import RRDBNet  # pyright: ignore[reportMissingImports]
 
     filters, blocks = (8, 1) if small else (64, 23)
@@ -333,7 +333,7 @@ def make_upscaler(*, small: bool = False) -> torch.nn.Module:
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Any:
-    """The family's pipeline without text encoders; weights are the classes' own random start, the same each time."""
+    """The family's pipeline without text encoders; weights are the classes' own initial ones, the same each time."""
     recipe = RECIPES[name]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -359,6 +359,6 @@ def build(name: str, device: torch.device, dtype: torch.dtype, *, small: bool = 
 
 
 def embeddings(name: str, pipe: Any, batch: int = 1) -> dict[str, Any]:
-    """Random text for `batch` pictures, as keyword arguments of the pipeline's call."""
+    """Random text embeddings for `batch` images, as keyword arguments of the pipeline's call."""
     network = getattr(pipe, RECIPES[name].part)
     return RECIPES[name].text(network.config, batch, network.device, network.dtype)

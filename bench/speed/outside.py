@@ -1,6 +1,6 @@
-"""What lies outside the network: each part as a staged run does it, and beside it the other ways of doing it.
+"""Measures the parts outside the network: each as a staged run does it, and the alternatives.
 
-All ways of a part are measured in turn, on the picture and latents of a real run. The first way is the one in use.
+All ways of a part run in turn, on the image and latents of a real run. The first way is the one in use.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from mrflow_sched.sampling.noise import add_noise
 
 TOGETHER = 4
 ROUNDS = 3
-"""Rounds for each repeat that was asked for: parts are short."""
+"""Rounds per repeat: parts are short."""
 
 Ways = Mapping[str, Callable[[], object]]
 
 
 def measure(bench: Any, plan: StagedPlan) -> list[dict[str, Any]]:
-    """Seconds of every way of every part outside the network, for one picture of `plan`, a plan of two stages.
+    """Seconds of every way of every part outside the network, for one image of `plan`, a plan of two stages.
 
-    `bench` is a `Bench` of one picture whose upscaler is a model. Each row: part, way, seconds, used (whether a run
-    does it so).
+    `bench` is a `Bench` of one image whose upscaler is a model. Each row: part, way, seconds, used (whether runs do it
+    this way).
     """
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ def _parts(bench: Any, plan: StagedPlan, folder: Path) -> dict[str, Ways]:
     plain_vae, plain_network = _plain(vae), _plain(network)
     file = folder / "x2.safetensors"
     save_file(networks.make_upscaler().state_dict(), file)
-    # In plain order, as pictures and latents are in a run; torch goes over to the order of the weights by itself.
+    # In the default memory format, as images and latents are in a run; torch switches to the weights' format itself.
     ready = small.to(upscaler.device, upscaler.dtype).contiguous()
     pixels = (2 * picture - 1).to(vae.device, vae.dtype).contiguous()
     hidden = latents.to(vae.device, vae.dtype).contiguous()
@@ -79,35 +79,38 @@ def _parts(bench: Any, plan: StagedPlan, folder: Path) -> dict[str, Ways]:
         return torch.cat([values] * TOGETHER)
 
     parts: dict[str, Ways] = {
-        "text": {"once a run": lambda: engine.encode_text(bench.prompts)},
-        "enlarge": {
-            "whole picture, channels last": lambda: network(ready.contiguous(memory_format=torch.channels_last)),
-            "whole picture, plain order": lambda: plain_network(ready),
+        "text": {"once per run": lambda: engine.encode_text(bench.prompts)},
+        "upscale": {
+            "whole image, channels last": lambda: network(ready.contiguous(memory_format=torch.channels_last)),
+            "whole image, default memory format": lambda: plain_network(ready),
             "tiles of 192, margin 24": lambda: Tiles(upscaler)(small.contiguous(memory_format=torch.channels_last)),
         },
-        "encode": {"channels last": lambda: vae.encode(pixels), "plain order": lambda: plain_vae.encode(pixels)},
-        "noise": {"one CPU stream a picture": noised},
+        "encode": {
+            "channels last": lambda: vae.encode(pixels),
+            "default memory format": lambda: plain_vae.encode(pixels),
+        },
+        "noise": {"one CPU stream per image": noised},
         "decode": {
             "channels last": lambda: decoded(vae, hidden),
-            "plain order": lambda: decoded(plain_vae, hidden),
+            "default memory format": lambda: decoded(plain_vae, hidden),
         },
-        f"enlarge {TOGETHER} pictures": {
+        f"upscale {TOGETHER} images": {
             "one by one": lambda: upscaler.run(several(small)),
             "together": lambda: network(several(ready).contiguous(memory_format=torch.channels_last)),
         },
-        f"encode {TOGETHER} pictures": {
+        f"encode {TOGETHER} images": {
             "one by one": lambda: engine.encode(several(picture)),
             "together": lambda: vae.encode(several(pixels)),
         },
-        f"decode {TOGETHER} pictures": {
+        f"decode {TOGETHER} images": {
             "one by one": lambda: engine.decode(several(latents)),
             "together": lambda: decoded(vae, several(hidden)),
         },
         "save": {
-            "PNG, compression 4": lambda: save_png(folder / "picture.png", picture[0]),
+            "PNG, compression 4": lambda: save_png(folder / "image.png", picture[0]),
             "PNG, compression 6, Pillow's default": lambda: to_pil(picture[0]).save(folder / "other.png"),
         },
-        "read an upscaler": {"x2 of 23 blocks, 67 MB, once a session": lambda: load_upscaler(file, device=device)},
+        "load an upscaler": {"x2 of 23 blocks, 67 MB, once per session": lambda: load_upscaler(file, device=device)},
     }
     if vae.dtype == torch.float32:
         half_vae = copy.deepcopy(vae).bfloat16()
@@ -115,13 +118,13 @@ def _parts(bench: Any, plan: StagedPlan, folder: Path) -> dict[str, Ways]:
         parts["decode"] = {**parts["decode"], "bfloat16": lambda: decoded(half_vae, hidden.bfloat16())}
     if device.type == "cuda":
         exact = copy.deepcopy(network).float()
-        parts["enlarge"] = {**parts["enlarge"], "whole picture, float32": lambda: exact(ready.float())}
+        parts["upscale"] = {**parts["upscale"], "whole image, float32": lambda: exact(ready.float())}
     return parts
 
 
 def encoders(name: str, device: torch.device, dtype: torch.dtype, rounds: int, *, small: bool) -> dict[str, float]:
-    """Seconds of one prompt in each text encoder of family `name`, built one after the other; those that do not fit
-    into memory or that the installed transformers does not know are left out."""
+    """Seconds of one prompt in each text encoder of family `name`, built one after the other. Encoders that do not fit
+    into memory, or that the installed transformers does not know, are left out."""
     found: dict[str, float] = {}
     for encoder in networks.RECIPES[name].encoders if name in networks.RECIPES else ():
         try:

@@ -1,4 +1,4 @@
-"""Tables and plots of what was measured."""
+"""Tables and plots of the speed benchmark."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
 
 
 def _ways_table(found: Mapping[str, Any]) -> str:
-    head = ["way", "s", "speedup", "limit", "of the limit", "fastest runs", "network only", "outside it"]
+    head = ["way", "s", "speedup", "limit", "share of the limit", "fastest runs", "network only", "outside it"]
     rows: list[list[str]] = []
     for name, row in found["ways"].items():
         told = f"{row['predicted']:.2f} s ({row['predicted off by']:+.1%})" if "predicted" in row else ""
@@ -51,7 +51,7 @@ def _ways_table(found: Mapping[str, Any]) -> str:
         rows.append([*cells, told, f"{row['peak'] / 2**20:.0f}"])
     text = table([*head, "predicted", "peak MiB"], rows)
     encoders = ", ".join(f"{title} {1000 * seconds:.1f} ms" for title, seconds in found.get("text", {}).items())
-    return f"{text}\n\nA prompt in the text encoders, beside the runs: {encoders}." if encoders else text
+    return f"{text}\n\nText encoders, one prompt, not part of the runs: {encoders}." if encoders else text
 
 
 def _scale_tables(found: Mapping[str, Any]) -> str:
@@ -66,7 +66,7 @@ def _scale_tables(found: Mapping[str, Any]) -> str:
         batches.append([row["batch"], seconds, each, f"{row['peak'] / 2**20:.0f}"])
     tables = [
         table(["side", "stages", "tile", "s", "peak MiB", "predicted MiB"], sizes, "r"),
-        table(["batch", "s", "s an image", "peak MiB"], batches, "r"),
+        table(["batch", "s", "s per image", "peak MiB"], batches, "r"),
     ]
     return "\n\n".join(tables)
 
@@ -78,11 +78,11 @@ def _outside_table(found: Mapping[str, Any]) -> str:
         used = row["seconds"] if row["used"] else used
         part, share = (row["part"], "") if row["used"] else ("", f"{row['seconds'] / used:.2f}")
         rows.append([part, row["way"], f"{1000 * row['seconds']:.2f}", share])
-    return table(["part", "way (first: as it is done)", "ms", "to that"], rows, "llr")
+    return table(["part", "way (first: the one in use)", "ms", "relative"], rows, "llr")
 
 
 def limits(presets: Sequence[str]) -> str:
-    """What arithmetic allows in every family: native over staged, the network alone and with VAE and upscaler."""
+    """The limit by FLOP of every family: native over staged, network only, and with VAE and upscaler."""
     head = ["family", "size", "native TFLOP", *(f"{preset} network, whole" for preset in presets), "GiB at 12+1"]
     rows: list[list[str]] = []
     for name, family in FAMILIES.items():
@@ -101,8 +101,8 @@ def limits(presets: Sequence[str]) -> str:
 
 
 def large(side: int = 4096, stages: int = 4, tile: int = 1024) -> str:
-    """The most memory of a large picture from a small start, by family: as it comes, in tiles with only the working
-    part on the device, and that with weights of 8 bits."""
+    """Peak memory of a large image from a small first stage, by family: whole, in tiles with only the working part on
+    the device, and the latter with 8-bit weights."""
     title = f"GiB at {side}x{side} from {side >> (stages - 1)}"
     rows: list[list[str]] = []
     for name in FAMILIES:
@@ -114,11 +114,11 @@ def large(side: int = 4096, stages: int = 4, tile: int = 1024) -> str:
             *(peak_memory(cut, weight_bytes=w, offload=True, vae_tile=tile, upscaler_tile=tile // 2) for w in (2, 1)),
         ]
         rows.append([name, *(f"{peak.total / 2**30:.1f}" for peak in peaks if peak)])
-    return table([title, "whole", f"tiles of {tile}, offloaded", "and 8-bit weights"], rows)
+    return table([title, "whole", f"tiles of {tile}, offloaded", "offloaded, 8-bit weights"], rows)
 
 
 def kinds(parts: Mapping[str, float], whole: float) -> dict[str, float]:
-    """Seconds of a run by kind of part; "other" is what no part holds."""
+    """Seconds of a run by kind of part; "other" is the time outside all parts."""
     found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for name, seconds in parts.items():
         kind = name if name in KINDS else name.split()[-1]
@@ -185,10 +185,10 @@ def _scale_plot(line: Any, name: str, found: Mapping[str, Any]) -> None:
         [row["batch"] for row in batches],
         [row["seconds"] / row["batch"] for row in batches],
         "o-",
-        label="seconds a picture",
+        label="seconds per image",
     )
     right.plot([row["batch"] for row in batches], [row["peak"] / 2**30 for row in batches], "s--", label="peak GiB")
-    right.set_xlabel("pictures at once")
+    right.set_xlabel("images per batch")
     right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""How a run is stopped from outside, and how it tells its user something."""
+"""How a run is stopped from outside, and how it sends messages to its user."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ class Cancelled(Exception):
 
 
 def stop_if(cancel: Cancel | None) -> None:
-    """Raise `Cancelled` where `cancel` answers True."""
+    """Raise `Cancelled` where `cancel` answers True.
+
+    Args:
+        cancel: Asked once; None never stops.
+
+    Raises:
+        Cancelled: `cancel` answered True.
+    """
     if cancel is not None and cancel():
         raise Cancelled
 
 
 def ignore(sentence: str) -> None:
-    """A `Warn` for callers that want none."""
+    """Do nothing: a `Warn` for callers that want none.
+
+    Args:
+        sentence: The message that is dropped.
+    """

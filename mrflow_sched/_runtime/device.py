@@ -1,4 +1,4 @@
-"""Which device to work on, and what its hardware multiplies fast."""
+"""Which device to work on, and which dtypes its hardware computes fast."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ from mrflow_sched._runtime.errors import MrFlowError, first_line
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """`"auto"` is the first CUDA device where there is one, else the CPU; anything else is taken as torch spells it.
+    """The torch device of a name, checked to be usable.
 
-    Raises ValueError when torch does not know the device or cannot reach it.
+    Args:
+        device: "auto" is the first CUDA device where there is one, else the CPU; anything else is read as torch spells
+            it ("cpu", "cuda:1").
+
+    Returns:
+        A device on which a tensor was allocated.
+
+    Raises:
+        MrFlowError: Torch does not know the device or cannot use it, or it is "meta", which holds no numbers.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise MrFlowError(f"device is {str(device)!r}, which is no device name; use auto, cpu or cuda.") from error
+        raise MrFlowError(f"device is {str(device)!r}, which is not a device name; use auto, cpu or cuda.") from error
     if found.type == "meta":
         raise MrFlowError("device is 'meta', which holds shapes and no numbers; use auto, cpu or cuda.")
     try:
@@ -30,9 +38,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16: CUDA that says so, CPUs with AVX512-BF16 or AMX.
+    """Whether the hardware multiplies bfloat16.
 
     Emulated bfloat16 on a CPU is slower than float32, hence the question.
+
+    Args:
+        device: A CPU or CUDA device; on any other kind the answer is False.
+
+    Returns:
+        True for CUDA devices where torch says so, and for CPUs with AVX512-BF16 or AMX.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()

@@ -1,4 +1,4 @@
-"""Refusals, and other people's errors told inside one sentence of ours."""
+"""Refusals, and how another library's error is quoted in one."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ class MrFlowError(ValueError):
 
 
 class FileError(MrFlowError, OSError):
-    """A refusal because a file cannot be read or written where it was asked for: no right, disk full."""
+    """A refusal because a file cannot be read or written: no permission, disk full."""
 
 
 class MissingFileError(FileError, FileNotFoundError):
-    """A refusal because a file or folder that was named is not there."""
+    """A refusal because a file or folder does not exist."""
 
 
 def first_line(error: BaseException) -> str:
-    """The line of `error` that says what is wrong, at most 160 letters, or its type where it says nothing."""
+    """The line of an error that says what is wrong, for use inside a sentence.
+
+    Args:
+        error: Any exception. Of torch's `load_state_dict` errors, whose first line is a heading, the second line
+            counts.
+
+    Returns:
+        At most 160 characters without final punctuation; the name of the error's type where it has no text.
+    """
     lines = str(error).strip().splitlines()
     if len(lines) > 1 and "loading state_dict" in lines[0]:  # a heading; what does not fit stands below it
         del lines[0]

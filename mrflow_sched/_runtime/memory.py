@@ -14,7 +14,14 @@ _MEMORY_WORDS = re.compile(r"out of memory|(can't|cannot) allocate memory|not en
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, on any device: torch's own types, or an allocator's RuntimeError."""
+    """Whether an error says that memory ran out, on any device.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        True for MemoryError, for torch's own type, and for an allocator's RuntimeError with the words for it.
+    """
     kinds: list[Any] = [MemoryError, getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)]
     if isinstance(error, tuple(kinds)):
         return True
@@ -22,6 +29,10 @@ def is_memory_error(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give cached blocks of `device` back, so that a smaller attempt finds room in one piece."""
+    """Return cached blocks to the device, so that a smaller attempt finds room in one piece.
+
+    Args:
+        device: Where memory ran out; nothing is done unless it is a CUDA device.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()

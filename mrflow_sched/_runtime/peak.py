@@ -1,4 +1,4 @@
-"""The highest memory use of a stretch of work, so that two ways of working can be compared."""
+"""The highest memory use of a part of a run, to compare two runs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ _INTERVAL = 0.005
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak: ...` then `peak.bytes`: the most memory in use at any moment inside.
+    """The most memory in use at any moment inside a `with` block.
 
-    On CUDA: tensors allocated on the device, weights included (`max_memory_allocated`). Elsewhere: resident memory of
-    the whole process, weights and libraries included; exact on Linux, where the kernel keeps a high-water mark that can
-    be reset, and sampled every 5 ms by a thread on other systems. Memory that earlier work freed is first given back to
-    the system where that is possible, so that the order of two measurements does not decide them.
+    `with PeakMemory(device) as peak: ...`, then `peak.bytes`. On CUDA it counts tensors allocated on the device,
+    weights included (`max_memory_allocated`). Elsewhere it is the resident memory of the whole process, weights and
+    libraries included: exact on Linux, where the kernel keeps a high-water mark that can be reset, and sampled every 5
+    ms by a thread on other systems. Memory that earlier work freed is first returned to the system where that is
+    possible, so that the order of two measurements does not decide them.
+
+    Args:
+        device: Where the work runs.
+
+    Attributes:
+        bytes: The highest use in bytes; 0 until the block ends.
     """
 
     def __init__(self, device: torch.device) -> None:

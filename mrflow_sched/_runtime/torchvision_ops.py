@@ -1,9 +1,9 @@
 """Makes `import torchvision` work beside a torch that its compiled operators were not built for.
 
 torchvision registers shape rules for its operators while it is imported. Where its compiled library does not load (a
-CUDA wheel beside a CPU torch, say), the operators do not exist and the import dies with "operator torchvision::nms does
-not exist". spandrel, diffusers and transformers import torchvision but call none of those operators, so naming them is
-enough: an operator that is called all the same still fails, with torch's own sentence.
+CUDA wheel beside a CPU torch, say), the operators do not exist and the import fails with "operator torchvision::nms
+does not exist". spandrel, diffusers and transformers import torchvision but call none of those operators, so naming
+them is enough: an operator that is called all the same still fails, with torch's own sentence.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ _SCHEMAS = {"nms": _NMS, "qnms": _NMS}
 
 
 def ensure_ops() -> tuple[str, ...]:
-    """Import torchvision, naming the operators it lacks; returns the names that had to be defined, usually none.
+    """Import torchvision, defining the operators that it lacks.
 
     Nothing is defined where torchvision imports by itself, is imported already, or is not installed. Any other failure
-    to import it is left for whoever needs it to meet. Safe to call any number of times.
+    to import it is left to whoever needs it. Safe to call any number of times.
+
+    Returns:
+        Names of the operators that had to be defined, usually none.
     """
     if "torchvision" in sys.modules:
         return ()
@@ -58,7 +61,7 @@ def _import_and_see() -> str | None:
     try:
         importlib.import_module("torchvision")
     except Exception as error:
-        # Modules left from a half-finished import would hide the next attempt's true error.
+        # Modules left from a half-finished import would hide the next attempt's own error.
         for name in set(sys.modules) - before:
             if name.partition(".")[0] == "torchvision":
                 del sys.modules[name]

@@ -6,7 +6,7 @@
     pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")
     image = MrFlow(pipe, upscaler="RealESRGAN_x2plus.pth")("a lighthouse at dawn", width=1024, height=1024).images[0]
 
-Nothing of the pipeline is changed. docs/diffusers.md has an example per family.
+The pipeline itself is not changed. docs/diffusers.md has an example per family.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ __all__ = ["MrFlow", "MrFlowOutput"]
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Options of a plan that the call takes by these names. A pipeline's `sigmas` are shifted, a plan's are not: neither is
-# taken, so that nobody gets the other one.
-_PLAN_WORDS = frozenset(CallOptions.__annotations__)
-# What a pipeline's call takes and a plan decides: word -> what to say in its place.
+# accepted, so that neither is mistaken for the other.
+_PLAN_OPTIONS = frozenset(CallOptions.__annotations__)
+# Arguments of a pipeline's call that a plan decides, and what to use in their place.
 _DECIDED = {
     "num_inference_steps": "low_steps and refine_steps",
     "sigmas": "low_steps, refine_steps and sigma",
     "timesteps": "low_steps, refine_steps and sigma",
-    "latents": "seed, or image with strength to start from a picture",
+    "latents": "seed, or image with strength to start from an image",
     "return_dict": "the images of what the call returns",
     "max_area": "width and height",
 }
@@ -72,18 +72,19 @@ _DRAWN_SEEDS = 2**32
 
 @dataclass(frozen=True)
 class MrFlowOutput:
-    """What a run made.
+    """What a run produced.
 
     Attributes:
-        images: As the pipeline gives them: a list of PIL images, an array (B, H, W, C) or a tensor (B, C, H, W), both
-            in [0, 1], or the packed latents. Where `unfinished`, the best so far, at the size that they had then.
+        images: In the form that `output_type` asks for: a list of PIL images, an array (B, H, W, C) or a tensor (B, C,
+            H, W), both in [0, 1], or the packed latents. Where `unfinished`, the best so far, at the size they had
+            then.
         plan: All numbers of the run.
         seeds: One per image; `seed=output.seeds[i]` makes image i again.
         timings: Seconds of every part.
-        stages: The images on the way, where asked for.
-        warnings: Sentences for the user, the plan's notes among them.
+        stages: The intermediate images; empty unless `keep_stages` was set.
+        warnings: One sentence each, for the user; the plan's notes among them.
         cancelled: Stopped by the caller.
-        unfinished: Stopped, or out of memory.
+        unfinished: Cancelled, or out of memory.
     """
 
     images: Any
@@ -97,7 +98,11 @@ class MrFlowOutput:
 
 
 class MrFlow:
-    """Staged sampling with a loaded diffusers text-to-image pipeline: FLUX, SD3, Qwen-Image, Z-Image, Sana, ..."""
+    """Staged sampling with a loaded diffusers text-to-image pipeline: FLUX, SD3, Qwen-Image, Z-Image, Sana, ...
+
+    Attributes:
+        pipe: The pipeline that was given.
+    """
 
     def __init__(
         self,
@@ -111,14 +116,15 @@ class MrFlow:
 
         Args:
             pipe: A text-to-image pipeline of diffusers.
-            upscaler: An ESRGAN-type file (.safetensors, .pth), or anything that is called like a `PixelUpscaler`; left
-                out, images are upscaled with Lanczos, which adds no detail.
-            family: Name of the family (`FAMILIES`), where you know better than class and configuration tell.
+            upscaler: An ESRGAN-type file (.safetensors, .pth), or any callable with the signature of `PixelUpscaler`;
+                None:
+                images are upscaled with Lanczos, which adds no detail.
+            family: Name of the family (`FAMILIES`), where you know better than its class and configuration.
             compile_mode: A mode of `torch.compile` ("default", "reduce-overhead" with CUDA graphs, ...): compiles the
                 network for the first stage, once per size; it pays over many images.
 
         Raises:
-            MrFlowError: A pipeline whose stages cannot be run, an unknown mode, a file that is no upscaler.
+            MrFlowError: A pipeline whose stages cannot be run, an unknown mode, or a file that is not an upscaler.
         """
         self.pipe = pipe
         self._compiler = None if compile_mode is None else NetworkCompiler(compile_mode)
@@ -131,12 +137,12 @@ class MrFlow:
 
     @property
     def family(self) -> Family:
-        """What is known of this kind of model, with the shift rule of the pipeline's own scheduler."""
+        """The family of the pipeline, with the shift rule of its own scheduler."""
         return self._layout.family
 
     @property
     def experimental(self) -> bool:
-        """Whether nobody has validated the method on this kind of model."""
+        """Whether the method has not been validated on this kind of model."""
         return self._layout.experimental
 
     def plan(
@@ -149,10 +155,13 @@ class MrFlow:
         """The plan that a call with these arguments would run.
 
         Args:
-            width: Of the final image in pixels; the family's usual where left out.
+            width: Of the final image in pixels; None: the family's usual.
             height: Likewise.
-            preset: "12+1", "fast", ...; the family's default where left out.
+            preset: "12+1" (low-resolution + refine steps), "fast", "balanced" or "best"; None: the family's default.
             **options: As in `make_plan`.
+
+        Returns:
+            The plan.
 
         Raises:
             MrFlowError: A value out of range.
@@ -187,33 +196,34 @@ class MrFlow:
 
         Args:
             prompt: One, or a list.
-            width: Of the final image in pixels; the family's usual where left out, or what `image` gives.
+            width: Of the final image in pixels; None: the family's usual, or what follows from `image`.
             height: Likewise.
-            preset: "12+1" (low-resolution + refine steps), "fast", "balanced" or "best".
+            preset: "12+1" (low-resolution + refine steps), "fast", "balanced" or "best"; None: the family's default.
             negative_prompt: One, or one per prompt.
             num_images_per_prompt: Images of each prompt.
-            guidance_scale: The pipeline's, 1 or its own word for off.
+            guidance_scale: As the pipeline takes it; 1, or the pipeline's own value, turns it off. None: the family's.
             seed: One (further images take the next), or one per image.
-            generator: Gives one seed per image; a list of them one each. With neither, seeds are new every time and
-                told in the result.
+            generator: One seed per image is drawn from it; a list gives one seed each. With neither, seeds are random
+                and returned in the result.
             output_type: "pil", "np", "pt" or "latent".
-            image: A PIL image, array or tensor in [0, 1], alpha kept: is upscaled and refined in place of stage 1.
-            strength: With `image`: the sigma, from 0 to 1, at which stage 1 starts from it.
-            callback: Hears `Progress` at every part and step.
+            image: A PIL image, array or tensor in [0, 1]: upscaled and refined in place of stage 1. Alpha is kept.
+            strength: With `image`: the flow sigma, above 0 and at most 1, at which stage 1 starts from it.
+            callback: Called with `Progress` at every part and step.
             callback_on_step_end: The pipeline's own, called in every stage; `step` counts from 0 in each.
             callback_on_step_end_tensor_inputs: The pipeline's own.
-            cancel: Asked at every step; True stops the run.
-            keep_stages: Keep the images on the way.
-            method: How stages are sampled and joined; left out, what the plan asks for.
+            cancel: Polled at every step; True stops the run.
+            keep_stages: Keep the intermediate images.
+            method: How stages are sampled and joined; None: what the plan asks for.
             **more: Options of the plan (`make_plan`: low_steps, refine_steps, sigma, factor, stages, solver, ...);
                 every other name goes to the pipeline's call in every stage (prompt_2, prompt_embeds,
                 joint_attention_kwargs, `control_image`, which may be a function (width, height) -> hint).
 
         Returns:
-            The images and what was told; the best so far where the run was stopped or memory ran out after stage 1.
+            The images with plan, seeds, timings and warnings; the best so far where the run was cancelled or memory ran
+            out after stage 1.
 
         Raises:
-            MrFlowError: What does not fit, in one sentence.
+            MrFlowError: An argument that does not fit.
         """
         if output_type not in _OUTPUT_TYPES:
             raise MrFlowError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
@@ -226,18 +236,18 @@ class MrFlow:
         prompts = _prompts(prompt, arguments, num_images_per_prompt)
         negatives = _negatives(negative_prompt, len(prompts), num_images_per_prompt)
         seeds = _seeds(seed, generator, len(prompts))
-        picture, alpha = (None, None) if image is None else _picture(image)
         _check_image(self.pipe, image, arguments)
+        pixels, alpha = (None, None) if image is None else _pixels(image)
         two = _guided_by_two(layout, arguments, negatives)
         if two:
             layout = layout.guided_by_two()
             if guidance_scale is not None:
                 arguments["guidance_scale"], guidance_scale = guidance_scale, None
-        if strength is not None and picture is None:
+        if strength is not None and pixels is None:
             raise MrFlowError(f"strength={strength!r} needs an image to start from; give image too, or leave it out.")
-        if picture is not None and (width is None or height is None):
-            enlarge = 1.0 if strength is not None else _total_factor(layout.family, numbers)
-            width, height = _picture_size(picture, width, height, enlarge)
+        if pixels is not None and (width is None or height is None):
+            factor = 1.0 if strength is not None else _total_factor(layout.family, numbers)
+            width, height = _image_size(pixels, width, height, factor)
         wide, high = _size(layout.family, width, height)
         scale = _guidance(layout, guidance_scale, arguments)
         if scale is not None:
@@ -262,45 +272,45 @@ class MrFlow:
             callback=callback,
             cancel=cancel,
             keep_stages=keep_stages,
-            image=picture,
+            image=pixels,
             start_sigma=strength,
             seeds=seeds,
             method=method,
         )
-        notes = _notes(plan, picture is not None and strength is None)
+        notes = _notes(plan, pixels is not None and strength is None)
         return MrFlowOutput(
-            images=_give(result, alpha, output_type, engine),
+            images=_formatted(result, alpha, output_type, engine),
             plan=plan,
             seeds=seeds,
             timings=result.timings,
             stages=result.stages,
-            warnings=tuple(dict.fromkeys((*notes, *_told_of_image(self.pipe, image, layout), *result.warnings))),
+            warnings=tuple(dict.fromkeys((*notes, *_image_warnings(self.pipe, image, layout), *result.warnings))),
             cancelled=result.cancelled,
             unfinished=result.unfinished,
         )
 
     def _sorted(self, more: Mapping[str, Any], call_names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """`more` as (numbers of the plan, arguments of the pipeline's call). Raises ValueError for any other name."""
+        """`more` as (options of the plan, arguments of the pipeline's call); any other name is refused."""
         numbers: dict[str, Any] = {}
         arguments: dict[str, Any] = {}
         for name, value in more.items():
-            if name in _PLAN_WORDS:
+            if name in _PLAN_OPTIONS:
                 numbers[name] = value
             elif name in _DECIDED:
-                raise MrFlowError(f"{name} is not taken, as the plan decides it; use {_DECIDED[name]}.")
-            elif name in call_names or (name == HINT and _takes_hint(self.pipe)):
+                raise MrFlowError(f"{name} is not accepted, as the plan decides it; use {_DECIDED[name]}.")
+            elif name in call_names or (name == HINT and _has_control(self.pipe)):
                 arguments[name] = value
             else:
-                known = sorted({*_PLAN_WORDS, *call_names, *inspect.signature(MrFlow.__call__).parameters} - {"self"})
+                known = sorted({*_PLAN_OPTIONS, *call_names, *inspect.signature(MrFlow.__call__).parameters} - {"self"})
                 near = difflib.get_close_matches(name, known, n=3)
                 hint = f"did you mean {' or '.join(near)}" if near else "make_plan and the pipeline's call list them"
                 raise MrFlowError(
-                    f"{name} is no option of a plan and no argument of {type(self.pipe).__name__}; {hint}."
+                    f"{name} is neither a plan option nor an argument of {type(self.pipe).__name__}; {hint}."
                 )
         return numbers, arguments
 
     def _upscaler_on(self, device: torch.device) -> PixelUpscaler | None:
-        """The upscaler; one read from a file moves along where the pipeline has moved."""
+        """The upscaler; one that was read from a file moves with the pipeline."""
         loaded = cast("Any", self._upscaler)
         if self._file is not None and loaded.device.type != device.type:
             self._upscaler = load_upscaler(self._file, device=device)
@@ -321,12 +331,12 @@ def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any], e
         raise MrFlowError(f"num_images_per_prompt must be a whole number of at least 1, got {each!r}.")
     embedded = given_embeddings(arguments)
     if prompt is None and not embedded:
-        raise MrFlowError("prompt is missing; say what the picture shows, or give prompt_embeds.")
+        raise MrFlowError("prompt is missing; describe the image, or give prompt_embeds.")
     if prompt is not None and embedded:
         raise MrFlowError("prompt and prompt_embeds are both given; leave one out.")
     texts = [""] * embedded if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
     if not texts:
-        raise MrFlowError("prompt holds no text; say what the picture shows.")
+        raise MrFlowError("prompt is empty; describe the image.")
     return [text for text in texts for _ in range(each)]
 
 
@@ -344,7 +354,7 @@ def _negatives(negative: str | Sequence[str] | None, batch: int, each: int) -> l
 def _seeds(
     seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
 ) -> tuple[int, ...]:
-    """One seed per image. A generator is asked for its seeds, so that its next use gives other pictures."""
+    """One seed per image. Seeds are drawn from a generator, so that its next use gives other images."""
     if seed is not None and generator is not None:
         raise MrFlowError("seed and generator are both given; leave one out.")
     if generator is not None:
@@ -366,34 +376,31 @@ def _one_per_image(values: list[int], name: str, batch: int) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _takes_hint(pipe: Any) -> bool:
-    """Whether a pipeline is controlled by a picture: a ControlNet or a T2I-Adapter."""
+def _has_control(pipe: Any) -> bool:
+    """Whether a pipeline takes a control image: a ControlNet or a T2I-Adapter."""
     return any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
 
 
 def _check_image(pipe: Any, image: Any, arguments: Mapping[str, Any]) -> None:
-    """A controlled pipeline needs its hint, whose word here is not the pipeline's own. Raises MrFlowError without."""
-    if not _takes_hint(pipe) or arguments.get(HINT) is not None:
+    """Refuse a controlled pipeline without its hint, which has another name here than in some pipelines."""
+    if not _has_control(pipe) or arguments.get(HINT) is not None:
         return
     given = "is missing" if image is None else "is missing, as image is what MrFlow starts from"
     raise MrFlowError(
-        f"{HINT} {given}; {type(pipe).__name__} is controlled by a picture: give it as {HINT} (it is resized for "
+        f"{HINT} {given}; {type(pipe).__name__} needs a control image: give it as {HINT} (it is resized for "
         "every stage), or as a function (width, height) -> hint."
     )
 
 
-def _told_of_image(pipe: Any, image: Any, layout: Layout) -> tuple[str, ...]:
-    """A sentence where the pipeline's own call means another thing by `image`: a reference to edit."""
-    if image is None or "image" not in layout.call_names or _takes_hint(pipe):
+def _image_warnings(pipe: Any, image: Any, layout: Layout) -> tuple[str, ...]:
+    """A sentence where `image` means something else in the pipeline's own call: a reference to edit."""
+    if image is None or "image" not in layout.call_names or _has_control(pipe):
         return ()
-    return (
-        f"image was taken as the picture to upscale and refine; references for {type(pipe).__name__} to edit are not "
-        "taken here.",
-    )
+    return (f"image is upscaled and refined; MrFlow does not pass it to {type(pipe).__name__} as a reference to edit.",)
 
 
 def _guided_by_two(layout: Layout, arguments: Mapping[str, Any], negatives: Sequence[str] | None) -> bool:
-    """Whether a family whose guidance is embedded is to be guided by a negative branch besides (true CFG)."""
+    """Whether a family with embedded guidance is to be guided by a negative branch in addition (true CFG)."""
     scale = arguments.get("true_cfg_scale")
     if layout.family.guidance_kind == "cfg" or not isinstance(scale, (int, float)) or scale <= 1.0:
         return False
@@ -401,11 +408,11 @@ def _guided_by_two(layout: Layout, arguments: Mapping[str, Any], negatives: Sequ
 
 
 def _guidance(layout: Layout, scale: float | None, arguments: dict[str, Any]) -> float | None:
-    """The plan's guidance, from the pipeline's own word for it, which is taken out of `arguments`."""
+    """The plan's guidance, from the pipeline's own argument for it, which is taken out of `arguments`."""
     if "true_cfg_scale" in arguments and "true_cfg_scale" in layout.guidance_arguments(2.0):
         scale = arguments.pop("true_cfg_scale")
     if scale is None or (layout.family.guidance_kind == "none" and scale in (0.0, 1.0)):
-        return None  # model cards of distilled models say 0 where others say 1
+        return None  # model cards of distilled models write 0 where others write 1
     return layout.plan_guidance(scale)
 
 
@@ -417,34 +424,34 @@ def _total_factor(family: Family, numbers: Mapping[str, Any]) -> float:
     return float(numbers.get("factor") or family.factor) ** steps
 
 
-def _picture_size(picture: Tensor, width: int | None, height: int | None, enlarge: float) -> tuple[int, int]:
-    """Width and height, as far as they are not given, of a picture enlarged or brought to the side that is given."""
-    rows, columns = picture.shape[-2:]
+def _image_size(image: Tensor, width: int | None, height: int | None, factor: float) -> tuple[int, int]:
+    """Width and height of an image upscaled by `factor`, or fitted to the one side that is given."""
+    rows, columns = image.shape[-2:]
     if width is None and height is None:
-        return round(columns * enlarge), round(rows * enlarge)
+        return round(columns * factor), round(rows * factor)
     if width is None:
         return round(columns * (height or rows) / rows), height or rows
     return width, round(rows * width / columns)
 
 
 def _notes(plan: StagedPlan, upscaling: bool) -> tuple[str, ...]:
-    """The plan's notes; an upscaled picture has no stage 1 to speak of."""
+    """The plan's notes; an upscaled image has no stage 1 to note."""
     return tuple(note for note in plan.notes if not (upscaling and note.startswith("Stage 1 at")))
 
 
 # -------------------------------------------------------------------------------------------------------- what is given
 
 
-def _picture(image: Any) -> tuple[Tensor, Tensor | None]:
-    """(colour (B, 3, H, W), alpha (B, 1, H, W) or None) of a picture or several, float32 in [0, 1]."""
-    pixels = from_pictures(image)
-    alpha = pixels[:, -1:] if pixels.shape[1] in (2, 4) else None
-    colour = pixels if alpha is None else pixels[:, :-1]
+def _pixels(image: Any) -> tuple[Tensor, Tensor | None]:
+    """(colour (B, 3, H, W), alpha (B, 1, H, W) or None) of one image or several, float32 in [0, 1]."""
+    values = from_pictures(image)
+    alpha = values[:, -1:] if values.shape[1] in (2, 4) else None
+    colour = values if alpha is None else values[:, :-1]
     return colour.expand(-1, 3, -1, -1).contiguous(), alpha
 
 
-def _give(result: StagedResult, alpha: Tensor | None, output_type: str, engine: PipelineEngine) -> Any:
-    """The result's images in the form that was asked for, as the pipeline would give them."""
+def _formatted(result: StagedResult, alpha: Tensor | None, output_type: str, engine: PipelineEngine) -> Any:
+    """The result's images in the form that was asked for, as the pipeline would return them."""
     if output_type == "latent":
         latents = engine.encode(result.images) if result.latents is None else result.latents
         return engine.layout.pack(latents).to(engine.dtype)
@@ -460,6 +467,6 @@ def _give(result: StagedResult, alpha: Tensor | None, output_type: str, engine: 
 
 
 def _fit(channel: Tensor, width: int, height: int) -> Tensor:
-    """`channel` brought to a size as the picture was: filled and cropped at the centre, never stretched."""
+    """`channel` resized as the image was: filled and cropped at the centre, never stretched."""
     wide, high, left, top = fit_box(channel.shape[-1], channel.shape[-2], width, height)
     return resize_lanczos(channel, wide, high)[..., top : top + height, left : left + width].clamp(0, 1)

@@ -1,9 +1,8 @@
-"""The embedded model: a FLUX.1 pipeline of nine million weights that draws the scenes of
-:mod:`mrflow_sched.demo.scenes`.
+"""The embedded model: a FLUX.1 pipeline of nine million weights that draws the scenes of `mrflow_sched.demo.scenes`.
 
 It exists so that the method can be seen, tested and measured anywhere. What it knows is the caption grammar of the
 scenes and nothing else: `example_prompts` shows it, docs/demo-model.md describes it. The folder `weights/` loads in
-diffusers' ``FluxPipeline`` as it is.
+diffusers' `FluxPipeline` as it is.
 """
 
 from __future__ import annotations
@@ -21,12 +20,20 @@ __all__ = ["example_prompts", "load_engine", "upscaler_path", "weights_path"]
 
 
 def weights_path() -> Path:
-    """Folder of the embedded model, a diffusers ``FluxPipeline`` folder."""
+    """The folder of the embedded model.
+
+    Returns:
+        A diffusers `FluxPipeline` folder within the package.
+    """
     return Path(__file__).parent / "weights"
 
 
 def upscaler_path() -> Path:
-    """File of the embedded x2 super-resolution network, an ESRGAN in safetensors."""
+    """The file of the embedded x2 super-resolution network.
+
+    Returns:
+        An ESRGAN in safetensors within the package.
+    """
     return weights_path() / "upscaler" / "x2.safetensors"
 
 
@@ -36,11 +43,14 @@ def load_engine(
     """The embedded model, ready to sample.
 
     Args:
-        device: "auto", or as torch spells it.
+        device: "auto" (CUDA where there is one), or as torch spells it.
         dtype: As in `PipelineEngine.from_folder`.
 
+    Returns:
+        An engine of the family "demo".
+
     Raises:
-        MrFlowError: An unknown device or dtype.
+        MrFlowError: The device or the dtype is unknown.
     """
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
@@ -48,7 +58,11 @@ def load_engine(
 
 
 def example_prompts() -> tuple[str, ...]:
-    """Prompts that the embedded model understands, one or two for each of its four kinds of scene."""
+    """Prompts that the embedded model understands.
+
+    Returns:
+        One or two for each of its four kinds of scene.
+    """
     return (
         "a red striped circle and a blue star over green hills under an orange sky, the word FLOW",
         "a purple dotted heart and a yellow triangle over grey mountains under a pink sky",

@@ -1,17 +1,16 @@
 """Scenes whose every attribute is known: the world that the demo model is trained on and measured in.
 
-A :class:`Scene` says what is to be seen, :func:`caption` says it in words, :func:`render` draws it at any size. Four
-categories:
+A `Scene` says what is to be seen, `caption` says it in words, `render` draws it at any size. Four categories:
 
 ======== =====================================================================================================
 objects  one or two coloured, textured shapes over a ground, sometimes with a word on a sign
 letters  a word in large capitals on a wall
-detail   a picture full of small things: tiles, flowers, windows, bricks
+detail   an image full of small things: tiles, flowers, windows, bricks
 smooth   a landscape of soft gradients with a sun or a moon
 ======== =====================================================================================================
 
 Drawing is done with signed distances on the unit square (x to the right, y down), so a scene has the same content at
-every size and edges are one pixel wide. numpy only; the same seed gives the same picture on every machine up to
+every size and edges are one pixel wide. numpy only; the same seed gives the same image on every machine up to
 float rounding.
 """
 
@@ -53,7 +52,7 @@ MAX_LETTERS = 5
 SIGN_GLYPH_HEIGHT = 0.125
 SIGN_CENTRE = 0.87
 WALL_GLYPH_HEIGHT = 0.18
-SCATTER = 0.012  # of the centre of a thing, in picture sides: captions fix where things are, seeds only nudge them
+SCATTER = 0.012  # of the centre of a thing, in image sides: captions fix where things are, seeds only nudge them
 TURN = 0.05  # radians
 GROWTH = 0.04  # of a thing's radius, relative
 
@@ -67,7 +66,13 @@ _SKY_COLOURS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: a colour of :data:`COLOURS`, a texture of :data:`TEXTURES`, a shape of :data:`SHAPES`."""
+    """One object.
+
+    Attributes:
+        colour: A key of `COLOURS`.
+        texture: One of `TEXTURES`.
+        shape: One of `SHAPES`.
+    """
 
     colour: str
     texture: str
@@ -76,7 +81,20 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a caption says of a picture. Fields that a category does not use keep their empty default."""
+    """All that a caption says of an image. Fields that a category does not use keep their empty default.
+
+    Attributes:
+        category: One of `CATEGORIES`.
+        things: The objects, from left to right.
+        ground: One of `GROUNDS`.
+        sky: One of `SKIES`.
+        word: The word on the sign or the wall, 2 to `MAX_LETTERS` capitals.
+        ink: Colour of the letters or of the small things.
+        wall: Colour of what is behind them.
+        detail: One of `DETAILS`.
+        light: One of `LIGHTS`.
+        side: Where the light is, one of `SIDES`.
+    """
 
     category: Category
     things: tuple[Thing, ...] = ()
@@ -92,9 +110,15 @@ class Scene:
 
 @dataclass(frozen=True)
 class Mark:
-    """Where one nameable part of a scene was drawn: a box in units of the picture's side, x to the right, y down.
+    """Where one nameable part of a scene was drawn: a box in units of the image's side, x to the right, y down.
 
-    ``kind`` is "thing", "letter" or "light"; ``index`` counts things, or letters of the word, from 0.
+    Attributes:
+        kind: "thing", "letter" or "light".
+        index: Number of the thing, or of the letter in the word, from 0.
+        left: Left edge.
+        top: Upper edge.
+        right: Right edge.
+        bottom: Lower edge.
     """
 
     kind: Literal["thing", "letter", "light"]
@@ -105,8 +129,7 @@ class Mark:
     bottom: float
 
 
-# -------------------------------------------------------------------------------------------------- what is in a
-# scene
+# --------------------------------------------------------------------------------------------------- what is in a scene
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
@@ -124,7 +147,15 @@ def _thing(rng: np.random.Generator, *, avoid: str = "") -> Thing:
 
 
 def random_scene(rng: np.random.Generator, category: Category | None = None) -> Scene:
-    """Draw a scene; ``category=None`` takes one of the four at 40, 25, 20 and 15 per cent."""
+    """Draw a scene at random.
+
+    Args:
+        rng: Source of the randomness.
+        category: One of `CATEGORIES`; None: objects, letters, detail or smooth at 40, 25, 20 and 15 %.
+
+    Returns:
+        A scene of that category.
+    """
     kind = category or CATEGORIES[int(rng.choice(4, p=(0.40, 0.25, 0.20, 0.15)))]
     if kind == "objects":
         first = _thing(rng)
@@ -145,8 +176,7 @@ def random_scene(rng: np.random.Generator, category: Category | None = None) -> 
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- its
-# words
+# ----------------------------------------------------------------------------------------------------------- its words
 
 
 def _article(word: str) -> tuple[str, str]:
@@ -161,9 +191,16 @@ def _thing_words(thing: Thing, index: int) -> list[tuple[str, str]]:
 
 
 def caption_words(scene: Scene, *, name_sky: bool = True) -> list[tuple[str, str]]:
-    """The caption as (word, role) pairs, by default with the sky of an objects scene named.
+    """The caption as words with their roles.
 
-    Letters of a word have the roles ``letter0`` … ``letter4``; a comma stands with the word before it.
+    Args:
+        scene: What to describe.
+        name_sky: Name the sky of an objects scene.
+
+    Returns:
+        (word, role) pairs; a comma stands with the word before it. Roles are "glue", the fields of `Scene`, and those
+            of
+        `Thing` with the thing's number: "colour0", "shape1".
     """
     out: list[tuple[str, str]] = []
     if scene.category == "objects":
@@ -209,20 +246,31 @@ def caption_words(scene: Scene, *, name_sky: bool = True) -> list[tuple[str, str
 
 
 def caption(scene: Scene, *, name_sky: bool = True) -> str:
-    """The scene in one line; without the sky for instance ``a red striped circle over green hills, the word FLOW``."""
+    """The scene in one line.
+
+    Args:
+        scene: What to describe.
+        name_sky: Name the sky of an objects scene.
+
+    Returns:
+        Without the sky, for instance, "a red striped circle over green hills, the word FLOW".
+    """
     return " ".join(word for word, _ in caption_words(scene, name_sky=name_sky))
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word that a caption can contain, sorted, without the lettered words."""
+    """Every word that a caption can contain.
+
+    Returns:
+        Sorted words, without those that are lettered.
+    """
     glue = ("a", "an", "and", "over", "under", "sky", "the", "word", "in", "letters", "on", "wall", "many", "small")
     glue += ("behind", "smooth", "with")
     grounds = [part for ground in GROUNDS for part in ground.split()]
     return tuple(sorted({*glue, *COLOURS, *SHAPES, *TEXTURES, *SKIES, *DETAILS, *LIGHTS, *SIDES, *grounds}))
 
 
-# -------------------------------------------------------------------------------------------------------------
-# drawing
+# -------------------------------------------------------------------------------------------------------------- drawing
 
 
 def _clip(x: Any, low: float | int, high: float | int) -> Array:
@@ -230,7 +278,11 @@ def _clip(x: Any, low: float | int, high: float | int) -> Array:
 
 
 class _Canvas:
-    """An RGB picture in [0, 1] with painters that work in unit coordinates."""
+    """An RGB image in [0, 1] with painters that work in unit coordinates.
+
+    Args:
+        size: Side in pixels.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -240,7 +292,14 @@ class _Canvas:
         self.x, self.y = np.meshgrid(axis, axis)
 
     def cover(self, distance: Array) -> Array:
-        """Signed distance in unit lengths → coverage in [0, 1] with an edge of one pixel."""
+        """Coverage of each pixel, with an edge of one pixel.
+
+        Args:
+            distance: Signed distance in unit lengths, negative inside.
+
+        Returns:
+            Values in [0, 1].
+        """
         return _clip(0.5 - distance * self.size, 0.0, 1.0)
 
     def box(self, cx: float, cy: float, rx: float, ry: float) -> tuple[slice, slice]:
@@ -330,7 +389,7 @@ def _shape_distance(shape: str, x: Array, y: Array) -> Array:
 
 
 def _texture_mask(texture: str, x: Array, y: Array, pixel: float) -> Array:
-    """Coverage of the second tone; x, y in units of the picture, relative to the object's centre."""
+    """Coverage of the second tone; x, y in units of the image, relative to the object's centre."""
     period = 0.062
     if texture == "striped":
         phase = (x + y) / period % 1.0
@@ -368,7 +427,17 @@ def _place_thing(canvas: _Canvas, thing: Thing, cx: float, cy: float, radius: fl
 
 
 def letter_boxes(word: str, cx: float, cy: float, height: float) -> list[tuple[float, float, float, float]]:
-    """Left, top, right and bottom of every letter of a word centred at (cx, cy) with glyphs of this height."""
+    """Where the letters of a word are drawn.
+
+    Args:
+        word: Capitals.
+        cx: Centre of the word, in units of the image's side.
+        cy: Likewise, from the top.
+        height: Height of a letter.
+
+    Returns:
+        (left, top, right, bottom) of every letter.
+    """
     unit = height / GRID_HEIGHT
     pitch = (GRID_WIDTH + 1.7) * unit
     left = cx - (pitch * (len(word) - 1) + GRID_WIDTH * unit) / 2
@@ -379,7 +448,14 @@ def letter_boxes(word: str, cx: float, cy: float, height: float) -> list[tuple[f
 
 
 def word_boxes(scene: Scene) -> list[tuple[float, float, float, float]]:
-    """Where the letters of a scene's word are drawn, whatever the seed; see :func:`letter_boxes`."""
+    """Where the letters of a scene's word are drawn, whatever the seed.
+
+    Args:
+        scene: A scene with a word, of the category "letters" or "objects".
+
+    Returns:
+        As `letter_boxes`.
+    """
     if scene.category == "letters":
         return letter_boxes(scene.word, 0.5, 0.5, WALL_GLYPH_HEIGHT)
     return letter_boxes(scene.word, 0.5, SIGN_CENTRE, SIGN_GLYPH_HEIGHT)
@@ -576,7 +652,12 @@ def _draw_smooth(canvas: _Canvas, scene: Scene, rng: np.random.Generator) -> Non
 
 
 def render(scene: Scene, size: int, seed: int) -> Array:
-    """Draw the scene; ``seed`` fixes what the caption leaves open (positions, tints, ridges), equally at every size.
+    """Draw a scene.
+
+    Args:
+        scene: What to draw.
+        size: Side of the image in pixels, 8 or more.
+        seed: Fixes what the caption leaves open (positions, tints, ridges), equally at every size.
 
     Returns:
         Float32 array of shape (size, size, 3), RGB in [0, 1].
@@ -585,13 +666,21 @@ def render(scene: Scene, size: int, seed: int) -> Array:
 
 
 def layout(scene: Scene, seed: int) -> tuple[Mark, ...]:
-    """Where :func:`render` puts the scene's things, letters and light for this seed, the same at every size."""
+    """Where `render` puts the scene's things, letters and light.
+
+    Args:
+        scene: What to draw.
+        seed: As in `render`.
+
+    Returns:
+        One mark for each, in the order of drawing; the same at every size.
+    """
     return tuple(_draw(scene, 8, seed).marks)
 
 
 def _draw(scene: Scene, size: int, seed: int) -> _Canvas:
     if size < 8:
-        raise MrFlowError(f"size is {size}; scenes are drawn from 8 pixels up")
+        raise MrFlowError(f"size must be 8 pixels or more, got {size}.")
     canvas = _Canvas(size)
     rng = np.random.default_rng(seed)
     painters = {"objects": _draw_objects, "letters": _draw_letters, "detail": _draw_detail, "smooth": _draw_smooth}

@@ -1,9 +1,9 @@
 """Engines: what encodes text, predicts, encodes and decodes images for one model in one library.
 
 `Engine` is the role (a protocol); `PipelineEngine` is any text-to-image pipeline of diffusers; `GaussianFieldEngine`
-and `MixtureEngine` have closed-form answers, for tests and documents. `MrFlowScheduler` puts our schedules and solvers
-into any diffusers pipeline. Importing this package imports neither torch nor any model library: names arrive when they
-are first asked for.
+and `MixtureEngine` have closed-form answers, for tests and documentation. `MrFlowScheduler` puts our schedules and
+solvers into any diffusers pipeline. Importing this package imports neither torch nor any model library: names are
+loaded on first use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load the module that defines `name` on first use (PEP 562), so that the package itself stays free to import."""
+    """Load the module that defines a public name on first use (PEP 562).
+
+    Args:
+        name: One of `__all__`.
+
+    Returns:
+        The class of that name.
+
+    Raises:
+        AttributeError: Another name.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""Images as people hand them over, and as tensors."""
+"""Images as callers give them, and as tensors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,30 @@ from mrflow_sched._runtime.errors import MrFlowError
 
 
 def pixels_of(image: Image.Image, dtype: torch.dtype, channels: int) -> Tensor:
-    """Pillow's own bytes as a (channels, H, W) tensor."""
+    """The bytes of a Pillow image as a tensor, unscaled.
+
+    Args:
+        image: An image whose mode has `channels` channels of `dtype` per pixel.
+        dtype: Of one channel: uint8 for 8-bit modes, int32 for mode "I".
+        channels: 1 for grey, 3 for RGB, 4 for RGBA.
+
+    Returns:
+        (channels, H, W) of `dtype`.
+    """
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=dtype)
     return flat.reshape(image.height, image.width, channels).permute(2, 0, 1)
 
 
 def from_pictures(pictures: Any) -> Tensor:
-    """What people hand over as an image, or several of one size, as (B, C, H, W) float32 in [0, 1].
+    """Whatever a caller gives as an image, or several of one size, as a tensor.
 
     Args:
         pictures: PIL images (grey, palette and CMYK become RGB, transparency stays as a last channel), arrays (H, W),
             (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), 8 bits or floats in [0, 1], or a list of
             these. C is 1 or 3, and one more with alpha.
+
+    Returns:
+        (B, C, H, W) float32 in [0, 1].
 
     Raises:
         MrFlowError: `pictures` is anything else.
@@ -58,18 +70,35 @@ def from_pictures(pictures: Any) -> Tensor:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) or, with alpha, (4, H, W) float in [0, 1] -> an RGB or RGBA image of 8 bits, rounded."""
+    """A tensor as a Pillow image of 8 bits, rounded to the nearest value.
+
+    Args:
+        image: (3, H, W) or, with alpha, (4, H, W) float; values outside [0, 1] are clamped.
+
+    Returns:
+        An RGB or RGBA image.
+    """
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     height, width, channels = pixels.shape
     return Image.frombytes("RGB" if channels == 3 else "RGBA", (width, height), pixels.numpy().tobytes())
 
 
 def to_8_bit(image: Tensor) -> Tensor:
-    """(3, H, W) float in [0, 1] -> (H, W, 3) uint8, rounded."""
+    """An image as 8-bit values on the CPU, rounded to the nearest value.
+
+    Args:
+        image: (3, H, W) float; values outside [0, 1] are clamped.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        MrFlowError: `image` has another shape or dtype, or contains NaN or infinity.
+    """
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape or not image.is_floating_point():
         raise MrFlowError(f"image must be a float tensor (3, H, W), got {image.dtype} of shape {tuple(image.shape)}.")
     exact = image.detach().float()
     if not bool(exact.isfinite().all()):
-        raise MrFlowError("image contains NaN or infinity, which are not finite; nothing was saved.")
+        raise MrFlowError("image contains NaN or infinity; nothing was saved.")
     # Rounded where the image is: one byte a value comes from the device, not four.
     return (exact.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()

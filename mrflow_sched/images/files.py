@@ -1,4 +1,4 @@
-"""Images on disk: where float RGB becomes 8 bits, once, at the very end. The only room that uses Pillow."""
+"""Images on disk: where float RGB becomes 8 bits, once, at the very end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import struct
 import uuid
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -22,24 +22,24 @@ from mrflow_sched.plan.checks import MAX_SIDE
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header, ends
 _COMPRESSION = 4
-"""zlib's level. Its default, 6, takes twice as long for files of nearly the same size (`bench/speed --outside`)."""
+"""Compression level. zlib's default, 6, takes twice as long for nearly the same size (`bench/speed --outside`)."""
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str] | None = None) -> None:
     """Write an image as an 8-bit RGB PNG. The file appears whole or not at all.
 
-    Values are rounded to the nearest of 256 levels, not truncated, so the mean brightness does not sink by half a
-    level. The file is written beside its place and renamed.
+    Values are rounded to the nearest of 256, not truncated, so the mean brightness does not fall by half a step. The
+    file is written beside its target and renamed.
 
     Args:
-        path: Where the file shall be; an older file there is replaced.
+        path: The file to write; an older file there is replaced.
         image: (3, H, W), float in [0, 1]; values outside are clamped.
-        text: PNG text chunks, keyword -> text (any Unicode; keywords of 1 to 79 Latin-1 letters, as PNG asks).
+        text: PNG text chunks, keyword -> text (any Unicode; keywords of 1 to 79 Latin-1 letters, as PNG requires).
 
     Raises:
         MrFlowError: `image` or a keyword is not as above.
         MissingFileError: The folder does not exist.
-        FileError: The file cannot be written (no right, disk full).
+        FileError: The file cannot be written (no permission, disk full).
     """
     target = Path(path)
     data = _encode_png(to_8_bit(image), text or {})
@@ -52,16 +52,22 @@ def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise _not_written(target, error) from error
+        _refuse_write(target, error)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The text chunks of the PNG at `path`, keyword -> text; empty where it has none.
+    """The text chunks of a PNG.
 
     No pixel is decoded, so an image of any size takes no time.
+
+    Args:
+        path: A PNG file.
+
+    Returns:
+        Keyword -> text; empty where the file has none.
 
     Raises:
         MissingFileError: There is no such file.
@@ -76,10 +82,15 @@ def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def open_image(path: str | os.PathLike[str], *, own: bool = False) -> Image.Image:
-    """The whole image at `path` as Pillow holds it, its file closed.
+    """The whole image in a file as Pillow holds it, the file closed.
 
-    Pillow's guard refuses files that would unpack to about 178 million pixels or more. With `own`, for files that this
-    process wrote, a PNG may have up to 32768 pixels a side, the most that a plan allows.
+    Args:
+        path: An image file of any format that Pillow reads.
+        own: The file was written by this process: a PNG may then have up to 32768 pixels a side, the most that a plan
+            allows. False: Pillow's guard refuses files that would unpack to about 178 million pixels or more.
+
+    Returns:
+        The decoded image, in the file's own mode.
 
     Raises:
         MissingFileError: There is no such file.
@@ -89,7 +100,7 @@ def open_image(path: str | os.PathLike[str], *, own: bool = False) -> Image.Imag
         if own and _is_png(file):
             image: Image.Image = PngImagePlugin.PngImageFile(file)  # Image.open would ask the guard
             if max(image.size) > MAX_SIDE:
-                raise MrFlowError(f"{image.width}x{image.height} pixels; {MAX_SIDE} a side are the most")
+                raise MrFlowError(f"{image.width}x{image.height} pixels; at most {MAX_SIDE} a side are allowed")
         else:
             image = Image.open(file)
         image.load()
@@ -97,13 +108,19 @@ def open_image(path: str | os.PathLike[str], *, own: bool = False) -> Image.Imag
 
 
 def load_image(path: str | os.PathLike[str]) -> Tensor:
-    """The image at `path` as (3, H, W) float32 RGB in [0, 1], turned upright as its EXIF orientation says.
+    """The image in a file as a tensor, turned upright as its EXIF orientation says.
 
     Grey and palette images become RGB, 16-bit grey keeps its 16 bits, and transparency is dropped.
 
+    Args:
+        path: An image file of any format that Pillow reads.
+
+    Returns:
+        (3, H, W) float32 RGB in [0, 1].
+
     Raises:
         MissingFileError: There is no such file.
-        MrFlowError: It is not a whole image of a known format.
+        MrFlowError: It is not a whole image of a known format, or too large.
     """
     opened = open_image(path)
     with _refusing(path):
@@ -128,13 +145,13 @@ def _encode_png(pixels: Tensor, text: Mapping[str, str]) -> bytes:
     return stream.getvalue()
 
 
-def _not_written(target: Path, error: OSError) -> FileError:
+def _refuse_write(target: Path, error: OSError) -> NoReturn:
     if isinstance(error, FileNotFoundError):
-        return MissingFileError(
+        raise MissingFileError(
             f"the image {str(target)!r} cannot be written: the folder does not exist; make it first."
-        )
+        ) from error
     reason = error.strerror or type(error).__name__
-    return FileError(f"the image {str(target)!r} cannot be written: {reason}; nothing was left there.")
+    raise FileError(f"the image {str(target)!r} cannot be written: {reason}; nothing was left there.") from error
 
 
 def _is_png(file: BinaryIO) -> bool:
@@ -164,7 +181,7 @@ def _texts_on_one_pixel(file: BinaryIO) -> io.BytesIO:
 
 @contextlib.contextmanager
 def _refusing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
-    """Turn what goes wrong in reading the image at `path` into one sentence."""
+    """Turn whatever goes wrong while the image at `path` is read into one sentence."""
     try:
         yield
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What an image must remember so that it can be made again: one JSON text under one PNG key.
+"""What is needed to make an image again: one JSON text under one PNG key.
 
 Every number of the run is in the plan's string; the record adds the prompts, the seed, the model, the upscaler and the
 arithmetic (dtype of every part, device, threads, library versions) on which equality to the last bit depends.
@@ -36,11 +36,26 @@ _LIBRARIES = ("mrflow-sched", "torch", "diffusers", "transformers", "spandrel", 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One image's origin.
+    """How one image was made.
 
-    `image` counts from 0 within a batch of `batch`; `seed` is the run's, not the image's. `dtypes` maps every part of
-    the run that has weights ("transformer", "vae", "upscaler", ...) to the name of its dtype; `dtype` (the network's)
-    and `vae_dtype` repeat two of them for readers of older versions.
+    Attributes:
+        plan: The plan as `StagedPlan.to_string` writes it.
+        prompt: What was asked for.
+        negative: The negative prompt; None where there was none.
+        seed: The run's seed, not the image's, from 0 to 2^64 - 1.
+        batch: Number of images of the run, 1 to `MAX_BATCH`.
+        image: Which of them this is, counted from 0.
+        model: Name or folder of the model.
+        model_fingerprint: Hash that tells two versions of the model apart.
+        upscaler: Name of the upscaler.
+        upscaler_sha256: Hash of its file; None where it has none.
+        device: The torch device.
+        dtype: Dtype of the network, for readers of older versions; `dtypes` has it too.
+        vae_dtype: Dtype of the VAE, for readers of older versions.
+        threads: CPU threads of torch, 1 to `MAX_THREADS`.
+        versions: Library -> version, see `library_versions`.
+        unfinished: A later stage is missing, because memory ran out or the run was cancelled.
+        dtypes: Dtype name of every part of the run that has weights ("transformer", "vae", "upscaler", ...).
     """
 
     plan: str
@@ -62,7 +77,11 @@ class RunRecord:
     dtypes: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def to_json(self) -> str:
-        """The record on one line of ASCII, keys in the order of the fields."""
+        """The record as JSON.
+
+        Returns:
+            One line of ASCII, keys in the order of the fields.
+        """
         return json.dumps(asdict(self))
 
     @classmethod
@@ -103,16 +122,26 @@ class RunRecord:
         return record
 
     def part_dtypes(self) -> dict[str, str]:
-        """The dtype to load each part of the model in: by its name, "default" for those that are not named."""
+        """The dtype to load each part of the model in.
+
+        Returns:
+            Part -> dtype name, without the upscaler; "default" stands for parts that are not named.
+        """
         if self.dtypes:
             return {part: dtype for part, dtype in self.dtypes.items() if part != "upscaler"}
         return {"default": self.dtype, "vae": self.vae_dtype}
 
     def dtype_of(self, part: str) -> str | None:
-        """Name of the dtype that `part` ran in, or None where the record does not say.
+        """The dtype that a part ran in.
 
         A record of an older version says it of the VAE, and of the network, whose dtype all other parts of the model
         shared; it says nothing of the upscaler.
+
+        Args:
+            part: A part of the model ("transformer", "vae", ...) or "upscaler".
+
+        Returns:
+            The dtype's name, or None where the record does not say.
         """
         if self.dtypes or part == "upscaler":
             return self.dtypes.get(part)
@@ -166,7 +195,11 @@ _KINDS: Mapping[str, Callable[[object], bool]] = MappingProxyType(
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries whose arithmetic makes an image; "absent" where one is not installed."""
+    """Versions of Python and of the libraries whose arithmetic makes an image.
+
+    Returns:
+        Name -> version, "absent" for a library that is not installed.
+    """
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:

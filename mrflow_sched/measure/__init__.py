@@ -1,1 +1,1 @@
-"""Measuring: native and staged sampling side by side, calibration, and what this machine can run."""
+"""Measuring: native and staged sampling compared, calibration, and what this machine can run."""

@@ -1,11 +1,11 @@
 """Which start sigma and how many steps suit a model and an upscaler, measured on the model's own images.
 
 Two spectra decide. L is the power of clean latents above the frequencies that the low-resolution image can hold; noise
-of that power hides whatever the upscaler put there, which gives the bound s* = sqrt(L) / (1 + sqrt(L))
-(arXiv 2607.01642). E is the power of the upscaler's own error there, which the paper cannot know and which is measured
-here, with a bound of the same form. A small sweep then starts the refine stage at several sigmas and measures what
-comes out: the smallest sigma from the smaller bound on that gives the image the fine detail of the model's own images
-is recommended.
+of that power hides whatever the upscaler put there, which gives the bound s* = sqrt(L) / (1 + sqrt(L)) (arXiv
+2607.01642; docs/method.md, section 1.3). E is the power of the upscaler's own error there, which the paper cannot know
+and which is measured here, with a bound of the same form. A small sweep then starts the refine stage at several sigmas
+and measures the result: the recommended sigma is the smallest one, from the smaller bound on, that gives the image the
+fine detail of the model's own images.
 
 Power is in units of white noise of standard deviation 1, the noise that samplers start from.
 """
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched._runtime.cancel import Cancelled, ignore
 from mrflow_sched._runtime.errors import MrFlowError, first_line
 from mrflow_sched.measure.metrics import psnr
 from mrflow_sched.plan.checks import MAX_STEPS
@@ -56,8 +56,11 @@ _FORMAT = "mrflow-calibration-1"
 class SweepRow:
     """The refine stage from one start sigma.
 
-    `detail_db`: high-frequency power over the model's own in dB. `psnr`: of the image against the one that was
-    downscaled, in dB.
+    Attributes:
+        sigma: Where it starts.
+        refine_steps: Its steps.
+        detail_db: High-frequency power over the model's own, in dB.
+        psnr: Of the result against the image that was downscaled, in dB.
     """
 
     sigma: float
@@ -70,10 +73,27 @@ class SweepRow:
 class Calibration:
     """What was measured and what follows from it, for one model, one upscaler and one size step.
 
-    `clean_power`: L. `error_power`, `error_power_low`: of the upscaler's error in the latents, above and below the low
-    image's Nyquist frequency. `bound`, `error_bound`: the start sigmas whose noise is as strong as L, and as the
-    error. `low_steps_distance`: (solver, steps, distance to the converged low image relative to its own size).
-    `pictures`: number of images measured.
+    Powers are in units of white noise of standard deviation 1; "above" and "below" refer to the Nyquist frequency of
+    the low-resolution image.
+
+    Attributes:
+        family: Name of the model's family.
+        upscaler: Name of the upscaler.
+        width: Width of the images in pixels.
+        height: Their height.
+        factor: Size step between the stages.
+        pictures: Number of images measured.
+        clean_power: L, power of the clean latents above.
+        error_power: Power of the upscaler's error in the latents above.
+        error_power_low: The same below.
+        bound: The start sigma whose noise is as strong as L.
+        error_bound: The start sigma whose noise is as strong as the error above.
+        sweep: The refine stage at several sigmas.
+        low_steps_distance: (solver, steps, distance) of stage 1: the RMS distance of its latents from converged ones,
+            relative to their RMS.
+        sigma: The recommended start sigma.
+        low_steps: The recommended number of steps of stage 1.
+        refine_steps: The recommended number of refine steps.
     """
 
     family: str
@@ -99,19 +119,39 @@ class Calibration:
         return Preset(PRESET, self.low_steps, self.refine_steps, self.sigma, f"measured with {self.upscaler}")
 
     def apply(self, family: Family) -> Family:
-        """`family` with the recommendation as its default preset. Raises ValueError for another family."""
+        """A family with the recommendation as its default preset.
+
+        Args:
+            family: The family that was measured.
+
+        Returns:
+            A copy of it, with a preset named "calibrated" in front.
+
+        Raises:
+            MrFlowError: It is another family.
+        """
         if family.name != self.family:
             raise MrFlowError(f"the calibration is of family {self.family}, not {family.name}; calibrate this model.")
         kept = tuple(preset for preset in family.presets if preset.name != PRESET)
         return replace(family, presets=(self.preset, *kept), default_preset=PRESET)
 
     def to_json(self) -> str:
-        """The entry as text; `from_json` reads it back exactly."""
+        """The calibration as JSON.
+
+        Returns:
+            Text that `from_json` reads back exactly.
+        """
         return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
-        """The calibration that `to_json` wrote.
+        """Read what `to_json` wrote.
+
+        Args:
+            text: The contents of a calibration file.
+
+        Returns:
+            An equal calibration.
 
         Raises:
             MrFlowError: `text` is anything else, or a number is out of range.
@@ -126,15 +166,19 @@ class Calibration:
             found.check()
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise MrFlowError(
-                f"this is no calibration ({first_line(error)}); make one with mrflow calibrate."
+                f"this is not a calibration ({first_line(error)}); make one with mrflow calibrate."
             ) from error
         return found
 
     def check(self) -> None:
-        """Raise MrFlowError, to stand within a sentence, where what a plan would use is not what `calibrate` writes."""
+        """Refuse values that a plan would use and `calibrate` never writes.
+
+        Raises:
+            MrFlowError: A name is not text, or a number is out of range; the sentence stands within another one.
+        """
         for name in ("family", "upscaler"):
             if type(getattr(self, name)) is not str:
-                raise MrFlowError(f"its {name} is no text")
+                raise MrFlowError(f"its {name} is not text")
         for name, low in (("low_steps", 1), ("refine_steps", 0)):
             steps: object = getattr(self, name)
             if type(steps) is not int or not low <= steps <= MAX_STEPS:
@@ -157,23 +201,26 @@ def calibrate(
     tell: Callable[[str], object] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Calibration:
-    """Measure a model with an upscaler; see the module.
+    """Measure which start sigma and steps suit a model with an upscaler; the module's text says how.
 
     Args:
-        engine: the model.
-        upscaler: None means Lanczos.
-        prompts: one per image to measure.
-        width: width of the images in pixels.
-        height: their height in pixels.
-        factor: the size step between the stages; None: the family's.
+        engine: The model.
+        upscaler: What upscales; None: Lanczos.
+        prompts: One per image to measure.
+        width: Width of the images in pixels.
+        height: Their height in pixels.
+        factor: The size step between the stages; None: the family's.
         images: (B, 3, H, W) in [0, 1], of about the size, one per prompt; None: sampled natively.
-        native_steps: steps of the native images; None: the family's own number.
-        seed: seed of the first image; image i has seed + i.
-        tell: hears what is being measured.
-        cancel: asked at every step.
+        native_steps: Steps of the native images; None: the family's own number.
+        seed: Seed of the first image; image i has seed + i.
+        tell: Receives a sentence on what is being measured.
+        cancel: Polled at every step.
+
+    Returns:
+        The measurements and the recommendation.
 
     Raises:
-        MrFlowError: Arguments do not fit.
+        MrFlowError: Arguments do not fit together.
         Cancelled: `cancel` answered True.
         MemoryError: Memory ran out.
     """
@@ -181,7 +228,7 @@ def calibrate(
         raise MrFlowError("prompts is empty; give one per image to measure.")
     if images is not None and len(images) != len(prompts):
         raise MrFlowError(f"images must be one per prompt, got {len(images)} for {len(prompts)} prompts.")
-    say = tell or _ignore
+    say = tell or ignore
     family = engine.family
     step = family.factor if factor is None else factor
     plan = make_plan(family, width, height, factor=step, seed=seed)
@@ -215,15 +262,15 @@ def calibrate(
         error_low, error = band_power(unfold_patches(wrong, family), step)
 
         def refined(sigma: float, steps: int) -> SweepRow:
-            say(f"refining from sigma {sigma:g} in {steps}")
+            say(f"refining from sigma {sigma:g} in {steps} step{'s' if steps > 1 else ''}")
             started = make_plan(family, width, height, factor=step, sigma=sigma, refine_steps=steps, seed=seed)
             made, latents = sampled(started, image=small)
             detail = band_power(unfold_patches(latents, family), step)[1]
             return SweepRow(sigma, steps, _decibel(detail / power), _psnr(made, large))
 
         least = min(bound(power), bound(error))
-        levels = sorted({*SWEPT, round(bound(power), 2), round(bound(error), 2)})
-        rows = [refined(level, 1) for level in levels if USUAL_SIGMA[0] <= level <= USUAL_SIGMA[1]]
+        starts = sorted({*SWEPT, round(bound(power), 2), round(bound(error), 2)})
+        rows = [refined(start, 1) for start in starts if USUAL_SIGMA[0] <= start <= USUAL_SIGMA[1]]
         best = choose(rows, round(least, 2))
         rows.append(refined(best.sigma, 2))
         twice = abs(best.detail_db) - abs(rows[-1].detail_db) > NEAR_DB
@@ -252,8 +299,16 @@ def calibrate(
 def bound(power: float) -> float:
     """The start sigma s whose noise is as strong as a `power` that is scaled by 1 - s: sqrt(L) / (1 + sqrt(L)).
 
+    Source: docs/method.md, section 1.3.
+
+    Args:
+        power: L, 0 or more, in units of white noise.
+
+    Returns:
+        A sigma in [0, 1).
+
     Raises:
-        MrFlowError: A negative power.
+        MrFlowError: `power` is negative or NaN.
     """
     if not power >= 0:
         raise MrFlowError(f"power must not be negative, got {power!r}.")
@@ -266,7 +321,7 @@ def band_power(latents: Tensor, factor: float) -> tuple[float, float]:
 
     Args:
         latents: (B, C, h, w).
-        factor: How many times coarser that grid is.
+        factor: How many times coarser that grid is, above 1.
 
     Returns:
         The power below and above; 1 for white noise of standard deviation 1. The mean value itself is left out.
@@ -282,9 +337,14 @@ def band_power(latents: Tensor, factor: float) -> tuple[float, float]:
 
 
 def choose(rows: Sequence[SweepRow], least: float) -> SweepRow:
-    """The row of the smallest sigma, from `least` on, whose detail is the model's own to `NEAR_DB`.
+    """The row of the recommended start sigma.
 
-    Where none is, the nearest one.
+    Args:
+        rows: The sweep.
+        least: The smallest sigma allowed; where no row has one, all rows count.
+
+    Returns:
+        The smallest sigma whose detail is within `NEAR_DB` of the model's own; where none is, the nearest one.
     """
     allowed = [row for row in rows if row.sigma >= least - 1e-9] or list(rows)
     near = [row for row in allowed if abs(row.detail_db) <= NEAR_DB]
@@ -314,14 +374,29 @@ def _low_distances(
 
 
 def fewest_steps(distances: Sequence[tuple[str, int, float]]) -> int:
-    """The fewest steps that come as near as the proven number of Euler steps."""
+    """The recommended number of steps of stage 1.
+
+    Args:
+        distances: (solver, steps, distance to the converged image); the first row is Euler with `PROVEN` steps.
+
+    Returns:
+        The fewest steps that come as near as the first row, or `PROVEN` where none do.
+    """
     proven = distances[0][2]
     near = [steps for _, steps, distance in distances[1:] if distance <= proven]
     return min(near) if near else PROVEN
 
 
 def unfold_patches(latents: Tensor, family: Family) -> Tensor:
-    """Latents that hold a 2x2 patch in their channels (FLUX.2), as pixels again: frequencies are of pixels."""
+    """Latents with one value per latent pixel, so that frequencies are those of pixels.
+
+    Args:
+        latents: (B, C, h, w), where FLUX.2 holds a 2x2 patch in its channels.
+        family: Its `latent_channels` tells whether there are patches.
+
+    Returns:
+        (B, C/4, 2h, 2w) where there are patches, else `latents`.
+    """
     batch, channels, rows, columns = latents.shape
     if channels != 4 * family.latent_channels:
         return latents
@@ -338,13 +413,9 @@ def _decibel(ratio: float) -> float:
 
 
 def _psnr(a: Tensor, b: Tensor) -> float:
-    """Of the mean square error over all images; equal ones count as `MAX_PSNR`, as JSON has no infinity."""
+    """PSNR of the mean square error over all images; equal ones count as `MAX_PSNR`, as JSON has no infinity."""
     return min(float(psnr(a[None], b[None])), MAX_PSNR)
 
 
 def _name(upscaler: PixelUpscaler | None) -> str:
     return "Lanczos" if upscaler is None else upscaler.name
-
-
-def _ignore(sentence: str) -> None:
-    pass

@@ -1,8 +1,8 @@
-"""Native and staged sampling of one prompt, measured the same way in one process.
+"""Native and staged sampling of one prompt, measured alike in one process.
 
 What is measured: the wall clock from the prompt to the saved PNG (text encoding, sampling, decoding, super-resolution,
-encoding, noise, saving), for both. Loading is not in it. Both ways run once before, at the same sizes with as few steps
-as they can, and save, so that neither pays for first calls. Both use one solver and one seed.
+encoding, noise, saving), for both. Loading is not in it. Both run once before, at the same sizes with as few steps as
+they can, and save, so that neither pays for first calls. Both use one solver and one seed.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ def compare(
     repeats: int = 1,
     callback: Callable[[str, Progress], None] | None = None,
 ) -> Comparison:
-    """Sample `prompt` natively and by `staged_plan`, and write native.png, staged.png and compare.png.
+    """Sample a prompt natively and by a staged plan, and write native.png, staged.png and compare.png.
 
     The three images appear together at the end: a comparison that breaks off leaves `out` as it was.
 
     Args:
-        engine: the model.
-        prompt: what to sample.
-        staged_plan: the staged run.
-        out: an existing folder.
-        native_plan: the native run; None: `native_plan_of` the staged plan and the engine's family.
-        upscaler: None means Lanczos.
+        engine: The model.
+        prompt: What to sample.
+        staged_plan: The staged run.
+        out: An existing folder.
+        native_plan: The native run; None: `native_plan_of` the staged plan and the engine's family.
+        upscaler: What upscales; None: Lanczos.
         save: `save(result, path)` writes an image, in the warm-up too; None writes the first one without a record.
-        repeats: 1 or more; the two ways alternate, and the run of median time stands for each.
-        callback: `callback(name, progress)` hears every run, "native", "staged" and their warm-ups.
+        repeats: 1 or more; native and staged runs alternate, and the run of median time stands for each.
+        callback: `callback(name, progress)` receives the progress of every run, "native", "staged" and their warm-ups.
 
     Returns:
         The two runs that count, and where the images are.
@@ -72,18 +72,20 @@ def compare(
     native_plan = native_plan or native_plan_of(staged_plan, family=engine.family)
     plans = {"native": native_plan, "staged": staged_plan}
     keep = save or _save_first
-    hear = callback or _hear_nothing
+    report = callback or _ignore_progress
     with _arriving_together(out, ("native.png", "staged.png", "compare.png")) as draft:
         for name, plan in plans.items():
             words = f"warm-up, {name}"
             path = draft / f"{name}.png"
-            _measure(engine, prompt, shortest(plan), upscaler, lambda p, words=words: hear(words, p), name, path, keep)
+            _measure(
+                engine, prompt, shortest(plan), upscaler, lambda p, words=words: report(words, p), name, path, keep
+            )
         runs: dict[str, list[Run]] = {name: [] for name in plans}
         for _ in range(repeats):
             for name, plan in plans.items():
                 path = draft / f"{name}.png"
                 runs[name].append(
-                    _measure(engine, prompt, plan, upscaler, lambda p, name=name: hear(name, p), name, path, keep)
+                    _measure(engine, prompt, plan, upscaler, lambda p, name=name: report(name, p), name, path, keep)
                 )
         native, staged = (_median_run(runs[name]) for name in ("native", "staged"))
         sheet = _write_sheet(prompt, native, staged, draft / "compare.png")
@@ -92,10 +94,21 @@ def compare(
 
 
 def native_plan_of(plan: StagedPlan, steps: int | None = None, *, family: Family | None = None) -> StagedPlan:
-    """The ordinary run that a staged plan is measured against: same size, solver, guidance and seeds, all the steps.
+    """The native run that a staged plan is compared with: same size, solver, guidance and seeds, all the steps.
 
-    `family`: that of the engine, where the plan's is not in the table of families. The shift is native's own at the
-    full size, whatever the staged plan's mu: a plan does not say whether its mu was given or follows from its size.
+    The shift is native's own at the full size, whatever the staged plan's mu: a plan does not say whether its mu was
+    given or follows from its size.
+
+    Args:
+        plan: The staged plan.
+        steps: Native steps; None: the plan's `native_steps`.
+        family: The engine's family, needed where the plan's is not in `FAMILIES`.
+
+    Returns:
+        A plan of one stage.
+
+    Raises:
+        MrFlowError: The family is unknown and `family` is None.
     """
     first = plan.stages[0]
     return make_native_plan(
@@ -112,7 +125,14 @@ def native_plan_of(plan: StagedPlan, steps: int | None = None, *, family: Family
 
 
 def shortest(plan: StagedPlan) -> StagedPlan:
-    """The same plan with one step per stage: every code path and every size once, for little time."""
+    """A plan with one step per stage: every code path and every size once, for little time.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        The same plan, each schedule cut to its first sigma and 0.
+    """
     stages = tuple(
         replace(stage, sigmas=(stage.sigmas[0], 0.0), forwards=max(1, stage.forwards // stage.steps))
         if stage.sigmas
@@ -196,7 +216,7 @@ def _describe(name: str, plan: StagedPlan) -> tuple[str, str]:
     )
 
 
-def _hear_nothing(_name: str, _progress: Progress) -> None:
+def _ignore_progress(_name: str, _progress: Progress) -> None:
     """The callback where none is given."""
 
 

@@ -28,7 +28,13 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `good` False means that something asked for would fail, and `text` says why."""
+    """One thing that was looked at.
+
+    Attributes:
+        name: What was looked at.
+        text: What was found, or why something fails.
+        good: False: something that was asked for would fail.
+    """
 
     name: str
     text: str
@@ -36,11 +42,19 @@ class Finding:
 
 
 def examine(model: str | None = None, upscaler: str | None = None) -> Iterator[Finding]:
-    """Look at the installation, the devices, and the model folder and the upscaler file where they are named."""
+    """Look at the installation, the devices, and a model folder and an upscaler file where they are named.
+
+    Args:
+        model: A diffusers folder; None: not looked at.
+        upscaler: A super-resolution file; None: not looked at.
+
+    Yields:
+        One finding at a time, as it is made; the rest of them is left out where torch is missing.
+    """
     yield Finding("python", platform.python_version())
     for name in _REQUIRED:
         found = _version(name)
-        yield Finding(name, found or "missing; pip install mrflow-sched brings it", found is not None)
+        yield Finding(name, found or "missing; install it with pip install mrflow-sched", found is not None)
     for name, loss in _OPTIONAL.items():
         yield Finding(name, _version(name) or f"not installed: {loss}")
     if _version("torch") is None:
@@ -79,7 +93,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _operators() -> Finding:
-    """torchvision's operators, which diffusers and spandrel import, must be of the torch that is installed."""
+    """Whether torchvision, which diffusers and spandrel import, was made for the torch that is installed."""
     from mrflow_sched._runtime.torchvision_ops import ensure_ops
 
     try:
@@ -88,7 +102,7 @@ def _operators() -> Finding:
     except Exception as error:
         return Finding(
             "torchvision operators",
-            f"torchvision cannot be imported ({first_line(error)}); install the one made for torch {_version('torch')}",
+            f"torchvision cannot be imported ({first_line(error)}); install the one for torch {_version('torch')}",
             False,
         )
     return Finding("torchvision operators", "importable")
@@ -101,9 +115,9 @@ def _families() -> Finding:
         return Finding("families", f"diffusers cannot be imported ({first_line(error)})", False)
     library: Any = diffusers
     known = dict(pair for family in FAMILIES.values() if family.pipeline for pair in family.pipeline.titles)
-    there = [title for title, name in known.items() if hasattr(library, name)]
-    lacking = [title for title in known if title not in there]
-    text = f"{', '.join(there)}; other flow pipelines where they can be probed"
+    found = [title for title, name in known.items() if hasattr(library, name)]
+    lacking = [title for title in known if title not in found]
+    text = f"{', '.join(found)}; other flow pipelines where they can be probed"
     return Finding("families", text + (f"; not in this diffusers: {', '.join(lacking)}" if lacking else ""))
 
 
@@ -113,7 +127,7 @@ def _embedded() -> Finding:
     missing = [str(path) for path in (demo.weights_path(), demo.upscaler_path()) if not path.exists()]
     if missing:
         return Finding("embedded model", f"{missing[0]} is missing; install the package again", False)
-    return Finding("embedded model", "there")
+    return Finding("embedded model", "installed")
 
 
 def _model(folder: Path) -> Iterator[Finding]:
@@ -136,7 +150,7 @@ def _model(folder: Path) -> Iterator[Finding]:
         return
     lacking = list(_missing(folder, index))
     if lacking:
-        yield Finding(name, f"{kind}, but it lacks {', '.join(lacking)}; download it whole", False)
+        yield Finding(name, f"{kind}, but it lacks {', '.join(lacking)}; download all of it", False)
         return
     yield _layout(name, kind, folder)
 
@@ -154,7 +168,7 @@ def _missing(folder: Path, index: dict[str, Any]) -> Iterator[str]:
 
 
 def _layout(name: str, kind: str, folder: Path) -> Finding:
-    """The family that the pipeline would be taken for, found on its networks without their weights."""
+    """The family that the pipeline would be treated as, found on its networks without their weights."""
     from mrflow_sched.engines.diffusers.folder import read_layout
 
     try:

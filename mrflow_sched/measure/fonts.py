@@ -23,7 +23,7 @@ BOX = "□"
 """Stands for a letter that no font has."""
 
 _SUFFIXES = (".ttf", ".otf", ".ttc")
-_NOWHERE = "\U0010ffff"  # a code point that is no character: what a font draws for it, it draws for all that it lacks
+_NOWHERE = "\U0010ffff"  # not a character: what a font draws for it, it draws for every letter that it lacks
 _PROBE_SIZE = 16
 # Names of fonts that have many letters, looked at first. "LastResort" has a box for every letter.
 _BROAD = ("dejavusans.", "notosans", "arialuni", "unifont", "wqy", "msgothic", "msyh", "pingfang", "hiragino")
@@ -33,7 +33,9 @@ _USELESS = ("lastresort",)
 class Fonts:
     """Fonts to write with, at any size.
 
-    `files` are tried in their order for letters that Pillow's own font lacks; None: `installed_fonts()`.
+    Args:
+        files: Font files that are tried in their order for letters that Pillow's own font lacks; None:
+            `installed_fonts()`.
     """
 
     def __init__(self, files: Sequence[Path] | None = None) -> None:
@@ -44,17 +46,40 @@ class Fonts:
         self._lacking: set[str] = set()
 
     def lacking(self, text: str) -> str:
-        """The letters of `text` that no font has, each once."""
+        """The letters that no font has.
+
+        Args:
+            text: What is to be written.
+
+        Returns:
+            Those letters, each once.
+        """
         return "".join(letter for letter in dict.fromkeys(text) if self._lacks(letter))
 
     def width(self, text: str, size: int) -> float:
-        """Width of `text` in pixels."""
+        """Width of a text.
+
+        Args:
+            text: One line.
+            size: Font size in pixels.
+
+        Returns:
+            Pixels.
+        """
         return sum(float(self._font(file, size).getlength(part)) for file, part in self._parts(text))
 
     def write(
         self, draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, fill: tuple[int, ...]
     ) -> None:
-        """Draw `text` with its upper left corner at `place`, all of it on one baseline."""
+        """Draw a text, all of it on one baseline.
+
+        Args:
+            draw: The canvas.
+            place: (x, y) of the upper left corner in pixels.
+            text: One line.
+            size: Font size in pixels.
+            fill: RGB colour of 0 to 255.
+        """
         left, top = place
         for file, part in self._parts(text):
             font = self._font(file, size)
@@ -65,9 +90,9 @@ class Fonts:
     def _files(self) -> tuple[Path, ...]:
         return installed_fonts() if self._given is None else tuple(self._given)
 
-    @cached_property
+    @property
     def missing(self) -> str:
-        """What is written for a letter that no font has: a box, or a question mark where there is not even that."""
+        """What is written for a letter that no font has: a box, or a question mark where no font has the box."""
         return "?" if self._lacks(BOX) else BOX
 
     def _parts(self, text: str) -> Iterator[tuple[Path | None, str]]:
@@ -92,7 +117,7 @@ class Fonts:
         return self._home[letter]
 
     def _has(self, file: Path | None, letter: str) -> bool:
-        """Whether a font draws `letter` otherwise than what it lacks."""
+        """Whether a font draws `letter` differently from a letter that it lacks."""
         if file not in self._probes:
             self._probes[file] = self._probe(file)
         font, nothing = self._probes[file]
@@ -119,7 +144,11 @@ class Fonts:
 
 
 def installed_fonts() -> tuple[Path, ...]:
-    """Font files of matplotlib, where that is installed, and of the system; those with many letters first."""
+    """Font files of matplotlib, where that is installed, and of the system.
+
+    Returns:
+        Paths, those of fonts with many letters first.
+    """
     files = [path for folder in _folders() if folder.is_dir() for path in folder.rglob("*") if _is_font(path)]
     names = {path: path.name.lower().replace("-", "").replace(" ", "") for path in dict.fromkeys(files)}
 

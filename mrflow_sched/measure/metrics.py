@@ -1,4 +1,4 @@
-"""How alike two images are."""
+"""How similar two images are."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def psnr(a: Tensor, b: Tensor, *, peak: float = 1.0) -> Tensor:
     """Peak signal-to-noise ratio of each image, 10 log10(peak^2 / mean square error).
 
     Args:
-        a: images, (N, ...) of any further shape.
-        b: images of the same shape.
-        peak: the largest value that a pixel can have, 1 or 255.
+        a: Images, (N, ...) of any further shape.
+        b: Images of the same shape.
+        peak: The largest value that a pixel can have, 1 or 255.
 
     Returns:
         (N,) in dB; equal images give infinity.

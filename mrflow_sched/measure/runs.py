@@ -11,7 +11,12 @@ from mrflow_sched.plan.stages import StagedPlan
 
 @dataclass(frozen=True)
 class Part:
-    """A named part of a run and its wall-clock seconds."""
+    """A named part of a run.
+
+    Attributes:
+        name: As in `StagedResult.timings`, or "save".
+        seconds: Wall-clock seconds.
+    """
 
     name: str
     seconds: float
@@ -19,9 +24,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Run:
-    """One measured run. `seconds` is the whole, `parts` its pieces in order, `peak_bytes` the highest memory use.
+    """One measured run.
 
-    `notes` are the sampler's sentences for the user.
+    Attributes:
+        name: "native" or "staged".
+        title: The name and the steps, for the label in compare.png.
+        detail: Sizes, solver and forwards, for the line below it.
+        seconds: Wall-clock seconds of the whole run, saving included.
+        parts: Its parts in order.
+        peak_bytes: Highest memory use, see `_runtime.peak.PeakMemory`.
+        path: The image.
+        notes: The sampler's sentences for the user.
     """
 
     name: str
@@ -41,7 +54,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A native and a staged run of the same prompt, and the image that shows both."""
+    """A native and a staged run of the same prompt, and the image that shows both.
+
+    Attributes:
+        native: The native run that counts.
+        staged: The staged run that counts.
+        sheet: Path of compare.png.
+        repeats: How often each was run.
+        plan: The staged plan.
+    """
 
     native: Run
     staged: Run
@@ -66,11 +87,15 @@ class Comparison:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the sampler had to say of either run."""
+        """The sampler's sentences for the user, of both runs."""
         return (*self.native.notes, *self.staged.notes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The measurements under keys that stay as they are from version to version."""
+        """The measurements as numbers, strings and lists.
+
+        Returns:
+            Keys that stay the same from version to version; those of `mrflow compare --json`.
+        """
         return {
             "native_seconds": self.native.seconds,
             "staged_seconds": self.staged.seconds,

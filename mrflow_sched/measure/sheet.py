@@ -1,4 +1,4 @@
-"""One image that shows two ways of making an image: both results, their seconds, and where the seconds went."""
+"""One image that compares two runs: both results, their seconds, and where the seconds went."""
 
 from __future__ import annotations
 
@@ -48,14 +48,17 @@ class _Pen:
 def draw_sheet(
     prompt: str, native: Run, staged: Run, images: Sequence[Image.Image], fonts: Fonts | None = None
 ) -> Image.Image:
-    """The two images side by side under the prompt, each with its label, above bars of the seconds on one scale.
+    """Draw the two images side by side under the prompt, each with its label, above bars of the seconds on one scale.
 
     Args:
-        prompt: the title. A letter that no font has is drawn as a box, and a line below says so.
-        native: the native run.
-        staged: the staged run.
-        images: the native and the staged image, of one size, in 8-bit RGB.
-        fonts: what to write with; None: the installed fonts.
+        prompt: The title. A letter that no font has is drawn as a box, and a line below says so.
+        native: The native run.
+        staged: The staged run.
+        images: The native and the staged image, of one size, in 8-bit RGB.
+        fonts: What to write with; None: the installed fonts.
+
+    Returns:
+        An RGB image, some two images wide.
     """
     magnify = max(1, round(_PANEL / images[0].width))
     panel = (images[0].width * magnify, images[0].height * magnify)
@@ -168,7 +171,7 @@ def _wrap(pen: _Pen, text: str, size: float, width: float, lines: int) -> list[s
 
 
 def _clip(pen: _Pen, text: str, size: float, width: float) -> str:
-    text = text[:1000]  # no line holds more, and measuring a page of text again and again takes minutes
+    text = text[:1000]  # no line holds more, and measuring a page of text repeatedly takes minutes
     while len(text) > 1 and pen.width(text, size) > width:
         text = text[:-5] + "..." if len(text) > 8 else text[:-1]
     return text

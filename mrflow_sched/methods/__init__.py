@@ -1,7 +1,7 @@
-"""Methods: how a stage is sampled and how one stage becomes the next, one file each; none knows another.
+"""Methods: how a stage is sampled and how one stage becomes the next, one file each; none imports another.
 
-`Plain`, the published method, is part of `mrflow_sched.sampling.method`; a method here is built around another one, its
-`inner`. `method_of` is what a plan asks for.
+`Plain`, the published method, is part of `mrflow_sched.sampling.method`; a method here wraps another one, its `inner`.
+`method_of` gives the method that a plan asks for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ __all__ = ["GuidanceInterval", "Method", "Plain", "StageRun", "Tiled", "TiledEng
 
 
 def method_of(plan: StagedPlan) -> Method:
-    """The method that a plan's numbers ask for: plain, with guidance by interval and tiles where they say so."""
+    """The method that a plan's numbers ask for.
+
+    Args:
+        plan: Its `tile` and its stages' guidance intervals are read.
+
+    Returns:
+        `Plain`, inside `GuidanceInterval` where a stage is guided in part of its sigmas, inside `Tiled` where `tile` is
+        set.
+    """
     method: Method = Plain()
     if not all(stage.always_guided for stage in plan.stages):
         method = GuidanceInterval(method)

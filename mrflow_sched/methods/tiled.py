@@ -1,7 +1,7 @@
-"""Tiled refining: the network sees a later stage in overlapping tiles, blended, where the plan says so.
+"""Tiled refining: in later stages the network sees overlapping tiles, blended, where the plan says so.
 
-Every evaluation is made of tiles of the same noisy latents: one noise field, one sigma. After MultiDiffusion (Bar-Tal
-et al. 2023, arXiv 2302.08113).
+Every evaluation is blended from tiles of the same noisy latents: one noise field, one sigma. After MultiDiffusion
+(Bar-Tal et al. 2023, arXiv 2302.08113).
 """
 
 from __future__ import annotations
@@ -26,46 +26,70 @@ __all__ = ["Tiled", "TiledEngine"]
 
 @dataclass(frozen=True)
 class Tiled:
-    """Tiles in the stages that the plan wants tiled (`StagedPlan.tiled`); all else is `inner`.
+    """Tiles in the stages that the plan wants tiled (`StagedPlan.tiled`); all else is left to `inner`.
 
     Attributes:
-        inner: What a run's stages are, tiled or not.
+        inner: The method for starts, handoffs and stages, tiled or not.
     """
 
     inner: Method = field(default_factory=Plain)
 
     @property
     def gradients(self) -> bool:
-        """As the method inside."""
+        """Whether the inner method records gradients."""
         return self.inner.gradients
 
     def start(self, run: StageRun, image: Tensor | None) -> Tensor:
-        """As the method inside."""
+        """Start as the inner method does.
+
+        Args:
+            run: The first stage.
+            image: (B, 3, H, W), float32 in [0, 1]; None for pure noise.
+
+        Returns:
+            Latents (B, *latent_shape), float32, at the stage's first sigma.
+        """
         return self.inner.start(run, image)
 
     def stage(self, run: StageRun, latents: Tensor) -> Tensor:
-        """The method inside, on an engine whose network sees tiles."""
+        """Sample the stage as the inner method does, on a `TiledEngine` where the plan wants tiles.
+
+        Args:
+            run: The stage.
+            latents: (B, *latent_shape), float32, at its first sigma.
+
+        Returns:
+            Clean latents in the shape of `latents`, float32.
+        """
         if not run.plan.tiled(run.index):
             return self.inner.stage(run, latents)
         tiled = TiledEngine(run.engine, run.plan.tile, cancel=run.hooks.stop_if_cancelled)
         return self.inner.stage(run.with_engine(tiled), latents)
 
     def handoff(self, run: StageRun, images: Tensor) -> Tensor | None:
-        """As the method inside."""
+        """Hand over as the inner method does.
+
+        Args:
+            run: The stage that is to start.
+            images: (B, 3, h, w), float32 in [0, 1].
+
+        Returns:
+            Latents at the stage's first sigma; None where it has no steps.
+        """
         return self.inner.handoff(run, images)
 
 
 class TiledEngine:
-    """An engine whose network sees an image tile by tile; all else is the engine's own.
+    """An engine whose network sees an image tile by tile; all else is the wrapped engine's own.
 
-    Each tile has positions of its own, from 0 on, as at the sizes that the network was trained at.
+    Positions in each tile start at 0, as at the sizes that the network was trained at.
     """
 
     def __init__(self, engine: Engine, tile: int, *, cancel: Callable[[], object] | None = None) -> None:
         """Wrap `engine`.
 
         Args:
-            engine: Asked for every tile.
+            engine: Evaluated for every tile.
             tile: Side in pixels, at least the family's grid.
             cancel: Called before each tile; may raise `Cancelled`.
         """
@@ -76,12 +100,23 @@ class TiledEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the engine inside can do, but for its own loop, which sees whole images."""
+        """Those of the wrapped engine without its own loop, which sees whole images."""
         off = {"whole_stages": False, "guidance_per_step": False, "network_seam": False, "token_subsets": False}
         return replace(capabilities_of(self._engine), **off)
 
     def denoise(self, x: Tensor, sigma: Tensor, text: Any, *, guidance: float) -> Tensor:
-        """Clean estimate of `x` (B, C, h, w), as `Engine.denoise`; latents that fit into a tile pass as they are."""
+        """Clean estimate, tile by tile; latents that fit into one tile are evaluated whole.
+
+        Args:
+            x: (B, C, h, w), float32.
+            sigma: (B,), as in `Engine.denoise`.
+            text: What `encode_text` returned.
+            guidance: The scale in force.
+
+        Returns:
+            Clean latents in the shape of `x`, float32: the tiles' estimates, averaged with weights that fade out at
+            tile edges.
+        """
         grid = self._engine.family.grid
         each = int(self._engine.latent_shape(grid, grid)[-1])  # latents a side of one cell of the grid
         down, across = (cells(int(side) // each * grid, self._tile, grid) for side in x.shape[-2:])

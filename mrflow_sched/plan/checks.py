@@ -1,4 +1,4 @@
-"""What a number of a plan may be, and the sentence for one that may not."""
+"""What a number of a plan may be, and the refusal of one that may not."""
 
 from __future__ import annotations
 
@@ -29,20 +29,60 @@ MAX_SCALE = 1000.0
 
 
 def check_whole(value: object, name: str, low: int, high: int | None = None, advice: str = "") -> None:
+    """Refuse what is not a whole number in a range.
+
+    Args:
+        value: The value that came; True and False are refused.
+        name: The argument's name, for the refusal.
+        low: The smallest value allowed.
+        high: The largest; None: no limit.
+        advice: Ends the refusal, after a semicolon.
+
+    Raises:
+        MrFlowError: `value` is not a whole number from `low` to `high`.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         span = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise MrFlowError(f"{name} must be a whole number {span}, got {value!r}{f'; {advice}' if advice else ''}.")
 
 
 def check_side(value: object, name: str) -> None:
+    """Refuse what cannot be a side of an image.
+
+    Args:
+        value: Pixels.
+        name: The argument's name, for the refusal.
+
+    Raises:
+        MrFlowError: `value` is not a whole number from 1 to `MAX_SIDE`.
+    """
     check_whole(value, name, 1, MAX_SIDE, "it is a side of the image in pixels")
 
 
 def is_number(value: object) -> bool:
+    """Whether a value is an int or a float; True and False are neither.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        True also for NaN and infinity.
+    """
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    """The two ends of a range of sigma as floats.
+
+    Args:
+        interval: (low, high), with 0 <= low < high <= 1.
+
+    Returns:
+        The same two numbers.
+
+    Raises:
+        MrFlowError: `interval` is anything else.
+    """
     low, high = interval
     if not (is_number(low) and is_number(high) and 0.0 <= low < high <= 1.0):
         raise MrFlowError(f"guidance_interval must be two sigmas, 0 <= low < high <= 1, got {interval!r}.")
@@ -50,7 +90,15 @@ def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def check_tile(tile: int, family: Family | None = None) -> None:
-    """A tile is a side in pixels, or 0; with a `family`, one that its network can see something in."""
+    """Refuse what cannot be the side of a tile.
+
+    Args:
+        tile: Pixels; 0 means no tiles.
+        family: Its `min_low_side` sets the least tile, half of it; None: `LEAST_TILE`.
+
+    Raises:
+        MrFlowError: `tile` is above `MAX_SIDE`, or above 0 and too small.
+    """
     check_whole(tile, "tile", 0, MAX_SIDE)
     least = LEAST_TILE if family is None else max(LEAST_TILE, round(family.min_low_side / 2))
     if 0 < tile < least:
@@ -58,11 +106,31 @@ def check_tile(tile: int, family: Family | None = None) -> None:
 
 
 def check_number(value: object, name: str, low: float, high: float) -> None:
-    """Raise MrFlowError unless `value` is a number from `low` to `high`; NaN and infinity are none."""
+    """Refuse what is not a number in a range; NaN and infinity are refused.
+
+    Args:
+        value: The value that came.
+        name: The argument's name, for the refusal.
+        low: The smallest value allowed.
+        high: The largest.
+
+    Raises:
+        MrFlowError: `value` is not an int or a float from `low` to `high`.
+    """
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
         raise MrFlowError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}.")
 
 
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
+    """Refuse a word that is not one of several.
+
+    Args:
+        value: The word that came.
+        name: The argument's name, for the refusal.
+        choices: The words that are allowed.
+
+    Raises:
+        MrFlowError: `value` is not among `choices`.
+    """
     if value not in choices:
         raise MrFlowError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")

@@ -1,11 +1,11 @@
 """What a plan costs, part by part: FLOP, memory, and seconds on a machine that was measured once.
 
 FLOP and bytes are counted on the real classes in their real sizes (`bench/speed/count.py`) and written down as a few
-numbers per family, so that a plan can be priced in microseconds, without torch. Two per multiply-add; matrix products,
-convolutions and attention are counted, all else is negligible beside them.
+numbers per family, so that a plan's cost takes microseconds to compute, without torch. A multiply-add is two FLOP;
+matrix products, convolutions and attention are counted, all else is negligible beside them.
 
-Seconds follow from one measured staged run (`Speeds.measured`): its two sizes tell what a FLOP costs in each part, and
-what a forward costs before its first FLOP.
+Seconds follow from one measured staged run (`Speeds.measured`): its two sizes separate what a FLOP costs in each part
+from what a forward costs before its first FLOP.
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ _UPSCALER_WEIGHTS = 1.67e7
 
 @dataclass(frozen=True, slots=True)
 class PartCost:
-    """One part of a run for one image: its name as in `StagedResult.timings`, how often it is called, FLOP of all
-    calls together, pixels that it makes or reads, and bytes of tensors alive at once (None where not counted)."""
+    """The cost of one part of a run for one image.
+
+    Attributes:
+        name: As in `StagedResult.timings`.
+        calls: How often the part runs; for a network, its forwards.
+        flop: FLOP of all calls together.
+        pixels: Pixels that it makes or reads.
+        alive: Bytes of tensors alive at once, in 16 bits; None where not counted.
+    """
 
     name: str
     calls: int
@@ -44,10 +51,20 @@ class PartCost:
 def part_costs(
     plan: StagedPlan, family: Family | None = None, *, upscaler: str | float | None = None
 ) -> tuple[PartCost, ...] | None:
-    """The parts of `plan` for one image, in order; None for a family that is not in the table.
+    """The cost of each part of a plan for one image.
 
-    `upscaler`: a name of `UPSCALER_FLOP` (left out, a x2 model), or FLOP per pixel of the small image. A VAE that was
-    never counted is left out. Raises MrFlowError for an unknown name.
+    A VAE that was never counted is left out.
+
+    Args:
+        plan: The plan.
+        family: Its family; None: the known one of its name.
+        upscaler: A name of `UPSCALER_FLOP`, or FLOP per pixel of the small image; None: the family's usual upscaler.
+
+    Returns:
+        The parts in order; None for a family that is not in the table.
+
+    Raises:
+        MrFlowError: The upscaler's name is unknown.
     """
     known = FAMILIES.get(plan.family) if family is None else family
     if known is None:
@@ -69,9 +86,18 @@ def part_costs(
 
 
 def work_ratio(plan: StagedPlan, family: Family | None = None, *, upscaler: str | float | None = None) -> float:
-    """FLOP of native sampling, decoding included, over FLOP of all parts of `plan`.
+    """Work of native sampling, decoding included, over that of all parts of a plan.
 
-    Where nothing but the network is known, `plan.cost_ratio`.
+    Args:
+        plan: The plan.
+        family: Its family; None: the known one of its name.
+        upscaler: As in `part_costs`.
+
+    Returns:
+        A ratio of FLOP; `plan.cost_ratio` for a family that is not in the table.
+
+    Raises:
+        MrFlowError: The upscaler's name is unknown.
     """
     known = FAMILIES.get(plan.family) if family is None else family
     parts = part_costs(plan, known, upscaler=upscaler)
@@ -90,7 +116,13 @@ def work_ratio(plan: StagedPlan, family: Family | None = None, *, upscaler: str 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The most memory of a run: `total` bytes, in the part `name`, of which `weights` wait or work."""
+    """The highest memory use of a run.
+
+    Attributes:
+        total: Bytes.
+        name: The part that needs them.
+        weights: Bytes of weights among them, of parts at work and of parts that wait.
+    """
 
     total: float
     name: str
@@ -107,12 +139,22 @@ def peak_memory(
     vae_tile: int | None = None,
     upscaler_tile: int | None = None,
 ) -> Peak | None:
-    """The most memory on the device of a run in 16 bits; None for a family whose network was not counted.
+    """The highest memory use on the device of a run in 16 bits.
 
-    Weights of the network take `weight_bytes` each (2 in 16 bits, 1 in 8, 0.55 in 4 with their scales) and stay on the
-    device beside VAE and upscaler, unless `offload` keeps only the part at work there. Text encoders are taken as gone.
-    Tiles are sides in pixels, of the image at work; what does not fit into one is done in several, one after the
-    other. Workspaces and fragmentation, which no count sees, come on top: expect some 10 % more.
+    Text encoders are taken as gone. Workspaces and fragmentation, which no count sees, come on top: expect some 10 %
+    more.
+
+    Args:
+        plan: The plan.
+        family: Its family; None: the known one of its name.
+        batch: Images that are made at once.
+        weight_bytes: Bytes per weight of the network: 2 in 16 bits, 1 in 8, 0.55 in 4 with their scales.
+        offload: Only the part at work is kept on the device; False: network, VAE and upscaler all are.
+        vae_tile: Side in pixels of the VAE's tiles, of the image at work; None: whole images.
+        upscaler_tile: Side in pixels of the upscaler's tiles, of the upscaled image; None: whole images.
+
+    Returns:
+        The part that needs most; None for a family whose network was not counted.
     """
     known = FAMILIES.get(plan.family) if family is None else family
     parts = None if known is None else part_costs(plan, known)
@@ -139,9 +181,15 @@ def peak_memory(
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What a machine takes: seconds per FLOP in each kind of part, and per forward and image before the first FLOP.
+    """How fast a machine is.
 
-    `forward` is what a forward costs beside its FLOP, `other` what a run costs beside its parts (text, noise, saving).
+    Attributes:
+        network: Seconds per FLOP of the network.
+        forward: Seconds that a forward of one image takes beside its FLOP.
+        decode: Seconds per FLOP of the VAE's decoder.
+        encode: Seconds per FLOP of the VAE's encoder.
+        upscale: Seconds per FLOP of the upscaler.
+        other: Seconds that a run takes beside its parts (text, noise, saving).
     """
 
     network: float
@@ -160,22 +208,35 @@ class Speeds:
         *,
         upscaler: str | float | None = None,
     ) -> Speeds:
-        """From one run of a staged `plan`: `seconds` by part, as `StagedResult.timings` or `mrflow compare` name them.
+        """The speeds that one measured run of a staged plan shows.
 
-        Two stages of different size tell apart what a FLOP costs and what a forward costs. Raises MrFlowError, one
-        sentence, where a part is missing or there is one size only.
+        Two stages of different size separate what a FLOP costs from what a forward costs.
+
+        Args:
+            plan: The plan that was run, with two sampled stages of different size.
+            seconds: Seconds by part, as `StagedResult.timings` or `mrflow compare` name them.
+            family: The plan's family; None: the known one of its name.
+            upscaler: As in `part_costs`.
+
+        Returns:
+            The machine's speeds, for `predict`.
+
+        Raises:
+            MrFlowError: A part is missing, there is one size only, or the family or the upscaler is unknown.
         """
         parts = part_costs(plan, family, upscaler=upscaler)
         if parts is None:
             raise MrFlowError(
-                f"nothing is known of what family {plan.family} costs; measure with a family of the table."
+                f"the cost of family {plan.family} is unknown; give its Family, or measure with one of FAMILIES."
             )
         missing = [part.name for part in parts if part.name not in seconds]
         if missing:
             raise MrFlowError(f"seconds has no {missing[0]!r}; give every part of the plan that was run.")
         sampled = [part for part in parts if part.name.endswith("sample")]
         if len(sampled) != 2 or sampled[0].pixels == sampled[1].pixels:
-            raise MrFlowError(f"seconds are of {len(sampled)} sampled stages; measure a plan of two sizes.")
+            raise MrFlowError(
+                f"seconds holds {len(sampled)} sampled stages; measure a plan of two stages of different size."
+            )
         low, high = ((part.flop / part.calls, seconds[part.name] / part.calls) for part in sampled)
         slope = max((high[1] - low[1]) / (high[0] - low[0]), 1e-30)
         named = {part.name for part in parts}
@@ -197,10 +258,24 @@ class Speeds:
     def predict(
         self, plan: StagedPlan, family: Family | None = None, *, upscaler: str | float | None = None
     ) -> tuple[tuple[str, float], ...]:
-        """(part, seconds) of `plan` on this machine, "other" at last. Raises MrFlowError for an unknown family."""
+        """The run time of a plan on this machine.
+
+        Args:
+            plan: Any plan.
+            family: Its family; None: the known one of its name.
+            upscaler: As in `part_costs`.
+
+        Returns:
+            (part, seconds) in order, "other" at the end.
+
+        Raises:
+            MrFlowError: The family or the upscaler is unknown.
+        """
         parts = part_costs(plan, family, upscaler=upscaler)
         if parts is None:
-            raise MrFlowError(f"nothing is known of what family {plan.family} costs; measure it with mrflow compare.")
+            raise MrFlowError(
+                f"the cost of family {plan.family} is unknown; give its Family, or plan with one of FAMILIES."
+            )
         rates = {"sample": self.network, "decode": self.decode, "encode": self.encode, "upscale": self.upscale}
         rows: list[tuple[str, float]] = []
         for part in parts:

@@ -44,21 +44,21 @@ def make_plan(
     """Decide all numbers of a staged run.
 
     Args:
-        family: a name of `FAMILIES`, or a `Family` of your own.
-        width: width in pixels of the final image, 1 to 32768; rounded to the family's grid.
-        height: height in pixels, likewise.
-        preset: where to start from ("12+1", "fast", "best"; None: the family's default). Options override its numbers.
-        **options: what else to decide, see `options.OPTIONS`: each with its type, range and meaning. None is the same
-            as leaving an option out. `stages` counts the stages and `factor` is the size step between them: 2048 px
+        family: A name of `FAMILIES`, or a `Family` of your own.
+        width: Width in pixels of the final image, 1 to 32768; rounded to the family's grid.
+        height: Height in pixels, likewise.
+        preset: Where to start from ("12+1", "fast", "best"; None: the family's default). Options override its numbers.
+        **options: What else to decide, see `options.OPTIONS`: each with its type, range and meaning. None is the same
+            as leaving an option out. `stages` is the number of stages and `factor` the size step between them: 2048 px
             with factor 2 and 3 stages runs at 512, 1024 and 2048. `refine_steps` and `sigma` take one value, or one per
-            later stage. Outside `guidance_interval` a step costs one forward in place of two (Kynkaanniemi et al. 2024,
+            later stage. Outside `guidance_interval` a step costs one forward instead of two (Kynkaanniemi et al. 2024,
             arXiv 2404.07724). `native=True` with `steps` is `make_native_plan`.
 
     Returns:
         The plan; its `notes` say what was rounded or cropped.
 
     Raises:
-        MrFlowError: one sentence for an option that is unknown, out of range, or does not go with another one.
+        MrFlowError: An option is unknown, out of range, or does not go with another one.
     """
     known = family if isinstance(family, Family) else get_family(family)
     given = cast("PlanOptions", check_options({"preset": preset, **options}))
@@ -74,14 +74,17 @@ def make_native_plan(family: str | Family, width: int, height: int, **options: U
     """Plain sampling at the final size as a plan of one stage, named "native": what a staged run is compared with.
 
     Args:
-        family: as in `make_plan`.
-        width: width in pixels of the image; rounded to the family's grid.
-        height: height in pixels, likewise.
+        family: As in `make_plan`.
+        width: Width in pixels of the image, 1 to 32768; rounded to the family's grid.
+        height: Height in pixels, likewise.
         **options: `steps` (None: the family's native count), `solver` (None: Euler, which is what native pipelines
             run), and the other options of `OPTIONS` that apply to native plans.
 
+    Returns:
+        The plan; its `cost_ratio` is 1.
+
     Raises:
-        MrFlowError: one sentence, as `make_plan`.
+        MrFlowError: As in `make_plan`.
     """
     known = family if isinstance(family, Family) else get_family(family)
     given = cast("PlanOptions", check_options(options, "make_native_plan"))
@@ -116,16 +119,19 @@ def make_sized_plan(
     """A staged plan whose stages have exactly these sizes, for a host that makes sizes of its own.
 
     Args:
-        family: the model's family.
+        family: The model's family.
         sizes: (width, height) in pixels of each stage, first to last. They may lie off the family's grid: engines fill
             up a last row or column of tokens that is not whole.
         requested: (width, height) that the user asked for, which notes compare with.
-        stretches: the host stretches an image into the next stage's shape; False: it is cropped at the centre.
-        grid: pixels that the sides of its final images are multiples of; None: the family's grid.
-        **options: as in `make_plan`, without what decides sizes.
+        stretches: The host stretches an image into the next stage's shape; False: it is cropped at the centre.
+        grid: Pixels of which the sides of its final images are multiples; None: the family's grid.
+        **options: As in `make_plan`, without those that decide sizes.
+
+    Returns:
+        The plan; its `notes` say what was rounded, cropped or stretched.
 
     Raises:
-        MrFlowError: one sentence, as `make_plan`.
+        MrFlowError: As in `make_plan`, or `sizes` does not hold 2 to 8 stages.
     """
     given = cast("PlanOptions", check_options(options, "make_sized_plan"))
     clash = [name for name in ("factor", "factors", "stages", "native", "steps") if name in given]
@@ -143,8 +149,8 @@ def _staged_plan(
     _check_first(family, given, "low_steps")
     chosen, later = family.get_preset(given.get("preset")), len(sizes) - 1
     low = _or(given.get("low_steps"), chosen.low_steps)
-    refine = _one_each(_or(given.get("refine_steps"), chosen.refine_steps), later, "refine_steps")
-    starts = _one_each(_or(given.get("sigma"), chosen.sigma), later, "sigma")
+    refine = _one_per_stage(_or(given.get("refine_steps"), chosen.refine_steps), later, "refine_steps")
+    starts = _one_per_stage(_or(given.get("sigma"), chosen.sigma), later, "sigma")
     scale, solver = _or(given.get("guidance"), family.guidance), _or(given.get("solver"), family.solver)
     tokens = _shift_tokens(family, _value(given, "shift_tokens"), sizes)
     made = [_first_stage(family, sizes[0], low, tokens, solver, scale, given)]
@@ -215,12 +221,12 @@ def _first_stage(
 ) -> Stage:
     sigmas = given.get("sigmas")
     if sigmas is not None:
-        return make_stage(family, size, None, explicit_recipe(_whole_list(sigmas)), solver, guidance)
+        return _make_stage(family, size, None, explicit_recipe(_whole_sigmas(sigmas)), solver, guidance)
     if family.shift.kind == "list":
-        return make_stage(family, size, None, explicit_recipe(_family_list(family, steps)), solver, guidance)
+        return _make_stage(family, size, None, explicit_recipe(_family_sigmas(family, steps)), solver, guidance)
     mu = given.get("mu")
     mu = _family_mu(family, shift_tokens, steps) if mu is None else float(mu)
-    return make_stage(family, size, mu, _first_recipe(family.shift, steps, mu), solver, guidance)
+    return _make_stage(family, size, mu, _first_recipe(family.shift, steps, mu), solver, guidance)
 
 
 def _check_first(family: Family, given: PlanOptions, counted: Literal["low_steps", "steps"]) -> None:
@@ -232,14 +238,14 @@ def _check_first(family: Family, given: PlanOptions, counted: Literal["low_steps
         return
     for name, value in (("mu", mu), ("shift_tokens", given.get("shift_tokens"))):
         if value is not None:
-            raise MrFlowError(f"{name}={value!r} shifts a schedule, and nothing shifts sigmas; leave one out.")
-    own = len(_whole_list(sigmas)) - 1
+            raise MrFlowError(f"{name}={value!r} shifts a schedule, and given sigmas are never shifted; leave one out.")
+    own = len(_whole_sigmas(sigmas)) - 1
     if steps is not None and steps != own:
-        raise MrFlowError(f"{counted}={steps} does not fit sigmas, which makes {own} steps; leave {counted} out.")
+        raise MrFlowError(f"{counted}={steps} does not fit sigmas, which make {own} steps; leave {counted} out.")
 
 
-def _whole_list(sigmas: Sequence[float]) -> Sigmas:
-    """The sigmas of a whole stage 1 with their final 0. Raises MrFlowError for what is no such list."""
+def _whole_sigmas(sigmas: Sequence[float]) -> Sigmas:
+    """The sigmas of a whole stage 1 with their final 0. Raises MrFlowError for anything else."""
     made = validate_sigmas((*sigmas, 0.0) if sigmas and sigmas[-1] != 0.0 else sigmas, "sigmas")
     if made[0] != 1.0:
         raise MrFlowError(f"sigmas must start at 1, which is pure noise, got {made[0]!r}.")
@@ -248,8 +254,8 @@ def _whole_list(sigmas: Sequence[float]) -> Sigmas:
     return made
 
 
-def _family_list(family: Family, steps: int) -> Sigmas:
-    """The list that a family ships for that many steps."""
+def _family_sigmas(family: Family, steps: int) -> Sigmas:
+    """The sigmas that a family ships for that many steps."""
     lists = {len(sigmas) - 1: sigmas for sigmas in family.shift.lists}
     if steps not in lists:
         counts = " or ".join(map(str, sorted(lists)))
@@ -264,10 +270,10 @@ def _refine_stage(
     family: Family, size: tuple[int, int], steps: int, start: float, curve: str, solver: str, guidance: float
 ) -> Stage:
     recipe = f"{curve} {steps} start={float(start)!r}" if steps else "none"
-    return make_stage(family, size, None, recipe, solver, guidance)
+    return _make_stage(family, size, None, recipe, solver, guidance)
 
 
-def make_stage(
+def _make_stage(
     family: Family, size: tuple[int, int], mu: float | None, recipe: str, solver: str, guidance: float
 ) -> Stage:
     sigmas = sigmas_from_recipe(recipe)
@@ -300,7 +306,7 @@ def _guided_within(stage: Stage, family: Family, interval: tuple[float, float]) 
 
 
 def _per_step(family: Family, guidance: float) -> int:
-    """Forwards per model evaluation: two with CFG in force."""
+    """Forwards per model evaluation: two where CFG is applied."""
     if family.guidance_kind == "none" and guidance != 1.0:
         raise MrFlowError(f"guidance must be left out or 1 for {family.name}, which is distilled; got {guidance!r}.")
     if family.guidance_kind == "cfg" and guidance < 1.0:
@@ -312,12 +318,12 @@ def _per_step(family: Family, guidance: float) -> int:
 
 
 def _family_mu(family: Family, tokens: int, steps: int) -> float | None:
-    """mu of the family's own shift rule; None for a schedule without one."""
+    """The mu of the family's own shift rule; None for a schedule without one."""
     mu = _mu_of(family.shift, tokens, steps)
     if mu is not None and mu > MAX_MU:
         raise MrFlowError(
             f"size or shift_tokens must be smaller for {family.title}: {tokens} tokens would shift stage 1 "
-            f"by mu = {mu:.1f}, and {MAX_MU:g} is the most; choose more stages or a larger factor, or give mu."
+            f"by mu = {mu:.1f}, above the limit of {MAX_MU:g}; choose more stages or a larger factor, or give mu."
         )
     return mu
 
@@ -359,7 +365,7 @@ def _shift_tokens(family: Family, rule: Literal["low", "final"] | int, sizes: Se
     return rule
 
 
-def _one_each(value: Number | Sequence[Number], count: int, name: str) -> tuple[Number, ...]:
+def _one_per_stage(value: Number | Sequence[Number], count: int, name: str) -> tuple[Number, ...]:
     """One value per later stage, from one value for all or one for each."""
     if not isinstance(value, Sequence):
         return (value,) * count

@@ -13,7 +13,7 @@ from mrflow_sched.plan.sizes import fit_box
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage, StagedPlan
 
-# Start sigmas outside this range have only been seen to go wrong (docs/method.md, section 5.1): a note says so.
+# Start sigmas outside this range have only been seen to fail (docs/method.md, section 5.1): a note says so.
 USUAL_SIGMA = (0.02, 0.6)
 # Noted where stage 1 has more than this many times the native area: FLUX.1's makers state up to two megapixels; other
 # families not measured.
@@ -22,7 +22,7 @@ LARGEST_AREA = 2.0
 SIDE_SLACK = 0.95
 
 
-# Up to this relative change of shape between two stages nobody sees anything.
+# A relative change of shape between two stages up to this is not visible.
 SLIGHT_STRETCH = 0.002
 
 
@@ -35,16 +35,19 @@ def plan_notes(
     """What a user should know about a plan: what was rounded or cropped, and where it leaves tested ground.
 
     Args:
-        plan: the plan.
-        family: its family; None: the known one of its name, if there is one.
-        stretches: an image is stretched into the next stage's shape; False: it is cropped at the centre.
-        grid: pixels that the sides of the final image are multiples of; None: the family's grid.
+        plan: The plan.
+        family: Its family; None: the known one of its name, if there is one.
+        stretches: An image is stretched into the next stage's shape; False: it is cropped at the centre.
+        grid: Pixels of which the sides of the final image are multiples; None: the family's grid.
+
+    Returns:
+        Sentences for the user, often none.
     """
     known = FAMILIES.get(plan.family) if family is None else family
     notes = [*size_notes(plan, known, stretches=stretches, grid=grid), *_refine_notes(plan)]
     if known is not None and len(plan.stages) > 1 and known.prediction != "flow":
         notes.append(
-            f"{known.title} is no flow model: sigmas are converted at equal signal-to-noise ratio, which the "
+            f"{known.title} is not a flow model: sigmas are converted at equal signal-to-noise ratio, which the "
             "method's authors have not tested."
         )
     if len(plan.stages) > 1 and plan.cost_ratio < 1.0:
@@ -57,7 +60,14 @@ def size_notes(
 ) -> tuple[str, ...]:
     """The notes on sizes alone: what was rounded, cropped or stretched, and what lies outside the model's range.
 
-    Arguments as in `plan_notes`.
+    Args:
+        plan: The plan.
+        family: Its family; None: the model's range is unknown.
+        stretches: As in `plan_notes`.
+        grid: As in `plan_notes`.
+
+    Returns:
+        Sentences for the user, often none.
     """
     multiple = grid if grid is not None or family is None else family.grid
     notes = [*_rounding_notes(plan, stretches, multiple), *([] if family is None else _range_notes(plan, family))]

@@ -1,6 +1,6 @@
 """Every option of a plan, defined once: its type, its range, its words.
 
-`PlanOptions` types the keywords of `make_plan`; `OPTIONS` is the same table as values, for whoever checks options or
+`PlanOptions` types the keywords of `make_plan`; `OPTIONS` is the same table as values, for whatever checks options or
 shows them to a user: the command line, MrFlow, node editors. A new option is one field here and one place that uses it.
 """
 
@@ -39,12 +39,21 @@ Applies = Literal["staged", "native", "both"]
 class Option:
     """One option of a plan.
 
-    `help`: one line for a user. `low`, `high`: the range of its numbers, ends included unless `open_range`. `choices`:
-    the words it takes (beside numbers, where `kind` says so). `default`: its value where nothing is said; None: the
-    family and its preset decide. `metavar`: what stands for the value in a usage line. `advice`: the end of the
-    sentence that refuses a value. Read from the field and its class: `name`; `kind` ("whole", "number", "text", "flag",
-    "interval": two numbers, "numbers": a list of them); `per_stage`: one value, or one per later stage; `applies`:
-    whether staged plans, native plans or both take it.
+    `name`, `kind`, `per_stage`, `applies` and the choices of a Literal are filled in from the field that it annotates.
+
+    Attributes:
+        help: One line for a user.
+        low: The smallest number allowed; None: no limit.
+        high: The largest number allowed.
+        open_range: The two ends themselves are not allowed.
+        choices: The words it takes (beside numbers, where `kind` says so).
+        default: Its value where it is left out; None: the family and its preset decide.
+        metavar: Stands for the value in a usage line.
+        advice: Ends the sentence that refuses a value.
+        name: Its name as a keyword.
+        kind: "whole", "number", "text", "flag", "interval" (two numbers) or "numbers" (several).
+        per_stage: It takes one value, or one per later stage.
+        applies: Whether staged plans, native plans or both take it.
     """
 
     help: str
@@ -61,7 +70,14 @@ class Option:
     applies: Applies = "both"
 
     def check(self, value: object) -> None:
-        """Raise MrFlowError, one sentence, unless `value` is of this option's type and range."""
+        """Refuse a value that is not of this option's type and range.
+
+        Args:
+            value: The value that came; several where `per_stage` allows it.
+
+        Raises:
+            MrFlowError: The value is not allowed; the sentence says what is.
+        """
         if self.kind in ("interval", "numbers"):
             self._check_list(value)
         elif self.per_stage and isinstance(value, Sequence) and not isinstance(value, str):
@@ -129,7 +145,7 @@ class _WalkOptions(TypedDict, total=False):
     solver: Annotated[
         str | None,
         Option(
-            help=f"solver of all stages ({', '.join(SOLVER_NAMES)}); the family's where left out",
+            help=f"solver of all stages ({', '.join(SOLVER_NAMES)}); default: the family's",
             choices=SOLVER_NAMES,
             metavar="NAME",
         ),
@@ -159,7 +175,7 @@ class _SharedOptions(_WalkOptions, total=False):
     sigmas: Annotated[
         Sequence[float] | None,
         Option(
-            help="the sigmas of the first stage themselves, from 1 to 0, which nothing shifts",
+            help="all sigmas of the first stage, from 1 to 0; nothing shifts them",
             low=0,
             high=1,
             metavar="S",
@@ -195,7 +211,7 @@ class CallOptions(_WalkOptions, total=False):
     factors: Annotated[
         Sequence[float] | None,
         Option(
-            help="a size step for each handoff, in place of factor and stages",
+            help="a size step for each handoff, instead of factor and stages",
             low=MIN_FACTOR,
             high=MAX_FACTOR,
             metavar="F",
@@ -250,12 +266,12 @@ class CallOptions(_WalkOptions, total=False):
     ]
     guidance_interval: Annotated[
         tuple[float, float] | None,
-        Option(help="sigmas between which CFG is on in stage 1", low=0, high=1, metavar="LOW-HIGH"),
+        Option(help="range of sigma in which CFG is applied in stage 1", low=0, high=1, metavar="LOW-HIGH"),
     ]
     tile: Annotated[
         int,
         Option(
-            help="side of the tiles in which the network sees larger later stages; 0: none",
+            help="side of the network's tiles in later stages that are larger; 0: no tiles",
             low=0,
             high=MAX_SIDE,
             default=0,
@@ -271,11 +287,11 @@ class StagedOptions(CallOptions, _SharedOptions, total=False):
 
 
 class MadeOptions(NativeOptions, StagedOptions, total=False):
-    """Keywords of `make_plan`, without `preset`, which has a place of its own there."""
+    """Keywords of `make_plan`, without `preset`, which is an argument of its own there."""
 
 
 class PlanOptions(MadeOptions, total=False):
-    """All that decides a plan beside its family and size: `make_plan(family, width, height, **options)`."""
+    """All that decides a plan besides its family and size: `make_plan(family, width, height, **options)`."""
 
     preset: Annotated[
         str | None,
@@ -323,14 +339,14 @@ def check_options(options: Mapping[str, Any], function: str = "make_plan") -> di
     """The options that are given, each of its type and in its range.
 
     Args:
-        options: name and value; None means that nothing is said.
-        function: who takes them, for the sentence.
+        options: Name and value; None is the same as leaving an option out.
+        function: The name of what takes them, for the refusal.
 
     Returns:
         The options without those that are None.
 
     Raises:
-        MrFlowError: for a name that is not in `OPTIONS` and for a value out of range.
+        MrFlowError: A name is not in `OPTIONS`, or a value is out of range.
     """
     given: dict[str, Any] = {}
     for name, value in options.items():

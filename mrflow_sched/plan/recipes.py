@@ -24,18 +24,25 @@ _MAX_STEPS = 1000
 
 @lru_cache(maxsize=64)
 def sigmas_from_recipe(recipe: str) -> Sigmas:
-    """Make the list that a recipe describes: a kind, then words. Numbers are written in full precision.
+    """Make the schedule that a recipe describes: a kind, then words. Numbers are written in full precision.
 
-    ==========================================  =======================================
+    ==========================================  ===============================================
     "native 12 mu=0.63 [terminal= min= beta=]"  `native_sigmas`
     "beta 12 mu=0.0"                            `beta_sigmas` with 0.6 and 0.6
     "scaled-linear 30", "zero-snr 30"           `scaled_linear_sigmas`
     "linear 1 start=0.12", "shifted ..."        `refine_sigmas`
     "list 1.0 0.5 0.0"                          these very values
-    "none"                                      the empty list: a stage without steps
-    ==========================================  =======================================
+    "none"                                      the empty schedule: a stage without steps
+    ==========================================  ===============================================
 
-    Raises MrFlowError for text that is none of these.
+    Args:
+        recipe: One of these forms.
+
+    Returns:
+        The schedule, of at most 1000 steps.
+
+    Raises:
+        MrFlowError: `recipe` is none of these.
     """
     shown = recipe if len(recipe) <= 60 else f"{recipe[:57]}..."
     kind, *words = recipe.split(" ")
@@ -52,12 +59,12 @@ def sigmas_from_recipe(recipe: str) -> Sigmas:
     except (IndexError, KeyError) as error:
         raise MrFlowError(f"recipe {shown!r} lacks a number; see sigmas_from_recipe for the forms.") from error
     if numbers:
-        raise MrFlowError(f"recipe {shown!r} has a number {kind} lists do not take: {next(iter(numbers))}.")
+        raise MrFlowError(f"recipe {shown!r} has a number that {kind} schedules do not take: {next(iter(numbers))}.")
     return made
 
 
 def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
-    """The list of `kind`; takes the numbers that it uses out of `numbers`."""
+    """The schedule of `kind`; takes the numbers that it uses out of `numbers`."""
     if kind == "native":
         mu, terminal, sigma_min = numbers.pop("mu"), numbers.pop("terminal", None), numbers.pop("min", None)
         return native_sigmas(steps, mu=mu, terminal=terminal, sigma_min=sigma_min, beta=numbers.pop("beta", None))
@@ -73,7 +80,17 @@ def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
 
 
 def read_number(text: str) -> float:
-    """A number as plans write it, of a length that a number can have. Raises MrFlowError for other text."""
+    """A number as plans write it.
+
+    Args:
+        text: Decimal digits, with a point and an exponent where needed, no longer than a float can be.
+
+    Returns:
+        The number.
+
+    Raises:
+        MrFlowError: `text` is anything else.
+    """
     if not re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?(e[+-]?[0-9]{1,3})?", text):
         raise MrFlowError(f"{text[:60]!r} is not a number")
     return float(text)
@@ -83,7 +100,7 @@ def _numbers(words: Sequence[str]) -> dict[str, float]:
     pairs = [word.partition("=") for word in words]
     found = {name: read_number(value) for name, _, value in pairs}
     if len(found) < len(pairs):
-        raise MrFlowError(f"a number of the recipe is there twice: {', '.join(name for name, *_ in pairs)}.")
+        raise MrFlowError(f"the recipe has a number twice: {', '.join(name for name, *_ in pairs)}.")
     return found
 
 
@@ -94,5 +111,12 @@ def _no_values(values: list[float]) -> Sigmas:
 
 
 def explicit_recipe(sigmas: Sequence[float]) -> str:
-    """The recipe that spells out every value: "list 1.0 0.5 0.0", or "none" for no values."""
+    """The recipe that spells out every value.
+
+    Args:
+        sigmas: A schedule, or no values.
+
+    Returns:
+        "list 1.0 0.5 0.0", say, or "none" for no values.
+    """
     return " ".join(["list", *(repr(float(sigma)) for sigma in sigmas)]) if sigmas else "none"

@@ -2,12 +2,14 @@
 
 A schedule is a tuple of N + 1 noise fractions for N solver steps. It falls strictly and ends in exactly 0.0.
 
-* Stage-1 lists start at exactly 1.0 (pure noise). They follow the model's own schedule: `native_sigmas`, `beta_sigmas`
-  and, for variance-exploding models, `scaled_linear_sigmas`. Their `shift` is always an explicit argument.
-* Refine lists start at a chosen `start_sigma` below 1: `refine_sigmas`. Nothing ever shifts them. Schedulers that do
+* Schedules of stage 1 start at exactly 1.0 (pure noise). They follow the model's own schedule: `native_sigmas`,
+  `beta_sigmas` and, for variance-exploding models, `scaled_linear_sigmas`. Their `shift` is always an explicit
+      argument.
+* Refine schedules start at a chosen `start_sigma` below 1: `refine_sigmas`. Nothing ever shifts them. Schedulers that
+do
   (docs/method.md, section 1.5) run FLUX.1's 0.12 at 0.301 and Qwen-Image's 0.12 at 0.020.
 
-`recipes` has the short texts that stand for such lists. Nothing here needs torch.
+`recipes` has the short texts that stand for schedules. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ __all__ = [
 
 Sigmas = tuple[float, ...]
 
-# exp(20) squeezes all but the last step into the topmost billionth: no list beyond it means anything.
+# exp(20) squeezes all but the last step into the topmost billionth: no schedule beyond it means anything.
 MAX_MU = 20.0
 
 
@@ -45,14 +47,17 @@ MAX_MU = 20.0
 def shift_sigma(sigma: float, shift: float) -> float:
     """Warp a noise fraction towards 1 (shift > 1) or towards 0 (shift < 1): s·t / (1 + (s-1)·t).
 
+    Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23.
+
     Args:
-        sigma: noise fraction in [0, 1]; 0 and 1 stay where they are.
-        shift: above 0; exp(mu) for FLUX's "exponential" shift.
+        sigma: Noise fraction t in [0, 1]; 0 and 1 stay where they are.
+        shift: s, above 0; exp(mu) for FLUX's "exponential" shift.
+
+    Returns:
+        The warped noise fraction, in [0, 1].
 
     Raises:
-        MrFlowError: outside those ranges.
-
-    Source: Esser et al. 2024 (Stable Diffusion 3), eq. 23.
+        MrFlowError: A number is out of its range.
     """
     _check_unit(sigma, "sigma")
     if not (math.isfinite(shift) and shift > 0):
@@ -61,7 +66,18 @@ def shift_sigma(sigma: float, shift: float) -> float:
 
 
 def unshift_sigma(sigma: float, shift: float) -> float:
-    """The inverse of `shift_sigma`: which noise fraction the shift turned into `sigma`. Same ranges and errors."""
+    """The inverse of `shift_sigma`: which noise fraction the shift turned into `sigma`.
+
+    Args:
+        sigma: Shifted noise fraction in [0, 1].
+        shift: Above 0.
+
+    Returns:
+        The noise fraction before the shift, in [0, 1].
+
+    Raises:
+        MrFlowError: A number is out of its range.
+    """
     _check_unit(sigma, "sigma")
     if not (math.isfinite(shift) and shift > 0):
         raise MrFlowError(f"shift must be a positive number, got {shift!r}; 1 means no shift.")
@@ -76,21 +92,23 @@ def mu_for_tokens(
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> float:
-    """mu = log(shift) for an image of `tokens` tokens, on the straight line through two known points.
+    """The mu = log(shift) of an image size, on the straight line through two known points.
 
     The defaults are FLUX.1's: 0.63 at 1024 tokens (512 px), 1.15 at 4096 (1024 px).
+    Source: black-forest-labs/flux `sampling.py`; diffusers FluxPipeline.
 
     Args:
-        tokens: image tokens, 1 or more; the line goes on beyond both points.
-        base_tokens: tokens of the first point.
-        max_tokens: tokens of the second point.
-        base_shift: mu at the first point.
-        max_shift: mu at the second point.
+        tokens: Image tokens, 1 or more; the line goes on beyond both points.
+        base_tokens: Tokens of the first point.
+        max_tokens: Tokens of the second point.
+        base_shift: Value of mu at the first point.
+        max_shift: Value of mu at the second point.
+
+    Returns:
+        The logarithm of the shift.
 
     Raises:
-        MrFlowError: for tokens < 1.
-
-    Source: black-forest-labs/flux `sampling.py`; diffusers FluxPipeline.
+        MrFlowError: `tokens` is below 1.
     """
     _check_count(tokens, "tokens")
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
@@ -105,10 +123,20 @@ _FLUX2_LARGE_TOKENS = 4300
 
 
 def mu_flux2(tokens: int, steps: int) -> float:
-    """FLUX.2's empirical mu for an image of `tokens` tokens sampled in `steps` steps.
+    """FLUX.2's empirical mu = log(shift), which depends on the step count too.
 
     1.974 at 1024 tokens and 12 steps; 2.031 at 1024 and 4. Above 4300 tokens the step count no longer matters.
-    Source: constants of diffusers `Flux2KleinPipeline`. Raises MrFlowError for tokens < 1 or steps < 1.
+    Source: constants of diffusers `Flux2KleinPipeline`.
+
+    Args:
+        tokens: Image tokens, 1 or more.
+        steps: Solver steps, 1 or more.
+
+    Returns:
+        The logarithm of the shift.
+
+    Raises:
+        MrFlowError: `tokens` or `steps` is below 1.
     """
     _check_count(tokens, "tokens")
     _check_count(steps, "steps")
@@ -119,15 +147,24 @@ def mu_flux2(tokens: int, steps: int) -> float:
     return many + (many - few) * (steps - 200) / 190
 
 
-# ------------------------------------------------------------------------------------------------------- stage-1 lists
+# --------------------------------------------------------------------------------------------------- stage-1 schedules
 
 
 def stretch_to_terminal(sigmas: Sequence[float], terminal: float) -> Sigmas:
     """Stretch a schedule about 1 so that its last sigma above zero becomes `terminal`; the final 0 stays.
 
-    Qwen-Image's scheduler does this with 0.02. `sigmas` must start at 1.0; `terminal` in (0, 1).
-    A schedule of one step has nothing to stretch and comes back as it is. Raises MrFlowError for other input.
+    Qwen-Image's scheduler does this with 0.02. A schedule of one step has nothing to stretch and comes back as it is.
     Source: diffusers FlowMatchEulerDiscreteScheduler, `shift_terminal`.
+
+    Args:
+        sigmas: A schedule that starts at 1.0.
+        terminal: Noise fraction, 0 < terminal < 1.
+
+    Returns:
+        A schedule of as many values.
+
+    Raises:
+        MrFlowError: `sigmas` is not such a schedule, or `terminal` is out of its range.
     """
     checked = validate_sigmas(sigmas, "sigmas")
     if checked[0] != 1.0:
@@ -138,7 +175,15 @@ def stretch_to_terminal(sigmas: Sequence[float], terminal: float) -> Sigmas:
 
 
 def stretched(above_zero: Sequence[float], terminal: float) -> list[float]:
-    """Sigmas without their final 0, stretched about 1 until the last one is `terminal`; one at 1 stays as it is."""
+    """Sigmas without their final 0, stretched about 1 until the last one is `terminal`.
+
+    Args:
+        above_zero: Falling values in (0, 1].
+        terminal: What the last value becomes; where that is 1 already, nothing is stretched.
+
+    Returns:
+        As many values.
+    """
     if above_zero[-1] >= 1.0:
         return list(above_zero)
     scale = (1.0 - terminal) / (1.0 - above_zero[-1])
@@ -146,7 +191,16 @@ def stretched(above_zero: Sequence[float], terminal: float) -> list[float]:
 
 
 def evenly(first: float, last: float, count: int) -> list[float]:
-    """`count` evenly spaced values from `first` to `last`; one value is `first`."""
+    """Evenly spaced values, both ends included.
+
+    Args:
+        first: The first value.
+        last: The last value.
+        count: How many; one value is `first`.
+
+    Returns:
+        `count` values, none outside the two ends.
+    """
     spacing, (low, high) = (first - last) / max(count - 1, 1), sorted((first, last))
     return [min(max(first - index * spacing, low), high) for index in range(count)]  # rounding must not leave the range
 
@@ -161,20 +215,20 @@ def native_sigmas(
 ) -> Sigmas:
     """A flow model's own schedule: evenly spaced noise fractions from 1, shifted, then a final 0.
 
+    Source: diffusers FluxPipeline (sigmas) and FlowMatchEulerDiscreteScheduler (shift, terminal, beta).
+
     Args:
         steps: 1 or more.
-        mu: logarithm of the shift.
-        terminal: the last sigma above zero that the shifted schedule is stretched to, see `stretch_to_terminal`.
-        sigma_min: the last fraction above zero before the shift (None: 1/steps, which spaces all steps evenly).
-        beta: space the finished schedule anew between its ends, at quantiles of Beta(beta, beta).
+        mu: Logarithm of the shift.
+        terminal: The last sigma above zero that the shifted schedule is stretched to, see `stretch_to_terminal`.
+        sigma_min: The last fraction above zero before the shift (None: 1/steps, which spaces all steps evenly).
+        beta: Space the finished schedule anew between its ends, at quantiles of Beta(beta, beta).
 
     Returns:
         steps + 1 floats from exactly 1.0 to exactly 0.0.
 
     Raises:
-        MrFlowError: for steps < 1, a mu that is not finite, or another number out of its range.
-
-    Source: diffusers FluxPipeline (sigmas) and FlowMatchEulerDiscreteScheduler (shift, terminal, beta).
+        MrFlowError: `steps` is below 1, `mu` is not finite, or another number is out of its range.
     """
     _check_count(steps, "steps")
     shift = _shift_of(mu)
@@ -192,6 +246,13 @@ def spaced_by_beta(above_zero: Sequence[float], beta: float = 0.6) -> list[float
     """As many sigmas between the same two ends, at quantiles of Beta(beta, beta).
 
     Source: Lee et al. 2024 (arXiv 2407.12173), with both ends on the schedule as diffusers' schedulers have it.
+
+    Args:
+        above_zero: Falling sigmas, of which the two ends and the count matter.
+        beta: Both parameters of the distribution, 0.2 to 10.
+
+    Returns:
+        As many sigmas, without a final 0.
     """
     top, bottom, count = above_zero[0], above_zero[-1], len(above_zero)
     quantiles = beta_sigmas(count - 1, alpha=beta, beta=beta) if count > 1 else (1.0,)
@@ -202,9 +263,20 @@ def spaced_by_beta(above_zero: Sequence[float], beta: float = 0.6) -> list[float
 def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float = 0.0) -> Sigmas:
     """Sigmas at evenly spaced quantiles of a Beta(alpha, beta) distribution, then shifted by exp(mu).
 
-    With both below 1 the steps crowd at the two ends. Returns steps + 1 floats from exactly 1.0 to exactly 0.0.
-    Raises MrFlowError for steps < 1, or alpha or beta outside 0.2..10.
+    With both below 1 the steps crowd at the two ends.
     Source: Lee et al. 2024, "Beta Sampling is All You Need" (arXiv 2407.12173), which uses 0.6 and 0.6.
+
+    Args:
+        steps: 1 or more.
+        alpha: First parameter of the distribution, 0.2 to 10.
+        beta: Second parameter, 0.2 to 10.
+        mu: Logarithm of the shift.
+
+    Returns:
+        steps + 1 floats from exactly 1.0 to exactly 0.0.
+
+    Raises:
+        MrFlowError: A number is out of its range.
     """
     _check_count(steps, "steps")
     shift = _shift_of(mu)
@@ -219,14 +291,22 @@ def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float 
 
 
 def scaled_linear_sigmas(steps: int, *, zero_snr: bool = False) -> Sigmas:
-    """The schedule of SD1.5 and SDXL (scaled-linear betas, trailing spacing), told in equal-SNR flow sigma.
+    """The schedule of SD1.5 and SDXL in flow sigma: scaled-linear betas, trailing spacing.
 
     A variance-exploding sigma_ve has the signal-to-noise ratio of the flow sigma sigma_ve / (1 + sigma_ve).
-    The first sigma is set to 1.0 (pure noise), which these models meet at their largest sigma_ve: 14.6, or 4096 where
-    their betas are rescaled to zero terminal SNR (`zero_snr`).
-    Returns steps + 1 floats; raises MrFlowError unless 1 <= steps <= 1000.
+    The first sigma is set to 1.0 (pure noise), which these models meet at their largest sigma_ve.
     Source: Rombach et al. 2022 training betas 0.00085..0.012; trailing spacing and zero SNR of Lin et al. 2023
     (arXiv 2305.08891).
+
+    Args:
+        steps: 1 to 1000.
+        zero_snr: The betas are rescaled to zero terminal SNR: the largest sigma_ve is 4096 instead of 14.6.
+
+    Returns:
+        steps + 1 floats from exactly 1.0 to exactly 0.0.
+
+    Raises:
+        MrFlowError: `steps` is out of its range.
     """
     _check_count(steps, "steps")
     table = scaled_linear_ve(zero_snr)
@@ -237,27 +317,56 @@ def scaled_linear_sigmas(steps: int, *, zero_snr: bool = False) -> Sigmas:
 
 
 def trailing_steps(training: int, count: int) -> list[int]:
-    """Training steps to visit, falling from the last one: "trailing" of Lin et al. 2023, table 2."""
+    """Training steps to visit with "trailing" spacing (Lin et al. 2023, table 2).
+
+    Args:
+        training: Number of training steps.
+        count: Number of sampling steps.
+
+    Returns:
+        `count` training steps, falling from the last one.
+    """
     return [round(training - index * training / count) - 1 for index in range(count)]
 
 
 @lru_cache(maxsize=2)
 def scaled_linear_ve(zero_snr: bool = False) -> Sigmas:
-    """sigma_ve of the 1000 training steps of SD1.5 and SDXL, rising."""
+    """The sigma_ve of each of the 1000 training steps of SD1.5 and SDXL.
+
+    Args:
+        zero_snr: As in `scaled_linear_sigmas`.
+
+    Returns:
+        1000 values, rising.
+    """
     return ve_of_betas(scaled_linear_betas(0.00085, 0.012, 1000), zero_snr=zero_snr)
 
 
 def scaled_linear_betas(first: float, last: float, count: int) -> list[float]:
-    """Betas whose square roots are evenly spaced (Rombach et al. 2022)."""
+    """Betas whose square roots are evenly spaced (Rombach et al. 2022).
+
+    Args:
+        first: Beta of the first training step.
+        last: Beta of the last.
+        count: Number of training steps.
+
+    Returns:
+        `count` values.
+    """
     return [root**2 for root in evenly(math.sqrt(first), math.sqrt(last), count)]
 
 
 def ve_of_betas(betas: Sequence[float], *, zero_snr: bool = False) -> Sigmas:
-    """sigma_ve of every training step, rising: sqrt((1 - abar) / abar), where abar is the product of 1 - beta.
+    """The sigma_ve of every training step: sqrt((1 - abar) / abar), where abar is the product of 1 - beta.
 
-    With `zero_snr` the roots of abar are shifted and scaled so that the last is 0 (Lin et al. 2023, algorithm 1). It is
-    then set to 2^-24, as in diffusers, so that its sigma_ve is finite: 4096. Steps before it that would lie above are
-    lowered to just below, so that the table rises.
+    Args:
+        betas: One value per training step.
+        zero_snr: Shift and scale the roots of abar so that the last is 0 (Lin et al. 2023, algorithm 1). It is then set
+            to 2^-24, as in diffusers, so that its sigma_ve is finite: 4096. Steps before it that would lie above are
+            lowered to just below.
+
+    Returns:
+        As many values, rising.
     """
     kept: list[float] = list(accumulate((1.0 - beta for beta in betas), operator.mul))
     if zero_snr:
@@ -270,16 +379,17 @@ def ve_of_betas(betas: Sequence[float], *, zero_snr: bool = False) -> Sigmas:
     return tuple(table)
 
 
-# -------------------------------------------------------------------------------------------------------- refine lists
+# ---------------------------------------------------------------------------------------------------- refine schedules
 
 
 def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigmas:
     """The schedule of a later stage: from `start_sigma`, which is the flow noise fraction itself, to 0.
 
     No model's shift enters. For one step every curve is (start_sigma, 0).
+    Source: docs/method.md, section 1.4 (a) and (b); the official code's direct refine schedule and its ComfyUI node.
 
     Args:
-        start_sigma: noise fraction, 0 < start_sigma < 1.
+        start_sigma: Noise fraction, 0 < start_sigma < 1.
         steps: 1 or more.
         curve: "linear" falls in equal steps; "shifted" takes shorter steps first, more so with more steps, by an inner
             shift of 0.25·(steps-1) that never moves the two ends.
@@ -288,9 +398,7 @@ def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigm
         steps + 1 floats.
 
     Raises:
-        MrFlowError: for a number out of its range or an unknown curve.
-
-    Source: docs/method.md, section 1.4 (a) and (b); the official code's direct refine list and its ComfyUI node.
+        MrFlowError: A number is out of its range, or the curve is unknown.
     """
     if not 0.0 < start_sigma < 1.0:
         raise MrFlowError(f"start_sigma must lie between 0 and 1, got {start_sigma!r}; 0.12 is the usual value.")
@@ -309,8 +417,15 @@ def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigm
 def validate_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> Sigmas:
     """The same values as a tuple of floats, if they are a schedule.
 
-    That is: at least one step, strictly falling, all in [0, 1], last exactly 0. Otherwise raises MrFlowError naming
-    `name`.
+    Args:
+        sigmas: At least two values, strictly falling, all in [0, 1], the last exactly 0.
+        name: The argument's name, for the refusal.
+
+    Returns:
+        The schedule.
+
+    Raises:
+        MrFlowError: `sigmas` is anything else.
     """
     values = tuple(float(sigma) for sigma in sigmas)
     if len(values) < 2:
@@ -363,13 +478,13 @@ def _beta_cdf(x: float, alpha: float, beta: float) -> float:
         return 0.0
     log_front = alpha * math.log(x) + beta * math.log1p(-x) - math.log(alpha)
     log_front -= math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta)
-    # Evaluated from the inside out: 60 levels are far more than double precision needs on this side.
+    # Evaluated from the inside out: 60 terms are far more than double precision needs on this side.
     fraction = 1.0
-    for level in range(60, 0, -1):
-        half, odd = divmod(level, 2)
+    for term in range(60, 0, -1):
+        half, odd = divmod(term, 2)
         if odd:
             top = -(alpha + half) * (alpha + beta + half) * x
         else:
             top = half * (beta - half) * x
-        fraction = 1.0 + top / ((alpha + level - 1) * (alpha + level)) / fraction
+        fraction = 1.0 + top / ((alpha + term - 1) * (alpha + term)) / fraction
     return math.exp(log_front) / fraction

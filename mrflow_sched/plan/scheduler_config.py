@@ -1,6 +1,7 @@
-"""The sigmas that a diffusers scheduler's configuration asks for.
+"""The schedule that a diffusers scheduler's configuration asks for.
 
-The formulas are those of `schedule`; here is which of them an option chooses, and in which order.
+The formulas are those of `schedule`; here is which of them an option selects, and in which order. `options` is always
+such a configuration, each option under diffusers' name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,19 @@ CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def step_count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Sequence[float] | None) -> int:
-    """How many steps are asked for. Raises MrFlowError where nothing says so, or the counts disagree."""
+    """How many steps the arguments of `set_timesteps` ask for.
+
+    Args:
+        steps: `num_inference_steps`.
+        sigmas: Own sigmas, of which those above 0 count.
+        timesteps: Own timesteps.
+
+    Returns:
+        1 or more.
+
+    Raises:
+        MrFlowError: None of the three is given, or the counts disagree.
+    """
     counts = {
         "num_inference_steps": steps,
         "sigmas": None if sigmas is None else sum(1 for sigma in sigmas if float(sigma) > 0.0),
@@ -39,11 +52,22 @@ def step_count(steps: int | None, sigmas: Sequence[float] | None, timesteps: Seq
     return next(iter(told.values()))
 
 
-# ----------------------------------------------------------------------------------------------------------- flow lists
+# ------------------------------------------------------------------------------------------------------- flow schedules
 
 
 def shift_in_force(options: Mapping[str, Any], mu: float | None) -> float:
-    """The factor of `shift_sigma`. Raises MrFlowError where it depends on the image's size and no `mu` is given."""
+    """The shift that a configuration applies, for `shift_sigma`.
+
+    Args:
+        options: The scheduler's configuration.
+        mu: What the pipeline computed for the image's size; needed with `use_dynamic_shifting` only.
+
+    Returns:
+        A factor; 1 is no shift.
+
+    Raises:
+        MrFlowError: The shift depends on the image's size and `mu` is None.
+    """
     if not options["use_dynamic_shifting"]:
         return float(options["flow_shift"] if options["use_flow_sigmas"] else options["shift"])
     if mu is None:
@@ -59,7 +83,22 @@ def flow_sigmas(
     mu: float | None,
     sigma_min: float,
 ) -> Sigmas:
-    """The list that FlowMatchEulerDiscreteScheduler would make, or a multistep scheduler with `use_flow_sigmas`."""
+    """The schedule of FlowMatchEulerDiscreteScheduler, or of a multistep scheduler with `use_flow_sigmas`.
+
+    Args:
+        options: The scheduler's configuration.
+        count: Number of steps.
+        sigmas: Own sigmas before the shift, with or without a final 0; None: made from `options`.
+        timesteps: Own timesteps before the shift, used where `sigmas` is None.
+        mu: As in `shift_in_force`.
+        sigma_min: The last of the evenly spaced sigmas before the shift.
+
+    Returns:
+        A schedule that ends in 0.
+
+    Raises:
+        MrFlowError: The shift depends on the image's size and `mu` is None.
+    """
     training = float(options["num_train_timesteps"])
     if sigmas is not None:
         raw = [float(sigma) for sigma in sigmas if float(sigma) > 0.0]
@@ -95,11 +134,21 @@ def _ended(sigmas: Sequence[float]) -> Sigmas:
     return (*(sigma for sigma in sigmas if sigma > 0.0), 0.0)
 
 
-# --------------------------------------------------------------------------------------------- variance-exploding lists
+# ----------------------------------------------------------------------------------------- variance-exploding schedules
 
 
 def training_sigmas(options: Mapping[str, Any]) -> Sigmas:
-    """sigma_ve of every training step, rising, see `schedule.ve_of_betas`. Raises MrFlowError without betas."""
+    """The sigma_ve of every training step, see `schedule.ve_of_betas`.
+
+    Args:
+        options: The scheduler's configuration.
+
+    Returns:
+        One value per training step, rising.
+
+    Raises:
+        MrFlowError: The configuration names no betas.
+    """
     return ve_of_betas(_betas(options), zero_snr=bool(options["rescale_betas_zero_snr"]))
 
 
@@ -127,7 +176,19 @@ def ve_sigmas(
     sigmas: Sequence[float] | None,
     timesteps: Sequence[float] | None,
 ) -> tuple[Sigmas, dict[float, float]]:
-    """The list that EulerDiscreteScheduler would make, and the time of each sigma."""
+    """The schedule of EulerDiscreteScheduler, and the timestep of each sigma.
+
+    Args:
+        options: The scheduler's configuration.
+        table: The sigma_ve of every training step, from `training_sigmas`.
+        count: Number of steps.
+        sigmas: Own values of sigma_ve; None: made from `options`.
+        timesteps: Own timesteps, used where `sigmas` is None.
+
+    Returns:
+        The sigma_ve of each step with a final 0, and a table from sigma to timestep, which is empty for own sigmas and
+        for those that `options` spaces anew.
+    """
     if sigmas is not None:
         return _ended([float(sigma) for sigma in sigmas]), {}
     times = _spaced_times(options, count) if timesteps is None else [float(time) for time in timesteps]
@@ -148,14 +209,22 @@ def _spaced_times(options: Mapping[str, Any], count: int) -> list[float]:
 
 
 def _sigma_at(time: float, table: Sigmas) -> float:
-    """sigma_ve at a training step, between two of them on the straight line."""
+    """Value of sigma_ve at a training step, interpolated linearly between two of them."""
     low = min(max(int(time), 0), len(table) - 2)
     share = min(max(time - low, 0.0), 1.0)
     return table[low] + share * (table[low + 1] - table[low])
 
 
 def time_of(sigma: float, table: Sigmas) -> float:
-    """The training step at which sigma_ve is `sigma`, between two of them on the line in log sigma (k-diffusion)."""
+    """The training step of a sigma_ve, interpolated on the line in log sigma, as k-diffusion does.
+
+    Args:
+        sigma: A sigma_ve above 0.
+        table: The sigma_ve of every training step, from `training_sigmas`.
+
+    Returns:
+        A training step from 0, not always whole.
+    """
     low = min(max(bisect_right(table, sigma) - 1, 0), len(table) - 2)
     below, above = math.log(table[low]), math.log(table[low + 1])
     return low + min(max((math.log(sigma) - below) / (above - below), 0.0), 1.0)

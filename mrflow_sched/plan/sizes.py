@@ -1,4 +1,4 @@
-"""Sizes of images: on the model's grid, from stage to stage, and how one fills another."""
+"""Sizes of images: on the model's grid, from stage to stage, and how an image fills a box of another shape."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from mrflow_sched.plan.families import Family
 
 
 def fit_box(src_w: int, src_h: int, dst_w: int, dst_h: int) -> tuple[int, int, int, int]:
-    """How to fill a box of `dst_w` x `dst_h` pixels with an image of `src_w` x `src_h` without stretching it.
+    """How to fill a box with an image without stretching it.
+
+    Args:
+        src_w: Width of the image in pixels, 1 or more.
+        src_h: Its height.
+        dst_w: Width of the box in pixels, 1 or more.
+        dst_h: Its height.
 
     Returns:
         (resize_w, resize_h, left, top) in pixels: scale the image to that size, which covers the box and keeps the
         image's shape to half a pixel, then cut the box out at (left, top), centred.
 
     Raises:
-        MrFlowError: for sides below 1.
+        MrFlowError: A side is below 1.
     """
     for name, side in (("src_w", src_w), ("src_h", src_h), ("dst_w", dst_w), ("dst_h", dst_h)):
         check_whole(side, name, 1)
@@ -32,23 +38,65 @@ def fit_box(src_w: int, src_h: int, dst_w: int, dst_h: int) -> tuple[int, int, i
 
 
 def snap(side: float, grid: int) -> int:
-    """The nearest multiple of `grid`, halves upwards, at least one grid."""
+    """A side rounded to the grid.
+
+    Args:
+        side: Pixels, above 0.
+        grid: Pixels of which the result is a multiple.
+
+    Returns:
+        The nearest multiple of `grid`, halves upwards, at least one grid.
+    """
     return max(math.floor(side / grid + 0.5), 1) * grid
 
 
 def snap_size(family: Family, width: int, height: int) -> tuple[int, int]:
+    """A size rounded to a family's grid.
+
+    Args:
+        family: The model's family.
+        width: Pixels, 1 to 32768.
+        height: Likewise.
+
+    Returns:
+        (width, height), each the nearest multiple of the grid.
+
+    Raises:
+        MrFlowError: A side is out of range.
+    """
     check_side(width, "width")
     check_side(height, "height")
     return snap(width, family.grid), snap(height, family.grid)
 
 
 def tokens_of(family: Family, size: tuple[int, int]) -> int:
-    """Image tokens of a size; a last row or column that is not whole counts."""
+    """Image tokens of a size; a last row or column that is not whole counts.
+
+    Args:
+        family: Its grid is the side of the square that one token covers.
+        size: (width, height) in pixels.
+
+    Returns:
+        Tokens, without those of the text.
+    """
     return math.ceil(size[0] / family.grid) * math.ceil(size[1] / family.grid)
 
 
 def stage_sizes(family: Family, width: int, height: int, factors: Sequence[float]) -> list[tuple[int, int]]:
-    """Sizes from first to last. Each is the final size over the product of the factors after it, to the grid."""
+    """The size of every stage: the final size over the product of the factors after it, rounded to the grid.
+
+    Args:
+        family: Its grid.
+        width: Width of the final image in pixels.
+        height: Its height.
+        factors: One size factor per handoff, first to last.
+
+    Returns:
+        (width, height) of each stage, first to last; one more than there are factors.
+
+    Raises:
+        MrFlowError: A side is out of range.
+    """
     final = snap_size(family, width, height)
     sizes = [final]
     for index in range(len(factors) - 1, -1, -1):
@@ -60,12 +108,23 @@ def stage_sizes(family: Family, width: int, height: int, factors: Sequence[float
 def handoff_factors(
     family: Family, factor: float | None, factors: Sequence[float] | None, stages: int | None
 ) -> tuple[float, ...]:
-    """One size factor per handoff, from the three ways to ask for them."""
+    """One size factor per handoff, from the three options that can ask for them.
+
+    Args:
+        family: Its `factor` is the default.
+        factor: One factor for all handoffs.
+        factors: A factor for each handoff; excludes `factor`.
+        stages: Number of stages, 2 by default.
+
+    Returns:
+        One factor less than there are stages.
+
+    Raises:
+        MrFlowError: `factors` is empty, too long, or given beside another option that it contradicts.
+    """
     if factors is not None:
         if factor is not None or (stages is not None and stages != len(factors) + 1):
-            raise MrFlowError(
-                f"factors={tuple(factors)!r} gives all size steps; leave factor and stages out beside it."
-            )
+            raise MrFlowError(f"factors={tuple(factors)!r} gives every size step; leave factor and stages out.")
         if not factors:
             raise MrFlowError("factors must hold at least one size step, got none; for one stage use native=True.")
         check_whole(len(factors), "the count of factors", 1, MAX_STAGES - 1)

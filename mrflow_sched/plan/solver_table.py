@@ -1,4 +1,4 @@
-"""The solvers there are: names, order and cost. `sampling.solvers` has their mathematics, under the same names."""
+"""The solvers that exist: names, order and cost. `sampling.solvers` has their formulas, under the same names."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ __all__ = ["SOLVERS", "SOLVER_NAMES", "SolverInfo", "check_solver", "evaluated_s
 
 @dataclass(frozen=True, slots=True)
 class SolverInfo:
-    """One solver: its `name` in plans, a `title` for people, its `order` of convergence, and how often it evaluates the
-    network in a step that does not end at sigma 0 (`evaluations_per_step`; every step to 0 takes one)."""
+    """One solver.
+
+    Attributes:
+        name: Its name in plans.
+        title: Its name for people.
+        order: Order of convergence.
+        evaluations_per_step: Network evaluations in a step that does not end at sigma 0; every step to 0 takes one.
+    """
 
     name: str
     title: str
@@ -38,7 +44,17 @@ SOLVER_NAMES: tuple[str, ...] = tuple(SOLVERS)
 
 
 def check_solver(solver: object) -> SolverInfo:
-    """The solver of that name. Raises MrFlowError listing the names there are."""
+    """The solver of a name.
+
+    Args:
+        solver: A name of `SOLVERS`.
+
+    Returns:
+        Its entry in the table.
+
+    Raises:
+        MrFlowError: The name is unknown; the sentence lists those that exist.
+    """
     found = SOLVERS.get(solver) if isinstance(solver, str) else None
     if found is None:
         raise MrFlowError(f"solver must be one of {', '.join(SOLVER_NAMES)}, got {solver!r}.")
@@ -46,17 +62,17 @@ def check_solver(solver: object) -> SolverInfo:
 
 
 def solver_evaluations(solver: str, steps: int) -> int:
-    """How often a solver evaluates the network over `steps` steps that end at sigma 0, guidance not counted.
+    """How often a solver evaluates the network over several steps that end at sigma 0, guidance not counted.
 
     Args:
-        solver: a name of `SOLVERS`.
+        solver: A name of `SOLVERS`.
         steps: 0 or more.
 
     Returns:
         `steps` times the solver's evaluations per step, where the last step takes one.
 
     Raises:
-        MrFlowError: for an unknown solver or a negative count.
+        MrFlowError: The solver is unknown, or `steps` is negative.
     """
     each = check_solver(solver).evaluations_per_step
     if steps < 0:
@@ -65,9 +81,20 @@ def solver_evaluations(solver: str, steps: int) -> int:
 
 
 def evaluated_sigmas(solver: str, sigmas: Sequence[float]) -> tuple[float, ...]:
-    """The sigma of every evaluation, in order: for Heun s0, s1, s1, s2, ..., as it also evaluates the end of each step.
+    """The sigma of every network evaluation, in order.
 
-    Evaluation j belongs to step j // evaluations_per_step. A list of one value or none has no evaluation.
+    Heun evaluates the end of each step too: s0, s1, s1, s2, ... Evaluation j belongs to step
+    j // evaluations_per_step.
+
+    Args:
+        solver: A name of `SOLVERS`.
+        sigmas: A schedule that ends in 0; fewer than two values have no evaluation.
+
+    Returns:
+        `solver_evaluations` values for the schedule's steps, each above 0.
+
+    Raises:
+        MrFlowError: The solver is unknown.
     """
     if check_solver(solver).evaluations_per_step == 1:
         return tuple(sigmas[:-1])

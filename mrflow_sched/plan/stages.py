@@ -1,4 +1,4 @@
-"""The numbers of a run as frozen values: `Stage`, one resolution with its schedule, and `StagedPlan`, the whole."""
+"""The numbers of a run as frozen values: `Stage`, one resolution with its schedule, and `StagedPlan`, the whole run."""
 
 from __future__ import annotations
 
@@ -48,11 +48,21 @@ from mrflow_sched.plan.tiles import tile_sides
 class Stage:
     """One resolution with its own schedule.
 
-    `width`, `height` in pixels; `tokens` image tokens of the network. `mu` is the logarithm of the shift in `sigmas`,
-    None where there is none. `sigmas` = () means that no step is taken and the upscaler's image is kept. `forwards`
-    counts network evaluations per image. `guidance_interval`: (low, high) range of sigma in which
-    guidance is applied. `recipe` tells `sigmas` in short (see `recipes.sigmas_from_recipe`); left
-    out, or not matching, it is made to spell the values out. Raises MrFlowError for values that cannot be a stage.
+    Attributes:
+        width: Width in pixels.
+        height: Height in pixels.
+        tokens: Image tokens of the network at this size.
+        mu: Logarithm of the shift in `sigmas`; None where the schedule has no shift.
+        sigmas: The schedule, falling to exactly 0; () means that no step is taken and the upscaler's image is kept.
+        solver: A name of `solver_table.SOLVERS`.
+        guidance: Guidance scale; 1 is off.
+        forwards: Network evaluations per image.
+        recipe: `sigmas` in short (see `recipes.sigmas_from_recipe`); left out, or not matching, it is made to spell the
+            values out.
+        guidance_interval: (low, high) range of sigma in which guidance is applied.
+
+    Raises:
+        MrFlowError: The values cannot be a stage.
     """
 
     width: int
@@ -89,7 +99,7 @@ class Stage:
 
     @property
     def guided(self) -> tuple[float, float]:
-        """The former name of `guidance_interval`."""
+        """Former name of `guidance_interval`."""
         return self.guidance_interval
 
     @property
@@ -99,7 +109,14 @@ class Stage:
         return all(low <= sigma <= high for sigma in self.sigmas[:-1])
 
     def guidance_at(self, sigma: float) -> float:
-        """The guidance that is applied at flow sigma `sigma`: the stage's, or 1, which is off."""
+        """The guidance applied at one sigma.
+
+        Args:
+            sigma: Flow sigma in [0, 1].
+
+        Returns:
+            The stage's guidance within `guidance_interval` (to 1e-6), else 1, which is off.
+        """
         low, high = self.guidance_interval
         # Sigmas go through float32 on their way to the network.
         return self.guidance if low - 1e-6 <= sigma <= high + 1e-6 else 1.0
@@ -112,13 +129,29 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class StagedPlan:
-    """A whole run. `stages[0]` runs from pure noise to a clean image; each later one refines the upscaled result.
+    """All numbers of a run.
 
-    `requested_width` and `requested_height` are what was asked for, `width` and `height` what is made.
-    `posterior`: take the mode of the VAE encoder's distribution or a sample of it. `native_steps` and `native_forwards`
-    describe plain sampling at the final size, to which costs are compared. One forward on n tokens, text included,
-    costs n (1 + `attention` n) in units that cancel. `tile`: side in pixels of the tiles that the network sees in later
-    stages larger than that, 0 for whole images. `notes` are sentences for the user; they are no part of equality.
+    `stages[0]` goes from pure noise to a clean image; each later stage refines the upscaled result.
+
+    Attributes:
+        family: Name of the model's family.
+        preset: Name of the preset, such as "12+1".
+        requested_width: Width in pixels that was asked for; `width` is what is made.
+        requested_height: Height in pixels that was asked for.
+        stages: 1 to 8 stages, first to last.
+        seed: Seed of the first image's noise, 0 to 2^63 - 1.
+        seed_rule: How the seeds of stages and of the images of a batch differ, see `noise.stage_seed`.
+        posterior: Whether to take the mode of the VAE encoder's distribution or a sample of it.
+        native_steps: Steps of native sampling at the final size, with which costs are compared.
+        native_forwards: Network evaluations of native sampling.
+        text_tokens: Text tokens that share the network's sequence.
+        attention: Cost of attention: one forward on n tokens, text included, costs n (1 + `attention` n) in units that
+            cancel.
+        tile: Side in pixels of the tiles in which the network sees later stages that are larger; 0: whole images.
+        notes: Sentences for the user; not part of equality.
+
+    Raises:
+        MrFlowError: The values cannot be a plan.
     """
 
     family: str
@@ -169,21 +202,39 @@ class StagedPlan:
 
     @property
     def cost_ratio(self) -> float:
-        """Expected cost of native sampling over that of this plan, counting the network only."""
+        """Network cost of native sampling over that of this plan; text, VAE and upscaler are not counted."""
         return self.native_forwards / sum(self.stage_costs())
 
     def stage_costs(self) -> tuple[float, ...]:
-        """Network cost of each stage in native forwards, that is, in evaluations at the final size."""
+        """Network cost of each stage.
+
+        Returns:
+            One number per stage in native forwards, that is, in evaluations at the final size.
+        """
         final = self._forward_weight(self.stages[-1].tokens)
         weights = (sum(map(self._forward_weight, self.tile_tokens(index))) for index in range(len(self.stages)))
         return tuple(stage.forwards * (weight / final) for stage, weight in zip(self.stages, weights, strict=True))
 
     def tiled(self, index: int) -> bool:
-        """Whether the network sees stage `index` (0 is the first, which is always whole) in tiles."""
+        """Whether the network sees a stage in tiles.
+
+        Args:
+            index: Number of the stage from 0; the first is never tiled.
+
+        Returns:
+            True for a later stage with a side above `tile`, where `tile` is set.
+        """
         return index > 0 and 0 < self.tile < max(self.stages[index].width, self.stages[index].height)
 
     def tile_tokens(self, index: int) -> tuple[int, ...]:
-        """Image tokens of each forward that one evaluation of stage `index` takes: one, or one for every tile."""
+        """Image tokens of each forward that one evaluation of a stage takes.
+
+        Args:
+            index: Number of the stage from 0.
+
+        Returns:
+            One number, or one for every tile.
+        """
         stage = self.stages[index]
         if not self.tiled(index):
             return (stage.tokens,)
@@ -195,15 +246,25 @@ class StagedPlan:
         return total * (1.0 + self.attention * total)
 
     def to_string(self) -> str:
-        """The plan in one line without commas, colons or quotes, for image metadata; `notes` are left out."""
+        """The plan on one line, for image metadata.
+
+        Returns:
+            Text without commas, colons or quotes; `notes` are left out.
+        """
         return plan_to_string(self)
 
     @classmethod
     def from_string(cls, text: str) -> StagedPlan:
-        """The plan that `to_string` wrote, of this version or an older one.
+        """Read what `to_string` wrote, of this version or an older one.
+
+        Args:
+            text: The line; its checksum may be missing.
+
+        Returns:
+            An equal plan, with notes made anew.
 
         Raises:
-            MrFlowError: for other text, one of a newer version, or where its checksum does not fit.
+            MrFlowError: The text is not a plan, is of a newer version, or does not match its checksum.
         """
         body, mark, written = text.strip().partition(";#")
         try:
@@ -213,14 +274,17 @@ class StagedPlan:
             raise MrFlowError(f"plan string {shorten(text)!r} cannot be read: {shorten(error, 300)}") from error
         if mark and written != checksum(body, plan.stages):
             raise MrFlowError(
-                f"plan string {shorten(text)!r} was edited or written by a version with other schedules; "
-                "delete its end from ';#' on to use it all the same."
+                f"plan string {shorten(text)!r} was edited, or written by a version whose schedules differ; "
+                "delete the checksum, from ';#' on, to use it anyway."
             )
         return replace(plan, notes=plan_notes(plan))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain lists, numbers and strings, with the keys of `mrflow plan --json` and all that is needed to
-        read it back."""
+        """The plan as lists, numbers and strings.
+
+        Returns:
+            The keys of `mrflow plan --json`, and all that is needed to read the plan back.
+        """
         return {
             "family": self.family,
             "preset": self.preset,
@@ -235,12 +299,26 @@ class StagedPlan:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as one line of JSON."""
+        """The plan as JSON.
+
+        Returns:
+            `to_dict` on one line.
+        """
         return json.dumps(self.to_dict(), allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> StagedPlan:
-        """The plan that `to_json` wrote, from its numbers, not its `plan` line. Raises MrFlowError for other text."""
+        """Read what `to_json` wrote.
+
+        Args:
+            text: JSON, of which the numbers are read and the `plan` line is not.
+
+        Returns:
+            An equal plan, with the notes of the text.
+
+        Raises:
+            MrFlowError: The text is not such a plan.
+        """
         try:
             data = cast("Mapping[str, Any]", json.loads(text))
             return cls(

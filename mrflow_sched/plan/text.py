@@ -1,6 +1,6 @@
 """A plan as one line of text and as JSON, and back, exactly.
 
-The line (`mrflow2`) is a list of `name=value` between semicolons, then one part for each stage and a checksum:
+The line (`mrflow2`) is `name=value` between semicolons, then one part for each stage and a checksum:
 
     mrflow2;family=flux1-dev;preset=12+1;size=1024x1024;seed=0;...;stage size=512x512 ... sigmas=native 12 mu=0.63;#...
 
@@ -36,7 +36,14 @@ _EVERYWHERE = (0.0, 1.0)
 
 
 def plan_to_string(plan: StagedPlan) -> str:
-    """The line of a plan, checksum included."""
+    """A plan as one line.
+
+    Args:
+        plan: The plan; its notes are left out.
+
+    Returns:
+        The line, checksum included.
+    """
     values = {
         "family": plan.family,
         "preset": plan.preset,
@@ -79,10 +86,16 @@ def _recipe_mu(recipe: str) -> float | None:
 
 
 def read_plan(body: str) -> tuple[Fields, list[Fields]]:
-    """The fields of the plan and of each stage in a line without its checksum.
+    """Read the fields of a plan from its line.
+
+    Args:
+        body: The line without its checksum.
+
+    Returns:
+        The fields of the plan, and those of each stage, by the names of the dataclasses.
 
     Raises:
-        MrFlowError: one sentence, for a line of a newer version, and for text that is no such line.
+        MrFlowError: The line is of a newer version, or not a plan; the sentence stands within another one.
     """
     if len(body) > _LONGEST:
         raise MrFlowError(f"it has {len(body)} characters, and the longest plan has {_LONGEST}")
@@ -113,12 +126,12 @@ def _read_stage(text: str) -> Fields:
 
 
 def _pairs(words: Sequence[str], known: Mapping[str, Callable[[str], Any]]) -> Fields:
-    """name=value of each word, read by the reader of its name."""
+    """The value of each name=value, read by the reader of its name."""
     found: Fields = {}
     for word in words:
         name, mark, value = word.partition("=")
         if not mark or name in found:
-            raise MrFlowError(f"{shorten(word)!r} is no name=value, or the second of its name")
+            raise MrFlowError(f"{shorten(word)!r} is not of the form name=value, or repeats a name")
         if name not in known:
             raise MrFlowError(f"field {shorten(name)!r} is unknown, perhaps of a newer mrflow_sched; update it")
         found[name] = known[name](value)
@@ -128,7 +141,7 @@ def _pairs(words: Sequence[str], known: Mapping[str, Callable[[str], Any]]) -> F
     return found
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def _parse_size(text: str) -> tuple[int, int]:
     """(width, height) of "1024x768"."""
     match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
     if match is None:
@@ -156,7 +169,7 @@ _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
         "family": str,
         "preset": str,
-        "size": parse_size,
+        "size": _parse_size,
         "seed": _whole,
         "seed_rule": str,
         "posterior": str,
@@ -169,7 +182,7 @@ _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
 )
 _STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
-        "size": parse_size,
+        "size": _parse_size,
         "tokens": _whole,
         "solver": str,
         "guidance": read_number,
@@ -186,7 +199,7 @@ _STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
 def _read_first(parts: Sequence[str]) -> tuple[Fields, list[Fields]]:
     """mrflow1;family;preset;WxH;seed N RULE;POSTERIOR[ tile N];native N N;cost N X;stage;..."""
     family, preset, size, seed, posterior, native, cost, *stages = parts
-    width, height = parse_size(size)
+    width, height = _parse_size(size)
     seed_value, seed_rule = _split_words(seed, "seed")
     native_steps, native_forwards = _split_words(native, "native")
     text_tokens, attention = _split_words(cost, "cost")
@@ -209,11 +222,11 @@ def _read_first(parts: Sequence[str]) -> tuple[Fields, list[Fields]]:
 
 
 def _read_first_stage(text: str) -> Fields:
-    """WxH Nt SOLVER gG[@LOW-HIGH] fN [@mu=X] RECIPE"""
+    """Read WxH Nt SOLVER gG[@LOW-HIGH] fN [@mu=X] RECIPE."""
     size, tokens, solver, guidance, forwards, *rest = text.split(" ")
     if not rest or not (tokens.endswith("t") and guidance.startswith("g") and forwards.startswith("f")):
         raise MrFlowError(f"stage {shorten(text)!r} is not written as '512x512 1024t euler g3.5 f12 recipe'")
-    width, height = parse_size(size)
+    width, height = _parse_size(size)
     mu = next((word.partition("mu=")[2] for word in rest if word.startswith(("mu=", "@mu="))), None)
     recipe = " ".join(word for word in rest if not word.startswith("@"))
     scale, _, interval = guidance[1:].partition("@")
@@ -243,7 +256,14 @@ def _split_words(text: str, label: str) -> list[str]:
 
 
 def stage_to_dict(stage: Stage) -> Fields:
-    """The fields of a stage as plain lists, numbers and strings."""
+    """A stage as lists, numbers and strings.
+
+    Args:
+        stage: The stage.
+
+    Returns:
+        Its fields by name, also under the names that older versions read.
+    """
     return {
         "width": stage.width,
         "height": stage.height,
@@ -260,19 +280,42 @@ def stage_to_dict(stage: Stage) -> Fields:
 
 
 def stage_from_dict(data: Mapping[str, Any]) -> Fields:
-    """The fields of a stage from what `stage_to_dict` gave, of this or an older version."""
+    """The fields of a stage from what `stage_to_dict` returned, in this or an older version.
+
+    Args:
+        data: A stage of a plan's JSON.
+
+    Returns:
+        The fields that make a `Stage`.
+    """
     names = ("width", "height", "tokens", "mu", "solver", "guidance", "forwards", "recipe")
     low, high = data.get("guidance_interval", data.get("guided", _EVERYWHERE))
     return {"sigmas": tuple(data["sigmas"]), "guidance_interval": (low, high), **{name: data[name] for name in names}}
 
 
 def checksum(text: str, stages: Sequence[Stage]) -> str:
-    """Eight hex digits over the line and the sigmas it stands for, at a precision no math library disagrees on."""
+    """A checksum over a plan's line and the sigmas that it stands for.
+
+    Args:
+        text: The line without its checksum.
+        stages: The stages that were made from it.
+
+    Returns:
+        Eight hexadecimal digits; sigmas enter at a precision on which all math libraries agree.
+    """
     lists = ";".join(" ".join(f"{sigma:.6f}" for sigma in stage.sigmas) for stage in stages)
     return f"{zlib.crc32(f'{text};{lists}'.encode()):08x}"
 
 
 def shorten(text: object, most: int = 60) -> str:
-    """The text, or its beginning where it is longer than `most` characters."""
+    """A text cut for use in a sentence.
+
+    Args:
+        text: Anything, shown as `str` shows it.
+        most: Number of characters that are kept.
+
+    Returns:
+        The text, or its beginning and dots where it is longer.
+    """
     shown = str(text)
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."

@@ -9,9 +9,16 @@ OVERLAP = 0.25
 
 
 def spans(length: int, side: int, overlap: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """Evenly spread (start, stop) of at most `side` that cover `length`, neighbours sharing about `overlap` or more.
+    """Evenly spread tiles along one axis.
 
-    Starts are multiples of `multiple`, so that models which fold pixels into channels fold every tile alike.
+    Args:
+        length: What they cover, in any unit.
+        side: The longest tile allowed.
+        overlap: What neighbours share at least, about; limited to half of `side`.
+        multiple: Starts are multiples of it, so that models which fold pixels into channels fold every tile alike.
+
+    Returns:
+        (start, stop) of each tile, in order; one tile of the whole length where that is at most `side`.
     """
     if length <= side:
         return [(0, length)]
@@ -23,12 +30,31 @@ def spans(length: int, side: int, overlap: int, multiple: int = 1) -> list[tuple
 
 
 def tile_sides(width: int, height: int, tile: int, grid: int) -> list[tuple[int, int]]:
-    """(width, height) in pixels of every tile of a stage; one, the stage's own, where it fits into a tile."""
+    """The size of every tile of a stage.
+
+    Args:
+        width: Width of the stage in pixels.
+        height: Its height.
+        tile: Side of a tile in pixels.
+        grid: The family's grid in pixels.
+
+    Returns:
+        (width, height) in pixels of each tile, row by row; one, the stage's own, where the stage fits into a tile.
+    """
     across, down = (cells(side, tile, grid) for side in (width, height))
     return [((right - left) * grid, (bottom - top) * grid) for top, bottom in down for left, right in across]
 
 
 def cells(side: int, tile: int, grid: int) -> list[tuple[int, int]]:
-    """Spans of one side, in cells of the family's grid."""
+    """The tiles of a stage along one axis, overlapping by `OVERLAP`.
+
+    Args:
+        side: Side of the stage in pixels.
+        tile: Side of a tile in pixels.
+        grid: The family's grid in pixels.
+
+    Returns:
+        (start, stop) of each tile, in cells of the grid.
+    """
     cells = max(tile // grid, 1)
     return spans(side // grid, cells, math.ceil(OVERLAP * cells))

@@ -32,7 +32,7 @@ class Capabilities:
         whole_stages: It runs a whole stage itself (`StageEngine.sample_stage`), as a pipeline's own loop does.
         guidance_per_step: `sample_stage` takes a function of sigma in place of one guidance scale.
         network_seam: `sample_stage` takes `around`, a function between its loop and its network.
-        token_subsets: Its network calls can be cut down to some of the image tokens (`NetworkCall.subset`).
+        token_subsets: Its network calls can be restricted to some of the image tokens (`NetworkCall.subset`).
         tiles: `TilingEngine.in_tiles` gives the same engine with a VAE that works in tiles.
         gradients: `denoise` keeps a graph where gradients are recorded.
     """
@@ -46,16 +46,24 @@ class Capabilities:
 
 
 def capabilities_of(engine: Any) -> Capabilities:
-    """What `engine` says it can do.
+    """What an engine says it can do.
 
-    Only what its own class says counts: a wrapper that hands unknown attributes on to the engine inside has not said
-    that its `denoise` may be passed over, so it is asked for every step.
+    Only the engine's own class and attributes count. A wrapper that forwards unknown attributes to the engine inside
+    has not said that its `denoise` may be skipped, so it is called at every step.
+
+    Args:
+        engine: An `Engine`; its attribute `capabilities` is read.
+
+    Returns:
+        Its capabilities; all off where it declares none.
     """
-    said = any("capabilities" in vars(base) for base in type(engine).__mro__) or "capabilities" in vars_of(engine)
+    said = any("capabilities" in vars(base) for base in type(engine).__mro__) or "capabilities" in _own_attributes(
+        engine
+    )
     return engine.capabilities if said else Capabilities()
 
 
-def vars_of(thing: Any) -> dict[str, Any]:
+def _own_attributes(thing: Any) -> dict[str, Any]:
     """The attributes of an object itself; empty where it has no dictionary."""
     return getattr(thing, "__dict__", {})
 
@@ -64,9 +72,9 @@ def vars_of(thing: Any) -> dict[str, Any]:
 class Engine(Protocol):
     """One model in one library, as the sampler sees it.
 
-    An engine must treat every sample of a batch by itself: image i of a batch of N is what a batch of 1 would give.
-    What it can do beyond these five questions it says by an attribute `capabilities` (`Capabilities`); an engine
-    without one is asked step by step.
+    An engine must treat every sample of a batch independently: image i of a batch of N is what a batch of 1 would give.
+    What it can do beyond these methods it declares by an attribute `capabilities` (`Capabilities`); an engine without
+    one is called step by step.
     """
 
     @property
@@ -76,7 +84,7 @@ class Engine(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where latents and images live from first noise to final save."""
+        """Where latents and images live, from the first noise to the final image."""
         ...
 
     def encode_text(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None) -> Any:
@@ -92,7 +100,15 @@ class Engine(Protocol):
         ...
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """Shape of one sample's latents, without the batch dimension, for an image of `width` x `height` pixels."""
+        """Shape of one sample's latents.
+
+        Args:
+            width: Of the image in pixels, a multiple of `family.grid`.
+            height: Likewise.
+
+        Returns:
+            The shape without the batch dimension, usually (C, h, w).
+        """
         ...
 
     def denoise(self, x: Tensor, sigma: Tensor, text: Any, *, guidance: float) -> Tensor:
@@ -100,8 +116,8 @@ class Engine(Protocol):
 
         Args:
             x: Noisy latents (B, *latent_shape), float32.
-            sigma: Noise level of each sample (B,): the flow sigma in (0, 1] where `family.prediction` is "flow",
-                sigma_ve otherwise.
+            sigma: Of each sample, (B,): the flow sigma in (0, 1] where `family.prediction` is "flow", sigma_ve
+                otherwise.
             text: What `encode_text` returned.
             guidance: The scale in force (CFG scale or embedded guidance, as the family defines).
 
@@ -124,7 +140,14 @@ class Engine(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W, float32 in [0, 1], on the device) of normalised `latents` (B, *latent_shape)."""
+        """Images of normalised latents.
+
+        Args:
+            latents: (B, *latent_shape), float32.
+
+        Returns:
+            (B, 3, H, W), float32 in [0, 1], on `device`.
+        """
         ...
 
 
@@ -143,19 +166,18 @@ class StageEngine(Engine, Protocol):
         callback: Callable[[dict[str, Any]], object] | None = None,
         around: Around | None = None,
     ) -> Tensor:
-        """The state at the end of a schedule.
+        """Run one stage: the state at the end of its schedule.
 
         Args:
-            solver: A name of `mrflow_sched.sampling.solvers.SOLVERS`.
+            solver: A name in `mrflow_sched.sampling.solvers.SOLVERS`.
             latents: (B, *latent_shape), float32, at `sigmas[0]`.
-            sigmas: Walked exactly, in the measure of `Engine.denoise`; falls to 0.
+            sigmas: Walked exactly, in the units of `Engine.denoise`; falls to 0.
             text: What `encode_text` returned.
             guidance: One scale, or a scale for each flow sigma (`Capabilities.guidance_per_step`).
-            progress: Share of the whole run, from 0 to 1, that is behind when each of `sigmas` is reached; what is
-                switched on and off within a run (a ControlNet) goes by it. Left out, the stage is the whole run.
+            progress: For each of `sigmas`, the fraction of the whole run done when it is reached, from 0 to 1; what is
+                switched on and off within a run (a ControlNet) follows it. If None, the stage is the whole run.
             callback: Called after every evaluation of the network with a dict: `i` (the step), `sigma`, `x` and
-                `denoised` as latents, `images` (how many images of the batch the evaluation was of). It may raise
-                `Cancelled`.
+                `denoised` as latents, `images` (how many images of the batch were evaluated). It may raise `Cancelled`.
             around: Called in place of every call of the network (`Capabilities.network_seam`).
 
         Returns:
@@ -168,8 +190,12 @@ class StageEngine(Engine, Protocol):
 
 
 class TilingEngine(Engine, Protocol):
-    """An engine that can encode and decode piece by piece where a whole image does not fit: `Capabilities.tiles`."""
+    """An engine that can encode and decode in tiles where a whole image does not fit: `Capabilities.tiles`."""
 
     def in_tiles(self) -> Engine | None:
-        """The same engine with a VAE that works in tiles; None where it cannot, or does so already."""
+        """The same engine with a VAE that works in tiles.
+
+        Returns:
+            The tiling engine; None where it cannot tile, or already does.
+        """
         ...

@@ -1,7 +1,7 @@
 """How one stage becomes the next: super-resolution in pixel space, encode, noise.
 
-The image comes in decoded, since the sampler shows and keeps it anyway. Everything stays float32 on its device: no
-8-bit rounding between the low-resolution decoder and the high-resolution encoder.
+The image comes in decoded, since the sampler shows and keeps it anyway. Everything stays float32 on its device: there
+is no 8-bit rounding between the low-resolution decoder and the high-resolution encoder.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ PARTS = ("upscale", "encode", "noise")
 
 @dataclass(frozen=True)
 class HandoffResult:
-    """What a handoff made.
+    """What a handoff produced.
 
-    `latents` (B, *latent_shape, float32): where the stage starts, noised to its `start_sigma` (to the equal
-    signal-to-noise sigma_ve for variance-exploding models). `encoded`: the same before noise. Both are None where the
-    stage takes no step. `image` (B, 3, H, W, float32 in [0, 1]): the upscaled picture. `warnings`: sentences for the
-    user.
+    Attributes:
+        latents: (B, *latent_shape), float32: where the stage starts, noised to its `start_sigma` (for
+            variance-exploding models to the sigma_ve of equal signal-to-noise ratio). None where the stage has no
+            steps.
+        image: (B, 3, H, W), float32 in [0, 1]: the upscaled image.
+        encoded: `latents` before noise; None where the stage has no steps.
+        warnings: One sentence each, for the user.
     """
 
     latents: Tensor | None
@@ -55,16 +58,29 @@ def handoff(
     on_image: Callable[[Tensor], object] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> HandoffResult:
-    """Carry finished `images` (B, 3, h, w, float32 in [0, 1]) to the start of `stage`: upscale, encode, add noise.
+    """Carry finished images to the start of a stage: upscale, encode, add noise.
 
     x = (1 - start_sigma) E(U(image)) + start_sigma noise (docs/method.md, section 1.2).
-    `seeds` holds one noise seed per image, already those of this stage (`noise.stage_seed`). `upscaler` None means
-    Lanczos. `posterior` "sample" draws from the encoder's distribution with the first numbers of each seed, and the
-    noise is the numbers after them, as in the official scripts. `on_part(name)` is called as each of `PARTS`
-    begins, `on_image` with the upscaled picture as soon as it is there; `cancel` is polled between parts, images
-    and tiles, and where it answers True the handoff raises `solvers.Cancelled`. A stage without sigmas keeps the
-    upscaled image: no encode. Raises ValueError for arguments that do not fit and MemoryError where even one image
-    at a time, in tiles where the engine has them, does not fit.
+
+    Args:
+        engine: Encodes; its family says how noise is mixed in.
+        images: (B, 3, h, w), float32 in [0, 1].
+        stage: The stage that is to start. Without sigmas it keeps the upscaled image: nothing is encoded.
+        upscaler: Super-resolution; None means Lanczos.
+        seeds: One noise seed per image, already those of this stage (`noise.stage_seed`).
+        posterior: "mode" takes the mode of the encoder's distribution. "sample" draws from it with the first numbers of
+            each seed, and the noise is the numbers after them, as in the official scripts.
+        on_part: Called with the name as each of `PARTS` begins.
+        on_image: Called with the upscaled image as soon as it is ready.
+        cancel: Polled between parts, images and tiles; True stops the handoff.
+
+    Returns:
+        The latents and the images they were made from.
+
+    Raises:
+        MrFlowError: Arguments that do not fit.
+        Cancelled: `cancel` returned True.
+        MemoryError: Not even one image at a time fits, in tiles if the engine has them.
     """
     if len(seeds) != images.shape[0]:
         raise MrFlowError(f"seeds must hold one seed per image, got {len(seeds)} for {images.shape[0]} images.")
@@ -73,27 +89,37 @@ def handoff(
     begin = on_part or _ignore
     warnings: list[str] = []
     begin("upscale")
-    enlarged = upscale_to(images, stage.width, stage.height, upscaler, cancel=cancel, warn=warnings.append)
+    upscaled = upscale_to(images, stage.width, stage.height, upscaler, cancel=cancel, warn=warnings.append)
     if on_image is not None:
-        on_image(enlarged)
+        on_image(upscaled)
     if not stage.sigmas:
-        return HandoffResult(None, enlarged, None, tuple(warnings))
+        return HandoffResult(None, upscaled, None, tuple(warnings))
     begin("encode")
     stop_if(cancel)
-    encoded = encode_images(engine, enlarged, posterior, seeds, cancel=cancel, warn=warnings.append)
+    encoded = encode_images(engine, upscaled, posterior, seeds, cancel=cancel, warn=warnings.append)
     begin("noise")
     stop_if(cancel)
     noise = stage_noise(encoded.shape[1:], posterior, seeds, device=encoded.device)
     latents = add_noise(encoded, noise, stage.sigmas[0], engine.family.prediction, engine.family.shift.largest_ve)
-    return HandoffResult(latents, enlarged, encoded, tuple(warnings))
+    return HandoffResult(latents, upscaled, encoded, tuple(warnings))
 
 
 def stage_noise(
     shape: Sequence[int], posterior: str, seeds: Sequence[int], *, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Noise (B, *shape) for latents that were encoded with the same `posterior` and `seeds`.
+    """Noise for latents that were encoded with the same `posterior` and `seeds`.
 
-    Latents and noise have one shape, so a posterior that was drawn took the very numbers that the noise would be.
+    Latents and noise have one shape, so a posterior that was sampled used the very numbers that the noise would be:
+    with "sample" the noise is the numbers after them.
+
+    Args:
+        shape: Of one sample, without the batch dimension.
+        posterior: "mode" or "sample".
+        seeds: One per image.
+        device: Where the noise is put; it is drawn on the CPU.
+
+    Returns:
+        Standard normal noise (B, *shape), float32.
     """
     return draw_noise(shape, seeds, after=1 if posterior == "sample" else 0, device=device)
 
@@ -107,7 +133,19 @@ def encode_images(
     cancel: Callable[[], bool] | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> Tensor:
-    """Latents (B, *latent_shape, float32) of `images` within memory; "sample" draws with `seeds`, one per image."""
+    """Latents of images within memory: all at once, one by one, or in tiles.
+
+    Args:
+        engine: Encodes.
+        images: (B, 3, H, W), float32 in [0, 1].
+        posterior: "mode" or "sample".
+        seeds: One per image; "sample" draws with them.
+        cancel: Polled between images; True raises `Cancelled`.
+        warn: Called with a sentence if tiles were needed.
+
+    Returns:
+        (B, *latent_shape), float32.
+    """
     draws = seeds if posterior == "sample" else None
     height, width = images.shape[-2:]
     return within_memory(

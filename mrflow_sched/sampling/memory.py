@@ -1,4 +1,4 @@
-"""Work within the memory that there is: the whole batch, image by image, in tiles."""
+"""Work within the available memory: the whole batch, image by image, in tiles."""
 
 from __future__ import annotations
 
@@ -26,11 +26,23 @@ def within_memory(
     cancel: Callable[[], bool] | None = None,
     warn: Callable[[str], object] | None = None,
 ) -> Tensor:
-    """`work(engine, images)` for a whole batch; where memory runs out, image by image, then with a VAE in tiles.
+    """Do `work` for a whole batch; where memory runs out, image by image, then with a VAE in tiles.
 
-    `images` is the slice of the batch to work on; `tiles=False` is for work of which a VAE has no part. `warn` hears a
-    sentence where tiles were needed, since they can leave faint seams. Raises MemoryError naming `what` where nothing
-    fits; other errors pass through.
+    Args:
+        work: Called as `work(engine, images)`, `images` being the slice of the batch to work on; returns a tensor with
+            that many rows.
+        engine: Passed to `work`; replaced by its tiling version where needed.
+        batch: Number of images.
+        what: What is being done, for the error and the warning: "memory ran out while {what}".
+        tiles: False for work that does not involve the VAE.
+        cancel: Polled before each image where they are done one by one; True raises `Cancelled`.
+        warn: Called with a sentence if tiles were needed, since they can leave faint seams.
+
+    Returns:
+        The results of `work`, concatenated along the batch.
+
+    Raises:
+        MemoryError: Not even one image fits. Other errors of `work` pass through.
     """
     whole = _attempt(work, engine, slice(0, batch))
     if whole is not None:
@@ -49,7 +61,7 @@ def within_memory(
     if len(parts) < batch:
         raise MemoryError(f"memory ran out while {what}; choose a smaller size or free memory.")
     if able is not engine and warn is not None:
-        warn(f"memory ran out while {what}; it was done in tiles, whose seams may show faintly.")
+        warn(f"memory ran out while {what}; it was done in tiles, which may leave faint seams.")
     return torch.cat(parts)
 
 
@@ -58,7 +70,7 @@ def _in_tiles(engine: Any, wanted: bool) -> Engine | None:
 
 
 def _attempt(work: Callable[[Engine, slice], Tensor], engine: Engine, images: slice) -> Tensor | None:
-    """What `work` gives, or None where memory ran out; by then the failed attempt's tensors are gone."""
+    """What `work` returns, or None where memory ran out; by then the failed attempt's tensors are freed."""
     try:
         return work(engine, images)
     except Exception as error:

@@ -1,7 +1,7 @@
 """The `Method` role: how a stage is sampled and how one stage becomes the next. `Plain` is the published method.
 
-Engines know models, methods know mathematics. A method gets a `StageRun`, everything that one stage is made of, and
-uses its `sample` to walk the stage's sigmas. A method of one's own is a few lines: see docs/library.md.
+Engines know models, methods know mathematics. A method gets a `StageRun`, which holds everything about one stage, and
+uses its `sample` to walk the stage's sigmas. Writing a method takes a few lines: see docs/library.md.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class StageRun:
     """One stage of a run, as a method sees it.
 
     Attributes:
-        engine: What predicts, encodes and decodes.
-        plan: The whole run's numbers.
-        stage: This stage's: size, sigmas, solver, guidance.
-        index: Which stage it is; 0 is the first.
+        engine: Predicts, encodes and decodes.
+        plan: The plan of the whole run.
+        stage: This stage's size, sigmas, solver and guidance.
+        index: Number of the stage, from 0.
         text: Conditioning of the batch, for the engine.
         seeds: Noise seeds of this stage, one per image.
         upscaler: For the handoff; None means Lanczos.
-        progress: Share of the whole run, from 0 to 1, that is behind when each of the stage's sigmas is reached.
-        hooks: What the run asks and tells its caller.
-        tracker: The run's clock.
+        progress: For each of the stage's sigmas, the fraction of the whole run done when it is reached, from 0 to 1.
+        hooks: The caller's functions: cancel, warn, keep.
+        tracker: The run's timings and progress.
     """
 
     engine: Engine
@@ -63,23 +63,23 @@ class StageRun:
 
         Args:
             latents: (B, *latent_shape), float32, noised to the stage's first sigma.
-            guidance: The scale at each flow sigma; the stage's own throughout, where left out.
-            around: Called in the place of every call of the network (`mrflow_sched.sampling.network`).
+            guidance: The scale at each flow sigma; None: the stage's own throughout.
+            around: Called in place of every call of the network (`mrflow_sched.sampling.network`).
 
         Returns:
             The state at the end of the sigmas, in the shape of `latents`, float32.
 
         Raises:
             MrFlowError: `around` is given for an engine without a network seam.
-            Cancelled: The caller wants the run to stop.
+            Cancelled: The caller stopped the run.
         """
         stage, able = self.stage, capabilities_of(self.engine)
         family = self.engine.family
         sigmas = model_sigmas(stage.sigmas, family.prediction, family.shift.largest_ve)
         if around is not None and not able.network_seam:
             raise MrFlowError(
-                f"this method stands between a loop and its network, which {type(self.engine).__name__} has no seam "
-                "for; use an engine whose capabilities say network_seam, such as PipelineEngine."
+                f"{type(self.engine).__name__} has no seam at its network, which this method needs; use an engine "
+                "whose capabilities include network_seam, such as PipelineEngine."
             )
         if able.whole_stages and (guidance is None or able.guidance_per_step):
             engine: Any = self.engine
@@ -87,17 +87,24 @@ class StageRun:
                 *(stage.solver, latents, sigmas, self.text),
                 guidance=stage.guidance if guidance is None else guidance,
                 progress=self.progress,
-                callback=self._heard,
+                callback=self._after_evaluation,
                 **({} if around is None else {"around": around}),
             )
-        return get_solver(stage.solver)(self._denoiser(guidance), latents, sigmas, callback=self._stepped)
+        return get_solver(stage.solver)(self._denoiser(guidance), latents, sigmas, callback=self._after_step)
 
     def with_engine(self, engine: Any) -> StageRun:
-        """The same stage on another engine, a wrapper of this one for example."""
+        """The same stage on another engine.
+
+        Args:
+            engine: Takes the place of this one; usually a wrapper around it.
+
+        Returns:
+            A copy of this run.
+        """
         return replace(self, engine=engine)
 
     def _denoiser(self, guidance: Guidance | None) -> Any:
-        """The engine's clean estimate as solvers ask for it, with its forwards counted."""
+        """The engine's clean estimate in the solvers' calling convention, counting forwards."""
         stage, flow = self.stage, self.engine.family.prediction == "flow"
         each = stage.forwards / solver_forwards(stage.solver, stage.steps)
 
@@ -105,26 +112,30 @@ class StageRun:
             self.tracker.forwards += each
             scale = stage.guidance
             if guidance is not None:
-                level = float(sigma.flatten()[0])
-                scale = guidance(level if flow else ve_to_sigma(level))
+                value = float(sigma.flatten()[0])
+                scale = guidance(value if flow else ve_to_sigma(value))
             return self.engine.denoise(x, sigma, self.text, guidance=scale)
 
         return denoise
 
-    def _heard(self, state: dict[str, Any]) -> None:
+    def _after_evaluation(self, state: dict[str, Any]) -> None:
         """After an evaluation of an engine's own loop: of all images, or of some where memory is short."""
         stage, share = self.stage, state.get("images", len(self.seeds)) / len(self.seeds)
         made = state.get("forwards", stage.forwards / solver_forwards(stage.solver, stage.steps))
         self.tracker.forwards += share * made
-        self._stepped(state)
+        self._after_step(state)
 
-    def _stepped(self, state: dict[str, Any]) -> None:
+    def _after_step(self, state: dict[str, Any]) -> None:
         self.tracker.report(int(state["i"]) + 1, state["denoised"])
         self.hooks.stop_if_cancelled()
 
 
 class Method(Protocol):
-    """How a run's stages are sampled and joined. `gradients` says whether they are recorded while it works."""
+    """How a run's stages are sampled and joined.
+
+    Attributes:
+        gradients: Whether gradients are recorded while it works.
+    """
 
     @property
     def gradients(self) -> bool:
@@ -136,7 +147,7 @@ class Method(Protocol):
 
         Args:
             run: The first stage.
-            image: An image to start from, (B, 3, H, W) in [0, 1]; None for pure noise.
+            image: An image to start from, (B, 3, H, W), float32 in [0, 1]; None for pure noise.
 
         Returns:
             Latents (B, *latent_shape), float32, noised to the stage's first sigma.
@@ -144,7 +155,15 @@ class Method(Protocol):
         ...
 
     def stage(self, run: StageRun, latents: Tensor) -> Tensor:
-        """The clean latents that a stage makes of the state at which it starts; both (B, *latent_shape), float32."""
+        """Sample one stage.
+
+        Args:
+            run: The stage.
+            latents: Where it starts, (B, *latent_shape), float32, at the stage's first sigma.
+
+        Returns:
+            Clean latents in the shape of `latents`, float32.
+        """
         ...
 
     def handoff(self, run: StageRun, images: Tensor) -> Tensor | None:
@@ -152,10 +171,10 @@ class Method(Protocol):
 
         Args:
             run: The stage that is to start.
-            images: What the stage before has made, (B, 3, h, w) in [0, 1].
+            images: What the stage before produced, (B, 3, h, w), float32 in [0, 1].
 
         Returns:
-            Latents at which `run` starts, noised to its first sigma; None where it takes no step. The upscaled images
+            Latents at which `run` starts, noised to its first sigma; None where it has no steps. The upscaled images
             go to `run.hooks.keep`.
         """
         ...
@@ -165,14 +184,25 @@ class Method(Protocol):
 class Plain:
     """The published method: docs/method.md, section 1.2.
 
-    Stage 1 walks its sigmas from pure noise; every later stage takes the image before it, upscales it in pixel space,
+    Stage 1 walks its sigmas from pure noise; every later stage takes the previous image, upscales it in pixel space,
     encodes it, adds a little noise and removes that again.
+
+    Attributes:
+        gradients: Record gradients while sampling.
     """
 
     gradients: bool = False
 
     def start(self, run: StageRun, image: Tensor | None) -> Tensor:
-        """Pure noise, one stream per image, or a given image with noise in it."""
+        """Pure noise, one stream per image, or a given image with noise added.
+
+        Args:
+            run: The first stage.
+            image: (B, 3, H, W), float32 in [0, 1], of any size; None for pure noise.
+
+        Returns:
+            Latents (B, *latent_shape), float32, at the stage's first sigma.
+        """
         stage, engine, posterior = run.stage, run.engine, run.plan.posterior
         shape = engine.latent_shape(stage.width, stage.height)
         if image is None:
@@ -186,11 +216,27 @@ class Plain:
         return add_noise(clean, noise, stage.start_sigma, family.prediction, family.shift.largest_ve)
 
     def stage(self, run: StageRun, latents: Tensor) -> Tensor:
-        """The stage's sigmas with its solver, at one guidance scale."""
+        """Walk the stage's sigmas with its solver, at one guidance scale.
+
+        Args:
+            run: The stage.
+            latents: (B, *latent_shape), float32, at its first sigma.
+
+        Returns:
+            Clean latents in the shape of `latents`, float32.
+        """
         return run.sample(latents)
 
     def handoff(self, run: StageRun, images: Tensor) -> Tensor | None:
-        """Upscale, encode, add noise: `mrflow_sched.sampling.handoff`."""
+        """Upscale, encode, add noise: `mrflow_sched.sampling.handoff`.
+
+        Args:
+            run: The stage that is to start.
+            images: (B, 3, h, w), float32 in [0, 1].
+
+        Returns:
+            Latents (B, *latent_shape), float32, at the stage's first sigma; None where it has no steps.
+        """
         result = handoff(
             *(run.engine, images, run.stage, run.upscaler),
             seeds=run.seeds,
@@ -210,14 +256,14 @@ def _keep(run: StageRun, image: Tensor) -> None:
 
 
 def run_progress(first: Sequence[float], sigmas: Sequence[float]) -> tuple[float, ...]:
-    """Share of a run that is behind at each of `sigmas`, counted in steps of its first stage.
+    """Fraction of a run done at each of `sigmas`, counted in steps of its first stage.
 
-    A later stage starts where the first stage's schedule had the same sigma, between two of its steps on the straight
-    line, and ends where that ends.
+    A later stage starts where the first stage's schedule had the same sigma, linearly interpolated between two of its
+    steps, and ends at 1.
 
     Args:
         first: Sigmas of stage 1, falling to 0.
-        sigmas: Those of the stage asked about, falling to 0; may be empty.
+        sigmas: Those of the stage in question, falling to 0; may be empty.
 
     Returns:
         As many values from 0 to 1, rising to 1.
@@ -225,7 +271,7 @@ def run_progress(first: Sequence[float], sigmas: Sequence[float]) -> tuple[float
     steps = len(first) - 1
     found: list[float] = []
     for sigma in sigmas:
-        below = next((index for index, level in enumerate(first) if level <= sigma), steps)
+        below = next((index for index, value in enumerate(first) if value <= sigma), steps)
         above = max(below - 1, 0)
         gap = first[above] - first[below]
         within = (first[above] - min(sigma, first[above])) / gap if gap > 0 else 0.0

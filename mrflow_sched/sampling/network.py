@@ -1,12 +1,12 @@
-"""The network seam: one call of a pipeline's network, as a value that a method can look at, change and run again.
+"""The network seam: one call of a pipeline's network, as a value that a method can inspect, change and run again.
 
-A method hands a function `around(call, run)` to `StageRun.sample`. It is called in the place of every call that the
-pipeline's loop makes of its network, and returns what the loop is to be given:
+A method passes a function `around(call, run)` to `StageRun.sample`. It is called in place of every call that the
+pipeline's loop makes of its network, and returns what the loop gets as the network's output:
 
     def around(call, run):
         return run(call)                 # what happens without a seam
 
-`call` can be kept (and run later, with gradients), changed (`call.replace(hidden_states=...)`), cut down to some of
+`call` can be kept (and run later, with gradients), changed (`call.replace(hidden_states=...)`), restricted to some of
 its image tokens (`call.subset(tokens)`) or not be run at all. docs/library.md has an example of each.
 """
 
@@ -30,12 +30,12 @@ or "only", where nothing is guided by a second branch."""
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """Which inputs of a network hold image tokens: their names, with the tokens along the second last dimension.
+    """Which inputs of a network hold image tokens, with the tokens along the second last dimension.
 
     Attributes:
-        latents: The input that holds the tokens themselves, (B, N, C).
-        positions: The input with their positions, (N, P) or (B, N, P).
-        residuals: Inputs that hold lists of further tensors (B, N, C), such as a ControlNet's.
+        latents: Name of the input that holds the tokens themselves, (B, N, C).
+        positions: Name of the input with their positions, (N, P) or (B, N, P).
+        residuals: Names of inputs that hold lists of further tensors (B, N, C), such as a ControlNet's.
     """
 
     latents: str
@@ -49,11 +49,11 @@ class NetworkCall:
 
     Attributes:
         inputs: Every argument of the call by name. The tensors are those of the loop: do not change them in place.
-        sigma: Noise level of the evaluation: flow sigma, or sigma_ve for variance-exploding models.
+        sigma: Of the evaluation: flow sigma, or sigma_ve for variance-exploding models.
         step: The solver's step, from 0.
         branch: Which guidance branch the call is for.
-        batch: Images of this call; the tensors hold twice as many rows where `branch` is "both".
-        latents_name: Which input is the noisy latents.
+        batch: Images in this call; the tensors hold twice as many rows where `branch` is "both".
+        latents_name: Name of the input that holds the noisy latents.
         tokens: Which inputs hold image tokens; None where a subset cannot be passed.
         network: What is run.
         positive_first: Whether the first half of "both" is the positive branch.
@@ -73,14 +73,17 @@ class NetworkCall:
 
     @property
     def latents(self) -> Tensor:
-        """The noisy latents as the network gets them, (rows, ...); those of a list stacked."""
+        """The noisy latents as the network gets them, (rows, ...); a list of tensors is stacked."""
         return tensor_of(self.inputs[self.latents_name])
 
     def replace(self, **inputs: Any) -> NetworkCall:
         """The same call with other inputs.
 
         Args:
-            **inputs: New values by the network's own names.
+            **inputs: New values by the network's own argument names.
+
+        Returns:
+            A copy of the call.
 
         Raises:
             MrFlowError: The call has no input of that name.
@@ -88,7 +91,7 @@ class NetworkCall:
         unknown = [name for name in inputs if name not in self.inputs]
         if unknown:
             raise MrFlowError(
-                f"{unknown[0]} is no input of this call of {_name(self.network)}; it has {', '.join(self.inputs)}."
+                f"{unknown[0]} is no input of this call of {_name(self.network)}; use one of {', '.join(self.inputs)}."
             )
         return replace(self, inputs={**self.inputs, **inputs})
 
@@ -121,7 +124,11 @@ class NetworkCall:
         return self.replace(**chosen)
 
     def positive(self) -> NetworkCall:
-        """Of a call of "both" branches: the positive one alone. Other calls are returned as they are."""
+        """The positive branch alone of a call of "both".
+
+        Returns:
+            That call; a call of another branch is returned unchanged.
+        """
         if self.branch != "both":
             return self
         rows = slice(0, self.batch) if self.positive_first else slice(self.batch, 2 * self.batch)
@@ -132,7 +139,7 @@ class NetworkCall:
         """Run the network on these inputs; a graph is kept where gradients are recorded.
 
         Returns:
-            The network's output; where it gives a list of images, these stacked.
+            The network's output, (rows, ...); a list of tensors is stacked.
         """
         return tensor_of(first_of(self.network(**self.inputs)))
 
@@ -143,19 +150,41 @@ Around = Callable[[NetworkCall, Next], Tensor]
 
 
 def first_of(output: Any) -> Any:
-    """The prediction in what a network returned: the first of a tuple, or the `sample` of an output object."""
+    """The prediction in a network's return value.
+
+    Args:
+        output: What the network returned: a tuple, an output object with `sample`, or the prediction itself.
+
+    Returns:
+        The first of the tuple, the `sample`, or `output`: a tensor or a list of tensors.
+    """
     if isinstance(output, tuple):
         return cast("tuple[Any, ...]", output)[0]
     return output.sample if hasattr(output, "sample") and not isinstance(output, Tensor) else output
 
 
 def tensor_of(value: Any) -> Tensor:
-    """A tensor, or a list of tensors of one shape as one."""
+    """A prediction as one tensor.
+
+    Args:
+        value: A tensor, or a list of tensors of one shape, one per image.
+
+    Returns:
+        The tensor, or the list stacked along a new first dimension.
+    """
     return torch.stack(list(cast("Sequence[Tensor]", value))) if isinstance(value, (list, tuple)) else value
 
 
 def like_output(output: Any, made: Tensor) -> Any:
-    """`made` in the wrapping of `output`: what the loop unpacks."""
+    """A new prediction in the container that the network returned, as the loop unpacks it.
+
+    Args:
+        output: What the network returned.
+        made: (rows, ...), to be put in place of its prediction.
+
+    Returns:
+        A tuple, an output object, a list or a tensor, as `output` is.
+    """
     first = first_of(output)
     inner: Any = list(made.unbind(0)) if isinstance(first, (list, tuple)) else made
     if isinstance(output, tuple):
@@ -170,7 +199,16 @@ def _take_rows(inputs: Mapping[str, Any], rows: slice, count: int) -> dict[str, 
 
 
 def rows_of(value: Any, rows: slice, count: int) -> Any:
-    """The `rows` of every tensor and list in `value` that has `count` of them; everything else as it is."""
+    """Some of the samples of a network's inputs.
+
+    Args:
+        value: A tensor, or a mapping, list or tuple of such, nested as it likes.
+        rows: Which samples.
+        count: How many samples the call holds: tensors and lists of tensors of this length are cut, all else is kept.
+
+    Returns:
+        `value` with those samples.
+    """
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and len(value) == count else value
     if isinstance(value, Mapping):

@@ -1,13 +1,13 @@
-"""Noise: where it comes from, how it is mixed in, and how a network's output becomes a clean estimate.
+"""Noise: how it is drawn and added, and how a network's output becomes a clean estimate.
 
 Three kinds of network output meet here (`prediction`):
 
 * "flow": x = (1 - sigma) x0 + sigma noise, output velocity = noise - x0.
 * "epsilon" and "v" (variance exploding, SD1.5 and SDXL): x = x0 + sigma_ve noise, in k-diffusion's scaling.
 
-A plan always speaks flow sigma. A variance-exploding level with the same signal-to-noise ratio is
-sigma_ve = sigma / (1 - sigma). `add_noise` takes the plan's sigma and converts; `to_denoised` takes the level the
-engine was called with, which is sigma_ve for "epsilon" and "v" (`model_sigmas` converts a whole list).
+A plan always holds flow sigmas. The sigma_ve with the same signal-to-noise ratio is sigma_ve = sigma / (1 - sigma).
+`add_noise` takes the plan's sigma and converts; `to_denoised` takes what the engine was called with, which is sigma_ve
+for "epsilon" and "v" (`model_sigmas` converts a whole schedule).
 """
 
 from __future__ import annotations
@@ -35,19 +35,25 @@ __all__ = [
     "ve_to_sigma",
 ]
 
-Level = TypeVar("Level", float, Tensor)
+Sigma = TypeVar("Sigma", float, Tensor)
 
 _SEED_RANGE = 2**63
 
 
-# ------------------------------------------------------------------------------------------------------------ levels
+# ------------------------------------------------------------------------------------------------------------ sigmas
 
 
-def sigma_to_ve(sigma: Level) -> Level:
-    """The sigma_ve with the signal-to-noise ratio of flow `sigma`: sigma / (1 - sigma). Floats or tensors in [0, 1).
+def sigma_to_ve(sigma: Sigma) -> Sigma:
+    """The sigma_ve with the signal-to-noise ratio of a flow sigma: sigma / (1 - sigma) (docs/method.md, section 1.1).
 
-    For a float, 1 gives infinity: pure noise, which no finite sigma_ve is. Raises ValueError for a float outside [0,
-    1].
+    Args:
+        sigma: Float in [0, 1], or a tensor of values in [0, 1); a tensor is not checked.
+
+    Returns:
+        sigma_ve, in the type of `sigma`. The float 1 gives infinity: pure noise, which no finite sigma_ve is.
+
+    Raises:
+        MrFlowError: A float outside [0, 1].
     """
     if isinstance(sigma, Tensor):
         return sigma / (1.0 - sigma)
@@ -56,8 +62,18 @@ def sigma_to_ve(sigma: Level) -> Level:
     return math.inf if sigma == 1.0 else sigma / (1.0 - sigma)
 
 
-def ve_to_sigma(sigma_ve: Level) -> Level:
-    """The inverse of `sigma_to_ve`: sigma_ve / (1 + sigma_ve). Raises ValueError for a negative float or NaN."""
+def ve_to_sigma(sigma_ve: Sigma) -> Sigma:
+    """The flow sigma with the signal-to-noise ratio of a sigma_ve: sigma_ve / (1 + sigma_ve), inverse of `sigma_to_ve`.
+
+    Args:
+        sigma_ve: Float of 0 or more, infinity included, or a tensor of finite values; a tensor is not checked.
+
+    Returns:
+        sigma in [0, 1], in the type of `sigma_ve`.
+
+    Raises:
+        MrFlowError: A negative float or NaN.
+    """
     if isinstance(sigma_ve, Tensor):
         return sigma_ve / (1.0 + sigma_ve)
     if not sigma_ve >= 0.0:
@@ -66,10 +82,19 @@ def ve_to_sigma(sigma_ve: Level) -> Level:
 
 
 def model_sigmas(sigmas: Sequence[float], prediction: Prediction, largest: float | None = None) -> tuple[float, ...]:
-    """A plan's sigmas in the model's own measure: as they are for "flow", sigma_ve for "epsilon" and "v".
+    """A plan's sigmas in the units of the model: unchanged for "flow", sigma_ve for "epsilon" and "v".
 
-    Pure noise (1.0) becomes `largest`, the largest sigma_ve that the model was trained with (`ShiftRule.largest_ve`;
-    None: 14.6).
+    Args:
+        sigmas: Flow sigmas in [0, 1].
+        prediction: What the network predicts.
+        largest: What pure noise (1.0) becomes: the largest sigma_ve that the model was trained with
+            (`ShiftRule.largest_ve`); None: 14.6, that of SD1.5 and SDXL.
+
+    Returns:
+        As many values.
+
+    Raises:
+        MrFlowError: An unknown prediction, or a sigma outside [0, 1] for a variance-exploding model.
     """
     _check_prediction(prediction)
     if prediction == "flow":
@@ -88,64 +113,109 @@ def add_noise(
     prediction: Prediction = "flow",
     largest: float | None = None,
 ) -> Tensor:
-    """Clean latents `x0` (B, ...) with `noise` of the same shape mixed in at the plan's flow `sigma` (float, or (B,)).
+    """Clean latents with noise added at the plan's flow sigma.
 
-    "flow": (1 - sigma) x0 + sigma noise. "epsilon", "v": x0 + sigma_ve noise at equal signal-to-noise ratio,
-    up to `largest` as in `model_sigmas`.
-    Computed and returned in float32 (float64 stays float64). Raises ValueError for shapes or levels that do not fit.
+    "flow": (1 - sigma) x0 + sigma noise. "epsilon", "v": x0 + sigma_ve noise at equal signal-to-noise ratio
+    (docs/method.md, section 1.1).
+
+    Args:
+        x0: Clean latents (B, ...).
+        noise: Standard normal, in the shape of `x0`.
+        sigma: Flow sigma in [0, 1]: a number, or (B,).
+        prediction: What the network predicts.
+        largest: Largest sigma_ve, as in `model_sigmas`.
+
+    Returns:
+        Noisy latents in the shape of `x0`, float32 (float64 stays float64).
+
+    Raises:
+        MrFlowError: Shapes or sigmas that do not fit, or an unknown prediction.
     """
     _check_prediction(prediction)
     if x0.shape != noise.shape:
         raise MrFlowError(f"noise must have the shape of x0, got {tuple(noise.shape)} for {tuple(x0.shape)}.")
     clean = _state(x0)
-    level = _spread(sigma, clean)
-    if not bool(((level >= 0) & (level <= 1)).all()):
+    s = _broadcast(sigma, clean)
+    if not bool(((s >= 0) & (s <= 1)).all()):
         raise MrFlowError(f"sigma must lie between 0 and 1, got {sigma!r}; it is the fraction of noise.")
     mixed_in = noise.to(clean)
     if prediction == "flow":
-        return (1.0 - level) * clean + level * mixed_in
+        return (1.0 - s) * clean + s * mixed_in
     top = scaled_linear_ve()[-1] if largest is None else largest
-    return clean + sigma_to_ve(level).clamp(max=top) * mixed_in
+    return clean + sigma_to_ve(s).clamp(max=top) * mixed_in
 
 
 def to_denoised(output: Tensor, x: Tensor, sigma: float | Tensor, prediction: Prediction = "flow") -> Tensor:
-    """The clean estimate that a network's raw `output` at noisy `x` (B, ...) stands for.
+    """The clean estimate that a network's raw output stands for.
 
-    `sigma` (float or (B,)) is the level the model was called with: flow sigma for "flow", sigma_ve for the others.
     "flow": x - sigma v. "epsilon": x - sigma_ve eps. "v": x / (s^2 + 1) - v s / sqrt(s^2 + 1) with s = sigma_ve
-    (Salimans and Ho 2022, in variance-exploding scaling). Returns float32 (float64 stays float64).
+    (Salimans and Ho 2022, in variance-exploding scaling).
+
+    Args:
+        output: What the network returned, (B, ...).
+        x: The noisy latents it was evaluated at, in the same shape.
+        sigma: A number or (B,), in the model's units: flow sigma for "flow", sigma_ve for the others.
+        prediction: What the network predicts.
+
+    Returns:
+        Clean latents in the shape of `x`, float32 (float64 stays float64).
+
+    Raises:
+        MrFlowError: An unknown prediction, or a sigma of another shape.
     """
     _check_prediction(prediction)
     state = _state(x)
-    level, raw = _spread(sigma, state), output.to(state)
+    s, raw = _broadcast(sigma, state), output.to(state)
     if prediction == "v":
-        power = level**2 + 1.0
-        return state / power - raw * level / power.sqrt()
-    return state - level * raw
+        power = s**2 + 1.0
+        return state / power - raw * s / power.sqrt()
+    return state - s * raw
 
 
 def denoised_to_velocity(denoised: Tensor, x: Tensor, sigma: float | Tensor) -> Tensor:
-    """The direction dx/d sigma of the sampling path at `x` (B, ...): (x - denoised) / sigma, for sigma > 0.
+    """The direction dx/dsigma of the sampling path at `x`: (x - denoised) / sigma.
 
-    For flow models this is the velocity noise - x0; for sigma_ve it is the noise. Raises ValueError for sigma <= 0.
+    For flow models this is the velocity noise - x0; for variance-exploding ones it is the noise.
+
+    Args:
+        denoised: The clean estimate, (B, ...).
+        x: The noisy latents, in the same shape.
+        sigma: Above 0, a number or (B,), in the model's units.
+
+    Returns:
+        In the shape of `x`, float32 (float64 stays float64).
+
+    Raises:
+        MrFlowError: A sigma of 0 or below, or of another shape.
     """
     state = _state(x)
-    level = _spread(sigma, state)
-    if not bool((level > 0).all()):
+    s = _broadcast(sigma, state)
+    if not bool((s > 0).all()):
         raise MrFlowError(f"sigma must be above 0, got {sigma!r}; a clean image has no velocity.")
-    return (state - denoised.to(state)) / level
+    return (state - denoised.to(state)) / s
 
 
 # ---------------------------------------------------------------------------------------------------------- randomness
 
 
 def stage_seed(seed: int, image: int, stage: int, rule: str = "offset") -> int:
-    """The seed of the noise of stage `stage` (0 is the first) for image `image` of a batch (0 is the first).
+    """The noise seed of one stage of one image.
 
     "offset": seed + image + stage, so a refine stage uses the seed after its stage 1, as the official scripts do. Image
     i + 1's stage 1 then shares a seed with image i's stage 2; the tensors differ in shape, which makes this harmless.
     "hash": 63 bits of BLAKE2 of the three numbers, unrelated for every stage and image.
-    Returns an integer from 0 to 2^63 - 1. Raises ValueError for an unknown rule or a negative image or stage.
+
+    Args:
+        seed: The run's seed.
+        image: Number of the image in its batch, from 0.
+        stage: Number of the stage, from 0.
+        rule: "offset" or "hash".
+
+    Returns:
+        An integer from 0 to 2^63 - 1.
+
+    Raises:
+        MrFlowError: An unknown rule, or a negative image or stage.
     """
     if image < 0 or stage < 0:
         raise MrFlowError(f"image and stage must be 0 or more, got image {image!r} and stage {stage!r}.")
@@ -165,11 +235,23 @@ def draw_noise(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Standard normal noise (B, *shape), one sample per seed, each from its own generator.
+    """Standard normal noise, one sample per seed, each from its own generator.
 
     Drawn on the CPU in float32 and then moved, so a batch equals its images made one by one, and every device sees the
-    same numbers. No global random state is read or changed. `after` tensors of this shape are drawn and left out
-    before: those that somebody else took from the same seed.
+    same numbers. No global random state is read or changed.
+
+    Args:
+        shape: Of one sample, without the batch dimension.
+        seeds: One per sample, at least one.
+        after: Tensors of this shape to draw and discard first: numbers that were already used from the same seed.
+        device: Where the noise is put.
+        dtype: What it is converted to.
+
+    Returns:
+        (B, *shape).
+
+    Raises:
+        MrFlowError: No seeds.
     """
     if not seeds:
         raise MrFlowError("seeds must hold at least one seed, got none; give one seed per image.")
@@ -186,18 +268,18 @@ def draw_noise(
 
 
 def _state(x: Tensor) -> Tensor:
-    """`x` in the solver's state precision: float32, or float64 where the caller already works in it."""
+    """`x` in the solver's state precision: float32, or float64 where the caller already uses it."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _spread(sigma: float | Tensor, like: Tensor) -> Tensor:
-    """A level per batch or per sample, shaped to multiply `like` (B, ...)."""
-    level = torch.as_tensor(sigma, dtype=like.dtype, device=like.device)
-    if level.ndim == 0:
-        return level
-    if level.ndim != 1 or level.shape[0] not in (1, like.shape[0]):
-        raise MrFlowError(f"sigma must be a number or hold one per sample, got shape {tuple(level.shape)}.")
-    return level.reshape(-1, *([1] * (like.ndim - 1)))
+def _broadcast(sigma: float | Tensor, like: Tensor) -> Tensor:
+    """`sigma`, one for the batch or one per sample, shaped to multiply `like` (B, ...)."""
+    s = torch.as_tensor(sigma, dtype=like.dtype, device=like.device)
+    if s.ndim == 0:
+        return s
+    if s.ndim != 1 or s.shape[0] not in (1, like.shape[0]):
+        raise MrFlowError(f"sigma must be a number or hold one per sample, got shape {tuple(s.shape)}.")
+    return s.reshape(-1, *([1] * (like.ndim - 1)))
 
 
 def _check_prediction(prediction: str) -> None:

@@ -1,4 +1,4 @@
-"""Where a run stands: its clock and its progress, and what its caller hears of it."""
+"""Timings and progress of a run, and the functions by which its caller follows it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["Hooks", "Progress", "StageTiming", "Tracker", "wait_for"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """How far a run is.
 
     Attributes:
         fraction: Rises from 0 to 1 with the network's cost, so a bar drawn from it moves evenly in time.
-        stage: The stage at work, from 1.
+        stage: The current stage, from 1.
         stages: How many there are.
         step: Steps evaluated in this stage, 0 before the first.
         steps: How many the stage has.
-        name: The part at work, as in `StagedResult.timings`, at last "done".
+        name: The current part, as in `StagedResult.timings`; finally "done".
         denoised: The clean estimate of the step just evaluated, latents (B, ...), else None.
     """
 
@@ -43,7 +43,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class StageTiming:
-    """Wall-clock seconds of one part, measured with the device's queue empty at both ends."""
+    """Wall-clock time of one part, measured with the device's queue empty at both ends.
+
+    Attributes:
+        name: The part: "text", "stage 1 sample", ...
+        seconds: Its duration.
+    """
 
     name: str
     seconds: float
@@ -51,12 +56,12 @@ class StageTiming:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a run asks and tells its caller.
+    """The functions by which a run's caller follows and stops it.
 
     Attributes:
-        cancel: Asked between parts, steps, images and tiles; True stops the run.
-        warn: Hears one sentence at a time for the user.
-        keep: Hears every image on the way by name: "stage 1", "stage 2 upscaled"; (B, 3, H, W) in [0, 1].
+        cancel: Polled between parts, steps, images and tiles; True stops the run.
+        warn: Called with one sentence at a time for the user.
+        keep: Called with every intermediate image and its name: "stage 1", "stage 2 upscaled"; (B, 3, H, W) in [0, 1].
     """
 
     cancel: Callable[[], bool] | None = None
@@ -64,7 +69,11 @@ class Hooks:
     keep: Callable[[str, Tensor], object] | None = None
 
     def say(self, sentence: str) -> None:
-        """Tell the user `sentence`."""
+        """Pass a warning to the caller.
+
+        Args:
+            sentence: One sentence for the user.
+        """
         if self.warn is not None:
             self.warn(sentence)
 
@@ -75,18 +84,18 @@ class Hooks:
 
 @dataclass
 class Tracker:
-    """The clock of one run: which part is at work, how long each took, how far the whole is.
+    """Timings and progress of one run: the current part, how long each took, how far the whole is.
 
     Attributes:
         stages: The stages of the run.
         costs: The network's cost of each, in any unit.
-        device: Waited for before a clock is read.
-        tell: Hears `Progress`.
+        device: Synchronised before the clock is read.
+        tell: Called with `Progress`.
         timings: Of the parts that have ended, in order.
         forwards: Evaluations of the network per image so far.
         estimate: The clean estimate of the last evaluation, latents (B, ...).
-        part: The part at work; empty between two.
-        index: The stage at work, from 0.
+        part: The current part; empty between two.
+        index: The current stage, from 0.
     """
 
     stages: Sequence[Stage]
@@ -102,7 +111,12 @@ class Tracker:
     _first: int | None = None
 
     def begin(self, name: str, index: int) -> None:
-        """End the part at work, start the part `name` of stage `index`, and say so."""
+        """End the current part, start another and report it.
+
+        Args:
+            name: The part: "text", "stage 1 sample", ...
+            index: Its stage, from 0.
+        """
         self.end()
         self.part, self.index = name, index
         self._first = index if self._first is None else self._first
@@ -110,7 +124,12 @@ class Tracker:
         self.report(0)
 
     def report(self, step: int, estimate: Tensor | None = None) -> None:
-        """Tell where the run stands: `step` steps of the stage are evaluated, the last with the clean `estimate`."""
+        """Report how far the run is.
+
+        Args:
+            step: Steps of the current stage that are evaluated.
+            estimate: The clean estimate of the last of them, latents (B, ...); None where there is none.
+        """
         self.estimate = estimate
         if self.tell is None:
             return
@@ -120,21 +139,21 @@ class Tracker:
         self.tell(Progress(fraction, self.index + 1, len(self.stages), done, steps, self.part, estimate))
 
     def end(self) -> None:
-        """End the part at work, if there is one."""
+        """End the current part, if there is one."""
         if self.part:
             wait_for(self.device)
             self.timings.append(StageTiming(self.part, time.perf_counter() - self._began))
         self.part = ""
 
     def finish(self) -> None:
-        """End the last part and tell that all is done."""
+        """End the last part and report that all is done."""
         self.end()
         if self.tell is not None:
             count, steps = len(self.stages), self.stages[-1].steps
             self.tell(Progress(1.0, count, count, steps, steps, "done"))
 
     def _fraction(self, within: float) -> float:
-        """Share of the run's network cost that is spent with `within` of the present stage."""
+        """Share of the run's network cost that is spent, `within` (0 to 1) being that of the current stage."""
         first = self._first or 0
         total = sum(self.costs[first:])
         spent = sum(self.costs[first : self.index]) + within * self.costs[self.index]
@@ -142,7 +161,11 @@ class Tracker:
 
 
 def wait_for(device: torch.device) -> None:
-    """Let the device finish what is queued, so that a clock read now is honest."""
+    """Wait until a device has finished what is queued, so that a clock read now is right.
+
+    Args:
+        device: Nothing is waited for on a CPU.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type != "cpu":

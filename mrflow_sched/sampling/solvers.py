@@ -1,6 +1,6 @@
-"""Solvers: from noise to image along a sigma list, in the calling convention of k-diffusion.
+"""Solvers: from noise to image along a schedule, in the calling convention of k-diffusion.
 
-Every solver is one generator (`SolverSteps`): it yields the state and the level to evaluate, is sent the denoised
+Every solver is one generator (`SolverSteps`): it yields the state and the sigma to evaluate, is sent the denoised
 estimate, and returns the final state. `solver_steps` starts one, for a caller whose own loop does the evaluations.
 The public functions `sample_euler` and so on evaluate a model themselves. They are called as
 `solver(model, x, sigmas, extra_args=None, callback=None, disable=None)`:
@@ -21,14 +21,15 @@ estimate in log sigma) differs between the forms.
 
 **The last step.** With one step every solver returns `denoised` exactly, and so do Euler, Heun and DPM++ 2M at the
 last of many. `multistep` and `careful` extrapolate the slope there too. On Gaussian-mixture flows that makes the
-result two to three times truer than returning `denoised` (0.019 against 0.047 RMS at 12 steps on one of them).
+result two to three times as accurate as returning `denoised` (RMS error 0.019 against 0.047 at 12 steps on one of
+them).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -58,7 +59,23 @@ class Solver(Protocol):
         callback: Callback | None = None,
         disable: bool | None = None,
     ) -> Tensor:
-        """Return the state at `sigmas[-1]`. Raises ValueError for a list that does not fall or holds bad numbers."""
+        """Walk a schedule with a model.
+
+        Args:
+            model: Called as `model(x, sigma, **extra_args)` with `sigma` (B,); returns the denoised estimate of `x`.
+            x: The noisy state (B, ...) at `sigmas[0]`.
+            sigmas: The schedule: at least two values of 0 or more, strictly falling, usually to 0.
+            extra_args: Further keyword arguments of `model`.
+            callback: Called with a dict of x, i, sigma, sigma_hat and denoised after the evaluation that opens step i.
+                It may raise `Cancelled` to stop.
+            disable: Accepted for callers that silence progress bars; nothing is printed here.
+
+        Returns:
+            The state at `sigmas[-1]`, in the shape of `x`, float32 (float64 stays float64).
+
+        Raises:
+            MrFlowError: A schedule that does not fall strictly or holds negative, infinite or NaN values.
+        """
         ...
 
 
@@ -68,7 +85,7 @@ class Solver(Protocol):
 def _euler_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
     """First order: each step follows the slope at its start. One evaluation per step. The paper's solver."""
     for sigma, after in pairwise(sigmas):
-        x = _euler(_Step.made(x, sigma, after, (yield x, sigma)))
+        x = _euler(_step(x, sigma, after, (yield x, sigma)))
     return x
 
 
@@ -78,7 +95,7 @@ def _heun_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
     Source: Karras et al. 2022, algorithm 1 without added noise.
     """
     for sigma, after in pairwise(sigmas):
-        step = _Step.made(x, sigma, after, (yield x, sigma))
+        step = _step(x, sigma, after, (yield x, sigma))
         x = _euler(step)
         if after > 0.0:
             slope_ahead = (x - (yield x, after)) / after
@@ -90,12 +107,12 @@ def _multistep_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
     """Second order at one evaluation per step: Adams–Bashforth 2 with variable steps, on the slope.
 
     The slope is extrapolated along the line through this evaluation and the one before, also in the last step to 0.
-    The first step, which has nothing before it, is Euler's.
+    The first step, which has no evaluation before it, is Euler's.
     Source: Hairer, Nørsett, Wanner, "Solving Ordinary Differential Equations I", III.5.
     """
     before: _Step | None = None
     for sigma, after in pairwise(sigmas):
-        step = _Step.made(x, sigma, after, (yield x, sigma))
+        step = _step(x, sigma, after, (yield x, sigma))
         x = _euler(step) if before is None else step.x + step.width * _extrapolated(step, before, weight=1.0)
         before = step
     return x
@@ -104,14 +121,14 @@ def _multistep_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
 def _dpmpp_2m_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
     """DPM-Solver++(2M): second order at one evaluation per step, on the denoised estimate in log sigma.
 
-    Between two levels x/sigma changes by the integral of the estimate; the estimate is extrapolated on the line
-    through this and the last one, and a step to 0 returns it as it is. Here for comparison, in the form in which
-    k-diffusion runs it (with log sigma, for flow sigmas as well). Source: Lu et al. 2022, "DPM-Solver++", algorithm
-    2, for alpha = 1.
+    Between two sigmas x/sigma changes by the integral of the estimate; the estimate is extrapolated on the line through
+    this and the last one, and a step to 0 returns it as it is. Here for comparison, in the form in which k-diffusion
+    runs it (with log sigma, for flow sigmas as well). Source: Lu et al. 2022, "DPM-Solver++", algorithm 2, with alpha =
+    1.
     """
     before: _Step | None = None
     for sigma, after in pairwise(sigmas):
-        step = _Step.made(x, sigma, after, (yield x, sigma))
+        step = _step(x, sigma, after, (yield x, sigma))
         if after == 0.0:
             return step.denoised
         estimate = step.denoised
@@ -125,23 +142,23 @@ def _dpmpp_2m_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
 
 
 def _careful_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
-    """Multistep that watches its own error: Adams–Bashforth 2 ahead, a trapezoid behind, each as far as it is trusted.
+    """Multistep that checks its own error: Adams–Bashforth 2 ahead, a trapezoid behind, each as far as it is trusted.
 
-    Each evaluation also tells how wrong the last prediction was, and that is used twice, per sample, at no extra
+    Each evaluation also shows how wrong the last prediction was, and that is used twice, per sample, at no extra
     evaluation:
 
-    * *behind*: the step just taken is made again as a trapezoid over its two ends, which are both known now
-      (a predictor-corrector that does not evaluate again after correcting: "PEC");
+    * *behind*: the step just taken is made again as a trapezoid over its two ends, which are both known now (a
+      predictor-corrector that does not evaluate again after correcting: "PEC");
     * *ahead*: the next step extrapolates the slope.
 
-    `_careful_weights` scales both down where the slope did not go where the line through the last two pointed, as in
-    the strongly curved first steps of guided sampling: with trust 0 a step is Euler's. The rule was chosen on 14
-    Gaussian-mixture flows at guidance 1, 3 and 5 and checked on 16 others (`bench/solvers.py`).
+    `_careful_weights` scales both down where the slope departed from the line through the last two, as in the strongly
+    curved first steps of guided sampling: with trust 0 a step is Euler's. The rule was chosen on 14 Gaussian-mixture
+    flows at guidance 1, 3 and 5 and checked on 16 others (`bench/solvers.py`).
     """
     before: _Step | None = None
     predicted: Tensor | None = None
     for sigma, after in pairwise(sigmas):
-        step = _Step.made(x, sigma, after, (yield x, sigma))
+        step = _step(x, sigma, after, (yield x, sigma))
         if before is None:
             x = _euler(step)
         else:
@@ -151,7 +168,7 @@ def _careful_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
             x = corrected + step.width * _extrapolated(step, before, ahead)
             predicted = step.slope + step.width / before.width * (step.slope - before.slope)
             # The next correction must see the step as it was really taken, from the corrected point.
-            step = step.moved_to(corrected)
+            step = replace(step, x=corrected)
         before = step
     return x
 
@@ -159,10 +176,10 @@ def _careful_steps(x: Tensor, sigmas: Sequence[float]) -> SolverSteps:
 def _careful_weights(slope: Tensor, before: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weights in [0, 1] of the extrapolation ahead and of the correction behind, per sample (B, 1, ...).
 
-    miss: distance from the predicted slope to the one found, as a share of the longest way round (0 right, 1 useless).
-    trust = 1 - miss⁴, and 1 while nothing has been predicted. The correction moves the state away from where the slope
-    was evaluated, so it also yields to `bend`, the change of the slope in one step as a multiple of the slope itself,
-    by 1 / (1 + bend²).
+    miss: distance from the predicted slope to the one found, divided by the largest value that the triangle inequality
+    allows (0 exact, 1 useless). trust = 1 - miss⁴, and 1 while nothing has been predicted. The correction moves the
+    state away from where the slope was evaluated, so it is also scaled by 1 / (1 + bend²), with `bend` the change of
+    the slope in one step as a multiple of the slope itself.
     """
     change = slope - before
     bend = _size(change) / _size(slope).clamp_min(_TINY)
@@ -186,22 +203,33 @@ _STEPS: Mapping[str, Callable[[Tensor, Sequence[float]], SolverSteps]] = Mapping
 )
 
 
-# --------------------------------------------------------------------- the two ways to drive them: pulling, and pushed
+# ----------------------------------------------------------------------------------------------------- driving a solver
 
 
 def solver_steps(name: str, x: Tensor, sigmas: Tensor | Sequence[float]) -> SolverSteps:
-    """The solver called `name`, started from `x` (B, ...) at `sigmas[0]`, for a caller that evaluates the model.
+    """Start a solver for a caller that evaluates the model itself.
 
-    `next(steps)` gives the first (state, sigma); `steps.send(denoised)` the next, or StopIteration with the final
-    state as its `value`. `denoised` must have the dtype of the state. Raises ValueError for an unknown name and for a
-    list that does not fall or holds bad numbers.
+    `next(steps)` gives the first (state, sigma); `steps.send(denoised)` the next, or StopIteration with the final state
+    as its `value`. `denoised` must have the dtype of the state.
+
+    Args:
+        name: A name in `SOLVERS`.
+        x: The noisy state (B, ...) at `sigmas[0]`; taken as float32 (float64 stays float64).
+        sigmas: The schedule, as in `Solver.__call__`.
+
+    Returns:
+        The solver's generator.
+
+    Raises:
+        MrFlowError: An unknown name, or a schedule that does not fall strictly or holds negative, infinite or NaN
+            values.
     """
     get_solver(name)
     return _STEPS[name](x if x.dtype == torch.float64 else x.float(), _checked(sigmas))
 
 
-def _pulling(name: str) -> Solver:
-    """The solver called `name` as a function that evaluates a model by itself."""
+def _evaluating(name: str) -> Solver:
+    """The solver called `name` as a function that evaluates a model itself."""
 
     def sample(
         model: Model,
@@ -219,8 +247,8 @@ def _pulling(name: str) -> Solver:
             denoised = model(state, state.new_full((state.shape[0],), sigma), **extra).to(state.dtype)
             step, within = divmod(evaluation, per_step)
             if callback is not None and within == 0:
-                level = state.new_tensor(sigma)
-                callback({"x": state, "i": step, "sigma": level, "sigma_hat": level, "denoised": denoised})
+                at = state.new_tensor(sigma)
+                callback({"x": state, "i": step, "sigma": at, "sigma_hat": at, "denoised": denoised})
             try:
                 state, sigma = steps.send(denoised)
             except StopIteration as end:
@@ -232,7 +260,7 @@ def _pulling(name: str) -> Solver:
     return sample
 
 
-SOLVERS: Mapping[str, Solver] = MappingProxyType({name: _pulling(name) for name in SOLVER_NAMES})
+SOLVERS: Mapping[str, Solver] = MappingProxyType({name: _evaluating(name) for name in SOLVER_NAMES})
 """All solvers by the name that plans and the command line use."""
 
 
@@ -244,7 +272,17 @@ sample_dpmpp_2m = SOLVERS["dpmpp_2m"]
 
 
 def get_solver(name: str) -> Solver:
-    """The solver called `name`. Raises ValueError listing the names there are."""
+    """A solver by its name.
+
+    Args:
+        name: A name in `SOLVERS`.
+
+    Returns:
+        The solver, to be called as k-diffusion's `sample_*` functions are.
+
+    Raises:
+        MrFlowError: An unknown name.
+    """
     if name not in SOLVERS:
         raise MrFlowError(f"solver {name!r} is unknown; choose one of {', '.join(SOLVERS)}.")
     return SOLVERS[name]
@@ -254,24 +292,52 @@ def get_solver(name: str) -> Solver:
 
 
 def evaluations_per_step(name: str) -> int:
-    """Evaluations of one step that does not end at 0: 2 for Heun, else 1. Raises ValueError for an unknown name."""
+    """Model evaluations of one step that does not end at 0.
+
+    Args:
+        name: A name in `SOLVERS`.
+
+    Returns:
+        2 for Heun, else 1.
+
+    Raises:
+        MrFlowError: An unknown name.
+    """
     return solver_table.check_solver(name).evaluations_per_step
 
 
 def evaluation_sigmas(name: str, sigmas: Tensor | Sequence[float]) -> tuple[float, ...]:
-    """The level of every evaluation in order. Heun: s0, s1, s1, s2, ..., for it also looks at the end of each step.
+    """The sigma of every model evaluation, in order.
 
-    Evaluation j belongs to step j // `evaluations_per_step(name)`. Raises ValueError for an unknown name or a bad
-    list.
+    Heun gives s0, s1, s1, s2, ..., since it also evaluates at the end of each step. Evaluation j belongs to step
+    j // `evaluations_per_step(name)`.
+
+    Args:
+        name: A name in `SOLVERS`.
+        sigmas: The schedule, as in `Solver.__call__`.
+
+    Returns:
+        One sigma per evaluation.
+
+    Raises:
+        MrFlowError: An unknown name, or a schedule that does not fall strictly or holds negative, infinite or NaN
+            values.
     """
     return solver_table.evaluated_sigmas(name, _checked(sigmas))
 
 
 def solver_forwards(name: str, steps: int) -> int:
-    """Model evaluations that `steps` steps ending at sigma 0 take (guidance not counted): 2·steps - 1 for Heun, else
-    steps.
+    """Model evaluations of a schedule that ends at sigma 0, guidance not counted.
 
-    Raises ValueError for an unknown name or a negative count.
+    Args:
+        name: A name in `SOLVERS`.
+        steps: Steps of the schedule, 0 or more.
+
+    Returns:
+        2·steps - 1 for Heun, else steps.
+
+    Raises:
+        MrFlowError: An unknown name or a negative count.
     """
     return solver_table.solver_evaluations(name, steps)
 
@@ -281,7 +347,7 @@ def solver_forwards(name: str, steps: int) -> int:
 
 @dataclass(frozen=True)
 class _Step:
-    """One step: the state `x` at `sigma`, its denoised estimate and slope dx/dsigma, and where it goes."""
+    """One step from `sigma` to `after`: the state `x` at `sigma`, its denoised estimate and slope dx/dsigma."""
 
     x: Tensor
     sigma: float
@@ -289,19 +355,15 @@ class _Step:
     denoised: Tensor
     slope: Tensor
 
-    @staticmethod
-    def made(x: Tensor, sigma: float, after: float, denoised: Tensor) -> _Step:
-        """The step from `sigma` to `after` whose start was evaluated."""
-        return _Step(x, sigma, after, denoised, (x - denoised) / sigma)
-
     @property
     def width(self) -> float:
         """Signed length of the step in sigma (negative: sampling goes down)."""
         return self.after - self.sigma
 
-    def moved_to(self, x: Tensor) -> _Step:
-        """The same step and slope, from another starting state."""
-        return _Step(x, self.sigma, self.after, self.denoised, self.slope)
+
+def _step(x: Tensor, sigma: float, after: float, denoised: Tensor) -> _Step:
+    """The step from `sigma` to `after` whose start was evaluated."""
+    return _Step(x, sigma, after, denoised, (x - denoised) / sigma)
 
 
 def _euler(step: _Step) -> Tensor:
@@ -320,7 +382,7 @@ def _size(x: Tensor) -> Tensor:
 
 
 def _checked(sigmas: Tensor | Sequence[float]) -> list[float]:
-    """The list as floats. Raises ValueError unless it has a step, is finite, not negative, and falls strictly."""
+    """The schedule as floats; refused unless it has a step, is finite, not negative, and falls strictly."""
     values = [float(sigma) for sigma in sigmas]
     if len(values) < 2:
         raise MrFlowError(f"sigmas must hold at least two values, got {values!r}; the last is usually 0.")

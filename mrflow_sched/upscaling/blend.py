@@ -10,7 +10,18 @@ if TYPE_CHECKING:
 
 
 def feathered(parts: Sequence[tuple[int, int]], scale: int = 1) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Each span with its weights (span * scale): 1 inside, falling to 0 across what it shares with its neighbours."""
+    """The blending weights of overlapping tiles along one axis.
+
+    Across each overlap the outer quarter of a tile has weight 0, because it lacks context there, and the weight rises
+    linearly over the middle half.
+
+    Args:
+        parts: (start, stop) of each tile in input pixels, in order, as `plan.tiles.spans` gives them.
+        scale: Output pixels per input pixel.
+
+    Yields:
+        Each span with its weights, float32 of length (stop - start) * scale: 1 where no neighbour overlaps it.
+    """
     import torch
 
     for index, (start, stop) in enumerate(parts):

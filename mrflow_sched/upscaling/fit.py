@@ -1,4 +1,4 @@
-"""Enlarging to an exact size with a model of any scale."""
+"""Upscaling to an exact size with a model of any scale."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mrflow_sched.upscaling.model import ModelUpscaler
 from mrflow_sched.upscaling.role import PixelUpscaler, check_images
 
 NO_MODEL = (
-    "no super-resolution model was given, so the picture was enlarged with Lanczos, which leaves fine detail soft; "
+    "no super-resolution model was given, so the image was upscaled with Lanczos, which leaves fine detail soft; "
     "give an ESRGAN-type file (.safetensors or .pth) for sharper results."
 )
 
@@ -34,13 +34,28 @@ def upscale_to(
     cancel: Cancel | None = None,
     warn: Warn | None = None,
 ) -> Tensor:
-    """`images` (B, 3, h, w, float in [0, 1]) as (B, 3, height, width) float32 in [0, 1], on the same device.
+    """Upscale images to an exact size.
 
-    The model runs until its result is nearest the needed factor (on a ratio scale); bicubic resizing with antialiasing,
-    in float32, does the rest either way. Where the shapes differ the picture fills the target and is cropped at the
-    centre (`plan.fit_box`). None and `LanczosUpscaler` resize with Lanczos, and `warn` hears so. `warn` gets one
-    sentence at a time. Raises ValueError for bad sizes or images, MemoryError, and `solvers.Cancelled` once `cancel`
-    answers True.
+    The model runs until its result is nearest to the needed factor (on a ratio scale); bicubic resizing with
+    antialiasing, in float32, does the rest, up or down. Where the shapes differ, the image fills the target and is
+    cropped at the centre (`plan.fit_box`).
+
+    Args:
+        images: (B, 3, h, w) float in [0, 1].
+        width: Width of the result in pixels, 1 or more.
+        height: Its height.
+        upscaler: What upscales; None and `LanczosUpscaler` resize with Lanczos, and `warn` receives `NO_MODEL`.
+        cancel: Polled before every run of the model and every tile.
+        warn: Receives one sentence at a time.
+
+    Returns:
+        (B, 3, height, width) float32 in [0, 1], on the device of `images`.
+
+    Raises:
+        MrFlowError: `images` or a size is not as above, or the upscaler returns another size than its scale promises or
+            values that are not finite.
+        MemoryError: One image, or the smallest tile of one, does not fit into memory.
+        Cancelled: `cancel` answered True.
     """
     check_images(images)
     say = warn or ignore
@@ -74,7 +89,7 @@ def _apply(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None, say: 
 
 
 def _whole_or_one_by_one(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None) -> Tensor:
-    """Somebody else's upscaler: a batch that does not fit into memory goes through image by image."""
+    """Run another upscaler than ours: a batch that does not fit into memory is upscaled image by image."""
     for size in dict.fromkeys((len(images), 1)):
         try:
             done: list[Tensor] = []
@@ -88,16 +103,16 @@ def _whole_or_one_by_one(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel
         free_memory(images.device)
     height, width = images.shape[-2:]
     raise MemoryError(
-        f"memory ran out while the upscaler {upscaler.name} enlarged {width}x{height} pixels; free memory, or choose a "
+        f"memory ran out while the upscaler {upscaler.name} upscaled {width}x{height} pixels; free memory, or choose a "
         "smaller size or upscaler."
     )
 
 
 def _passes(factor: float, scale: int) -> int:
-    """How often to run a model of `scale` for `factor`: once where it enlarges at all, more while that comes nearer.
+    """How often to run a model of `scale` for `factor`.
 
-    Nearer on a ratio scale: another pass where more than sqrt(scale) is left, since too large is resized down to the
-    target, sharp, and too small is stretched up to it, soft. A restoration model (scale 1) runs once.
+    Once for any factor above 1, then again while the remaining factor exceeds sqrt(scale): overshooting and downscaling
+    stays sharp, undershooting and upscaling is soft. A restoration model (scale 1) runs once.
     """
     if scale == 1:
         return 1

@@ -14,24 +14,50 @@ from mrflow_sched.upscaling.role import check_images
 
 @dataclass(frozen=True)
 class LanczosUpscaler:
-    """Plain windowed-sinc enlargement: no detail is added. `upscale_to` takes it to any size in one resize."""
+    """Upscaling by windowed-sinc resampling, which adds no detail. `upscale_to` resizes with it to any size at once.
+
+    Attributes:
+        scale: Output side over input side.
+        name: Its name in metadata and messages.
+    """
 
     scale: int = 2
     name: str = "Lanczos"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, 3, h*scale, w*scale), clamped to [0, 1]."""
+        """Upscale a batch by `scale`.
+
+        Args:
+            images: (B, 3, h, w) float in [0, 1].
+
+        Returns:
+            (B, 3, h*scale, w*scale) float32, clamped to [0, 1].
+
+        Raises:
+            MrFlowError: `images` is not as above.
+        """
         check_images(images)
         height, width = images.shape[-2:]
         return resize_lanczos(images, width * self.scale, height * self.scale).clamp(0, 1)
 
 
 def resize_lanczos(images: Tensor, width: int, height: int) -> Tensor:
-    """(..., h, w) float -> (..., height, width) float32 by separable Lanczos with three lobes, antialiased.
+    """Resize by separable Lanczos resampling with three lobes, antialiased.
 
-    The kernel sinc(x) sinc(x/3), |x| < 3, is widened by the factor when shrinking, so nothing aliases; weights are
+    The kernel sinc(x) sinc(x/3), |x| < 3, is widened by the factor when downscaling, so nothing aliases; weights are
     renormalised at the borders. This is Pillow's LANCZOS without its rounding to 8 bits. Overshoot beyond the input's
-    range is kept: clamp where a range is promised. Raises ValueError for sides below 1.
+    range is kept: clamp where a range is promised.
+
+    Args:
+        images: (..., h, w) float.
+        width: Width of the result, 1 or more.
+        height: Its height.
+
+    Returns:
+        (..., height, width) float32, contiguous.
+
+    Raises:
+        MrFlowError: `width` or `height` is below 1.
     """
     if width < 1 or height < 1:
         raise MrFlowError(f"width and height must be 1 or more, got {width}x{height}.")

@@ -46,12 +46,26 @@ def load_upscaler(
     overlap: int = 32,
     cancel: Cancel | None = None,
 ) -> LanczosUpscaler | ModelUpscaler:
-    """The upscaler in the ESRGAN-type file at `path` (.pth, .pt, .ckpt or .safetensors; any scale); Lanczos for None.
+    """Load an ESRGAN-type super-resolution model from a file; nothing in the file is executed.
 
-    Nothing in the file is executed: .safetensors holds no code, and pickles are read with torch's weights-only reader.
-    `device` "auto" is CUDA where there is one. `dtype` "auto" is half precision where model and device profit
-    (`choose_dtype`). `tile`, `overlap`, `cancel`: see `ModelUpscaler`. Raises FileNotFoundError for a missing file and
-    ValueError, in one sentence that names the file, for one that is no super-resolution model of RGB images.
+    A .safetensors file holds no code, and pickles are read with torch's weights-only reader.
+
+    Args:
+        path: A .pth, .pt, .ckpt or .safetensors file of a model of any scale; None: Lanczos resampling, without a
+            model.
+        device: Where it runs: "auto" (CUDA where there is one), or as torch spells it.
+        dtype: "auto" is half precision where model and device gain by it, see `choose_dtype`.
+        tile: Largest side in input pixels that the model is given at once, 16 or more; None: the whole image, and tiles
+            only where memory runs out.
+        overlap: Input pixels that two neighbouring tiles share, 0 or more.
+        cancel: Polled before every tile in every call.
+
+    Returns:
+        An upscaler, ready to run.
+
+    Raises:
+        MissingFileError: There is no such file.
+        MrFlowError: The file is not a super-resolution model of RGB images, or another argument is out of range.
     """
     check_tile_and_overlap(tile, overlap)
     if path is None:
@@ -70,12 +84,22 @@ def load_upscaler(
 def choose_dtype(
     device: torch.device, supports_half: bool, supports_bfloat16: bool, dtype: str | torch.dtype = "auto"
 ) -> torch.dtype:
-    """The precision to run a model in, from what the model stands and the device does fast.
+    """The dtype to run a model in: what the model supports and the device computes fast.
 
-    "auto": on CUDA float16, which has eight times bfloat16's resolution, else bfloat16. On a CPU bfloat16 only where it
-    has the instructions (AVX512-BF16 or AMX): an RRDBNet then takes half the time of float32, while float16 takes ten
-    times as long. Anything else: float32. Raises ValueError for a name that is not known or that the model does not
-    support.
+    Args:
+        device: Where the model runs.
+        supports_half: The model works in float16.
+        supports_bfloat16: The model works in bfloat16.
+        dtype: A name ("float32", "float16", "bfloat16"), a torch dtype, or "auto". On CUDA "auto" is float16, which has
+            eight times bfloat16's resolution, else bfloat16. On a CPU it is bfloat16 only where the CPU has the
+            instructions (AVX512-BF16 or AMX): an RRDBNet then takes half the time of float32, while float16 takes ten
+            times as long. Anywhere else it is float32.
+
+    Returns:
+        float32, float16 or bfloat16.
+
+    Raises:
+        MrFlowError: The name is unknown, or the model does not support the dtype.
     """
     if dtype == "auto":
         if device.type == "cuda" and supports_half:
@@ -90,7 +114,7 @@ def choose_dtype(
 
 
 def _read_weights(file: Path) -> dict[str, Any]:
-    """The tensors in `file`, on the CPU. Raises ValueError or FileNotFoundError in one sentence that names it."""
+    """The tensors in `file`, on the CPU. Raises MrFlowError in one sentence that names the file."""
     if not file.exists():
         raise MissingFileError(f"there is no upscaler file {str(file)!r}; check the path.")
     if not file.is_file():
@@ -135,7 +159,7 @@ def _read_pickle(file: Path) -> object:
 
 
 def _build(file: Path, weights: dict[str, Any]) -> ImageModelDescriptor[torch.nn.Module]:
-    """The model that fits `weights`. Raises ValueError in one sentence that names the file."""
+    """The model that fits `weights`. Raises MrFlowError in one sentence that names the file."""
     ensure_ops()
     import spandrel
 
@@ -163,18 +187,18 @@ def _checked_model(file: Path, model: ModelBase[torch.nn.Module]) -> ImageModelD
     if not isinstance(model, spandrel.ImageModelDescriptor) or model.purpose not in ("SR", "Restoration"):
         raise MrFlowError(
             f"the upscaler file {str(file)!r} is a {model.architecture.name} model for {model.purpose}, which does not "
-            "enlarge whole pictures; give an ESRGAN-type file."
+            "upscale whole images; give an ESRGAN-type file."
         )
     if (model.input_channels, model.output_channels) != (3, 3):
         raise MrFlowError(
-            f"the upscaler file {str(file)!r} takes {model.input_channels} and gives {model.output_channels} channels; "
-            "give one for RGB pictures."
+            f"the upscaler file {str(file)!r} takes {model.input_channels} and returns {model.output_channels} "
+            "channels; give one for RGB images."
         )
     return model
 
 
 def _check_layers(table: Mapping[Any, Any]) -> None:
-    """Refuse layer numbers that no table of this length can mean: the builder would build every layer up to them."""
+    """Refuse layer numbers that no file with this many weights can mean: every layer up to them would be built."""
     most = min(2 * len(table), _MAX_LAYER)
     for name in table:
         if not isinstance(name, str) or any(len(number) > 9 or int(number) > most for number in _LAYER.findall(name)):
@@ -190,7 +214,7 @@ def _rehearse(table: Mapping[str, Any]) -> None:
     import spandrel
 
     with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # torch tells, once per weight, that copying into nothing does nothing
+        warnings.simplefilter("ignore")  # torch warns, once per weight, that copying to the meta device does nothing
         try:
             spandrel.MAIN_REGISTRY.load(dict(table))
         except Exception as error:

@@ -1,4 +1,4 @@
-"""A super-resolution model read by spandrel, run within memory, in tiles where it must be."""
+"""A super-resolution model read by spandrel: run within memory, in tiles where needed."""
 
 # spandrel ships its types without the marker that says so.
 # pyright: reportMissingTypeStubs=false
@@ -32,10 +32,16 @@ CHANNELS_LAST = frozenset({"ESRGAN", "Compact"})
 class ModelUpscaler:
     """A super-resolution model read by spandrel, ready to run.
 
-    `tile` limits the side, in input pixels, of what the model sees at once; None tries the full frame and goes over to
-    tiles only where memory runs out. Tiles overlap by `overlap` input pixels (at most half a tile) and are blended.
     Images of a batch go through one by one: that is the contract of spandrel's models, and it makes a batch of N equal
     N single runs bit for bit.
+
+    Attributes:
+        name: Its name in metadata and messages.
+        model: The model, on its device and in its dtype.
+        tile: Largest side in input pixels that the model is given at once; None: the whole image, and tiles only where
+            memory runs out.
+        overlap: Input pixels that two neighbouring tiles share (at most half a tile), where they are blended.
+        cancel: Polled before every tile, unless `run` is given one.
     """
 
     name: str
@@ -56,19 +62,36 @@ class ModelUpscaler:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision the model runs in."""
+        """The dtype that the model runs in."""
         return self.model.dtype
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, h, w) float32 in [0, 1] -> (B, 3, h*scale, w*scale) float32 in [0, 1], on the device of `images`."""
+        """Upscale a batch: `run` without messages.
+
+        Args:
+            images: (B, 3, h, w) float in [0, 1].
+
+        Returns:
+            (B, 3, h*scale, w*scale) float32 in [0, 1], on the device of `images`.
+        """
         return self.run(images)
 
     @torch.no_grad()
     def run(self, images: Tensor, *, cancel: Cancel | None = None, warn: Warn | None = None) -> Tensor:
-        """As calling it; `cancel` is polled before every tile, and `warn` hears a sentence where tiles were needed.
+        """Upscale a batch, in tiles where memory or `tile` asks for them.
 
-        Raises ValueError for images that are not (B, 3, h, w) in float and for a model whose result is not finite,
-        MemoryError where the smallest tile does not fit, and `solvers.Cancelled` once `cancel` answers True.
+        Args:
+            images: (B, 3, h, w) float in [0, 1].
+            cancel: Polled before every tile; None: the upscaler's own.
+            warn: Receives a sentence where tiles were needed.
+
+        Returns:
+            (B, 3, h*scale, w*scale) float32 in [0, 1], on the device of `images`.
+
+        Raises:
+            MrFlowError: `images` is not as above, or the model's result is not finite.
+            MemoryError: The smallest tile does not fit into memory.
+            Cancelled: `cancel` answered True.
         """
         check_images(images)
         say = warn or ignore
@@ -81,14 +104,14 @@ class ModelUpscaler:
         return torch.cat(done).clamp_(0, 1)
 
     def _first_side(self, longest: int, say: Warn) -> int:
-        """The tile side to begin with; the image's own longest side means the full frame."""
+        """The tile side to begin with; the image's own longest side means the whole image."""
         if self.tile is None or self.tile >= longest:
             return longest
         if self._tiling == "INTERNAL":
             say(f"the upscaler {self.name} does its own tiling, so the limit of {self.tile} pixels was not applied.")
             return longest
         if self._tiling == "DISCOURAGED":
-            say(f"the upscaler {self.name} looks at the whole picture, so tiles of {self.tile} pixels may show.")
+            say(f"the upscaler {self.name} looks at the whole image, so tiles of {self.tile} pixels may show.")
         return self.tile
 
     def _fit_memory(self, image: Tensor, side: int, cancel: Cancel | None, say: Warn) -> tuple[Tensor, int]:
@@ -100,11 +123,11 @@ class ModelUpscaler:
             smaller = [tile for tile in FALLBACK_TILES if tile < side]
             if not smaller or self._tiling == "INTERNAL":
                 raise MemoryError(
-                    f"memory ran out while the upscaler {self.name} enlarged {side}x{side} pixels at once; "
+                    f"memory ran out while the upscaler {self.name} upscaled {side}x{side} pixels at once; "
                     "free memory, or choose a smaller size or upscaler."
                 )
             side = smaller[0]
-            say(f"memory ran out in the upscaler {self.name}; the picture was enlarged in tiles of {side} pixels.")
+            say(f"memory ran out in the upscaler {self.name}; the image was upscaled in tiles of {side} pixels.")
 
     def _attempt(self, image: Tensor, side: int, cancel: Cancel | None) -> Tensor | None:
         """The result in pieces of at most `side`, or None where memory ran out; its tensors are gone by then."""
@@ -145,7 +168,7 @@ class ModelUpscaler:
         result = self.model(ready).to(image.device, torch.float32)
         if not bool(result.isfinite().all()):
             raise MrFlowError(
-                f"the upscaler {self.name} gave values that are not finite in {str(self.dtype)[6:]}; "
+                f"the upscaler {self.name} returned NaN or infinity in {str(self.dtype)[6:]}; "
                 "load it with dtype='float32', or use another file."
             )
         return result
@@ -160,6 +183,15 @@ class ModelUpscaler:
 
 
 def check_tile_and_overlap(tile: int | None, overlap: int) -> None:
+    """Refuse tiles that are too small.
+
+    Args:
+        tile: Side in input pixels; None: no limit.
+        overlap: Input pixels that two neighbouring tiles share.
+
+    Raises:
+        MrFlowError: `tile` is below `MIN_TILE`, or `overlap` below 0.
+    """
     if tile is not None and tile < MIN_TILE:
         raise MrFlowError(f"tile must be {MIN_TILE} pixels or more, got {tile!r}; leave it out for the full frame.")
     if overlap < 0:

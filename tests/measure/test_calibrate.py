@@ -181,7 +181,7 @@ def test_an_entry_reads_back_exactly_and_becomes_the_default_preset() -> None:
     ],
 )
 def test_what_is_no_entry_is_one_sentence(text: str) -> None:
-    with pytest.raises(ValueError, match=r"this is no calibration .*make one with mrflow calibrate") as caught:
+    with pytest.raises(ValueError, match=r"this is not a calibration .*make one with mrflow calibrate") as caught:
         Calibration.from_json(text)
     assert "\n" not in str(caught.value)
 
@@ -247,9 +247,9 @@ def test_a_calibration_that_does_not_fit_is_refused(capsys: pytest.CaptureFixtur
         (("plan", "--family", "demo", "--calibration", str(tmp_path)), "which cannot be read; give a file that"),
         (
             ("plan", "--family", "demo", "--calibration", str(demo.weights_path() / "model_index.json")),
-            "no calibration",
+            "not a calibration",
         ),
-        (("generate", "--from", "x.png", "--calibration", str(path)), "--calibration has no place"),
+        (("generate", "--from", "x.png", "--calibration", str(path)), "--calibration has no meaning"),
     ):
         code, _, err = mrflow(capsys, *words)
         assert code == 2

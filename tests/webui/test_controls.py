@@ -105,11 +105,11 @@ BAD: list[tuple[Any, str]] = [
     ({"factor": 1.2}, "factor must be a number from 1.25 to 4, got 1.2."),
     ({"factor": "2"}, "factor must be a number from 1.25 to 4, got '2'."),
     ({"factor": float("nan")}, "factor must be"),
-    ({"low_steps": 1.5}, "low_steps must be a whole number from 0 to 150, got 1.5; 0 takes the preset's."),
+    ({"low_steps": 1.5}, "low_steps must be a whole number from 0 to 150, got 1.5; 0 uses the preset's."),
     ({"low_steps": True}, "low_steps must be"),
     ({"low_steps": -1}, "low_steps must be"),
-    ({"refine_steps": 21}, "refine_steps must be a whole number from 0 to 20, got 21; 0 takes the preset's."),
-    ({"sigma": 0.01}, "sigma must be a number from 0.02 to 0.6, got 0.01; 0 takes the preset's."),
+    ({"refine_steps": 21}, "refine_steps must be a whole number from 0 to 20, got 21; 0 uses the preset's."),
+    ({"sigma": 0.01}, "sigma must be a number from 0.02 to 0.6, got 0.01; 0 uses the preset's."),
     ({"sigma": 0.61}, "sigma must be"),
     ({"sigma": [0.12]}, "sigma must be"),
     ({"shift": "none"}, "shift must be 'resolution-aware' or 'host', got 'none'."),
@@ -118,8 +118,8 @@ BAD: list[tuple[Any, str]] = [
     ({"upscaler": 3}, "upscaler must be"),
     ({"refine_cfg_value": 0.5}, "refine_cfg_value must be a number from 1 to 30, got 0.5."),
     ({"refine_seed": "seed+1"}, "refine_seed must be 'seed + 1' or 'host', got 'seed+1'."),
-    ({"sgima": 0.1}, "'sgima' is no setting of MrFlow; did you mean 'sigma'? Known names are enabled, preset,"),
-    ({3: 4}, "3 is no setting of MrFlow; known names are enabled"),
+    ({"sgima": 0.1}, "'sgima' is not a setting of MrFlow; did you mean 'sigma'? Known names are enabled, preset,"),
+    ({3: 4}, "3 is not a setting of MrFlow; known names are enabled"),
 ]
 
 

@@ -24,7 +24,7 @@ NAMES = ("None", "Lanczos", "R-ESRGAN 2x+")
 def model(family: str) -> ModelInfo:
     known = get_family(family)
     flow = known.prediction == "flow"
-    return ModelInfo(known, known.title, flow, not flow, None, known.vae_factor, known.grid, False)
+    return ModelInfo(known, known.title, flow, not flow, None, known.vae_factor, known.grid)
 
 
 def recipe(controls: Controls, family: str = "flux1-dev") -> Recipe:

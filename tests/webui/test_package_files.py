@@ -123,7 +123,7 @@ def test_install_says_one_sentence_and_imports_nothing_heavy() -> None:
 def test_install_names_what_is_missing(tmp_path: Path) -> None:
     # Isolated and without site-packages nothing but the standard library is there.
     said = run_install("-I", "-S")
-    assert said.startswith("MrFlow needs what this WebUI lacks: torch, numpy, PIL, safetensors, spandrel; ")
+    assert said.startswith("MrFlow needs packages that this WebUI lacks: torch, numpy, PIL, safetensors, spandrel; ")
     assert said.count("\n") == 1
 
 

@@ -101,6 +101,21 @@ def test_the_line_never_raises(monkeypatch: pytest.MonkeyPatch, page: dict[str, 
     assert "mrflow-refused" in ui.plan_html([], page)[0]
 
 
+class Unreadable:
+    """A host's list that fails as a library may: with a ValueError, which is no refusal."""
+
+    def __iter__(self) -> Any:
+        raise ValueError("the list is <damaged>")
+
+
+def test_a_fault_is_told_as_one_in_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    flux_loaded(monkeypatch)
+    monkeypatch.setattr(sys.modules["modules.shared"], "sd_upscalers", Unreadable())
+    said = line()
+    assert "MrFlow failed (ValueError: the list is &lt;damaged&gt;); see the console." in said
+    assert "mrflow-refused" in said
+
+
 def test_a_refused_model_is_refused_in_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
     flux_loaded(monkeypatch)
     info = SimpleNamespace(name="flux1-kontext-dev.safetensors", name_for_extra="flux1-kontext-dev")

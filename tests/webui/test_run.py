@@ -28,7 +28,7 @@ from doubles import (
     pasted,
 )
 
-from mrflow_sched.apps.webui import infotext, run
+from mrflow_sched.apps.webui import axes, infotext, run
 from mrflow_sched.apps.webui.controls import Controls
 from mrflow_sched.apps.webui.host import probe_model
 from mrflow_sched.apps.webui.job import ATTRIBUTE
@@ -210,7 +210,7 @@ def test_a_flow_model_without_a_family_keeps_the_hosts_schedule() -> None:
     ui.generate(p, *ON)
     assert len(levels(ui, "first")) == 12
     assert close(levels(ui, "hires"), [0.12])
-    assert any("no numbers for Anima" in comment for comment in p.comments)
+    assert any("does not know the schedule of Anima" in comment for comment in p.comments)
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DPM++ 3M SDE", "DPM adaptive"])
@@ -235,7 +235,7 @@ def test_a_host_without_the_hook_before_sampling_still_runs_the_lists() -> None:
     ui.generate(p, {"solver": "multistep"})
     first, last = plan_lists(ui, 384, 256)
     assert close([level for _, level, _ in ui.calls], [*first, *last])
-    assert any("runs on its own sampler" in comment for comment in p.comments)
+    assert any("uses the WebUI's sampler" in comment for comment in p.comments)
     assert not ui.errors
 
 
@@ -440,7 +440,7 @@ def test_the_comment_tells_the_stages_and_their_seconds() -> None:
     assert comment in result.comments
 
 
-def test_without_a_model_that_enlarges_the_hint_stands_under_the_image() -> None:
+def test_without_a_super_resolution_model_the_hint_stands_under_the_image() -> None:
     for kind, name in (("forge", "Lanczos"), ("neo", "None")):
         ui = webui(kind)
         ui.sd_upscalers = [entry for entry in ui.sd_upscalers if entry.name != "R-ESRGAN 2x+"]
@@ -556,7 +556,7 @@ def test_nothing_is_left_after_a_job(kind: str, hires: bool) -> None:
     untouched(p, {**before, "hr_prompt": p.hr_prompt} if hires else before)
     assert not vars(ui.script).keys() - {"api"}
     assert all(each.func is each.original for each in ui.samplers)
-    assert (any("takes the place of Hires. fix" in comment for comment in p.comments)) is hires
+    assert (any("replaces Hires. fix" in comment for comment in p.comments)) is hires
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -600,7 +600,7 @@ def test_interrupted_in_the_first_pass(kind: str) -> None:
     result = ui.generate(p, {"solver": "multistep"})
     untouched(p, before)
     assert [tuple(image.shape) for image in result.images] == [(3, 304, 208)]
-    assert any("the picture is the low-resolution one, 208x304" in comment for comment in p.comments)
+    assert any("the image is the low-resolution one, 208x304" in comment for comment in p.comments)
     assert not levels(ui, "hires")
     assert not ui.errors
 
@@ -716,8 +716,8 @@ REFUSED = [
     ("neo", lambda: QwenImage(name="qwen_image_edit_2509", neo=True), {}, "edit model"),
     ("forge", lambda: engine("StableDiffusionXLRefiner", predictor_kind="epsilon", channels=4)(), {}, "refiner"),
     ("forge", Flux, {"refiner_checkpoint": "sdxl-refiner"}, "switch the refiner off"),
-    ("forge", Flux, {"width": 96, "height": 512}, "64 px is the least side"),
-    ("a1111", Sd3Model, {"width": 96, "height": 96}, "64 px is the least side"),
+    ("forge", Flux, {"width": 96, "height": 512}, "sides must be at least 64 px"),
+    ("a1111", Sd3Model, {"width": 96, "height": 96}, "sides must be at least 64 px"),
 ]
 
 
@@ -791,15 +791,38 @@ def test_a_refusal_stops_the_job_where_the_user_wants_that() -> None:
     assert not ui.calls
 
 
-def test_a_failure_of_ours_costs_the_speed_but_not_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+class Unreadable:
+    """A host's list that fails as a library may: with a ValueError, which is no refusal."""
+
+    def __iter__(self) -> Any:
+        raise ValueError("the list is damaged")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"), [(None, "TypeError: "), (Unreadable(), "ValueError: the list is damaged)")]
+)
+def test_a_failure_of_ours_costs_the_speed_but_not_the_image(
+    monkeypatch: pytest.MonkeyPatch, broken: Any, reason: str
+) -> None:
     ui = webui("forge")
     p = ui.job(width=416, height=608)
     before = attributes(p)
-    monkeypatch.setattr(ui, "sd_upscalers", None)
+    monkeypatch.setattr(ui, "sd_upscalers", broken)
     ui.generate(p, *ON)
     untouched(p, before)
     assert len(ui.calls) == 20
-    assert any(comment.startswith("MrFlow failed (TypeError") for comment in p.comments)
+    assert any(comment.startswith(f"MrFlow failed ({reason}") for comment in p.comments)
+
+
+def test_a_fault_before_the_model_is_loaded_is_no_refusal_of_the_arguments() -> None:
+    ui = webui("forge")
+    p = ui.job()
+    setattr(p, axes.ATTRIBUTE, "not a dict")
+    ui.generate(p, *ON)
+    assert len(ui.calls) == 20
+    [comment] = p.comments
+    assert comment.startswith("MrFlow failed (ValueError: ")
+    assert comment.endswith("the image is made without it.")
 
 
 def test_other_kinds_of_jobs_are_left_alone() -> None:

@@ -306,7 +306,19 @@ def test_a_file_that_cannot_be_used_costs_detail_and_says_so(folder: Path, name:
     assert made.tobytes() == picture().resize((48, 32), Image.Resampling.LANCZOS).tobytes()
     [sentence] = ours.take_sentences()
     assert name in sentence
-    assert sentence.endswith("The picture was enlarged with Lanczos instead.")
+    assert sentence.endswith("The image was upscaled with Lanczos instead.")
+
+
+def test_a_fault_costs_detail_and_is_told_as_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ValueError("a tensor is damaged")  # a library's, and so no refusal
+
+    monkeypatch.setattr(upscaler, "load_upscaler", fail)
+    ours = scaler()
+    assert ours.upscale(picture(), 2.0, str(folder / "gone_x4.safetensors")).size == (48, 32)
+    assert ours.take_sentences() == [
+        "The upscaler gone_x4 failed (ValueError: a tensor is damaged). The image was upscaled with Lanczos instead."
+    ]
 
 
 def test_a_broken_model_s_own_scale_is_its_name_s(folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""The judge of what a sampled picture shows, trained on true scenes only.
+"""The judge of what a sampled image shows, trained on rendered scenes only.
 
-Two small networks: one names the attributes of the whole picture, the other reads one letter in a strip cut out around
-the place where the caption's word belongs; a letter elsewhere, or none, is an error. The judge looks at the picture at
-128 pixels (larger ones are averaged down), so native and staged results are judged alike.
+Two small networks: one classifies the attributes of the whole image, the other reads one letter in a strip around the
+place where the caption's word belongs; a letter elsewhere, or none, is an error. The judge sees every image at 128
+pixels (larger ones are averaged down), so native and staged images are judged alike.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Classifier(nn.Module):
 
 
 class LetterReader(nn.Module):
-    """Strips (N, 3, 60, 24) in [0, 1] → logits (N, letters), the best over all places in the strip."""
+    """Strips (N, 3, 60, 24) in [0, 1] → logits (N, letters), the maximum over all positions in the strip."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def strips(pictures: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    seconds: float = 900.0  # of the whole-picture network
+    seconds: float = 900.0  # of the whole-image network
     letter_seconds: float = 240.0
     batch: int = 32
     lr: float = 2e-3
@@ -109,7 +109,7 @@ class ClassifierSettings:
 
 
 def _augment(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Shifts, noise, blur and a little contrast: what samplers do to a picture without changing what it shows."""
+    """Shifts, noise, blur and slight contrast changes, as samplers make them without changing what an image shows."""
     if rng.random() < 0.5:
         dy, dx = (int(v) for v in rng.integers(-2, 3, 2))
         x = torch.roll(x, (dy, dx), (2, 3))
@@ -173,7 +173,7 @@ def train(work: Path, settings: ClassifierSettings | None = None) -> dict[str, A
 
 
 def _fit(model: nn.Module, loss_of_batch: Callable[[], Tensor], seconds: float, lr: float) -> list[list[float]]:
-    """AdamW with linear decay for that long; the curve as [step, seconds, loss]."""
+    """Train with AdamW and linear decay for the given seconds; returns the curve as [step, seconds, loss]."""
     opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02)
     begin, step, elapsed, curve = time.time(), 0, 0.0, []
     while elapsed < seconds:
@@ -192,7 +192,7 @@ def _fit(model: nn.Module, loss_of_batch: Callable[[], Tensor], seconds: float, 
 
 
 def at_reading_size(pictures: Tensor) -> Tensor:
-    """Pictures (N, 3, H, W) as the judge looks at them: averaged down to 128 pixels."""
+    """Images (N, 3, H, W) as the judge sees them: averaged down to 128 pixels."""
     if pictures.shape[-1] != data.LOW:
         pictures = nn.functional.interpolate(pictures, (data.LOW, data.LOW), mode="area")
     return pictures.float()
@@ -200,7 +200,7 @@ def at_reading_size(pictures: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def hits(judge: Judge, pictures: Tensor, scenes: Sequence[Scene]) -> list[dict[str, list[bool]]]:
-    """For every picture (N, 3, H, W) in [0, 1], by group: whether each attribute reads as its scene says."""
+    """For every image (N, 3, H, W) in [0, 1], by group: whether each attribute reads as its scene says."""
     judge.eval()
     pictures = at_reading_size(pictures)
     logits = [judge.whole(part) for part in pictures.split(50)]

@@ -1,7 +1,7 @@
-"""Scenes drawn once, and the latents that the flow model is trained on.
+"""The training scenes, rendered once, and the latents that the flow model is trained on.
 
-The encoder of the demo VAE is a principal-component analysis of 4x4 pixel patches, so the latents exist as soon as
-the pictures do and the decoder can be trained beside the flow model.
+The encoder of the demo VAE is a principal-component analysis of 4x4 pixel patches. So latents exist as soon as the
+images do, and the decoder can be trained in parallel with the flow model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from mrflow_sched.demo.scenes import Scene, Thing, random_scene, render
 
 HIGH, LOW, TINY = 256, 128, 64
 SIZES = (HIGH, LOW, TINY)
-TOKEN = 8  # pixels a side of one token: two latents of four pixels
+TOKEN = 8  # side of one token in pixels: two latents of four pixels
 PATCH, CHANNELS = 4, 16
-WHITENING = (
-    0.4  # 0 keeps the power of every component, 1 makes all equal; between: fine detail stays fainter than layout
-)
+WHITENING = 0.4  # 0 keeps the power of every component, 1 equalises it; between, fine detail has less power than layout
 TRAIN_STREAM, TEST_STREAM = 1, 2
 
 
@@ -81,7 +79,7 @@ MEANINGS: dict[str, tuple[str, ...]] = {
 
 
 def meaning(scene: Scene, seed: int, grid: int) -> np.ndarray:
-    """What every token of a picture shows: (3, grid, grid) indices into :data:`MEANINGS`, or :data:`UNKNOWN`."""
+    """What every token of an image shows: (3, grid, grid) indices into :data:`MEANINGS`, or :data:`UNKNOWN`."""
     out = np.full((len(MEANINGS), grid, grid), UNKNOWN, np.uint8)
     centre = (np.arange(grid) + 0.5) / grid
 
@@ -131,7 +129,7 @@ def build_meanings(work: Path, count: int, workers: int = 2) -> None:
 
 
 def build(work: Path, count: int, workers: int = 2) -> None:
-    """Draw ``count`` training scenes and store pictures (uint8), components and latents (float16) under ``work``."""
+    """Render ``count`` training scenes; store images (uint8), components and latents (float16) under ``work``."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / "pictures.npy"
     if not path.exists() or len(np.load(path, mmap_mode="r")) != count:

@@ -1,4 +1,4 @@
-"""What the finished model shows: attribute accuracy and sheets of pictures, native and staged alike."""
+"""Evaluation of the finished model: attribute accuracy and image sheets, native and staged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tools.train_demo import classifier, data
 
 
 def sheet(pictures: Tensor, columns: int) -> Image.Image:
-    """(N, 3, H, W) in [0, 1] as one picture, row by row."""
+    """(N, 3, H, W) in [0, 1] as one image, row by row."""
     n, c, h, w = pictures.shape
     grid = (
         pictures.view(n // columns, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, n // columns * h, columns * w)
@@ -56,7 +56,7 @@ def make_seeded(plan: Any, seed: int) -> Any:
 
 
 def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path | None = None) -> dict[str, Any]:
-    """Writes ``evaluation.json`` and sheets; the judge is the classifier trained on true scenes."""
+    """Write ``evaluation.json`` and sheets; the judge is the classifier trained on rendered scenes."""
     engine = PipelineEngine.from_folder(weights, family="demo")
     upscaler = load_upscaler(weights / "upscaler" / "x2.safetensors")
     judge = classifier.Judge()
@@ -71,7 +71,7 @@ def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path |
     out: dict[str, Any] = {
         "scenes": len(scenes),
         "guidance": guidance,
-        "true scenes": classifier.accuracy(judge, true, true_scenes),
+        "rendered scenes": classifier.accuracy(judge, true, true_scenes),
     }
     plans = {
         "native 50": make_native_plan("demo", 256, 256, solver="euler"),

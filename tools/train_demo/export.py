@@ -1,4 +1,4 @@
-"""Put the trained parts together as a FLUX.1 pipeline folder with the upscaler beside it."""
+"""Assemble the trained parts as a FLUX.1 pipeline folder, with the upscaler beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tools.train_demo import flow, text, vae
 
 
 def load_flow(work: Path) -> flow.TextToVelocity:
-    """The base model's average, with the transformer of the guided one where that has been trained."""
+    """The base model's weight average, with the transformer of the guided model if that has been trained."""
     model = flow.TextToVelocity(work)
     model.load_state_dict(torch.load(work / "flow.pt", weights_only=False)["ema"])
     if (work / "guided.pt").exists():
@@ -30,7 +30,7 @@ def load_vae(work: Path) -> Any:
 
 
 def export(work: Path, folder: Path) -> None:
-    """Write ``folder``: every FLUX.1 script can load it. The transformer, by far the largest part, is stored in
+    """Write ``folder``, which every FLUX.1 script can load. The transformer, by far the largest part, is stored in
     bfloat16."""
     model = load_flow(work)
     t5_tokenizer, _, clip_tokenizer, _ = text.load(work)
@@ -69,7 +69,7 @@ def _name_as_released(path: Path) -> None:
 
 
 def _without_paths(document: str) -> str:
-    """Drop the keys in which libraries note where a file was loaded from."""
+    """Drop the keys in which libraries record where a file was loaded from."""
     content = json.loads(document)
     if isinstance(content, dict):
         for key in ("_name_or_path", "name_or_path"):

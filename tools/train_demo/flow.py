@@ -1,9 +1,9 @@
 """The flow model: a small FLUX.1 transformer trained at 64 pixels first, then 128, then 256, then given embedded
 guidance.
 
-Velocity v = noise - x0 is regressed at x = (1-sigma) x0 + sigma noise. Beside it, a linear head on the tokens of a
-middle block names what each token shows (:func:`train_demo.data.meaning`); it is thrown away afterwards. The schedule
-is in seconds, so one setting serves any machine; the run can be stopped and goes on from its last checkpoint.
+Velocity v = noise - x0 is regressed at x = (1-sigma) x0 + sigma noise. An auxiliary linear head on the tokens of a
+middle block names what each token shows (:func:`train_demo.data.meaning`); it is discarded after training. The schedule
+is in seconds, so one setting serves any machine; a stopped run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mrflow_sched.demo import scenes
 from mrflow_sched.demo.scenes import caption
-from mrflow_sched.engines.diffusers.layouts.known import pack, unpack
+from mrflow_sched.engines.diffusers.layouts.per_family import pack, unpack
 from tools.train_demo import data, text
 
 GUIDANCE_RANGE = (1.0, 5.0)
@@ -31,16 +31,16 @@ GUIDANCE_RANGE = (1.0, 5.0)
 
 @dataclass(frozen=True)
 class FlowSettings:
-    seconds: float = 30000.0  # budget of the base training on this machine
+    seconds: float = 30000.0  # budget of the base training
     tiny_until: float = 0.095  # share of the budget spent at 64 pixels only
     low_until: float = 0.35  # share after which 256 pixels join 128
     high_share: float = 0.60  # share of steps at 256 pixels after that
     batch_tiny: int = 48
     batch_low: int = 16
     batch_high: int = 4
-    band_share: float = 0.5  # share of steps at 256 pixels that see a band of half the height, two for the price of one
+    band_share: float = 0.5  # share of steps at 256 pixels on a band of half the height, two for the price of one
     batch_band: int = 8
-    word_share: float = 0.3  # share of steps at 128 and 256 pixels that see pictures with a word only
+    word_share: float = 0.3  # share of steps at 128 and 256 pixels on images with a word only
     mark_weight: float = 4.0  # of the loss where letters, things and lights are, at 128 and 256 pixels
     muon_lr: float = 0.02
     adam_lr: float = 1.5e-3
@@ -55,9 +55,9 @@ class FlowSettings:
     seed: int = 7
 
 
-SHIFTS = {data.TINY: 1.0, data.LOW: 1.65, data.HIGH: 3.0}  # of the training sigmas: larger pictures need more noise
+SHIFTS = {data.TINY: 1.0, data.LOW: 1.65, data.HIGH: 3.0}  # of the training sigmas: larger images need more noise
 NAMES = {data.TINY: "tiny", data.LOW: "low", data.HIGH: "high"}
-MEANING_BLOCK = 1  # single block whose image tokens say what they show
+MEANING_BLOCK = 1  # single block whose image tokens are classified
 
 
 def make_transformer() -> FluxTransformer2DModel:
@@ -89,7 +89,7 @@ def position_ids(h: int, w: int, top: int = 0) -> Tensor:
 def velocity(
     model: Any, x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor, guidance: Tensor, top: int = 0
 ) -> Tensor:
-    """x (B,16,h,w) → v of the same shape. `top`: row of tokens that x begins at, where it is a band of a picture."""
+    """x (B,16,h,w) → v of the same shape. `top`: row of tokens that x begins at, if it is a band of an image."""
     h, w = x.shape[-2:]
     out = model(
         hidden_states=pack(x),
@@ -111,7 +111,7 @@ def draw_sigma(count: int, shift: float, uniform: float) -> Tensor:
 
 
 class TextToVelocity(nn.Module):
-    """The transformer with its two text encoders, trained as one."""
+    """The transformer with its two text encoders, trained together."""
 
     def __init__(self, work: Path) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def is_letter(part: Any) -> Any:
 
 
 def is_mark(part: Any) -> Any:
-    """Where an array of parts shows a letter, a thing or a light: what is small, and decides how a picture is read."""
+    """Where an array of parts shows a letter, a thing or a light: small parts that decide how an image is read."""
     names = data.MEANINGS["part"]
     return (part >= names.index(scenes.SHAPES[0])) & (part <= names.index(scenes.LIGHTS[-1]))
 
@@ -169,7 +169,7 @@ class Batches:
         self.with_words, self.first_row, self.last_row = self._words()
 
     def _words(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Numbers of the pictures that hold a word, and the first and last row of tokens of each word at 256 pixels."""
+        """Indices of the images with a word, and the first and last row of tokens of each word at 256 pixels."""
         has = np.concatenate([is_letter(part[:, 0]).any(2) for part in np.array_split(self.meanings[data.HIGH], 50)])
         found = np.flatnonzero(has.any(1))
         return found, has[found].argmax(1), has.shape[1] - 1 - has[found, ::-1].argmax(1)
@@ -216,7 +216,7 @@ def optimisers(model: Any, settings: FlowSettings) -> list[torch.optim.Optimizer
     rest: list[Tensor] = []
     words: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        # Modulations are matrices too, but start at zero: they go with the rest.
+        # Modulations are matrices too, but start at zero, so they are treated like the rest.
         inside = "transformer_blocks" in name and parameter.ndim == 2 and ".norm" not in name
         (words if name.startswith(("t5.", "clip.")) else matrices if inside else rest).append(parameter)
     made: list[torch.optim.Optimizer] = [
@@ -358,17 +358,17 @@ class GuideSettings:
 
 
 FASTEST_WAVE = 0.003
-"""Radians per thousandth of guidance: the fastest wave of the scale that the network sees turns half round in 1.0."""
+"""Radians per thousandth of guidance: the highest frequency of the scale that is kept, half a cycle per unit."""
 
 
 @torch.no_grad()
 def heed_guidance(model: Any) -> Callable[[], object]:
-    """Begin the embedding of guidance afresh around what it gives on average, which the network counts on.
+    """Initialise the guidance embedding anew around its mean output, which the network relies on.
 
-    In the base training the scale means nothing, so its embedding learns to be the same for all scales, with units that
-    no gradient reaches any more. Returns what keeps the embedding smooth, to be called after every step: the waves of
-    the scale go down to six thousandths, which a short training takes for noise that it must answer to, so that 3.5
-    and 3.504 (which is what bfloat16 makes of it) would give different pictures.
+    In the base training the scale has no meaning, so its embedding becomes constant, with units that no gradient
+    reaches. Returns a function that keeps the embedding smooth, to be called after every step: it keeps only
+    frequencies below half a cycle per unit of scale. Higher ones let the network react to differences of 0.006, so 3.5
+    and its bfloat16 rounding 3.504 would give different images.
     """
     parts = model.time_text_embed
     scales = parts.time_proj(1000 * torch.linspace(*GUIDANCE_RANGE, 9))
@@ -382,7 +382,7 @@ def heed_guidance(model: Any) -> Callable[[], object]:
 
 
 def _without_fast_waves(weight: Tensor) -> Callable[[], object]:
-    """What takes the columns of fast waves out of `weight`, whose columns are cosines and sines of falling speed."""
+    """A function that zeroes the high-frequency columns of `weight` (cosines and sines of falling frequency)."""
     half = weight.shape[1] // 2
     slow = 10000.0 ** (-torch.arange(half) / half) <= FASTEST_WAVE
     mask = torch.cat([slow, slow]).to(weight)
@@ -397,8 +397,7 @@ def _without_fast_waves(weight: Tensor) -> Callable[[], object]:
 def train_guidance(
     work: Path, settings: GuideSettings | None = None, *, compiled: bool = True, save_every: float = 120.0
 ) -> dict[str, Any]:
-    """Teach the model to answer in one forward what classifier-free guidance takes two for, at the strength that it
-    is told.
+    """Train the model to give in one forward what classifier-free guidance takes two for, at the scale it is given.
 
     The teacher is the base model's average, frozen: target = v_empty + w (v_text - v_empty).
     """
@@ -464,7 +463,7 @@ def train_guidance(
         keep_smooth()
         update_ema(ema, model, min(settings.ema, (step + 1) / (step + 10)))
         running.append(float(loss.detach()))
-        plain.append(float((with_text - target).square().mean()))  # of a network that does not heed the scale
+        plain.append(float((with_text - target).square().mean()))  # of a network that ignores the scale
         step += 1
         elapsed = time.time() - begin
         if step % 25 == 0:

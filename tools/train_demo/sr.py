@@ -1,7 +1,7 @@
 """Pixel super-resolution: a one-block RRDBNet x2 in ESRGAN layout, first regressed, then trained against a patch
 discriminator.
 
-What it learns to enlarge is what it will be given: low-size pictures that went through the VAE.
+It is trained on the images it will get: low-size images that went through the VAE.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class UpscalerSettings:
     batch: int = 12
     crop: int = 40  # low pixels
     lr: float = 2e-3
-    pool: int = 3000  # scenes whose low size is decoded beforehand
+    pool: int = 3000  # scenes whose low size is decoded in advance
     seed: int = 4
 
 
@@ -86,7 +86,7 @@ def _crops(low: np.ndarray, high: Any, settings: UpscalerSettings, rng: np.rando
 
 
 def train(work: Path, settings: UpscalerSettings | None = None, *, save_every: float = 60.0) -> dict[str, Any]:
-    """Writes ``sr.pt``; its ``ema`` is what is shipped."""
+    """Train the upscaler; writes ``sr.pt``, whose ``ema`` is shipped."""
     settings = settings or UpscalerSettings()
     torch.manual_seed(settings.seed)
     model, critic = make_upscaler(), make_critic()

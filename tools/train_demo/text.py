@@ -1,7 +1,7 @@
-"""The text side: two small tokenizers and two small encoders that know the caption grammar.
+"""Text: two small tokenizers and two small encoders for the caption grammar.
 
-As in FLUX.1 the encoders are trained first and frozen. Here their task is to parse: every token of the long encoder
-says which role it plays and which object it belongs to, the pooled vector of the short one says the whole scene.
+As in FLUX.1 the encoders are trained first and frozen. Here they learn to parse: every token of the long encoder gives
+its role and the object it belongs to, and the pooled vector of the short one gives the whole scene.
 """
 
 from __future__ import annotations
@@ -134,8 +134,7 @@ def labels(scene: S.Scene) -> dict[str, int]:
 
 
 def token_roles(scene: S.Scene, *, name_sky: bool = True) -> list[int]:
-    """Role index of every token: one a word, one a comma, one a letter and one for the mark before them, then the
-    end."""
+    """Role index of every token: one per word, comma and letter, one for the mark before letters, then the end."""
     roles: list[int] = []
     for word, role in S.caption_words(scene, name_sky=name_sky):
         if role == "word":
@@ -153,7 +152,7 @@ BINDING = ("colour", "texture", "shape")
 
 
 class Parser(nn.Module):
-    """Both encoders with the heads that they are trained through; the heads are thrown away afterwards."""
+    """Both encoders with their training heads, which are discarded after training."""
 
     def __init__(self, t5: T5EncoderModel, clip: CLIPTextModel, words: int) -> None:
         super().__init__()
@@ -176,7 +175,7 @@ class Parser(nn.Module):
 
     @torch.inference_mode()
     def score(self, batch: Batch) -> list[float]:
-        """Share of right answers: roles of tokens, bindings of tokens, fields of the pooled vector."""
+        """Share of correct answers: roles of tokens, bindings of tokens, fields of the pooled vector."""
         hidden = self.t5(batch.ids).last_hidden_state
         pooled = self.clip(batch.clip_ids).pooler_output
         role = (self.role(hidden).argmax(-1) == batch.roles)[batch.roles > 0]
@@ -200,7 +199,7 @@ class Batch:
 
 
 def make_batch(rng: np.random.Generator, count: int, length: int, tokenizers: tuple[Any, Any]) -> Batch:
-    """Captions of fresh scenes, with everything there is to know of them; a quarter leave the sky open."""
+    """Captions of new scenes, with all labels; a quarter leave the sky open."""
     rows = [(S.random_scene(rng), bool(rng.random() < 0.75)) for _ in range(count)]
     texts = [S.caption(scene, name_sky=named) for scene, named in rows]
     pad = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}

@@ -3,7 +3,7 @@
 Encoder. The principal components of 4x4 patches are written into the layers of a stock ``AutoencoderKL``: two
 strided convolutions gather the patch, residual branches are zero, and the last group norm and SiLU are made
 transparent. SiLU is undone by pairs, as silu(z) - silu(-z) = z; the norm by constant channels of height ``MARGIN``,
-which fix its scale whatever the picture holds.
+which fix its scale for every image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LOG_VARIANCE = -9.0
 
 
 def make_vae() -> AutoencoderKL:
-    kind: Any = AutoencoderKL  # its annotations speak of tuples of one
+    kind: Any = AutoencoderKL  # its annotations name tuples of one
     return kind(
         in_channels=3,
         out_channels=3,
@@ -102,7 +102,7 @@ def _edges(picture: Tensor) -> Tensor:
 
 
 def train(work: Path, settings: DecoderSettings | None = None, *, save_every: float = 60.0) -> dict[str, Any]:
-    """Train the decoder on stored latents and pictures; writes ``vae.pt``."""
+    """Train the decoder on stored latents and images; writes ``vae.pt``."""
     settings = settings or DecoderSettings()
     torch.manual_seed(settings.seed)
     vae = make_vae()

@@ -1,1 +1,1 @@
-"""The `mrflow` command: a file for every command."""
+"""The `mrflow` command: one file for each subcommand."""

@@ -1,4 +1,4 @@
-"""`mrflow calibrate`: which start sigma and how many steps suit a model and an upscaler."""
+"""`mrflow calibrate`: measure which start sigma and how many steps suit a model and an upscaler."""
 
 from __future__ import annotations
 
@@ -46,7 +46,18 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class CalibrateRequest:
-    """What to measure: native images of `prompts`, or the files `images` with a prompt each or none."""
+    """What to measure: native images of prompts, or image files.
+
+    Attributes:
+        prompts: A prompt for each image; empty takes four that come with the command.
+        images: Image files to measure in place of native images, with as many prompts or none.
+        size: (width, height) in pixels of the images that are measured; None takes the family's default.
+        factor: Upscale factor between the stages, 1.25 to 4; None takes the family's.
+        native_steps: Steps of the native images; None takes the family's own number.
+        seed: Seed of the first image.
+        model: The model and the upscaler.
+        output: Where the results go.
+    """
 
     prompts: tuple[str, ...]
     images: tuple[Path, ...]
@@ -59,10 +70,16 @@ class CalibrateRequest:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> CalibrateRequest:
-        """The request that the arguments make.
+        """Make the request from parsed arguments.
+
+        Args:
+            args: What the parser of `add_parser` returned.
+
+        Returns:
+            The request.
 
         Raises:
-            MrFlowError: Options that do not go together.
+            MrFlowError: --images was given with --steps, or with another number of prompts.
         """
         prompts, images = tuple(args.prompts), tuple(args.images or ())
         if images and args.steps is not None:
@@ -76,7 +93,11 @@ class CalibrateRequest:
 
 
 def add_parser(commands: Commands) -> None:
-    """Add `mrflow calibrate`."""
+    """Add `mrflow calibrate`.
+
+    Args:
+        commands: Where the parser is added.
+    """
     parser = commands.add_parser(
         "calibrate",
         parents=[model_options(), output_options(), common_options()],
@@ -101,7 +122,18 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(request: CalibrateRequest) -> int:
-    """Measure, write the entry and print what was found."""
+    """Measure, write the calibration file and print what was found.
+
+    Args:
+        request: What to measure.
+
+    Returns:
+        0.
+
+    Raises:
+        MrFlowError: The size, the factor, the model, the upscaler, an image file or the output folder cannot be used.
+        FileError: The calibration file cannot be written.
+    """
     from mrflow_sched.measure.calibrate import calibrate
     from mrflow_sched.upscaling.load import load_upscaler
 
@@ -136,7 +168,7 @@ def run(request: CalibrateRequest) -> int:
 
 
 def _measured_prompts(request: CalibrateRequest) -> tuple[str, ...]:
-    """A prompt for each image."""
+    """Return a prompt for each image."""
     if request.prompts:
         return request.prompts
     if request.images:
@@ -149,7 +181,7 @@ def _measured_prompts(request: CalibrateRequest) -> tuple[str, ...]:
 
 
 def _measured_images(files: tuple[Path, ...], width: int, height: int) -> Tensor | None:
-    """The images of --images, filled and cropped to the size: (B, 3, H, W) in [0, 1]; None without any."""
+    """Load the images of --images, resized to fill the size and cropped: (B, 3, H, W) in [0, 1]; None without any."""
     if not files:
         return None
     import torch
@@ -180,7 +212,7 @@ def _lines(found: Calibration) -> Iterator[str]:
 
 
 def _write_new(folder: Path, stem: str, text: str) -> Path:
-    """`stem`.json in `folder`, whole or not at all, and never over an old file."""
+    """Write `stem`.json in `folder`, whole or not at all and never over an old file, and return its path."""
     names = (stem if count == 1 else f"{stem}-{count}" for count in range(1, 1_000_000))
     path = next(path for name in names if not (path := folder / f"{name}.json").exists())
     draft = path.with_suffix(".part")

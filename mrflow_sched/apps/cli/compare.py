@@ -1,4 +1,4 @@
-"""`mrflow compare`: native and staged sampling, measured."""
+"""`mrflow compare`: time native and staged sampling against each other."""
 
 from __future__ import annotations
 
@@ -32,7 +32,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """A prompt to sample both ways. `native_steps` None: the family's own number."""
+    """A prompt to sample natively and staged.
+
+    Attributes:
+        prompt: What the image shows.
+        choices: Options of the staged plan, "euler" as its solver unless --solver was given.
+        native_steps: Steps of the native run; None takes the family's own number.
+        repeats: Runs of each kind, 1 to 100; the one of median time counts.
+        model: The model and the upscaler.
+        output: Where the results go.
+    """
 
     prompt: str
     choices: PlanChoices
@@ -43,7 +52,14 @@ class CompareRequest:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> CompareRequest:
-        """The request that the arguments make."""
+        """Make the request from parsed arguments.
+
+        Args:
+            args: What the parser of `add_parser` returned.
+
+        Returns:
+            The request.
+        """
         choices = PlanChoices.from_args(args)
         # Euler unless --solver says otherwise, because that is what native pipelines run; --steps is the native run's.
         options: PlanOptions = {"solver": "euler", **choices.options}
@@ -53,7 +69,11 @@ class CompareRequest:
 
 
 def add_parser(commands: Commands) -> None:
-    """Add `mrflow compare`."""
+    """Add `mrflow compare`.
+
+    Args:
+        commands: Where the parser is added.
+    """
     parser = commands.add_parser(
         "compare",
         parents=[plan_options(native=False), model_options(), output_options(), common_options()],
@@ -72,7 +92,17 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(request: CompareRequest) -> int:
-    """Measure, save the images and print the seconds."""
+    """Run native and staged sampling, save the images and print the seconds.
+
+    Args:
+        request: What to compare.
+
+    Returns:
+        0.
+
+    Raises:
+        MrFlowError: The plan, the model, the upscaler or the output folder cannot be used.
+    """
     plan = request.choices.make_plan(plan_family(request.model))
     from mrflow_sched.measure.compare import compare, native_plan_of
 

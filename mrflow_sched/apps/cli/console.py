@@ -1,4 +1,4 @@
-"""What the commands say, and how they end."""
+"""What the commands print, and how they end."""
 
 from __future__ import annotations
 
@@ -35,30 +35,56 @@ MEMORY_SENTENCE = "there is not enough memory for this size or batch; make the i
 
 
 def counted(number: int, thing: str) -> str:
-    """`number` things, as in "1 step", "2 steps"."""
+    """Write a number with its noun, as in "1 step", "2 steps".
+
+    Args:
+        number: How many.
+        thing: The noun in the singular; its plural must end in s.
+
+    Returns:
+        The two words.
+    """
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def say(text: str) -> None:
-    """A sentence for the user, on standard error."""
+    """Print a sentence for the user on standard error.
+
+    Args:
+        text: The sentence; "mrflow: " is put before it.
+    """
     print(f"mrflow: {text}", file=sys.stderr)
 
 
 def show(*lines: str) -> None:
-    """Lines of the result, on standard output; a letter that its encoding lacks is written as an escape."""
+    """Print lines of the result on standard output.
+
+    Args:
+        *lines: The lines. A character that the output's encoding lacks is written as an escape.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for line in lines:
         print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def print_json(value: Any) -> None:
-    """The result as JSON, on standard output."""
+    """Print the result as JSON on standard output.
+
+    Args:
+        value: Anything that `json.dumps` takes.
+    """
     print(json.dumps(value, indent=2))
 
 
 @contextlib.contextmanager
 def saying_warnings() -> Generator[None, None, None]:
-    """Say this package's warnings as sentences, each once, at the end; those of libraries are warned of as usual."""
+    """Print this package's warnings as sentences, each once, and those of libraries as usual, when the block ends.
+
+    After an exception nothing is printed but what the exception says.
+
+    Yields:
+        Nothing; warnings are collected while the block runs.
+    """
     home = str(Path(mrflow_sched.__file__).parent)
     with warnings.catch_warnings(record=True) as caught:
         try:
@@ -74,9 +100,13 @@ def saying_warnings() -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def progress_bar(wanted: bool | None) -> Generator[Callable[[str, Progress], None], None, None]:
-    """A function (run name, progress) that moves a bar on standard error, or does nothing where no bar is wanted.
+    """Show a progress bar on standard error while the block runs.
 
-    `wanted` None: a bar on a terminal only.
+    Args:
+        wanted: Whether to show one; None: only on a terminal.
+
+    Yields:
+        A function (run name, progress) that moves the bar, or does nothing where no bar is wanted.
     """
     if not (sys.stderr.isatty() if wanted is None else wanted):
         yield lambda _name, _step: None
@@ -105,7 +135,19 @@ def progress_bar(wanted: bool | None) -> Generator[Callable[[str, Progress], Non
 
 @contextlib.contextmanager
 def writable(folder: Path) -> Generator[None, None, None]:
-    """Make the folder and prove that it takes files before minutes are spent; remove it if a failure left it empty."""
+    """Make a folder and check that files can be written there, before minutes are spent on results.
+
+    Folders that were made are removed again if the block fails and they are empty.
+
+    Args:
+        folder: The folder of --out.
+
+    Yields:
+        Nothing; the folder is there while the block runs.
+
+    Raises:
+        MrFlowError: It is no folder, cannot be made, or takes no file.
+    """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     there = next((place for place in (folder, *folder.parents) if place.exists() or place.is_symlink()), folder)
     if not there.is_dir():
@@ -130,7 +172,17 @@ def writable(folder: Path) -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def ctrl_c() -> Generator[Callable[[], bool], None, None]:
-    """A function that tells whether Ctrl-C was pressed; the first press stops gently, the second at once."""
+    """Turn the first Ctrl-C into a request to stop; the second one stops at once.
+
+    The previous handler is put back at the end. Outside the main thread, where Python takes no handlers, nothing is
+    changed.
+
+    Yields:
+        A function that returns whether Ctrl-C was pressed.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed a second time.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop.is_set
@@ -153,12 +205,18 @@ def ctrl_c() -> Generator[Callable[[], bool], None, None]:
 
 
 def refusal_of(error: BaseException) -> str | None:
-    """One sentence where `error` is a refusal, or a limit of the machine; None where it is a fault.
+    """Return the sentence for the user where an error is a refusal or a limit of the machine.
 
-    Refusals are `MrFlowError`. The machine's limits are memory that ran out and the system's own errors (disk full, no
-    right to read or write). A plain ValueError of a library is a fault: the user's input is checked by us.
+    Refusals are `MrFlowError`. Limits of the machine are memory that ran out and errors of the operating system (disk
+    full, no permission to read or write). A plain ValueError of a library is a fault: we check the user's input.
+
+    Args:
+        error: What a command raised.
+
+    Returns:
+        One sentence, or None where the error is a fault.
     """
-    if out_of_memory(error):
+    if _out_of_memory(error):
         return MEMORY_SENTENCE
     if isinstance(error, MrFlowError):
         text = " ".join(str(error).split()) or type(error).__name__
@@ -170,14 +228,21 @@ def refusal_of(error: BaseException) -> str | None:
 
 
 def os_reason(error: OSError) -> str:
-    """What the system says of `error`, to stand within a sentence."""
+    """Return what the operating system says of an error, in words that fit into a sentence.
+
+    Args:
+        error: An error of the operating system.
+
+    Returns:
+        Lower-case words without a full stop, such as "permission denied".
+    """
     if error.errno == errno.ENOSPC:
         return "the disk is full"
     return (error.strerror or str(error)).lower()
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch is not loaded to ask."""
+def _out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out; torch is not imported to find out."""
     if "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from mrflow_sched._runtime.memory import is_memory_error
@@ -186,12 +251,16 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def forget_output() -> None:
-    """Point stdout at nothing, so that Python's own flush at exit does not fail once more, with a traceback."""
+    """Point standard output at nothing, so that Python's flush at exit does not fail again, with a traceback."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def flush_output() -> None:
-    """Bring what was printed out while an error can still be told in a sentence."""
+    """Flush standard output now, while an error can still be told in a sentence.
+
+    Raises:
+        OSError: What was printed cannot be written (disk full, broken pipe).
+    """
     if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None where stdout was closed
         try:
             sys.stdout.flush()

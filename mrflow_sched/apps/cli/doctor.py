@@ -11,7 +11,13 @@ from mrflow_sched.apps.cli.options import Commands, common_options
 
 @dataclass(frozen=True)
 class DoctorRequest:
-    """What to look at besides the installation: a model folder and an upscaler file."""
+    """What to check besides the installation.
+
+    Attributes:
+        model: A diffusers folder, or None.
+        upscaler: An ESRGAN-type file, or None.
+        json: Print the findings as JSON.
+    """
 
     model: str | None
     upscaler: str | None
@@ -19,12 +25,23 @@ class DoctorRequest:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> DoctorRequest:
-        """The request that the arguments make."""
+        """Make the request from parsed arguments.
+
+        Args:
+            args: What the parser of `add_parser` returned.
+
+        Returns:
+            The request.
+        """
         return cls(args.model, args.upscaler, args.json)
 
 
 def add_parser(commands: Commands) -> None:
-    """Add `mrflow doctor`."""
+    """Add `mrflow doctor`.
+
+    Args:
+        commands: Where the parser is added.
+    """
     parser = commands.add_parser(
         "doctor",
         parents=[common_options()],
@@ -37,7 +54,14 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(request: DoctorRequest) -> int:
-    """Print the findings; the exit code is 1 where something would fail."""
+    """Print what is installed, what would run and what would fail.
+
+    Args:
+        request: What to check.
+
+    Returns:
+        0, or 1 where something would fail.
+    """
     from mrflow_sched.measure.doctor import examine
 
     findings = list(examine(request.model, request.upscaler))

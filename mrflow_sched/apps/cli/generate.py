@@ -1,4 +1,4 @@
-"""`mrflow generate`: images from a prompt, or an image's run again."""
+"""`mrflow generate`: make images from a prompt, or repeat the run of a saved image."""
 
 from __future__ import annotations
 
@@ -60,7 +60,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Images to make from a prompt."""
+    """Images to make from a prompt.
+
+    Attributes:
+        prompt: What the images show.
+        negative: What they should not show, or None.
+        batch: How many images, 1 to `images.record.MAX_BATCH`; image i has the plan's seed plus i.
+        choices: Options of the plan.
+        model: The model and the upscaler.
+        save_stages: Save the image of each stage too.
+        output: Where the results go.
+    """
 
     prompt: str
     negative: str | None
@@ -71,14 +81,28 @@ class GenerateRequest:
     output: OutputChoices
 
     def job(self) -> Job:
-        """The run, planned."""
+        """Plan the run.
+
+        Returns:
+            The job, all of whose images are saved.
+
+        Raises:
+            MrFlowError: The options make no plan, or the model's folder cannot be used.
+        """
         plan = self.choices.make_plan(plan_family(self.model))
         return Job(plan, self.prompt, self.negative, self.batch, tuple(range(self.batch)))
 
 
 @dataclass(frozen=True)
 class RepeatRequest:
-    """The run of the image file `source`, to be made again."""
+    """The run of a saved image, to be repeated.
+
+    Attributes:
+        source: A PNG with a record.
+        model: The model and the upscaler, which must be those of the record.
+        save_stages: Save the image of each stage too.
+        output: Where the results go.
+    """
 
     source: Path
     model: ModelChoices
@@ -86,7 +110,14 @@ class RepeatRequest:
     output: OutputChoices
 
     def job(self) -> Job:
-        """The recorded run. The whole batch runs again, because a batch's size reaches the last bits."""
+        """Read the recorded run. The whole batch runs again, because the last bits depend on the batch's size.
+
+        Returns:
+            The job, of whose images only the recorded one is saved.
+
+        Raises:
+            MrFlowError: The file has no readable record, or was made with another model than `model` names.
+        """
         record = _read_record(self.source)
         if record.model != EMBEDDED and self.model.model is None:
             raise MrFlowError(
@@ -101,7 +132,13 @@ class RepeatRequest:
 
 
 def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
-    """What `mrflow generate` is asked for.
+    """Make the request from parsed arguments.
+
+    Args:
+        args: What the parser of `add_parser` returned.
+
+    Returns:
+        A `RepeatRequest` where --from was given, else a `GenerateRequest`.
 
     Raises:
         MrFlowError: The prompt is missing, or options do not go together.
@@ -121,13 +158,17 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
     if given:
         name = "a prompt" if given[0] == "prompt" else option_name(given[0])
         raise MrFlowError(
-            f"--from takes the prompt and every number from the image's record, so {name} has no place; leave one out."
+            f"--from takes the prompt and all numbers from the image's record, so {name} has no meaning; leave one out."
         )
     return RepeatRequest(args.source, model, args.save_stages, output)
 
 
 def add_parser(commands: Commands) -> None:
-    """Add `mrflow generate`."""
+    """Add `mrflow generate`.
+
+    Args:
+        commands: Where the parser is added.
+    """
     parser = commands.add_parser(
         "generate",
         parents=[plan_options(), model_options(), output_options(), common_options()],
@@ -145,7 +186,19 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(request: GenerateRequest | RepeatRequest) -> int:
-    """Make and save the images, and print where they are."""
+    """Make and save the images, and print their paths.
+
+    Args:
+        request: What to make or to repeat.
+
+    Returns:
+        0; 130 where Ctrl-C stopped the run and the best image so far was saved; 2 where an image was left out because
+        it contains NaN or infinity, or is unfinished.
+
+    Raises:
+        MrFlowError: The plan, the model, the upscaler, the record or the output folder cannot be used, or no image is
+            left to save.
+    """
     job, output = request.job(), request.output
     if request.save_stages and len(job.plan.stages) == 1:
         raise MrFlowError("--save-stages has no meaning for a native run, which has one stage; leave it out.")
@@ -210,7 +263,7 @@ def _read_record(path: Path) -> RunRecord:
 
 
 def _check_repeatable(old: RunRecord | None, new: RunRecord) -> None:
-    """Refuse a repeat with another model or upscaler; say what else may change the last bits."""
+    """Refuse to repeat a run with another model or upscaler; say what else may change the last bits."""
     if old is None:
         return
     if old.model_fingerprint != new.model_fingerprint:
@@ -227,7 +280,7 @@ def _check_repeatable(old: RunRecord | None, new: RunRecord) -> None:
 
 
 def _arithmetic(old: RunRecord, new: RunRecord) -> Iterator[tuple[str, object, object]]:
-    """(name, then, now) of everything besides the weights on which the last bits depend."""
+    """Yield (name, then, now) of everything besides the weights on which the last bits depend."""
     yield "device", old.device, new.device
     for part in dict.fromkeys((*new.dtypes, *old.dtypes)):
         before = old.dtype_of(part)
@@ -287,7 +340,7 @@ def _one(images: Tensor, number: int) -> Tensor:
 
 
 def _free_stem(folder: Path, stem: str) -> str:
-    """`stem`, or `stem-2`, `stem-3` ... where an image of that name, or of its stages, is already there."""
+    """Return `stem`, or `stem-2`, `stem-3` ... where an image of that name, or of its stages, is already there."""
     names = (stem if count == 1 else f"{stem}-{count}" for count in range(1, 1_000_000))
     taken = ("{}.png", "{}-part*.png")
     return next(name for name in names if not any(any(folder.glob(each.format(name))) for each in taken))

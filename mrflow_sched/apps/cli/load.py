@@ -1,4 +1,4 @@
-"""Models and upscalers as a command asks for them, and the record of what was loaded."""
+"""Load the model and the upscaler that a command asks for, and record what was loaded."""
 
 from __future__ import annotations
 
@@ -31,8 +31,16 @@ UPSCALER = "upscaler"
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run needs, decided before anything large is loaded: `images` are the wanted ones of the batch, and
-    `source` is the record that is repeated, if any."""
+    """All that a run needs, decided before anything large is loaded.
+
+    Attributes:
+        plan: All numbers of the run.
+        prompt: What the images show.
+        negative: What they should not show, or None.
+        batch: How many images are sampled together.
+        images: Which of the batch are saved, counted from 0.
+        source: The record that is repeated, or None.
+    """
 
     plan: StagedPlan
     prompt: str
@@ -44,7 +52,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine and, where there is a second stage, an upscaler; `file` is the upscaler's, None for Lanczos."""
+    """What was loaded for a job.
+
+    Attributes:
+        engine: The model.
+        upscaler: The upscaler; None where the plan has one stage.
+        file: The upscaler's file; None for Lanczos.
+    """
 
     engine: PipelineEngine
     upscaler: PixelUpscaler | None
@@ -52,7 +66,7 @@ class Loaded:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """Name of the dtype of every part that has weights."""
+        """Name of the dtype of each part that has weights, such as "bfloat16"."""
         own = getattr(self.upscaler, "dtype", None)
         return {**self.engine.dtypes, **({} if own is None else {UPSCALER: _dtype_name(own)})}
 
@@ -61,7 +75,17 @@ class Loaded:
 
 
 def plan_family(model: ModelChoices) -> str | Family:
-    """The family to plan for, found before anything large is loaded."""
+    """Find the family to plan for, before anything large is loaded.
+
+    Args:
+        model: The model that was asked for.
+
+    Returns:
+        "demo" for the embedded model, else the family of the folder.
+
+    Raises:
+        MrFlowError: --family does not fit the embedded model, or the folder is no model that can be sampled.
+    """
     if model.model is None:
         if model.family not in (None, "demo"):
             raise MrFlowError(
@@ -74,7 +98,19 @@ def plan_family(model: ModelChoices) -> str | Family:
 
 
 def find_upscaler(model: ModelChoices, source: RunRecord | None = None) -> Path | None:
-    """The file to load; None means Lanczos. The embedded model brings its own, unless `source` was made without."""
+    """Find the upscaler's file.
+
+    Args:
+        model: The model and the upscaler that were asked for.
+        source: The record that is repeated. Where it was made without an upscaler file, the embedded model takes none
+            either; otherwise it brings its own.
+
+    Returns:
+        The file to load; None means Lanczos.
+
+    Raises:
+        MrFlowError: --upscaler names no file.
+    """
     if model.upscaler is None:
         if model.model is not None or (source is not None and source.upscaler_sha256 is None):
             return None
@@ -95,9 +131,20 @@ def find_upscaler(model: ModelChoices, source: RunRecord | None = None) -> Path 
 
 
 def load(model: ModelChoices, job: Job, file: Path | None) -> Loaded:
-    """The engine and the upscaler of `file` for a job.
+    """Load the engine and the upscaler for a job.
 
-    A repeated run gets the device and, part by part, the dtypes of its record, where `model` leaves them open.
+    A repeated run gets the device and, part by part, the dtypes of its record, unless `model` names others.
+
+    Args:
+        model: The model, the device and the dtype that were asked for.
+        job: The run.
+        file: The upscaler's file from `find_upscaler`; None means Lanczos.
+
+    Returns:
+        Engine and upscaler, on one device.
+
+    Raises:
+        MrFlowError: The model or the upscaler cannot be used, or --offload-text lacks the package that it needs.
     """
     from mrflow_sched.upscaling.load import load_upscaler
 
@@ -117,7 +164,7 @@ def load(model: ModelChoices, job: Job, file: Path | None) -> Loaded:
 
 
 def _check_offload(model: ModelChoices) -> None:
-    """Refuse --offload-text where the library that it needs is missing; on a CPU nothing is offloaded."""
+    """Refuse --offload-text where the package that it needs is missing; on a CPU nothing is offloaded."""
     from mrflow_sched._runtime.device import resolve_device
 
     if not model.offload or model.model is None or find_spec("accelerate") is not None:
@@ -129,7 +176,18 @@ def _check_offload(model: ModelChoices) -> None:
 
 
 def load_engine(model: ModelChoices, dtypes: str | Mapping[str, str]) -> PipelineEngine:
-    """The engine of the embedded model or of the folder; `dtypes` is one name for all parts or a name for each."""
+    """Load the engine of the embedded model or of a folder.
+
+    Args:
+        model: The model and the device that were asked for.
+        dtypes: One dtype name for all parts, or a name for each; "auto" is allowed.
+
+    Returns:
+        The engine.
+
+    Raises:
+        MrFlowError: The folder, the family, the device or a dtype cannot be used.
+    """
     if model.model is None:
         from mrflow_sched import demo
 
@@ -149,7 +207,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def _device_of(record: RunRecord) -> str:
-    """The device that an image was made on where this machine has it, so that its bits repeat; else "auto"."""
+    """Return the device that an image was made on, so that its bits repeat; "auto" where this machine lacks it."""
     from mrflow_sched._runtime.device import resolve_device
 
     try:
@@ -160,7 +218,14 @@ def _device_of(record: RunRecord) -> str:
 
 @contextlib.contextmanager
 def threads_of(record: RunRecord | None) -> Generator[None, None, None]:
-    """Work with the CPU threads of `record`, as sums are split by thread count; the count is put back at the end."""
+    """Run the block with the CPU thread count of a record, because sums are split by thread count.
+
+    Args:
+        record: The record that is repeated; None, or one made on another device than the CPU, changes nothing.
+
+    Yields:
+        Nothing; the count is put back at the end.
+    """
     if record is None or record.device != "cpu":
         yield
         return
@@ -178,7 +243,16 @@ def threads_of(record: RunRecord | None) -> Generator[None, None, None]:
 
 
 def make_record(model: ModelChoices, job: Job, loaded: Loaded) -> RunRecord:
-    """The record of a job's first image, as it is loaded now."""
+    """Make the record of a job's first image from what is loaded now.
+
+    Args:
+        model: The model that was asked for.
+        job: The run.
+        loaded: Its engine and upscaler.
+
+    Returns:
+        The record to save in the image; `image` is 0, to be replaced for other images of the batch.
+    """
     import torch
 
     engine, upscaler = loaded.engine, loaded.upscaler

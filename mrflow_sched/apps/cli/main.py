@@ -1,8 +1,8 @@
 """Staged sampling for text-to-image flow models: the `mrflow` command.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done; 1 (`doctor` only) something would
-fail; 2 a refusal, one sentence says why and what to do; 70 a fault of mrflow or of a library, with its traceback; 130
-stopped by Ctrl-C. `plan` runs without torch, so torch is imported late.
+fail; 2 a refusal, whose one sentence says why and what to do; 70 a fault of mrflow or of a library, with its traceback;
+130 stopped by Ctrl-C. `plan` runs without torch, so torch is imported late.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ from mrflow_sched.apps.cli.options import Commands, Parser
 
 
 class Command(Protocol):
-    """A module of this package: a command.
-
-    `add_parser` adds the command's parser and sets two defaults on it: `from_args`, which makes the command's request
-    (a frozen dataclass) of the parsed arguments, and `run`, which does the work and returns the exit code.
-    """
+    """A subcommand: a module of this package that has `add_parser`."""
 
     def add_parser(self, commands: Commands) -> None:
-        """Add the command's parser."""
+        """Add the command's parser.
+
+        Two defaults are set on the parser: `from_args`, which turns the parsed arguments into the command's request (a
+        frozen dataclass), and `run`, which takes the request, does the work and returns the exit code.
+
+        Args:
+            commands: Where the parser is added.
+        """
         ...
 
 
@@ -45,7 +48,14 @@ COMMANDS: tuple[Command, ...] = (plan, generate, compare, calibrate, doctor)
 
 
 def build_parser(commands: Sequence[Command] = COMMANDS) -> Parser:
-    """The whole command line."""
+    """Build the parser of the whole command line.
+
+    Args:
+        commands: The subcommands, in the order in which the help lists them.
+
+    Returns:
+        A parser whose result has `command` (None where none was given) and the defaults that the command set.
+    """
     parser = Parser(prog="mrflow", description=(__doc__ or "").partition("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"mrflow {mrflow_sched.__version__}")
     found = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -55,7 +65,15 @@ def build_parser(commands: Sequence[Command] = COMMANDS) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMANDS) -> int:
-    """Run the command line `argv` (default: the process's own) and return its exit code; see the module."""
+    """Run a command line. No exception leaves this function except argparse's own exit after --help or --version.
+
+    Args:
+        argv: The arguments after the program's name; None takes those of the process.
+        commands: The subcommands to offer.
+
+    Returns:
+        The exit code: 0, 1, 2, 70 or 130, as in the module's docstring.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(commands)
     try:
@@ -73,11 +91,11 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         forget_output()  # the reader went away (a pager, head)
         return 0
     except Exception as error:
-        return _told(error, debug="--debug" in words)
+        return _report_error(error, debug="--debug" in words)
 
 
-def _told(error: Exception, *, debug: bool) -> int:
-    """Tell the user of `error`; the exit code."""
+def _report_error(error: Exception, *, debug: bool) -> int:
+    """Print what the user should know of `error`, and return the exit code."""
     sentence = refusal_of(error)
     if sentence is None or debug:
         traceback.print_exception(error)

@@ -1,4 +1,4 @@
-"""Options that commands share: how they are read, and the values they become."""
+"""Options that commands share: how they are parsed, and the values they become."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mrflow_sched.plan.families import Family
 
 LANCZOS = "lanczos"
-"""The --upscaler that needs no file."""
+"""The value of --upscaler that needs no file."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,8 +28,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuse the arguments.
 
+        Args:
+            message: What is wrong with them, in argparse's own words.
+
         Raises:
-            MrFlowError: Always, with argparse's own sentence.
+            MrFlowError: Always.
         """
         raise MrFlowError(f"{message.strip().rstrip('.')} (see {self.prog} --help).")
 
@@ -38,7 +41,15 @@ class Commands(Protocol):
     """Where a command adds its parser."""
 
     def add_parser(self, name: str, **more: Any) -> argparse.ArgumentParser:
-        """The parser of a command called `name`; `more` are argparse's own keywords."""
+        """Add the parser of a command.
+
+        Args:
+            name: The command's name on the command line.
+            **more: Keywords of `argparse.ArgumentParser`, and `help`.
+
+        Returns:
+            The new parser.
+        """
         ...
 
 
@@ -46,7 +57,17 @@ class Commands(Protocol):
 
 
 def size_option(text: str) -> tuple[int, int]:
-    """(width, height) of "WIDTHxHEIGHT"."""
+    """Parse the value of --size.
+
+    Args:
+        text: "WIDTHxHEIGHT" in pixels, each of 1 to 6 digits.
+
+    Returns:
+        (width, height), each 1 or more.
+
+    Raises:
+        ArgumentTypeError: The text is no size.
+    """
     found = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
     size = (int(found[1]), int(found[2])) if found else (0, 0)
     if min(size) < 1:
@@ -55,7 +76,15 @@ def size_option(text: str) -> tuple[int, int]:
 
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A reader of whole numbers from `low` to `high`."""
+    """Make a parser of whole numbers within limits.
+
+    Args:
+        low: The least number allowed.
+        high: The largest; None: no limit.
+
+    Returns:
+        A function for argparse's `type=`.
+    """
 
     def parse(text: str) -> int:
         span = f"from {low} up" if high is None else f"from {low} to {high}"
@@ -71,7 +100,17 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def text_option(text: str) -> str:
-    """Text, which may be empty but not broken."""
+    """Check text, which may be empty.
+
+    Args:
+        text: An argument as the system handed it over.
+
+    Returns:
+        The same text.
+
+    Raises:
+        ArgumentTypeError: It contains bytes that are not UTF-8.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -80,7 +119,17 @@ def text_option(text: str) -> str:
 
 
 def prompt_option(text: str) -> str:
-    """A prompt, which is neither empty nor broken text."""
+    """Check a prompt.
+
+    Args:
+        text: An argument as the system handed it over.
+
+    Returns:
+        The same text.
+
+    Raises:
+        ArgumentTypeError: It is empty, or contains bytes that are not UTF-8.
+    """
     if not text_option(text).strip():
         raise argparse.ArgumentTypeError("it is empty; say what the image shows")
     return text
@@ -90,7 +139,11 @@ def prompt_option(text: str) -> str:
 
 
 def common_options() -> Parser:
-    """Options of every command."""
+    """Make the options of every command: --json and --debug.
+
+    Returns:
+        A parser for argparse's `parents=`.
+    """
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument(
         "--json", action="store_true", help="print the result as JSON on standard output, and nothing else"
@@ -103,9 +156,15 @@ def common_options() -> Parser:
 
 
 def plan_options(*, native: bool = True) -> Parser:
-    """Options that decide a plan, made from `OPTIONS`; what is left out comes from the family and its preset.
+    """Make the options that decide a plan, from `plan.options.OPTIONS`.
 
-    `native` False leaves out --native, for commands that need a staged plan.
+    What the user leaves out comes from the family and its preset.
+
+    Args:
+        native: Offer --native; False is for commands that need a staged plan.
+
+    Returns:
+        A parser for argparse's `parents=`, whose results `PlanChoices.from_args` reads.
     """
     parser = Parser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("the plan (what is left out comes from the family's preset)")
@@ -133,7 +192,7 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:  # pyri
 
 
 def _reader(option: Option) -> Callable[[str], object]:
-    """A function that reads the option's value from text; the option itself says what it may be."""
+    """Make a parser of the option's value; the option itself says what is allowed."""
 
     def read(text: str) -> object:
         value = _value_of(option, text.strip())
@@ -147,7 +206,7 @@ def _reader(option: Option) -> Callable[[str], object]:
 
 
 def _value_of(option: Option, text: str) -> object:
-    """`text` as the option's kind of value, or as it is where it is of another kind."""
+    """Convert text to the option's kind of value, or return it unchanged where it is of another kind."""
     if option.kind == "interval":
         found = re.fullmatch(r"([0-9.]+)-([0-9.]+)", text)
         numbers = tuple(_number(part, float) for part in found.groups()) if found else ()
@@ -171,7 +230,13 @@ def _number(text: str, kind: type[int] | type[float]) -> object:
 
 @dataclass(frozen=True)
 class PlanChoices:
-    """What the plan's options ask for; `options` has those that were given, as keywords of `make_plan`."""
+    """What the plan's options ask for.
+
+    Attributes:
+        size: (width, height) of the final image in pixels; None takes the family's default.
+        options: The options that were given, as keywords of `plan.make.make_plan`.
+        calibration: A file of `mrflow calibrate`, whose preset becomes the default; or None.
+    """
 
     size: tuple[int, int] | None
     options: PlanOptions
@@ -179,14 +244,24 @@ class PlanChoices:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> PlanChoices:
-        """The choices in the arguments."""
-        return cls(args.size, given_options(args), args.calibration)
-
-    def make_plan(self, family: str | Family) -> StagedPlan:
-        """The plan that the options ask for; everything not given is left to `plan.make.make_plan`.
+        """Take the choices from parsed arguments.
 
         Args:
-            family: the model's family, or its name.
+            args: What a parser with `plan_options` returned.
+
+        Returns:
+            The choices.
+        """
+        return cls(args.size, _given_options(args), args.calibration)
+
+    def make_plan(self, family: str | Family) -> StagedPlan:
+        """Make the plan that the options ask for; what was not given is left to `plan.make.make_plan`.
+
+        Args:
+            family: The model's family, or its name.
+
+        Returns:
+            The plan.
 
         Raises:
             MrFlowError: An option is out of range, or has no meaning beside another; --calibration cannot be read.
@@ -198,7 +273,7 @@ class PlanChoices:
         return make_plan(known, width, height, **self.options)
 
     def _calibrated(self, family: Family) -> Family:
-        """`family` with the preset of --calibration, where that is given."""
+        """Return `family` with the preset of --calibration, where that is given."""
         if self.calibration is None:
             return family
         from mrflow_sched.measure.calibrate import Calibration
@@ -213,19 +288,26 @@ class PlanChoices:
         return Calibration.from_json(text).apply(family)
 
 
-def given_options(args: argparse.Namespace) -> PlanOptions:
-    """The plan's options that were given in `args`."""
+def _given_options(args: argparse.Namespace) -> PlanOptions:
+    """Return the plan's options that were given in `args`."""
     found = {name: getattr(args, name, None) for name in OPTIONS}
     return cast("PlanOptions", {name: value for name, value in found.items() if value is not None})
 
 
 def option_name(word: str) -> str:
-    """The option that is called `word` in Python."""
+    """Return the name on the command line of a Python keyword.
+
+    Args:
+        word: A keyword such as "low_steps".
+
+    Returns:
+        The option, "--low-steps".
+    """
     return f"--{word.replace('_', '-')}"
 
 
 def _check_meaning(given: PlanOptions, native: bool) -> None:
-    """Refuse options that another one makes meaningless, by the names that they have here."""
+    """Refuse options that another one makes meaningless, by their names on the command line."""
     for name, value in given.items():
         option = OPTIONS[name]
         if native and option.applies == "staged" and value != option.default:
@@ -242,7 +324,15 @@ def _check_meaning(given: PlanOptions, native: bool) -> None:
 
 
 def default_size(family: Family, *, native: bool) -> tuple[int, int]:
-    """(width, height) in pixels where --size is left out."""
+    """Return the size to make where --size is left out.
+
+    Args:
+        family: The model's family.
+        native: Whether the run is native, that is, of one stage.
+
+    Returns:
+        (width, height) in pixels.
+    """
     return family.native_size if native else family.default_size or family.native_size
 
 
@@ -250,7 +340,11 @@ def default_size(family: Family, *, native: bool) -> tuple[int, int]:
 
 
 def model_options() -> Parser:
-    """Options that choose the model, the upscaler and what they run on."""
+    """Make the options that choose the model, the upscaler and what they run on.
+
+    Returns:
+        A parser for argparse's `parents=`, whose results `ModelChoices.from_args` reads.
+    """
     parser = Parser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("the model and the machine")
     group.add_argument(
@@ -277,7 +371,16 @@ def model_options() -> Parser:
 
 @dataclass(frozen=True)
 class ModelChoices:
-    """Which model and upscaler to load, and how. `model` None: the embedded model."""
+    """Which model and upscaler to load, and how.
+
+    Attributes:
+        model: Folder of a diffusers pipeline; None: the embedded model.
+        family: Name of the model's family; None: the folder tells.
+        upscaler: An ESRGAN-type file or "lanczos"; None: the embedded model's own, Lanczos for a folder.
+        device: "auto" or a torch device.
+        dtype: "auto" or a dtype name, for all parts.
+        offload: Keep parts on the CPU while they are idle.
+    """
 
     model: str | None = None
     family: str | None = None
@@ -288,7 +391,14 @@ class ModelChoices:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelChoices:
-        """The choices in the arguments."""
+        """Take the choices from parsed arguments.
+
+        Args:
+            args: What a parser with `model_options` returned.
+
+        Returns:
+            The choices.
+        """
         return cls(args.model, args.family, args.upscaler, args.device, args.dtype, args.offload_text)
 
 
@@ -296,7 +406,11 @@ class ModelChoices:
 
 
 def output_options() -> Parser:
-    """Options of what a command writes and shows."""
+    """Make the options of what a command writes and shows.
+
+    Returns:
+        A parser for argparse's `parents=`, whose results `OutputChoices.from_args` reads.
+    """
     parser = Parser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("the output")
     group.add_argument(
@@ -312,7 +426,13 @@ def output_options() -> Parser:
 
 @dataclass(frozen=True)
 class OutputChoices:
-    """Where results go and how they are shown. `progress` None: a bar on a terminal only."""
+    """Where results go and how they are shown.
+
+    Attributes:
+        folder: Where files are written; it is made if it is missing.
+        progress: Whether to show a progress bar; None: only on a terminal.
+        json: Print the result as JSON.
+    """
 
     folder: Path
     progress: bool | None
@@ -320,5 +440,12 @@ class OutputChoices:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> OutputChoices:
-        """The choices in the arguments."""
+        """Take the choices from parsed arguments.
+
+        Args:
+            args: What a parser with `output_options` and `common_options` returned.
+
+        Returns:
+            The choices.
+        """
         return cls(args.out, args.progress, args.json)

@@ -1,4 +1,4 @@
-"""`mrflow plan`: the numbers of a run."""
+"""`mrflow plan`: the numbers of a run, without running it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ MAX_SECONDS = 1e7
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A plan to show. `timings`: a file that `mrflow compare --json` printed, to predict seconds from."""
+    """A plan to show.
+
+    Attributes:
+        family: Name of the model family.
+        choices: Options of the plan.
+        timings: A file that holds what `mrflow compare --json` printed, to predict the run time from; or None.
+        json: Print the plan as JSON.
+    """
 
     family: str
     choices: PlanChoices
@@ -31,12 +38,23 @@ class PlanRequest:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> PlanRequest:
-        """The request that the arguments make."""
+        """Make the request from parsed arguments.
+
+        Args:
+            args: What the parser of `add_parser` returned.
+
+        Returns:
+            The request.
+        """
         return cls(args.family, PlanChoices.from_args(args), args.timings, args.json)
 
 
 def add_parser(commands: Commands) -> None:
-    """Add `mrflow plan`."""
+    """Add `mrflow plan`.
+
+    Args:
+        commands: Where the parser is added.
+    """
     parser = commands.add_parser(
         "plan", parents=[plan_options(), common_options()], allow_abbrev=False, help="show the numbers of a run"
     )
@@ -51,7 +69,17 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(request: PlanRequest) -> int:
-    """Print the plan, as sentences or as JSON."""
+    """Print the plan, as sentences or as JSON.
+
+    Args:
+        request: The plan to show.
+
+    Returns:
+        0.
+
+    Raises:
+        MrFlowError: The options make no plan, or the file of --timings cannot be used.
+    """
     plan = request.choices.make_plan(request.family)
     seconds = None if request.timings is None else _predicted(plan, request.timings)
     if request.json:
@@ -67,7 +95,7 @@ def _work(plan: StagedPlan) -> list[dict[str, Any]]:
 
 
 def _predicted(plan: StagedPlan, path: Path) -> tuple[tuple[str, float], ...]:
-    """(part, seconds) of `plan` on the machine that `mrflow compare --json` was run on."""
+    """Predict (part, seconds) of `plan` on the machine that `mrflow compare --json` was run on."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         measured = StagedPlan.from_string(found["plan"])
@@ -113,7 +141,7 @@ def _lines(plan: StagedPlan, seconds: Sequence[tuple[str, float]] | None = None)
 
 
 def _cost_lines(plan: StagedPlan) -> Iterator[str]:
-    """What the run costs: the network alone, all parts, memory."""
+    """Yield what the run costs: the network alone, all parts, peak memory."""
     native = counted(plan.native_steps, "native step")
     if len(plan.stages) > 1:
         yield f"network cost: {_compared(plan.cost_ratio)} than {native}"
@@ -132,5 +160,5 @@ def _cost_lines(plan: StagedPlan) -> Iterator[str]:
 
 
 def _compared(ratio: float) -> str:
-    """How a cost stands to one that is `ratio` times as large."""
+    """Write the ratio of another cost to ours as "2.00x less" or "2.00x more"."""
     return f"{ratio:.2f}x less" if ratio >= 1 else f"{1 / ratio:.2f}x more"

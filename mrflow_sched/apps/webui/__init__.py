@@ -1,6 +1,7 @@
-"""The extension for WebUIs of the A1111 family: rooms that `scripts/mrflow.py` delegates to.
+"""The extension for WebUIs of the A1111 family: the modules that `scripts/mrflow.py` delegates to.
 
-`controls` what the user chose, `host` what this host and model can do, `recipe` all numbers of a job, `run` the life
-of a job, `infotext` metadata; `ui`, `axes`, `settings`, `upscaler` and `api` face the host's page. No room needs a host
-to be imported.
+`controls` holds what the user chose, `host` what this host and model can do, `recipe` all numbers of a job. `run` is
+the life of a job, with `job` (its state), `replacements` (methods that replace the host's), `encode` (the VAE) and
+`reporting` (what a job says). `infotext` writes and reads metadata; `ui`, `axes`, `settings`, `upscaler` and `api`
+extend the host's page and API. Each module can be imported without a host.
 """

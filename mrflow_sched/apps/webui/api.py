@@ -1,4 +1,4 @@
-"""GET /mrflow/v1/schema: what the script's API arguments are called, allow and start with."""
+"""GET /mrflow/v1/schema: names, allowed values and defaults of the script's API arguments."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
 def register(demo: Any, app: Any) -> None:
-    """Add the route to the host's FastAPI `app`; the hook for `on_app_started`. `demo` is None without a page."""
+    """Add the route to the host's app, once; the hook for `on_app_started`.
+
+    Args:
+        demo: The host's gradio page, or None; not used.
+        app: The host's FastAPI app.
+    """
     if all(getattr(route, "path", None) != ROUTE for route in app.routes):
         app.add_api_route(ROUTE, schema, methods=["GET"], name="mrflow_schema")
 
 
 def schema() -> dict[str, Any]:
-    """Every argument in positional order, with an example body for POST /sdapi/v1/txt2img, as plain JSON values."""
+    """Describe every argument, in positional order.
+
+    Returns:
+        JSON values: the arguments, and an example body for POST /sdapi/v1/txt2img.
+    """
     example = {"enabled": True, "preset": "12+1", "factor": 2.0}
     return {
         "version": mrflow_sched.__version__,

@@ -1,4 +1,4 @@
-"""Axes of the host's X/Y/Z plot. A value goes into a fresh dict on the cell's own copy of the job, nowhere else."""
+"""Axes of the host's X/Y/Z plot. A value is kept in a new dict on the cell's own copy of the job, nowhere else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AXES: tuple[tuple[str, type], ...] = (
     ("solver", str),
     ("enabled", str),
 )
-"""Field of `Controls` and the type that the plot reads its values as, in the order of the menu (append only)."""
+"""Field of `Controls` and the type to which the plot converts its values, in the order of the menu (append only)."""
 
 _SWITCH = {"true": True, "false": False}
 
@@ -38,9 +38,15 @@ def register() -> None:
 
 
 def add_axes(scripts_data: Iterable[Any], upscaler_names: Callable[[], list[str]]) -> int:
-    """Append what is missing to the plot found among `scripts_data`; returns how many axes were added.
+    """Add our axes to the X/Y/Z plot, unless it has them already.
 
-    The plot is known by its file's name, which every host shares; without a plot nothing happens.
+    Args:
+        scripts_data: The host's scripts. The plot is recognised by its file's name, which is the same on every host;
+            without a plot nothing happens.
+        upscaler_names: Returns the names of the host's upscalers; called when the menu opens.
+
+    Returns:
+        How many axes were added.
     """
     added = 0
     for data in scripts_data:
@@ -56,7 +62,14 @@ def add_axes(scripts_data: Iterable[Any], upscaler_names: Callable[[], list[str]
 
 
 def overrides(p: Any) -> Mapping[str, Any]:
-    """The values that the plot set for this cell, by field of `Controls`; empty outside a plot."""
+    """Return the values that the plot set for this cell.
+
+    Args:
+        p: The cell's job.
+
+    Returns:
+        Values by field of `Controls`; empty outside a plot.
+    """
     return dict(getattr(p, ATTRIBUTE, None) or {})
 
 

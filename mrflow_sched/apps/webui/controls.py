@@ -1,6 +1,6 @@
-"""What the user chose: one frozen `Controls`, from the page, from the API or from an image's metadata.
+"""What the user chose: one frozen `Controls`, from the page, the API or an image's metadata.
 
-The order of the fields is the order of the API's positional arguments. It only ever grows at its end.
+The order of the fields is the order of the API's positional arguments: new ones are only added at the end.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mrflow_sched.plan.families import FAMILIES, TIERS
 __all__ = ["AUTOMATIC", "CHOICES", "FIELDS", "LABELS", "LIMITS", "Controls"]
 
 AUTOMATIC = "automatic"
-"""The preset and the upscaler that are picked for the loaded model."""
+"""The preset, or the upscaler, that suits the loaded model."""
 
 _STEPS_NAME = re.compile(r"([0-9]{1,3})\+([0-9]{1,2})")
 
 
 def _preset_names() -> tuple[str, ...]:
-    """`AUTOMATIC`, the tiers, then each preset that any family has, most steps first, named ones last."""
+    """Return `AUTOMATIC`, the tiers, then each preset that any family has, most steps first, named ones last."""
     known = {preset.name: preset for family in FAMILIES.values() for preset in family.presets}
     stepped = [name for name in known if _STEPS_NAME.fullmatch(name)]
     named = [name for name in known if name not in stepped]
@@ -42,7 +42,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "colour_guard": ("off", "auto"),
     }
 )
-"""What a field may be, default first. `preset` also takes any other "N+M" within the step limits."""
+"""Allowed values of a field, default first. `preset` also takes any other "N+M" within the step limits."""
 
 LIMITS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
     {
@@ -56,6 +56,7 @@ LIMITS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
 """Least value, largest value and slider step of each number. 0 steps and sigma 0 mean: from the preset."""
 
 MIN_SIGMA = 0.02
+"""The least sigma that can be set; 0 stands for the preset's."""
 
 LABELS: Mapping[str, str] = MappingProxyType(
     {
@@ -75,19 +76,34 @@ LABELS: Mapping[str, str] = MappingProxyType(
         "save_stages": "Save stage images",
     }
 )
-"""English label of each control. They are the keys of ui-config.json and of the translations: never change one."""
+"""English label of each control: a key of ui-config.json and of the translations, so none is ever changed."""
 
 
 @dataclass(frozen=True)
 class Controls:
-    """All that the user can set. Raises ValueError, one sentence, for a value that is not allowed.
+    """All that the user can set.
 
-    `preset`: "automatic" (the family's default), "12+1" (low + refine steps) or "text". `factor`: final side over low
-    side, 1.25 to 4. `low_steps` (to 150), `refine_steps` (to 20) and `sigma` (true flow sigma, 0.02 to 0.6): 0 means
-    from the preset. `shift`: the plan's own stage-1 list, or the host's schedule. `solver`: the host's sampler, or the
-    family's second-order one. `upscaler`: "automatic" or a name of the host's list. `refine_cfg`: as the first pass,
-    off (1), or `refine_cfg_value` (1 to 30). `refine_seed`: noise of the seed after the image's, or the host's.
-    None stands for the default; whole numbers may come as floats such as 12.0.
+    None stands for a field's default; whole numbers may come as floats such as 12.0.
+
+    Attributes:
+        enabled: Use MrFlow for the job.
+        preset: "automatic" (the family's default), "fast", "balanced", "best", "text", or low + refine steps such as
+            "12+1".
+        factor: Final side over low side, 1.25 to 4.
+        low_steps: Steps of stage 1, to 150; 0: from the preset.
+        refine_steps: Steps of the refine stage, to 20; 0: from the preset.
+        sigma: Flow sigma at which the refine stage starts, 0.02 to 0.6; 0: from the preset.
+        shift: "resolution-aware" (the plan's own stage-1 schedule) or "host" (the host's schedule).
+        solver: "host sampler", or "multistep" (the second-order solver that suits the family).
+        upscaler: "automatic", or a name of the host's list.
+        refine_cfg: Guidance of the refine stage: "same" (as the first pass), "off" (1), or "value".
+        refine_cfg_value: The guidance scale of "value", 1 to 30.
+        refine_seed: Noise of the refine stage: "seed + 1" (of the seed after the image's), or "host".
+        colour_guard: "auto" removes a shift of the mean colour that the later stages introduce, or "off".
+        save_stages: Save the low-resolution image too.
+
+    Raises:
+        MrFlowError: A value is not allowed.
     """
 
     enabled: bool = False
@@ -114,11 +130,18 @@ class Controls:
 
     @classmethod
     def from_args(cls, args: Sequence[Any]) -> Controls:
-        """The controls in a script's argument list: values in the order of `FIELDS`, or one dict with those names.
+        """Read the controls from a script's argument list.
 
-        A shorter list leaves the rest at the defaults. A dict must stand first; what follows it is ignored, because
-        hosts fill lists up with the page's defaults. A dict without "enabled" switches MrFlow on: whoever sends one
-        wants it. Raises ValueError, one sentence, for unknown names, too many values, or a value that is not allowed.
+        Args:
+            args: Values in the order of `FIELDS`, or a dict by those names. A shorter list leaves the rest at the
+                defaults. A dict must come first; what follows it is ignored, because hosts fill lists up with the
+                page's defaults. A dict without "enabled" switches MrFlow on: whoever sends one wants it.
+
+        Returns:
+            The controls.
+
+        Raises:
+            MrFlowError: A name is unknown, there are too many values, or a value is not allowed.
         """
         if args and isinstance(args[0], Mapping):
             given = cast("Mapping[Any, Any]", args[0])
@@ -133,7 +156,11 @@ class Controls:
         return cls(**dict(zip(FIELDS, args, strict=False)))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, as JSON takes them; `from_args([this])` gives the same controls."""
+        """Return all fields by name, as JSON values.
+
+        Returns:
+            A dict from which `from_args([dict])` makes the same controls.
+        """
         return asdict(self)
 
 
@@ -145,7 +172,7 @@ FIELDS: tuple[str, ...] = tuple(entry.name for entry in fields(Controls))
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:
-    """`value` of field `name` as it is kept. Raises ValueError naming the field, the value and what is allowed."""
+    """Check the value of field `name` and convert it to `kind`."""
     if kind is bool:
         if not isinstance(value, bool):
             raise MrFlowError(f"{name} must be true or false, got {value!r}.")
@@ -191,7 +218,7 @@ def _checked_number(name: str, value: Any, kind: type) -> int | float:
         return int(value) if kind is int else float(value)
     wanted = "a whole number" if kind is int else "a number"
     span = f"{MIN_SIGMA:g} to {high:g}" if name == "sigma" else f"{low:g} to {high:g}"
-    zero = "; 0 takes the preset's" if low == 0 else ""
+    zero = "; 0 uses the preset's" if low == 0 else ""
     raise MrFlowError(f"{name} must be {wanted} from {span}, got {value!r}{zero}.")
 
 
@@ -200,4 +227,4 @@ def _check_names(given: Mapping[Any, Any]) -> None:
         if name not in FIELDS:
             near = difflib.get_close_matches(str(name), FIELDS, n=1)
             hint = f"did you mean {near[0]!r}? Known names are" if near else "known names are"
-            raise MrFlowError(f"{name!r} is no setting of MrFlow; {hint} {', '.join(FIELDS)}.")
+            raise MrFlowError(f"{name!r} is not a setting of MrFlow; {hint} {', '.join(FIELDS)}.")

@@ -1,7 +1,7 @@
-"""The host's VAE encoder in the handoff, made to give the same latents for the same seeds.
+"""Make the host's VAE encoder give the same latents for the same seeds in the handoff.
 
 Hosts draw from the encoder's distribution with torch's global generator, so the latents depend on whatever else drew
-from it before, and on the picture's place in the batch. Some engines also keep only the first picture of a batch.
+from it before, and on the image's place in the batch. Some engines also keep only the first image of a batch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,18 @@ __all__ = ["steady_encoding"]
 
 @contextmanager
 def steady_encoding(model: Any, seeds: Sequence[int]) -> Generator[None, None, None]:
-    """Inside, `model` encodes pictures one by one, the i-th with torch's generators seeded by `seeds[i]`.
+    """Let a model encode images one by one while the block runs, each with torch's generators seeded by its own seed.
 
-    The generators are put back after each picture. `encode_first_stage` and `get_first_stage_encoding` (which draws,
-    on hosts that split the two) are covered by attributes of this one model object, which are gone afterwards.
+    The generators are put back after each image. `encode_first_stage` and `get_first_stage_encoding` (which draws, on
+    hosts that split the two) are hidden by attributes of this one model object, which are removed at the end.
+
+    Args:
+        model: The host's model.
+        seeds: A seed for each image, in the order in which they are encoded; taken again from the start where there
+            are more images. Empty: 0.
+
+    Yields:
+        Nothing.
     """
     own = own_attributes(model)
     covered: dict[str, Any] = {
@@ -47,7 +55,13 @@ _ABSENT: Any = object()
 
 
 class _Encoder:
-    """Counts the pictures and seeds each."""
+    """Counts the images and seeds each.
+
+    Args:
+        seeds: A seed for each image.
+        encoder: The model's own `encode_first_stage`.
+        finisher: Its own `get_first_stage_encoding`; None where it has none.
+    """
 
     def __init__(self, seeds: Sequence[int], encoder: Callable[..., Any], finisher: Callable[..., Any] | None) -> None:
         self._seeds = [int(seed) for seed in seeds] or [0]
@@ -64,7 +78,14 @@ class _Encoder:
             return self._encoder(x, *args, **kwargs)
 
     def finish(self, encoding: Any) -> Any:
-        """The latents of the picture that was encoded last."""
+        """Draw the latents of the image that was encoded last.
+
+        Args:
+            encoding: What `encode` returned.
+
+        Returns:
+            What the model's own method returns.
+        """
         with self._seeded():
             return encoding if self.finisher is None else self.finisher(encoding)
 

@@ -1,8 +1,8 @@
-"""What this host and the loaded model can do, found by looking at objects handed in: never at a version's name.
+"""What this host and the loaded model can do, found by looking at their objects, never at a version number.
 
 Three kinds of host meet here. New Forge (Forge main, Neo): `sd_model.forge_objects.unet.model.predictor` exists and
-mixes noise the model's own way. A1111: no `forge_objects`; flow models carry `add_noise_to_latent`. Old Forge
-(Classic, reForge): `forge_objects` without `predictor`, where noise is always added the variance-exploding way.
+mixes noise as the model expects it. A1111: no `forge_objects`; flow models have `add_noise_to_latent`. Old Forge
+(Classic, reForge): `forge_objects` without `predictor`, where noise is always added as for variance-exploding models.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Noising = Literal["flow", "ve", "none"]
 
 
 class HostApi(Protocol):
-    """What a running WebUI is asked for beyond the job object."""
+    """What the extension asks of a running WebUI besides the job object."""
 
     @property
     def opts(self) -> Any:
@@ -50,20 +50,37 @@ class HostApi(Protocol):
 
     @property
     def dynamic_args(self) -> Any:
-        """Forge Neo's record of what kind of model is loaded; None on other hosts."""
+        """Forge Neo's record of the kind of model that is loaded; None on other hosts."""
         ...
 
     def upscalers(self) -> Sequence[Any]:
-        """The host's upscalers, each with a `name`."""
+        """List the host's upscalers.
+
+        Returns:
+            Entries with a `name`, in the order of the host's menu.
+        """
         ...
 
     def timestep_samplers(self) -> frozenset[str]:
-        """Names of the samplers that walk timesteps and ignore sigma lists (DDIM, PLMS, ...)."""
+        """Name the samplers that walk timesteps and ignore schedules of sigmas.
+
+        Returns:
+            Names as in the host's menu, such as "DDIM"; empty where the host has none.
+        """
         ...
 
     def make_noise(self, p: Any, shape: Sequence[int], seeds: Sequence[int], subseeds: Sequence[int]) -> Tensor:
-        """The host's own seeded noise (len(seeds), *shape) with the job's variation settings; no other random number
-        of the process is changed."""
+        """Draw noise as the host does for the job, variation settings included, without changing random states.
+
+        Args:
+            p: The job, whose variation settings apply.
+            shape: Shape of one latent, without the batch.
+            seeds: A seed for each image.
+            subseeds: A variation seed for each image.
+
+        Returns:
+            Standard normal noise (len(seeds), *shape).
+        """
         ...
 
 
@@ -104,13 +121,24 @@ class _WebUI:
 
 
 def own_attributes(thing: Any) -> dict[str, Any]:
-    """The attributes of an object itself, without those of its class: a live dict, as `vars` gives."""
+    """Return the attributes of an object itself, without those of its class.
+
+    Args:
+        thing: Any object with a `__dict__`.
+
+    Returns:
+        The live dict, as `vars` gives it.
+    """
     return thing.__dict__
 
 
 @contextmanager
 def kept_random_state() -> Generator[None, None, None]:
-    """Inside, torch's global generators may be seeded and drawn from; afterwards they are as they were."""
+    """Put torch's global generators (CPU, and the current GPU where one is used) back when the block ends.
+
+    Yields:
+        Nothing; the block may seed the generators and draw from them.
+    """
     used = torch.cuda.is_available() and torch.cuda.is_initialized()
     library: Any = torch.random  # partially typed
     with library.fork_rng(devices=[torch.cuda.current_device()] if used else []):
@@ -118,9 +146,15 @@ def kept_random_state() -> Generator[None, None, None]:
 
 
 def attach(import_module: Callable[[str], Any]) -> HostApi:
-    """The running WebUI, found through its modules by `import_module`, which must be `importlib.import_module`'s like.
+    """Connect to the running WebUI through its modules.
 
     Call it while the script is loaded: some hosts take the extension's folder off the path afterwards.
+
+    Args:
+        import_module: `importlib.import_module`, or a function like it.
+
+    Returns:
+        The WebUI.
     """
     samplers: frozenset[str] = frozenset()
     try:
@@ -137,26 +171,29 @@ def attach(import_module: Callable[[str], Any]) -> HostApi:
 
 @dataclass(frozen=True)
 class Host:
-    """What this host's job object and model offer. `noising`: how its hires pass mixes noise in ("none": no model)."""
+    """What this host offers.
 
-    has_hr_cfg: bool
+    Attributes:
+        has_every_sampling: The host calls a hook before every sampling, where the refine noise and the solver are set.
+        noising: How its hires pass mixes noise in: "flow", "ve" (variance-exploding), or "none" while no model is
+            loaded.
+    """
+
     has_every_sampling: bool
-    has_modified_noise: bool
-    has_hr_scheduler: bool
-    has_additional_modules: bool
-    upscaler_names: tuple[str, ...]
     noising: Noising
 
 
-def capabilities(p: Any, upscalers: Sequence[Any] = ()) -> Host:
-    """What the host of job `p` can do; `upscalers` is its list (`HostApi.upscalers`)."""
+def capabilities(p: Any) -> Host:
+    """Find out what the host of a job can do.
+
+    Args:
+        p: The job, or anything with `sd_model`.
+
+    Returns:
+        What the host offers.
+    """
     return Host(
-        has_hr_cfg=hasattr(p, "hr_cfg"),
         has_every_sampling=hasattr(getattr(p, "scripts", None), "process_before_every_sampling"),
-        has_modified_noise=hasattr(p, "modified_noise"),
-        has_hr_scheduler=hasattr(p, "hr_scheduler"),
-        has_additional_modules=hasattr(p, "hr_additional_modules"),
-        upscaler_names=tuple(str(entry.name) for entry in upscalers),
         noising=_noising(getattr(p, "sd_model", None)),
     )
 
@@ -166,11 +203,17 @@ def capabilities(p: Any, upscalers: Sequence[Any] = ()) -> Host:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The loaded model. `refusal`: the sentence why it cannot run staged, or None.
+    """The loaded model.
 
-    `known`: its schedule is in the family table; for others stage 1 follows the host's. `grid_final`, `grid_low`:
-    sides of the final and of the low-resolution picture are multiples of these pixels. `five_d`: latents carry a time
-    axis (B, C, T, h, w). `experimental`: no flow model, run by equal signal-to-noise ratio.
+    Attributes:
+        family: Its family, or a stand-in where `known` is False.
+        title: Its name in sentences.
+        flow: It predicts a velocity of the flow interpolant.
+        experimental: It is no flow model; sigmas are converted at equal signal-to-noise ratio.
+        refusal: The sentence that says why it cannot run staged, or None.
+        grid_final: Sides of the final image are multiples of this many pixels.
+        grid_low: Sides of the low-resolution image are multiples of this many pixels.
+        known: Its schedule is in the family table; for other models stage 1 uses the host's schedule.
     """
 
     family: Family
@@ -180,7 +223,6 @@ class ModelInfo:
     refusal: str | None
     grid_final: int
     grid_low: int
-    five_d: bool
     known: bool = True
 
 
@@ -189,15 +231,20 @@ _PLAIN = "generate without MrFlow, or choose another checkpoint"
 
 
 def probe_model(p: Any, host: HostApi | None = None) -> ModelInfo:
-    """What is loaded: `p` is a job, or anything with `sd_model`; `host` adds what only Neo's own record tells.
+    """Find out what model is loaded. A model that cannot be used is told by `ModelInfo.refusal`, not raised.
 
-    Never raises for a model it does not know: `refusal` says why one cannot be used.
+    Args:
+        p: The job, or anything with `sd_model`.
+        host: The WebUI, whose record of the model (Forge Neo) is read too; None leaves that out.
+
+    Returns:
+        The model.
     """
     model = getattr(p, "sd_model", None)
     noising = _noising(model)
     engine = type(model).__name__
     if model is None or noising == "none":
-        return _refused("sd15", engine, "MrFlow needs a loaded checkpoint, and there is none yet")
+        return _refused("sd15", engine, "MrFlow needs a loaded checkpoint, and none is loaded yet")
     name = _checkpoint_name(model)
     flow = _is_flow(model)
     family, known = _family(p, model, engine, name, flow)
@@ -211,14 +258,13 @@ def probe_model(p: Any, host: HostApi | None = None) -> ModelInfo:
         refusal=refusal,
         grid_final=16 if flow and (family.shift.kind == "flux2" or not new_forge) else family.vae_factor,
         grid_low=family.grid,
-        five_d=bool(getattr(model, "is_wan", False)),
         known=known,
     )
 
 
 def _refused(family: str, title: str, sentence: str) -> ModelInfo:
     known = get_family(family)
-    return ModelInfo(known, title, False, True, f"{sentence}; {_PLAIN}.", 8, known.grid, False)
+    return ModelInfo(known, title, False, True, f"{sentence}; {_PLAIN}.", 8, known.grid)
 
 
 def _refusal(
@@ -226,24 +272,24 @@ def _refusal(
 ) -> str | None:
     record = getattr(host, "dynamic_args", None)
     if engine.startswith("Wan") or bool(getattr(record, "wan", False)):
-        return f"MrFlow makes pictures, and {name or engine} makes videos; {_PLAIN}."
+        return f"MrFlow makes images, and {name or engine} makes videos; {_PLAIN}."
     edits = any(bool(getattr(record, kind, False)) for kind in ("kontext", "edit"))
     if edits or _EDITS.search(name):
-        return f"MrFlow cannot be used with the edit model {name or engine}, whose encoder stores references; {_PLAIN}."
+        return f"MrFlow cannot be used with the edit model {name or engine}, which encodes reference images; {_PLAIN}."
     if engine == "StableDiffusionXLRefiner":
         return f"MrFlow needs a base model, and {name or engine} is a refiner; {_PLAIN}."
     if bool(getattr(model, "is_inpaint", False)):
         return f"MrFlow cannot be used with the inpainting model {name or engine}; {_PLAIN}."
     if flow and noising == "ve":
         return (
-            f"MrFlow cannot be used with {title} on this WebUI, which adds noise to flow models the variance-exploding "
-            "way in its hires pass; generate without MrFlow, or use Forge or Forge Neo."
+            f"MrFlow cannot be used with {title} on this WebUI, whose hires pass adds noise to flow models as if they "
+            "were variance-exploding; generate without MrFlow, or use Forge or Forge Neo."
         )
     return None
 
 
 def _family(p: Any, model: Any, engine: str, name: str, flow: bool) -> tuple[Family, bool]:
-    """The family of the loaded model, and whether its schedule is known."""
+    """Return the family of the loaded model, and whether its schedule is known."""
     repository = getattr(getattr(model, "model_config", None), "huggingface_repo", "")
     facts = HostFacts(
         engine=engine,
@@ -272,7 +318,7 @@ def _predictor(model: Any) -> Any:
 
 
 def _noising(model: Any) -> Noising:
-    """How the host mixes noise into this model's latents in its hires pass."""
+    """Return how the host mixes noise into this model's latents in its hires pass."""
     if model is None:
         return "none"
     predictor = _predictor(model)
@@ -287,7 +333,7 @@ def _noising(model: Any) -> Noising:
 
 
 def _is_flow(model: Any) -> bool:
-    """Whether the model predicts a velocity of the flow interpolant."""
+    """Return whether the model predicts a velocity of the flow interpolant."""
     if _noising(model) == "flow":
         return True
     if _predictor(model) is not None:

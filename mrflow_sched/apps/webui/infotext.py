@@ -1,10 +1,10 @@
-"""Our keys in a picture's metadata ("PNG info"): written from controls and recipe, read back into the same controls.
+"""Our keys in an image's metadata ("PNG info"): written from controls and recipe, read back into the same controls.
 
     MrFlow: automatic 12+1 x2 v1, MrFlow steps: 12+1, MrFlow sigma: 0.12, MrFlow size: 512x512, ...
 
-`MrFlow` alone tells how to make the picture again: the preset that ran ("automatic" before it where it was picked for
-the model), the size factor, what the user set instead of the preset's (`low=8`, `refine=2`, `sigma=0.15`), and the
-version of these rules. The other keys hold a choice that is not the default, or tell a reader what ran.
+`MrFlow` holds the preset that ran ("automatic" before it where it was chosen for the model), the size factor, what the
+user set instead of the preset's numbers (`low=8`, `refine=2`, `sigma=0.15`), and the version of these rules. The other
+keys hold a choice that is not the default, or tell a reader what ran.
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ _PRESET = re.compile(r"[0-9]+\+[0-9]+")
 
 
 def write(controls: Controls, recipe: Recipe) -> dict[str, str]:
-    """All our keys for a picture made by `recipe`; `read` gives `controls` back exactly."""
+    """Write all our keys for an image; `read` gives the controls back exactly.
+
+    Args:
+        controls: What the user chose.
+        recipe: What ran.
+
+    Returns:
+        Values by key, in the order in which they are shown.
+    """
     # The preset asked for, also where the model's family has none of that name.
     asked = f"{AUTOMATIC} {recipe.preset}" if controls.preset == AUTOMATIC else controls.preset
     words = [asked, f"x{_number(controls.factor)}"]
@@ -65,10 +73,16 @@ def write(controls: Controls, recipe: Recipe) -> dict[str, str]:
 
 
 def read(params: Mapping[str, Any]) -> Controls:
-    """The controls that a picture's metadata tell; without our main key all defaults, with MrFlow off.
+    """Read the controls from an image's metadata.
 
-    `params` are the keys as a host parses them (values shaped "512x512" may come split into "-1" and "-2"). Whatever is
-    missing, unknown to this version or out of range counts as the default: an old or edited text still reads.
+    Whatever is missing, unknown to this version or out of range counts as the default, so old or edited text can still
+    be read.
+
+    Args:
+        params: The keys as a host parses them; values shaped "512x512" may come split into keys with "-1" and "-2".
+
+    Returns:
+        The controls; all defaults, with MrFlow off, where our main key is missing.
     """
     main = _get(params, KEY)
     if main is None:
@@ -86,7 +100,17 @@ def read(params: Mapping[str, Any]) -> Controls:
 
 
 def field_value(name: str) -> Callable[[Mapping[str, Any]], Any]:
-    """What a page's paste field for control `name` is filled by: a function of the metadata's keys."""
+    """Return the function that fills a control when metadata is pasted into the page.
+
+    Args:
+        name: A field of `Controls`.
+
+    Returns:
+        A function from the metadata's keys to the control's value.
+
+    Raises:
+        MrFlowError: There is no such field.
+    """
     if name not in FIELDS:
         raise MrFlowError(f"name must be one of {', '.join(FIELDS)}, got {name!r}.")
     return lambda params: getattr(read(params), name)
@@ -96,13 +120,13 @@ def field_value(name: str) -> Callable[[Mapping[str, Any]], Any]:
 
 
 def _from_main(text: str) -> dict[str, Any]:
-    """The controls in the main key's value; words that this version does not know are passed over."""
+    """Read the controls in the main key's value; words that this version does not know are ignored."""
     words = text.split()
     found: dict[str, Any] = {}
     if words and words[0] == AUTOMATIC:
         found["preset"] = words.pop(0)
         if words and not words[0].startswith("x"):
-            words.pop(0)  # what was picked
+            words.pop(0)  # what was chosen
     elif words and (words[0] in CHOICES["preset"] or _PRESET.fullmatch(words[0])):
         found["preset"] = words.pop(0)
     for word in words:
@@ -124,7 +148,7 @@ def _get(params: Mapping[str, Any], key: str) -> str | None:
 def _usable(name: str, value: Any) -> bool:
     try:
         Controls(**{name: value})
-    except ValueError:
+    except MrFlowError:
         return False
     return True
 
@@ -137,6 +161,6 @@ def _to_number(text: str) -> float | None:
 
 
 def _number(value: float) -> str:
-    """The shortest text that reads back as the same number, without a needless ".0"."""
+    """Write the shortest text that is read back as the same number, without a needless ".0"."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)

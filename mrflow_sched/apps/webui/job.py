@@ -1,6 +1,6 @@
-"""One job's state, and how it is written on the host's job object and taken off again.
+"""The state of one job, and how the host's job object is changed and put back.
 
-Everything hangs on the job object `p`, in `p._mrflow` (a `Run`). A `Run` knows its `owner`: hooks are also called on
+Everything is kept on the job object `p`, in `p._mrflow` (a `Run`). A `Run` knows its `owner`: hooks are also called on
 shallow copies of `p`, which carry the same run without being its owner.
 """
 
@@ -21,7 +21,6 @@ __all__ = [
     "ABSENT",
     "ATTRIBUTE",
     "METHODS",
-    "Method",
     "Run",
     "answer",
     "change",
@@ -38,21 +37,31 @@ __all__ = [
 ]
 
 ATTRIBUTE = "_mrflow"
+"""Where a job object carries its `Run`."""
 
 METHODS = ("calculate_target_resolution", "sample", "sample_hr_pass", "calculate_hr_conds")
-"""Methods of the job object that may stand in the host's place while a job runs."""
+"""Methods of the job object that may be replaced while a job runs."""
 
 ABSENT: Any = object()
+"""Stands for an attribute or an option that was not there."""
 
 
 @dataclass(eq=False)
 class Run:
     """What is known of one job.
 
-    `wanted`: the final size that was asked for. `button`: the job came from the gallery's upscale button. `originals`:
-    attributes of `owner` as they were, to be put back. `settings`: option -> (its value in the job's override settings,
-    the host's). `recipe` and `model` are None until the model is loaded. `marks`: when each stage of this batch began;
-    `seconds`: how long each took over all batches. `stopped_early`: interrupted in a first pass.
+    Attributes:
+        owner: The job object that this run belongs to.
+        controls: What the user chose.
+        wanted: (width, height) in pixels of the final image, as asked for.
+        button: The job came from the gallery's upscale button.
+        originals: Attributes of `owner` as they were, by name, to be put back.
+        settings: For each option that is overridden: its value in the job's override settings, and the host's.
+        model: The loaded model; None until it is loaded.
+        recipe: All numbers of the job; None until the model is loaded.
+        marks: When each part of this batch began, in seconds of `time.perf_counter`.
+        seconds: How long each part took, over all batches.
+        stopped_early: The user interrupted in a first pass.
     """
 
     owner: Any
@@ -69,19 +78,38 @@ class Run:
 
 
 def current(p: Any) -> Run | None:
-    """The run that `p` itself owns and whose numbers are fixed; None for other jobs and for copies."""
+    """Return the run of a job whose numbers are decided.
+
+    Args:
+        p: The job.
+
+    Returns:
+        The run; None for other jobs, for copies of a job, and before the numbers are decided.
+    """
     run = own(p)
     return run if run is not None and run.recipe is not None else None
 
 
 def own(p: Any) -> Run | None:
-    """The run of `p` itself, not that of the job it was copied from."""
+    """Return the run of a job itself, not that of the job it was copied from.
+
+    Args:
+        p: The job.
+
+    Returns:
+        The run, or None.
+    """
     run = getattr(p, ATTRIBUTE, None)
     return run if isinstance(run, Run) and run.owner is p else None
 
 
 def say(p: Any, sentence: str) -> None:
-    """Show `sentence` under the image; hosts keep equal ones once."""
+    """Show a sentence under the image.
+
+    Args:
+        p: The job.
+        sentence: What the user should read; hosts show equal ones once.
+    """
     comment = getattr(p, "comment", None)
     if callable(comment):
         comment(sentence)
@@ -93,24 +121,52 @@ def say(p: Any, sentence: str) -> None:
 
 
 def remember(run: Run, p: Any, name: str) -> None:
-    """Keep attribute `name` as it is now (or that there is none), unless it has been kept already."""
+    """Keep an attribute as it is now, or that it is absent, unless it has been kept already.
+
+    Args:
+        run: The job's run, which keeps the original.
+        p: The job.
+        name: The attribute.
+    """
     run.originals.setdefault(name, own_attributes(p).get(name, ABSENT))
 
 
 def change(run: Run, p: Any, name: str, value: Any) -> None:
-    """Set an attribute that `tidy` puts back."""
+    """Set an attribute, which `tidy` puts back.
+
+    Args:
+        run: The job's run, which keeps the original.
+        p: The job.
+        name: The attribute.
+        value: Its value while the job runs.
+    """
     remember(run, p, name)
     setattr(p, name, value)
 
 
 def change_known(run: Run, p: Any, name: str, value: Any) -> None:
-    """`change`, on hosts that have the attribute."""
+    """Set an attribute as `change` does, on hosts that have it.
+
+    Args:
+        run: The job's run, which keeps the original.
+        p: The job.
+        name: The attribute.
+        value: Its value while the job runs.
+    """
     if hasattr(p, name):
         change(run, p, name, value)
 
 
 def override(run: Run, p: Any, host: HostApi, key: str, value: Any) -> None:
-    """Let the host set option `key`, if it knows it, for this job; it restores the option itself."""
+    """Let the host set one of its options for this job; it restores the option itself.
+
+    Args:
+        run: The job's run, which keeps the originals.
+        p: The job, whose override settings are changed.
+        host: The WebUI.
+        key: The option; where the host does not know it, nothing happens.
+        value: Its value while the job runs.
+    """
     settings: dict[str, Any] = p.override_settings or {}
     if not hasattr(host.opts, key) or settings.get(key, getattr(host.opts, key)) == value:
         return
@@ -124,7 +180,13 @@ def override(run: Run, p: Any, host: HostApi, key: str, value: Any) -> None:
 
 
 def answer(run: Run, p: Any, sigmas: Callable[[int], Sequence[float]] | None) -> None:
-    """Let the host's question for a schedule of n steps be answered by `sigmas(n)`, or (None) by itself."""
+    """Set the schedule that the host gets when it asks for one.
+
+    Args:
+        run: The job's run, which keeps the original.
+        p: The job.
+        sigmas: Returns the sigmas for a number of steps, in the model's own measure; None: the host makes its own.
+    """
     if sigmas is None:
         put_back(run, p, "sampler_noise_scheduler_override")
         return
@@ -135,9 +197,15 @@ def answer(run: Run, p: Any, sigmas: Callable[[int], Sequence[float]] | None) ->
     change(run, p, "sampler_noise_scheduler_override", answer)
 
 
-class Method:
-    """A method of one job object in the place of the host's: `work(p, run, call, *args)`, where `call` is what was
-    there before. Once the job's run is over it only passes through.
+class _Replacement:
+    """A method of one job object that replaces the host's. Once the job's run is over it only calls the host's.
+
+    Args:
+        p: The job.
+        run: Its run.
+        name: The method's name.
+        before: What the job object itself had under that name; `ABSENT` where the method came from its class.
+        work: The new method, called as `work(p, run, call, *args)`, where `call` is the host's.
     """
 
     mrflow = True
@@ -155,26 +223,48 @@ class Method:
             return self._before(*args, **kwargs)
         return getattr(self._p.__class__, self._name)(self._p, *args, **kwargs)
 
-    def rebound(self, p: Any, run: Run) -> Method:
-        """The same method for `p`, a copy of the job."""
-        return Method(p, run, self._name, self._before, self._work)
+    def rebound(self, p: Any, run: Run) -> _Replacement:
+        """Make the same method for a copy of the job.
+
+        Args:
+            p: The copy.
+            run: The copy's own run.
+
+        Returns:
+            The method, to be set on the copy.
+        """
+        return _Replacement(p, run, self._name, self._before, self._work)
 
 
 def install(run: Run, p: Any, name: str, work: Callable[..., Any]) -> None:
+    """Replace a method of the job object, until `tidy` puts it back.
+
+    Args:
+        run: The job's run, which keeps the original.
+        p: The job.
+        name: One of `METHODS`.
+        work: The new method, called as `work(p, run, call, *args)`, where `call` is the host's.
+    """
     before = own_attributes(p).get(name, ABSENT)
-    change(run, p, name, Method(p, run, name, before, work))
+    change(run, p, name, _Replacement(p, run, name, before, work))
 
 
 # -------------------------------------------------------------------------------------------------------- putting back
 
 
 def put_back(run: Run, p: Any, name: str) -> None:
-    """Restore one attribute, if it was changed."""
+    """Put one attribute back, if it was changed.
+
+    Args:
+        run: The job's run, which keeps the original.
+        p: The job.
+        name: The attribute. A method that another extension has replaced since is left alone.
+    """
     if name not in run.originals:
         return
     value = run.originals.pop(name)
     now = own_attributes(p).get(name, ABSENT)
-    if isinstance(now, Method) or name not in METHODS:
+    if isinstance(now, _Replacement) or name not in METHODS:
         if value is not ABSENT:
             setattr(p, name, value)
         elif now is not ABSENT:
@@ -197,6 +287,11 @@ def _put_settings_back(p: Any, run: Run) -> None:
 
 
 def release_sampler(run: Run) -> None:
+    """Give the job's sampler its own sampling function back, if it was replaced.
+
+    Args:
+        run: The job's run.
+    """
     kept = run.originals.pop("sampler.func", None)
     if kept is not None:
         sampler, func = kept
@@ -204,7 +299,12 @@ def release_sampler(run: Run) -> None:
 
 
 def tidy(p: Any, run: Run) -> None:
-    """Leave nothing of ours on `p` or its sampler; the metadata's keys stay for the images still to be saved."""
+    """Put everything back on a job and its sampler. Our keys stay in the metadata, for images still to be saved.
+
+    Args:
+        p: The job.
+        run: Its run.
+    """
     release_sampler(run)
     _put_settings_back(p, run)
     for name in list(run.originals):

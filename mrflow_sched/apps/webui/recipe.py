@@ -1,4 +1,4 @@
-"""All numbers of a job: the user's controls, the loaded model and the wanted size become one frozen `Recipe`."""
+"""Decide all numbers of a job: the user's controls, the loaded model and the wanted size become one frozen `Recipe`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mrflow_sched.sampling.noise import model_sigmas
 __all__ = ["Recipe", "fit_sizes", "make_recipe"]
 
 LEAST_SIDE = 64
-"""A low-resolution side below this holds no image."""
+"""The least side of the low-resolution image, in pixels; models draw nothing coherent below it."""
 
 _SCALE_AT_END = re.compile(r"\s+[1-9]x\+?$")
 _STEPS_NAME = re.compile(r"([0-9]+)\+([0-9]+)")
@@ -36,10 +36,24 @@ _STEPS_NAME = re.compile(r"([0-9]+)\+([0-9]+)")
 class Recipe:
     """What a job will do.
 
-    `preset` is the one that `low_steps`, `refine_steps` and `sigma` (flow sigma) start from. Sizes in pixels.
-    `first_sigmas` (None: the host's schedule) and `refine_sigmas` are in the model's own measure, as the host's
-    override takes them. `solver`: a name of `mrflow_sched.solvers`, or None for the host's sampler. `upscaler`: a name
-    of the host's list. `notes`: sentences for the user. `line`: the whole job in one short line.
+    Attributes:
+        plan: The staged plan that the numbers come from.
+        preset: Name of the preset that `low_steps`, `refine_steps` and `sigma` start from.
+        low_width: Width of the low-resolution image in pixels.
+        low_height: Height of the low-resolution image in pixels.
+        width: Width of the final image in pixels.
+        height: Height of the final image in pixels.
+        low_steps: Steps of stage 1.
+        refine_steps: Steps of the refine stage.
+        sigma: Flow sigma at which the refine stage starts.
+        first_sigmas: Schedule of stage 1, `low_steps` + 1 flow sigmas; None: the host's schedule.
+        refine_sigmas: Schedule of the refine stage, `refine_steps` + 1 values in the model's own measure (flow sigma,
+            or sigma_ve for models that are no flow models), as the host takes it.
+        solver: A name of `sampling.solvers`; None: the host's sampler.
+        upscaler: A name of the host's list.
+        experimental: The model is no flow model.
+        notes: Sentences for the user.
+        line: The whole job in one short line.
     """
 
     plan: StagedPlan
@@ -60,23 +74,32 @@ class Recipe:
     line: str
 
     def first_list(self, steps: int) -> tuple[float, ...]:
-        """The list to answer a host's first pass with that asks for `steps` steps.
+        """Return the schedule for a host's first pass. For flow models only.
 
-        One step more than planned means that the host drops the value before the last (`_answer`). For another count
-        (something changed it after us) the plan's schedule is made with that count. For flow models only.
+        Args:
+            steps: How many steps the host asks for. One more than planned means that it drops the value before the
+                last. For any other number (another extension changed it) the plan's schedule is made anew with it.
+
+        Returns:
+            `steps` + 1 flow sigmas, of which those of the plan reach the network.
         """
         first = self.plan.stages[0]
         if steps in (self.low_steps, self.low_steps + 1):
             return _answer(first.sigmas, steps)
         kind, _, *numbers = first.recipe.split(" ")
-        if kind == "list":  # a model's own sigmas, which there are for no other count
+        if kind == "list":  # a model's own sigmas, which exist for this number of steps only
             return _answer(first.sigmas, steps)
         return sigmas_from_recipe(" ".join([kind, str(steps), *numbers]))
 
     def refine_list(self, steps: int) -> tuple[float, ...]:
-        """The list to answer a host's hires pass with that asks for `steps` steps; see `_answer`.
+        """Return the schedule for a host's hires pass.
 
-        For fewer than planned it runs from the same sigma in that many.
+        Args:
+            steps: How many steps the host asks for. With more than planned the values that it drops are added; with
+                fewer the schedule starts at the same sigma.
+
+        Returns:
+            `steps` + 1 values in the model's own measure, of which those of the plan reach the network.
         """
         if steps >= self.refine_steps:
             return _answer(self.refine_sigmas, steps)
@@ -84,10 +107,10 @@ class Recipe:
 
 
 def _answer(sigmas: tuple[float, ...], steps: int) -> tuple[float, ...]:
-    """`steps` + 1 values of which exactly `sigmas` reach the network.
+    """Return `steps` + 1 values of which exactly `sigmas` reach the network.
 
-    A host that asks for one step more than are run drops the value before the last: that one is doubled. A host that
-    asks for still more takes the tail (a strength below 1): the head is filled up.
+    A host that asks for one step more than it runs drops the value before the last, so that one is doubled. A host that
+    asks for still more takes the last ones (a strength below 1), so the first one is repeated.
     """
     missing = steps + 1 - len(sigmas)
     if missing <= 0:
@@ -103,11 +126,22 @@ def _answer(sigmas: tuple[float, ...], steps: int) -> tuple[float, ...]:
 def make_recipe(
     controls: Controls, model: ModelInfo, width: int, height: int, *, upscalers: Sequence[Any] = ()
 ) -> Recipe:
-    """Decide everything for `controls` on `model` at a wanted final size in pixels.
+    """Decide all numbers of a job.
 
-    `upscalers`: the host's list, its entries or only their names. "automatic" takes none that the host would have to
-    download first, as far as its entry tells. Raises MrFlowError, one sentence, where it cannot or should not be done:
-    the model's own refusal, a low side under 64 px, or a plan that costs more than sampling natively.
+    Args:
+        controls: What the user chose.
+        model: The loaded model.
+        width: Wanted width of the final image in pixels.
+        height: Wanted height of the final image in pixels.
+        upscalers: The host's upscalers, its entries or only their names. "automatic" takes none that the host would
+            have to download first, as far as its entry tells.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        MrFlowError: The model cannot run staged, a low-resolution side would be under 64 px, or the plan would cost
+            more than sampling natively.
     """
     if model.refusal is not None:
         raise MrFlowError(model.refusal)
@@ -117,16 +151,17 @@ def make_recipe(
     if min(low) < LEAST_SIDE:
         raise MrFlowError(
             f"MrFlow cannot make {width}x{height} with factor {controls.factor:g}: the low-resolution image would be "
-            f"{low[0]}x{low[1]}, and {LEAST_SIDE} px is the least side; choose a larger size or a smaller factor."
+            f"{low[0]}x{low[1]}, and its sides must be at least {LEAST_SIDE} px; choose a larger size or a smaller "
+            "factor."
         )
     plan = _plan(controls, model, preset, (low, final), (width, height))
     if plan.cost_ratio < 1.0:
         raise MrFlowError(
             f"MrFlow would cost {1 / plan.cost_ratio:.2f} times as much as {plan.native_steps} native steps at "
-            f"{final[0]}x{final[1]}; take fewer low steps or a larger factor."
+            f"{final[0]}x{final[1]}; use fewer low steps or a larger factor."
         )
     upscaler, upscaler_note = _upscaler(controls.upscaler, upscalers)
-    own_list = model.flow and model.known and controls.shift != "host"
+    own_schedule = model.flow and model.known and controls.shift != "host"
     first, last = plan.stages
     recipe = Recipe(
         plan=plan,
@@ -138,7 +173,7 @@ def make_recipe(
         low_steps=first.steps,
         refine_steps=last.steps,
         sigma=last.start_sigma,
-        first_sigmas=first.sigmas if own_list else None,
+        first_sigmas=first.sigmas if own_schedule else None,
         refine_sigmas=model_sigmas(last.sigmas, family.prediction),
         solver=family.solver if controls.solver == "multistep" else None,
         upscaler=upscaler,
@@ -156,10 +191,22 @@ def make_recipe(
 
 
 def fit_sizes(model: ModelInfo, width: int, height: int, factor: float) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The final size on the latent's grid, nearest to `width` x `height`, and the low size on the network's.
+    """Choose the final size and the low-resolution size.
 
-    Of the low sizes next to final / factor the one shaped most like the final size is taken: hosts stretch one into
-    the other. Raises MrFlowError for sides below 1.
+    Of the low sizes next to final / factor the one with the aspect ratio nearest to the final one is taken, because
+    hosts stretch one into the other.
+
+    Args:
+        model: The loaded model, whose grids the sizes lie on.
+        width: Wanted width in pixels.
+        height: Wanted height in pixels.
+        factor: Final side over low side.
+
+    Returns:
+        (width, height) of the final image and of the low-resolution one, in pixels.
+
+    Raises:
+        MrFlowError: `width` or `height` is below 1.
     """
     if width < 1 or height < 1:
         raise MrFlowError(f"width and height must be at least 1, got {width!r} and {height!r}.")
@@ -175,13 +222,13 @@ def fit_sizes(model: ModelInfo, width: int, height: int, factor: float) -> tuple
 
 
 def _around(side: float, grid: int) -> tuple[int, ...]:
-    """The multiples of `grid` at and on both sides of `side`."""
+    """Return the multiples of `grid` next to `side`: below and above, or `side` itself."""
     below = max(math.floor(side / grid + 1e-9), 1)
     return (below * grid,) if below * grid >= side else (below * grid, (below + 1) * grid)
 
 
 def _preset(controls: Controls, family: Family) -> tuple[Preset, str | None]:
-    """The preset to start from, and a note where the family lacks the one asked for."""
+    """Return the preset to start from, and a note where the family lacks the one asked for."""
     default = family.get_preset()
     if controls.preset == AUTOMATIC:
         return default, None
@@ -189,7 +236,7 @@ def _preset(controls: Controls, family: Family) -> tuple[Preset, str | None]:
         return family.get_preset(controls.preset), None
     match = _STEPS_NAME.fullmatch(controls.preset)
     if match is None:
-        return default, f"{family.title} has no preset {controls.preset!r}; its {default.name} is used."
+        return default, f"{family.title} has no preset {controls.preset!r}; {default.name} is used."
     steps = int(match[1]), int(match[2])
     return replace(default, name=controls.preset, low_steps=steps[0], refine_steps=steps[1]), None
 
@@ -218,7 +265,7 @@ def _plan(
 
 
 def _upscaler(asked: str, entries: Sequence[Any]) -> tuple[str, str | None]:
-    """The upscaler to use, and a note where it is not the one asked for or a better one is missing."""
+    """Return the upscaler to use, and a note where it is not the one asked for or a better one is missing."""
     names = [str(getattr(entry, "name", entry)) for entry in entries]
     if asked != AUTOMATIC and (asked in names or not names):
         return asked, None
@@ -229,7 +276,7 @@ def _upscaler(asked: str, entries: Sequence[Any]) -> tuple[str, str | None]:
 
 
 def _remote(entry: Any) -> bool:
-    """Whether a host's upscaler is still only an address to download from."""
+    """Return whether a host's upscaler is still only an address to download from."""
     place = getattr(entry, "local_data_path", None) or getattr(entry, "data_path", None)
     return str(place or "").startswith("http")
 
@@ -238,13 +285,13 @@ def _remote(entry: Any) -> bool:
 
 
 def _notes(controls: Controls, model: ModelInfo) -> list[str]:
-    """What the choices do on this model that their words do not tell."""
+    """Return notes on choices that act on this model otherwise than their names say."""
     notes: list[str] = []
     solver = model.family.solver
     if controls.solver == "multistep" and solver != "multistep":
-        notes.append(f"Stage 1 runs the solver {solver}, which suits {model.title} better than multistep.")
+        notes.append(f"Stage 1 uses the solver {solver}, which suits {model.title} better than multistep.")
     if model.flow and not model.known and controls.shift != "host":
-        notes.append(f"MrFlow has no numbers for {model.title}: stage 1 follows the WebUI's schedule.")
+        notes.append(f"MrFlow does not know the schedule of {model.title}: stage 1 uses the WebUI's.")
     return notes
 
 
@@ -259,13 +306,12 @@ def _line(recipe: Recipe) -> str:
 
 
 def _work_of(upscaler: str) -> str:
-    """Which of the cost model's upscalers comes nearest to the one of this name."""
+    """Return the upscaler of the cost model (`plan.cost`) that is nearest to the one of this name."""
     if upscaler in ("None", "Lanczos", "Nearest"):
         return "lanczos"
     return "x4" if scale_in_name(upscaler) == 4 else "x2"
 
 
 def _spoken(upscaler: str) -> str:
-    """An upscaler's name for a line that tells the scale: no scale at its end, no mark of ours; Neo's "None" is
-    Lanczos."""
+    """Return an upscaler's name without a scale at its end and without our mark; Neo's "None" is Lanczos."""
     return "Lanczos" if upscaler == "None" else _SCALE_AT_END.sub("", upscaler.removesuffix(MARK)) or upscaler

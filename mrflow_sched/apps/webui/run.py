@@ -1,8 +1,8 @@
 """The life of one job on a host: arm -> fit -> each pass -> tidy. One function per hook; the script only delegates.
 
-All state hangs on the job object `p`, in `p._mrflow` (a `Run`); nothing is kept on the script, in a module, on the
-host or on its samplers. The host samples: hires fix is switched on, and sigma lists reach the host through
-`p.sampler_noise_scheduler_override`, which it asks in both passes.
+All state is kept on the job object `p`, in `p._mrflow` (a `Run`); nothing is kept on the script, in a module, on the
+host or on its samplers. The host samples: hires fix is switched on, and our schedules reach the host through
+`p.sampler_noise_scheduler_override`, which it calls in both passes.
 
 Hooks are called twice, on shallow copies of `p`, and out of order by other extensions. A `Run` knows its `owner`: a
 copy of an armed job gets a run of its own, and only the owner's tidies up.
@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from mrflow_sched._runtime.errors import first_line
+from mrflow_sched._runtime.errors import MrFlowError, first_line
 from mrflow_sched.apps.webui.axes import overrides
 from mrflow_sched.apps.webui.controls import Controls
 from mrflow_sched.apps.webui.host import HostApi, capabilities, own_attributes, probe_model
@@ -40,8 +40,7 @@ from mrflow_sched.apps.webui.job import (
     tidy,
 )
 from mrflow_sched.apps.webui.recipe import Recipe, make_recipe
-from mrflow_sched.apps.webui.settings import when_refused
-from mrflow_sched.apps.webui.stand_ins import (
+from mrflow_sched.apps.webui.replacements import (
     hr_conds,
     prepare_first_pass,
     prepare_refine,
@@ -49,7 +48,8 @@ from mrflow_sched.apps.webui.stand_ins import (
     sample_hr_pass,
     target_resolution,
 )
-from mrflow_sched.apps.webui.tell import forget, report, take_times, write_infotext
+from mrflow_sched.apps.webui.reporting import forget, report, take_times, write_infotext
+from mrflow_sched.apps.webui.settings import when_refused
 
 __all__ = [
     "before_hr",
@@ -72,16 +72,23 @@ _NO_REFINER = (None, "", "None", "none")
 
 
 def before_process(p: Any, args: Sequence[Any], host: HostApi) -> None:
-    """Switch the host's hires fix on for a job that wants MrFlow. The model may not be loaded yet; sizes wait."""
+    """Switch the host's hires fix on for a job that wants MrFlow. Sizes are set later: the model may not be loaded yet.
+
+    Args:
+        p: The job.
+        args: The script's arguments; see `Controls.from_args`.
+        host: The WebUI.
+    """
     if not hasattr(p, "enable_hr"):
         return
     run = getattr(p, ATTRIBUTE, None)
     try:
         controls = _controls(p, args)
-    except ValueError as error:
+    except Exception as error:
         _leave(p, run)
         if not _off(args):
-            _refused(p, host, f"MrFlow is off for this job: {error}")
+            refusal = isinstance(error, MrFlowError)
+            _refused(p, host, f"MrFlow is off for this job: {error}" if refusal else _fault(error))
         return
     if run is not None and controls == run.controls:
         if run.owner is not p:
@@ -101,13 +108,13 @@ def before_process(p: Any, args: Sequence[Any], host: HostApi) -> None:
 
 
 def _off(args: Sequence[Any]) -> bool:
-    """Whether a list of arguments that cannot be read at least says that MrFlow is off."""
+    """Return whether arguments that cannot be read at least say that MrFlow is off."""
     first: Any = args[0] if args else False
     return first is False or (isinstance(first, dict) and cast("dict[Any, Any]", first).get("enabled") is False)
 
 
 def _controls(p: Any, args: Sequence[Any]) -> Controls:
-    """The script's arguments, under what a plot set for this job."""
+    """Read the script's arguments; what a plot set for this job replaces them."""
     controls, cell = Controls.from_args(args), overrides(p)
     return replace(controls, **cell) if cell else controls
 
@@ -134,7 +141,7 @@ def _adopt(p: Any, run: Run, host: HostApi) -> None:
 
 
 def _leave(p: Any, run: Any) -> None:
-    """Before a job with other controls: undo what an earlier arming left on `p`, or on the job it is a copy of."""
+    """Undo, before a job with other controls, what was set on `p` earlier, or on the job it is a copy of."""
     if isinstance(run, Run):
         tidy(p, run if run.owner is p else replace(run, originals=dict(run.originals)))
         if run.owner is not p:
@@ -146,7 +153,12 @@ def _leave(p: Any, run: Any) -> None:
 
 
 def process(p: Any, host: HostApi) -> None:
-    """Fix all numbers, now that the model is loaded, and write them into the job; or refuse and put all back."""
+    """Decide all numbers, now that the model is loaded, and set them on the job; or refuse and put everything back.
+
+    Args:
+        p: The job.
+        host: The WebUI.
+    """
     run = own(p)
     if run is not None and run.recipe is None:
         _guarded(_fit, p, run, host)
@@ -157,7 +169,7 @@ def _fit(p: Any, run: Run, host: HostApi) -> None:
     wanted = _button_size(p, run) if run.button else run.wanted
     try:
         recipe = make_recipe(run.controls, run.model, *wanted, upscalers=host.upscalers())
-    except ValueError as error:
+    except MrFlowError as error:
         _refuse(p, run, host, str(error))
         return
     if run.button:
@@ -165,13 +177,13 @@ def _fit(p: Any, run: Run, host: HostApi) -> None:
     run.recipe = recipe
     if not run.button:
         if run.originals.get("enable_hr") is True:
-            say(p, f"MrFlow takes the place of Hires. fix; {recipe.width}x{recipe.height} is the final size.")
+            say(p, f"MrFlow replaces Hires. fix; the final size is {recipe.width}x{recipe.height}.")
         for sentence in recipe.notes:
             say(p, sentence)
     if not capabilities(p).has_every_sampling:
-        logger.info("This WebUI has no hook before sampling: the refine noise is that of the image's own seed.")
+        logger.info("This WebUI has no hook before sampling: the refine noise is drawn from the image's own seed.")
         if recipe.solver is not None:
-            say(p, "This WebUI has no hook before sampling, so stage 1 runs on its own sampler.")
+            say(p, "This WebUI has no hook before sampling, so stage 1 uses the WebUI's sampler.")
     logger.info("%s", recipe.line)
     if not run.button:
         _fit_first_pass(p, run, recipe, host)
@@ -179,7 +191,7 @@ def _fit(p: Any, run: Run, host: HostApi) -> None:
 
 
 def _button_size(p: Any, run: Run) -> tuple[int, int]:
-    """About the size that the host will give a picture from the gallery's upscale button."""
+    """Return about the size that the host will give to an image from the gallery's upscale button."""
     if getattr(p, "hr_resize_x", 0) or getattr(p, "hr_resize_y", 0):
         width, height = p.hr_resize_x, p.hr_resize_y
         return width or height * p.width // p.height, height or width * p.height // p.width
@@ -201,7 +213,7 @@ def _fit_first_pass(p: Any, run: Run, recipe: Recipe, host: HostApi) -> None:
     if hasattr(p, "calculate_target_resolution"):
         install(run, p, "calculate_target_resolution", target_resolution)
     if model is not None and model.flow and p.sampler_name in host.timestep_samplers():
-        say(p, f"The sampler {p.sampler_name} cannot follow a flow model's noise levels; Euler is used.")
+        say(p, f"The sampler {p.sampler_name} cannot follow a flow model's sigmas; Euler is used.")
         change(run, p, "sampler_name", "Euler")
 
 
@@ -232,7 +244,12 @@ def _refine_cfg(p: Any, controls: Controls) -> float:
 
 
 def before_process_batch(p: Any, host: HostApi) -> None:
-    """Answer the first pass of the coming batch with the plan's list, whatever the batch before left."""
+    """Set the plan's schedule for the first pass of the coming batch, whatever the batch before left.
+
+    Args:
+        p: The job.
+        host: The WebUI.
+    """
     run = current(p)
     if run is None or run.recipe is None:
         return
@@ -241,12 +258,24 @@ def before_process_batch(p: Any, host: HostApi) -> None:
 
 
 def process_batch(p: Any, host: HostApi) -> None:
-    """Write our keys into the metadata, before the host writes params.txt, and take out what says hires fix."""
+    """Write our keys into the metadata, before the host writes params.txt, and remove those of hires fix.
+
+    Args:
+        p: The job.
+        host: The WebUI.
+    """
     write_infotext(p, current(p))
 
 
 def process_before_every_sampling(p: Any, host: HostApi, x: Tensor, noise: Tensor) -> None:
-    """First pass: the solver. Hires pass: the refine noise, written in place; running twice changes nothing."""
+    """Set the solver of the first pass, or the refine noise of the hires pass. Called twice, it changes nothing more.
+
+    Args:
+        p: The job.
+        host: The WebUI.
+        x: The latents (B, C, ..., h, w) that sampling starts from; not used.
+        noise: The noise of the same shape that the host will add; in the hires pass it is overwritten in place.
+    """
     run = current(p)
     if run is None or run.recipe is None:
         return
@@ -260,7 +289,12 @@ def process_before_every_sampling(p: Any, host: HostApi, x: Tensor, noise: Tenso
 
 
 def before_hr(p: Any, host: HostApi) -> None:
-    """Answer the hires pass with the refine list, from exactly its sigma to 0."""
+    """Set the schedule of the hires pass: from exactly the recipe's sigma to 0.
+
+    Args:
+        p: The job.
+        host: The WebUI.
+    """
     run = current(p)
     if run is None or run.recipe is None:
         return
@@ -274,7 +308,12 @@ def before_hr(p: Any, host: HostApi) -> None:
 
 
 def post_sample(p: Any, host: HostApi) -> None:
-    """After both passes of a batch: timings, and what was set for this batch only is put back."""
+    """Take the times after both passes of a batch, and put back what was set for this batch only.
+
+    Args:
+        p: The job.
+        host: The WebUI.
+    """
     run = current(p)
     if run is None:
         return
@@ -289,7 +328,13 @@ def post_sample(p: Any, host: HostApi) -> None:
 
 
 def postprocess(p: Any, host: HostApi, processed: Any) -> None:
-    """The job is done: tell its final size, and leave `p` as it came."""
+    """Report the final size of a finished job, and put the job object back.
+
+    Args:
+        p: The job.
+        host: The WebUI.
+        processed: What the host returns for the job; its width and height become the final ones.
+    """
     run = own(p)
     if run is None:
         return
@@ -312,7 +357,7 @@ def postprocess(p: Any, host: HostApi, processed: Any) -> None:
 
 
 def _refuse(p: Any, run: Run, host: HostApi, sentence: str) -> None:
-    """Put everything back as if MrFlow were off; the options too, which the host has set by now."""
+    """Put everything back as if MrFlow were off, also the options, which the host has set by now."""
     for key, (before, option) in run.settings.items():
         host.opts.data[key] = option if before is ABSENT else before
     tidy(p, run)
@@ -326,13 +371,18 @@ def _refused(p: Any, host: HostApi, sentence: str) -> None:
         host.state.interrupt()
 
 
+def _fault(error: Exception) -> str:
+    """Log an error that is no refusal, and return the sentence for the user."""
+    logger.error("MrFlow failed", exc_info=error)
+    return f"MrFlow failed ({type(error).__name__}: {first_line(error)}); the image is made without it."
+
+
 def _guarded(work: Callable[..., None], p: Any, *args: Any) -> None:
-    """Run a step before sampling; if it fails the image is made without MrFlow. The last of `args` is the host."""
+    """Run a step before sampling; if it fails, the image is made without MrFlow. The last of `args` is the host."""
     try:
         work(p, *args)
     except Exception as error:
-        logger.exception("MrFlow failed")
-        sentence = f"MrFlow failed ({type(error).__name__}: {first_line(error)}); the image is made without it."
+        sentence = _fault(error)
         run = own(p)
         if run is None:
             _refused(p, args[-1], sentence)

@@ -1,4 +1,4 @@
-"""Our section of the host's settings page: what the page's controls start with, and what a refusal does."""
+"""Our section of the host's settings page: the controls' first values, and what happens after a refusal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["INFO", "LABELS", "WHEN_REFUSED", "add_settings", "defaults", "regist
 SECTION = ("mrflow", "MrFlow")
 
 WHEN_REFUSED = ("go on without MrFlow", "stop the job")
-"""What happens where MrFlow cannot be used for a job, default first."""
+"""What happens when MrFlow cannot be used for a job, default first."""
 
 LABELS = {
     "mrflow_enabled": "Switch MrFlow on when the page is loaded",
@@ -34,7 +34,13 @@ def register() -> None:
 
 
 def add_settings(opts: Any, option_info: Callable[..., Any], gr: Any) -> None:
-    """Add our options to the host's `opts`. `option_info` is its `OptionInfo`, `gr` the gradio it runs on."""
+    """Add our options to the host's settings.
+
+    Args:
+        opts: The host's options.
+        option_info: The host's `OptionInfo`.
+        gr: The gradio that the host runs on.
+    """
     start = Controls()
 
     def add(key: str, default: Any, component: Any = None, args: dict[str, Any] | None = None) -> None:
@@ -52,7 +58,14 @@ def add_settings(opts: Any, option_info: Callable[..., Any], gr: Any) -> None:
 
 
 def defaults(opts: Any) -> Controls:
-    """What the page's controls start with. Settings that are missing or unusable count as the built-in defaults."""
+    """Return the first values of the page's controls.
+
+    Args:
+        opts: The host's options. Settings that are missing or not allowed count as the built-in defaults.
+
+    Returns:
+        The controls.
+    """
     known = Controls()
     preset = getattr(opts, "mrflow_preset", known.preset)
     return Controls(
@@ -63,5 +76,12 @@ def defaults(opts: Any) -> Controls:
 
 
 def when_refused(opts: Any) -> Literal["go on", "stop"]:
-    """What the user wants where MrFlow cannot be used: the image without it, or no image."""
+    """Return what the user wants when MrFlow cannot be used for a job.
+
+    Args:
+        opts: The host's options.
+
+    Returns:
+        "go on" (make the image without MrFlow) or "stop" (make none).
+    """
     return "stop" if getattr(opts, "mrflow_when_refused", None) == WHEN_REFUSED[1] else "go on"

@@ -1,7 +1,7 @@
 """The accordion under txt2img: one switch, a live line that says what will run, and the rest folded away.
 
-The same code runs on gradio 3.41 and 4.40. The line is made anew from the values on the page whenever one of them
-changes, the picture's width and height included; nothing of the page is remembered.
+The same code runs on gradio 3.41 and 4.40. The line is made again from the values on the page whenever one of them
+changes, the image's width and height included; nothing of the page is remembered.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, first_line
 from mrflow_sched.apps.webui import settings
 from mrflow_sched.apps.webui.controls import AUTOMATIC, CHOICES, FIELDS, LABELS, LIMITS, Controls
 from mrflow_sched.apps.webui.host import ModelInfo, capabilities, probe_model
@@ -34,20 +34,20 @@ ADVANCED = "Advanced settings"
 INFO: Mapping[str, str] = {
     "preset": "automatic suits the loaded model; or low steps + refine steps, also your own, such as 16+2",
     "factor": "final size divided by the size of the first stage",
-    "low_steps": "steps at low resolution; 0 takes the preset's",
-    "refine_steps": "steps at the final size; 0 takes the preset's",
-    "sigma": "share of noise that the refine steps start from, 0.02 to 0.6; 0 takes the preset's; try 0.16 to 0.20 "
+    "low_steps": "steps at low resolution; 0 uses the preset's",
+    "refine_steps": "steps at the final size; 0 uses the preset's",
+    "sigma": "fraction of noise that the refine steps start from, 0.02 to 0.6; 0 uses the preset's; try 0.16 to 0.20 "
     "for lettering",
     "shift": "schedule of the low-resolution steps",
-    "solver": "multistep takes the solver that suits the model",
-    "upscaler": "enlarges the picture between the stages; x2 models are best",
+    "solver": "multistep uses the solver that suits the model",
+    "upscaler": "upscales the image between the stages; x2 models are best",
     "refine_cfg": "guidance of the refine steps; off halves their cost",
     "refine_seed": "noise of the refine steps",
-    "colour_guard": "auto takes back a colour shift of the later stages",
+    "colour_guard": "auto removes a colour shift that the later stages introduce",
 }
-"""What stands under each control. Keys of the translations, like the labels."""
+"""The hint under each control: keys of the translations, like the labels."""
 
-# Components of the page that the line depends on: elem_id -> what they say.
+# Components of the page that the line depends on: elem_id -> what they hold.
 _WATCHED = {"txt2img_width": "width", "txt2img_height": "height", "txt2img_cfg_scale": "cfg_scale"}
 _NEEDED = ("width", "height")
 
@@ -67,9 +67,15 @@ class _Page:
 
 
 def build(is_img2img: bool, script: Any) -> list[Any]:
-    """Make the accordion inside the host's page and return its components in the order of `Controls`.
+    """Make the accordion inside the host's page.
 
-    Sets the script's `infotext_fields`, with which the host pastes an image's metadata into the controls.
+    Args:
+        is_img2img: Whether the page is img2img; not used, because the script is shown in txt2img only.
+        script: The host's script object. Its `infotext_fields` are set, with which the host pastes an image's metadata
+            into the controls.
+
+    Returns:
+        The components, in the order of `Controls`.
     """
     gr = import_module("gradio")
     shared = import_module("modules.shared")
@@ -161,9 +167,13 @@ def _upscaler_names(shared: Any) -> list[str]:
 
 
 def after_component(script: Any, component: Any) -> None:
-    """Hear of a component that the host made; the width, height and CFG of txt2img drive the line.
+    """Take note of a component that the host made; the width, height and CFG of txt2img change the line.
 
-    The user orders the sections of the page, so they may come before or after our own controls.
+    The user orders the sections of the page, so these may be made before or after our own controls.
+
+    Args:
+        script: The host's script object, on which the page's state is kept.
+        component: Any component of the page.
     """
     name = _WATCHED.get(str(getattr(component, "elem_id", None)))
     if name is not None:
@@ -180,7 +190,7 @@ def _page(script: Any) -> _Page:
 
 
 def _make_live(page: _Page, gr: Any) -> None:
-    """Connect the line once everything it needs is there."""
+    """Connect the line once all components that it needs are there."""
     if page.live or not page.controls or any(name not in page.watched for name in _NEEDED):
         return
     page.live = True
@@ -200,20 +210,26 @@ def _make_live(page: _Page, gr: Any) -> None:
 
 
 def plan_html(chosen: Sequence[Any], page: Mapping[str, Any]) -> tuple[str, str]:
-    """The plan for the values in `chosen` (order of `FIELDS`) as HTML: the line with its notes, and a short summary.
+    """Make the plan for the values on the page. Never raises: a sentence says what cannot run.
 
-    `page` holds "width" and "height", and "cfg_scale" where the page has it. Never raises: what cannot run is told in
-    one sentence in place of the line. The summary is empty while MrFlow is off.
+    Args:
+        chosen: Values of the controls, in the order of `controls.FIELDS`.
+        page: "width" and "height" in pixels, and "cfg_scale" where the page has it.
+
+    Returns:
+        Two pieces of HTML: the line with its notes, and the line alone for the accordion's header, which is empty while
+        MrFlow is off.
     """
     try:
         controls = Controls.from_args(list(chosen))
         line, notes = _plan(controls, page)
         state = "on" if controls.enabled else "off"
-    except ValueError as error:
+    except MrFlowError as error:
         line, notes, state = _sentence(error), (), "refused"
     except Exception as error:
-        logger.exception("The plan line failed.")
-        line, notes, state = f"The plan cannot be shown ({type(error).__name__}); see the console.", (), "refused"
+        logger.exception("MrFlow failed")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        line, notes, state = f"MrFlow failed ({reason}); see the console.", (), "refused"
     enabled = bool(chosen) and chosen[0] is True
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     body = f'<p class="mrflow-line">{html.escape(line)}</p>' + (f"<ul>{items}</ul>" if items else "")
@@ -264,7 +280,7 @@ _UNLOADED: tuple[tuple[str, str], ...] = (
 
 
 def _loaded(shared: Any, page: Mapping[str, Any]) -> tuple[ModelInfo, str | None]:
-    """The loaded model, or the one that the chosen checkpoint's name promises, with a note that says so."""
+    """Return the loaded model, or the one that the chosen checkpoint's name suggests, with a note that says so."""
     # Not shared.sd_model: asking A1111 for it loads a model there and then.
     data = getattr(sys.modules.get("modules.sd_models"), "model_data", None)
     job = SimpleNamespace(sd_model=getattr(data, "sd_model", None), cfg_scale=page.get("cfg_scale"))
@@ -275,5 +291,5 @@ def _loaded(shared: Any, page: Mapping[str, Any]) -> tuple[ModelInfo, str | None
     family = get_family(found)
     flow = family.prediction == "flow"
     grid = family.grid if family.shift.kind == "flux2" else family.vae_factor
-    model = ModelInfo(family, family.title, flow, not flow, None, grid, family.grid, False)
+    model = ModelInfo(family, family.title, flow, not flow, None, grid, family.grid)
     return model, f"The checkpoint is loaded with the first image; until then this is the plan for {family.title}."

@@ -1,9 +1,9 @@
 """Our fast super-resolution as upscalers of the host: one entry "<name> (MrFlow)" for each ESRGAN-type file it has.
 
-The host's own path cuts a picture into small tiles and works in 8 bits between repeats. Here the whole frame goes
-through the model at once, in half precision where the device profits, and in tiles only where memory runs out. The
-weights are on the device while a picture is made and in main memory between pictures, so that nothing has to be
-unloaded when a job ends.
+The host's own code cuts an image into small tiles and works in 8 bits between repeats. Here the whole image goes
+through the model at once, in half precision where that is faster, and in tiles only where memory runs out. The weights
+are on the device while an image is upscaled and in main memory otherwise, so that nothing has to be unloaded when a
+job ends.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from PIL import Image
 
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched.images.convert import pixels_of, to_pil
 from mrflow_sched.upscaling.fit import upscale_to
 from mrflow_sched.upscaling.load import SUFFIXES, load_upscaler
 from mrflow_sched.upscaling.model import ModelUpscaler
@@ -30,7 +31,7 @@ __all__ = ["MARK", "FastScaler", "add_fast_upscalers", "pick_automatic", "regist
 logger = logging.getLogger("mrflow")
 
 MARK = " (MrFlow)"
-"""How the name of each of our upscalers ends."""
+"""The end of the name of each of our upscalers."""
 
 HINT = (
     "No x2 super-resolution model was found, so {stand_in}; put an ESRGAN-type x2 file such as RealESRGAN_x2plus.pth "
@@ -39,7 +40,7 @@ HINT = (
 _SCALES = (2, 4)
 # "4x-UltraSharp", "2xNomos", "RealESRGAN_x2plus", "DAT x4"; not the sizes in "512x512" or "1x2x".
 _SCALE = re.compile(r"(?<![0-9])(?:(?P<before>[1-9])x(?![0-9])|(?<![0-9])x(?P<after>[1-9])(?![0-9x]))", re.IGNORECASE)
-# Networks that look at the whole picture: minutes where an ESRGAN takes a second. Never chosen for the user.
+# Networks that look at the whole image: minutes where an ESRGAN takes a second. Never chosen for the user.
 _HEAVY = re.compile(
     r"(?:DAT|HAT|ATD|DRCT|RGT)(?![a-zA-Z])|(?<![a-z])(?:dat|hat|atd)2?(?![a-z])|(?i:swin|ldsr|scunet|supir)"
 )
@@ -50,27 +51,40 @@ _REAL_ESRGAN = re.compile(r"r(eal)?[-_ ]?esrgan", re.IGNORECASE)
 
 
 def scale_in_name(name: str) -> int | None:
-    """The factor an upscaler's name tells ("4x-UltraSharp", "RealESRGAN_x2plus"), None where it tells none."""
+    """Read the scale from an upscaler's name.
+
+    Args:
+        name: A name such as "4x-UltraSharp" or "RealESRGAN_x2plus".
+
+    Returns:
+        The scale, 1 to 9; None where the name tells none.
+    """
     found = _SCALE.search(name)
     return int(found["before"] or found["after"]) if found else None
 
 
 def pick_automatic(names: Iterable[str]) -> tuple[str, str | None]:
-    """The upscaler for "automatic" among a host's `names`, and a sentence for the user where a better one is missing.
+    """Choose the upscaler for "automatic".
 
-    x2 models come first, because a x4 model does four times the work and half of it is thrown away; ours before the
-    host's path to the same file; general models before those for drawings; slow transformer networks never. Without
-    any model it is the host's Lanczos: "Lanczos", or Forge Neo's "None", which resizes with Lanczos.
+    x2 models come first, because an x4 model does four times the work for pixels that are mostly thrown away; ours
+    before the host's own entry for the same file; general models before those for drawings; slow transformer networks
+    never. Without any model it is the host's Lanczos: "Lanczos", or Forge Neo's "None", which resizes with Lanczos.
+
+    Args:
+        names: Names of the host's upscalers.
+
+    Returns:
+        The chosen name, and a sentence for the user where no x2 model was found, else None.
     """
     known = list(names)
     usable = [name for name in known if scale_in_name(name) in _SCALES and not _HEAVY.search(name)]
     if not usable:
         plain = next((name for name in ("Lanczos", "None") if name in known), "None")
-        return plain, HINT.format(stand_in="the picture is enlarged with Lanczos, which leaves fine detail soft")
+        return plain, HINT.format(stand_in="the image is upscaled with Lanczos, which leaves fine detail soft")
     best = min(usable, key=_rank)
     if scale_in_name(best) == 2:
         return best, None
-    return best, HINT.format(stand_in="a x4 model is used, which takes four times as long")
+    return best, HINT.format(stand_in="an x4 model is used, which takes four times as long")
 
 
 def _rank(name: str) -> tuple[bool, bool, bool, bool]:
@@ -83,10 +97,22 @@ def _rank(name: str) -> tuple[bool, bool, bool, bool]:
 
 @dataclass
 class FastScaler:
-    """What a host calls a scaler: it makes one picture larger with the model file at a path.
+    """What a host calls a scaler: it upscales one image with the model file at a path.
 
-    `device` is asked at each picture; `half` False keeps float32 (the host's --no-half). `cancelled` is polled between
-    tiles. `make_room` runs before the device is used, `tidy` after. One model is kept, in main memory.
+    The last model is kept in main memory.
+
+    Attributes:
+        device: Returns the device to run on; called for each image.
+        cancelled: Returns whether the user interrupted; called between tiles.
+        make_room: Frees device memory; called before the device is used.
+        tidy: Called after the device was used.
+        half: Use half precision where that is faster; False keeps float32 (the host's --no-half).
+        name: Name of the scaler.
+        model_name: Read by hosts; always None.
+        model_path: Read by hosts; always None.
+        model_url: Read by hosts; always None.
+        scalers: Our entries of the host's list.
+        sentences: What `take_sentences` will return.
     """
 
     device: Callable[[], torch.device]
@@ -103,61 +129,91 @@ class FastScaler:
     _kept: tuple[tuple[Any, ...], ModelUpscaler] | None = field(default=None, repr=False)
 
     def upscale(self, img: Image.Image, scale: float, selected_model: str) -> Image.Image:
-        """`img` enlarged by `scale` to exactly the rounded size; the host's entry point.
+        """Upscale an image by a scale; the host's entry point.
 
-        A file that cannot be used costs detail, not the job: the picture is then enlarged with Lanczos and one
-        sentence says why. A cancelled picture comes back as it was, which is what hosts expect.
+        A file that cannot be used costs detail, not the job: the image is then upscaled with Lanczos, and
+        `take_sentences` says why.
+
+        Args:
+            img: The image; it is converted to RGB.
+            scale: Output side over input side; 0 takes the model's own.
+            selected_model: Path of the model's file.
+
+        Returns:
+            An RGB image of exactly the rounded size; `img` itself where the user interrupted, as hosts expect.
         """
-        return self._enlarge(img, selected_model, scale)
+        return self._upscale(img, selected_model, scale)
 
     def do_upscale(self, img: Image.Image, selected_model: str) -> Image.Image:
-        """`img` enlarged by the model's own scale."""
-        return self._enlarge(img, selected_model, None)
+        """Upscale an image by the model's own scale.
+
+        Args:
+            img: The image; it is converted to RGB.
+            selected_model: Path of the model's file.
+
+        Returns:
+            As `upscale`.
+        """
+        return self._upscale(img, selected_model, None)
 
     def load_model(self, path: str) -> ModelUpscaler:
-        """The model at `path`, from main memory where it was the last one used. Raises as `load_upscaler`."""
+        """Load a model, from main memory where it was the last one used.
+
+        Args:
+            path: Its file.
+
+        Returns:
+            The model, in half precision where `half` is set and the device and the model profit, else in float32.
+
+        Raises:
+            MrFlowError: The file holds no model that can be used.
+        """
         return self._load(path, "auto" if self.half else "float32")
 
     def take_sentences(self) -> list[str]:
-        """What went otherwise than expected since the last call, one sentence each."""
+        """Return and forget what the user should know since the last call.
+
+        Returns:
+            Sentences, such as that tiles were needed or that a file could not be used.
+        """
         said, self.sentences[:] = list(self.sentences), []
         return said
 
-    def _enlarge(self, img: Image.Image, path: str, scale: float | None) -> Image.Image:
-        picture = img.convert("RGB")
+    def _upscale(self, img: Image.Image, path: str, scale: float | None) -> Image.Image:
+        image = img.convert("RGB")
         try:
             model = self.load_model(path)
-            return self._run(picture, scale or model.scale, model, path)
+            return self._run(image, scale or model.scale, model, path)
         except Cancelled:
             return img
         except Exception as error:
-            if isinstance(error, (ValueError, OSError, MemoryError)):
+            if isinstance(error, (MrFlowError, OSError, MemoryError)):
                 reason = str(error)
             else:
                 logger.exception("The upscaler %s failed.", path)
                 reason = f"the upscaler {Path(path).stem} failed ({type(error).__name__}: {first_line(error)})."
-            self._say(f"{reason[:1].upper()}{reason[1:]} The picture was enlarged with Lanczos instead.")
-        size = _size(picture, scale or scale_in_name(Path(path).stem) or 2)
-        return picture.resize(size, Image.Resampling.LANCZOS)
+            self._say(f"{reason[:1].upper()}{reason[1:]} The image was upscaled with Lanczos instead.")
+        size = _size(image, scale or scale_in_name(Path(path).stem) or 2)
+        return image.resize(size, Image.Resampling.LANCZOS)
 
-    def _run(self, picture: Image.Image, scale: float, model: ModelUpscaler, path: str) -> Image.Image:
+    def _run(self, image: Image.Image, scale: float, model: ModelUpscaler, path: str) -> Image.Image:
         try:
-            return self._on_device(picture, scale, model)
-        except ValueError:  # half precision overflowed; float32 does not
+            return self._on_device(image, scale, model)
+        except MrFlowError:  # half precision overflowed; float32 does not
             if model.dtype == torch.float32:
                 raise
-        return self._on_device(picture, scale, self._load(path, "float32"))
+        return self._on_device(image, scale, self._load(path, "float32"))
 
-    def _on_device(self, picture: Image.Image, scale: float, model: ModelUpscaler) -> Image.Image:
+    def _on_device(self, image: Image.Image, scale: float, model: ModelUpscaler) -> Image.Image:
         device = self.device()
-        width, height = _size(picture, scale)
+        width, height = _size(image, scale)
         self.make_room()
         try:
             _move(model, device)
-            pixels = _to_tensor(picture).to(device)
+            pixels = (pixels_of(image, torch.uint8, 3).float() / 255)[None].to(device)
             with torch.inference_mode():
                 result = upscale_to(pixels, width, height, model, cancel=self.cancelled, warn=self._say)
-            return _to_picture(result)
+            return to_pil(result[0])
         finally:
             _move(model, torch.device("cpu"))
             self.tidy()
@@ -172,7 +228,7 @@ class FastScaler:
         self.make_room()
         with torch.inference_mode(False):
             upscaler = load_upscaler(file, device=device, dtype=dtype)
-        if not isinstance(upscaler, ModelUpscaler):  # never for a path; says so to the type checker
+        if not isinstance(upscaler, ModelUpscaler):  # never for a path; for the type checker
             raise MrFlowError(f"the upscaler file {path!r} holds no model; give an ESRGAN-type file.")
         self._kept = (key, upscaler)
         return upscaler
@@ -188,20 +244,8 @@ def _move(model: ModelUpscaler, device: torch.device) -> None:
         model.model.to(device)
 
 
-def _size(picture: Image.Image, scale: float) -> tuple[int, int]:
-    return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-
-
-def _to_tensor(picture: Image.Image) -> torch.Tensor:
-    """(1, 3, H, W) float32 in [0, 1]."""
-    values = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return values.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 255
-
-
-def _to_picture(images: torch.Tensor) -> Image.Image:
-    """The first of (B, 3, H, W) in [0, 1], rounded to 8 bits."""
-    values = images[0].clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu()
-    return Image.fromarray(values.numpy(), "RGB")
+def _size(image: Image.Image, scale: float) -> tuple[int, int]:
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
 
 
 # ---------------------------------------------------------------------------------------------------------- registering
@@ -223,7 +267,7 @@ def register() -> None:
 
 
 def _make_room() -> Callable[[], object]:
-    """How the host frees device memory before a model that its manager does not know; nothing where it has no way."""
+    """Return the host's function that frees device memory for models it does not manage, or one that does nothing."""
     try:
         return import_module("modules_forge.utils").prepare_free_memory
     except (ImportError, AttributeError):
@@ -231,11 +275,18 @@ def _make_room() -> Callable[[], object]:
 
 
 def add_fast_upscalers(entries: list[Any], scaler: FastScaler, make_entry: Callable[..., Any]) -> list[str]:
-    """Append an entry to the host's list for each x2 or x4 file that it knows or has in its ESRGAN folders.
+    """Add an entry to the host's list for each x2 or x4 file that it knows or has in its ESRGAN folders.
 
-    `make_entry(name, path, upscaler=, scale=)` is the host's `UpscalerData`. Entries of an earlier call are replaced.
-    Returns the names added. It is no subclass of the host's `Upscaler`: A1111 and Forge would build one more of it by
-    themselves, Forge Neo none.
+    Entries of an earlier call are replaced. `scaler` is no subclass of the host's `Upscaler`: A1111 and Forge would
+    build one more of it by themselves, Forge Neo none.
+
+    Args:
+        entries: The host's list, which is changed.
+        scaler: What runs the models; our entries are also listed in its `scalers`.
+        make_entry: The host's `UpscalerData`, called as `make_entry(name, path, upscaler=scaler, scale=scale)`.
+
+    Returns:
+        The names added.
     """
     entries[:] = [entry for entry in entries if not str(entry.name).endswith(MARK)]
     added: list[str] = []
@@ -250,7 +301,7 @@ def add_fast_upscalers(entries: list[Any], scaler: FastScaler, make_entry: Calla
 
 
 def _files(entries: Sequence[Any]) -> Iterator[tuple[str, Path]]:
-    """Name and path of each ESRGAN-type file: those in the list, then what else lies in the same folders."""
+    """Yield name and path of each ESRGAN-type file: those in the list, then the others in the same folders."""
     seen: set[Path] = set()
     folders: dict[Path, None] = {}
     for entry in entries:
@@ -271,13 +322,13 @@ def _files(entries: Sequence[Any]) -> Iterator[tuple[str, Path]]:
 
 
 def _is_esrgan(entry: Any) -> bool:
-    """Whether a host's entry belongs to its ESRGAN or Real-ESRGAN scaler, or lies in a folder of that name."""
+    """Return whether a host's entry belongs to its ESRGAN or Real-ESRGAN scaler, or lies in a folder of that name."""
     owner = f"{getattr(entry.scaler, 'name', '')} {type(entry.scaler).__name__}"
     return "esrgan" in owner.lower() or Path(str(entry.data_path or "")).parent.name.lower() == "esrgan"
 
 
 def _local_file(entry: Any) -> Path | None:
-    """The file behind a host's entry, where it is on this machine already."""
+    """Return the file of a host's entry; None where it is not on this machine yet."""
     for path in (getattr(entry, "local_data_path", None), entry.data_path):
         if path and not str(path).startswith("http"):
             file = Path(path)
@@ -287,7 +338,7 @@ def _local_file(entry: Any) -> Path | None:
 
 
 def _scale_in_file(file: Path) -> int | None:
-    """The scale of the model in `file`, for names that tell none; None where it is no model that can be used."""
+    """Return the scale of the model in a file whose name tells none; None where it is no model that can be used."""
     try:
         return load_upscaler(file, device="cpu", dtype="float32").scale
     except Exception as error:  # somebody else's file: it stays with the host's own upscalers

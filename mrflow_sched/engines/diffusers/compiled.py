@@ -1,7 +1,7 @@
 """A network whose forward goes through `torch.compile`, beside the one that its owner keeps.
 
-Compiling takes from seconds to minutes and holds for one size, so it pays where many forwards of one size follow: the
-first stage. Refining takes one or two forwards at another size, and runs the network as it is.
+Compiling takes from seconds to minutes and holds for one size, so it pays where many forwards of one size follow: in
+the first stage. Refining takes one or two forwards at another size, and runs the network uncompiled.
 """
 
 from __future__ import annotations
@@ -27,20 +27,37 @@ COMPILE_STEPS = 4
 
 
 class NetworkCompiler:
-    """Makes the compiled twin of a network, and keeps it for as long as it is asked about that network."""
+    """Makes the compiled twin of a network, and keeps it until it is called with another network.
+
+    Attributes:
+        mode: The mode of `torch.compile`.
+    """
 
     def __init__(self, mode: str) -> None:
-        """`mode` as `torch.compile` takes it. Raises ValueError for one that it does not have."""
+        """Choose the mode; nothing is compiled yet.
+
+        Args:
+            mode: One of `COMPILE_MODES`, as `torch.compile` takes it.
+
+        Raises:
+            MrFlowError: Another mode.
+        """
         if mode not in COMPILE_MODES:
             raise MrFlowError(f"compile_mode must be None or one of {', '.join(COMPILE_MODES)}, got {mode!r}.")
         self.mode = mode
         self._known: tuple[torch.nn.Module, torch.nn.Module] | None = None
 
     def __call__(self, network: torch.nn.Module) -> torch.nn.Module:
-        """A twin of `network`, same weights, adapters and hooks, whose forward is compiled at its first call.
+        """A twin of a network with the same weights, adapters and hooks, compiled at its first forward.
 
-        Where compiling fails (no compiler, an operation that it does not know), the twin warns once and runs the
-        network as it is from then on. `network` itself is not touched.
+        Where compiling fails (no compiler, an unsupported operation), the twin warns once and runs the network
+        uncompiled from then on.
+
+        Args:
+            network: Not changed.
+
+        Returns:
+            The twin; the same one for the same network.
         """
         if self._known is None or self._known[0] is not network:
             self._known = network, _twin(network, self.mode)
@@ -84,7 +101,7 @@ def _twin(network: torch.nn.Module, mode: str) -> torch.nn.Module:
 
 
 def _own_copy(result: Any) -> Any:
-    """`result` out of the memory that the next replay of a CUDA graph writes to."""
+    """`result` copied out of the memory that the next replay of a CUDA graph writes to."""
     if isinstance(result, Tensor):
         return result.clone()
     if isinstance(result, Mapping):  # the outputs of diffusers

@@ -1,4 +1,4 @@
-"""Local diffusers folders: what is in one, loading it part by part, its fingerprint.
+"""Local diffusers folders: their contents, loading them part by part, their fingerprint.
 
 Only safetensors are read and nothing is downloaded. Every part is of a class that diffusers or transformers has: no
 Python of a folder is run, whatever its model_index.json names. A weight that a file lacks is an error, never a guess.
@@ -43,10 +43,10 @@ def load_pipeline(
 
     Args:
         path: The folder that holds model_index.json.
-        device: "auto" (CUDA where there is one), or as torch spells it.
+        device: "auto" (CUDA if available), or as torch spells it.
         dtype: Of all parts; "auto" is bfloat16 where the hardware multiplies it, else float32, and float32 for the VAE
-            on a CPU; or a dtype for each part by name, "default" (else "auto") for those left out.
-        offload: Keep each part on the CPU until it works (on a GPU only).
+            on a CPU; or a dtype for each part by name, with "default" (else "auto") for the others.
+        offload: Keep each part on the CPU until it is used (on a GPU only).
 
     Returns:
         The pipeline, of the class that the folder names.
@@ -80,17 +80,20 @@ def load_pipeline(
 
 
 def read_layout(path: str | Path, family: str | None = None) -> Layout:
-    """The layout of the pipeline in a local folder, from its configurations alone: networks are built without memory.
+    """The layout of the pipeline in a local folder, read from its configurations alone; no weights are loaded.
 
-    So a plan can be made, and a folder judged, before gigabytes are read. Text encoders are left out, so the layout is
-    for questions and not for sampling.
+    So a plan can be made, and a folder checked, before gigabytes are read. Text encoders are left out, so the layout
+    can answer questions but not sample.
 
     Args:
         path: The folder that holds model_index.json.
-        family: Name of its family; left out, what the folder or the networks tell.
+        family: Name of its family; None: read from the folder or its networks.
+
+    Returns:
+        The layout, around a pipeline whose networks have no memory.
 
     Raises:
-        MrFlowError: A folder that is of no such pipeline.
+        MrFlowError: A folder that holds no supported pipeline.
     """
     prepare_imports()
     folder = Path(path)
@@ -116,7 +119,7 @@ def read_layout(path: str | Path, family: str | None = None) -> Layout:
 
 
 def _assembled(folder: Path, index: Mapping[str, Any], part: Callable[[str, Any], Any]) -> Any:
-    """The pipeline of the folder's class, of what `part(name, class)` makes of each part that it takes."""
+    """A pipeline of the folder's class, built from what `part(name, class)` returns for each part that it takes."""
     kind = _pipeline_class(folder, index)
     known = inspect.signature(kind.__init__).parameters
     parts: dict[str, Any] = {}
@@ -181,7 +184,7 @@ def _load_part(folder: Path, name: str, kind: Any, dtype: torch.dtype) -> Any:
     more: dict[str, Any] = {}
     if _is_model(kind):
         library = _library_of(kind)
-        more = {"use_safetensors": True, "output_loading_info": True, dtype_word(library): dtype}
+        more = {"use_safetensors": True, "output_loading_info": True, _dtype_argument(library): dtype}
     try:
         loaded = kind.from_pretrained(folder / name, local_files_only=True, **more)
     except Exception as error:  # whatever a reader of a damaged file may raise: several libraries are involved
@@ -213,7 +216,15 @@ def _library_of(kind: type) -> Any:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """A dtype by its name; "auto" is bfloat16 where the hardware multiplies it (`has_bfloat16`), else float32.
+    """A torch dtype by its name.
+
+    Args:
+        dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto": bfloat16 where the hardware multiplies it
+            (`has_bfloat16`), else float32.
+        device: Where it will be used; decides "auto".
+
+    Returns:
+        The dtype.
 
     Raises:
         MrFlowError: An unknown name.
@@ -234,8 +245,8 @@ def _dtype_of_part(name: str, dtype: str | torch.dtype | Mapping[str, str], devi
     return resolve_dtype(asked, device)
 
 
-def dtype_word(library: Any) -> str:
-    """The word by which a loader of diffusers or transformers is told the dtype; the old one warns once it is old."""
+def _dtype_argument(library: Any) -> str:
+    """The argument that gives a loader of diffusers or transformers the dtype; newer ones warn about the old name."""
     renamed = {"diffusers": (0, 42), "transformers": (4, 56)}[library.__name__]
     return "dtype" if tuple(int(part) for part in library.__version__.split(".")[:2]) >= renamed else "torch_dtype"
 
@@ -246,8 +257,14 @@ def dtype_word(library: Any) -> str:
 def read_index(folder: Path) -> dict[str, Any]:
     """A folder's model_index.json.
 
+    Args:
+        folder: The folder that holds it.
+
+    Returns:
+        Its entries: parts as [library, class], and options of the pipeline.
+
     Raises:
-        MrFlowError: There is none, or it names no pipeline.
+        MrFlowError: It is missing, unreadable or names no pipeline.
     """
     if not folder.is_dir():
         raise MrFlowError(f"model is {str(folder)!r}, which is not a folder; {_ADVICE}.")
@@ -264,7 +281,14 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def missing_files(folder: Path, index: Mapping[str, Any]) -> list[str]:
-    """What a folder's parts need and it does not have: folders, configurations, weight files.
+    """What a folder's parts need and it lacks: folders, configurations, weight files.
+
+    Args:
+        folder: The folder that holds model_index.json.
+        index: Its entries, from `read_index`.
+
+    Returns:
+        Paths relative to the folder; empty where it is complete.
 
     Raises:
         MrFlowError: A part is of a class that neither diffusers nor transformers has.
@@ -279,7 +303,7 @@ def missing_files(folder: Path, index: Mapping[str, Any]) -> list[str]:
 
 
 def _missing_weights(part: Path) -> list[str]:
-    """Names of the weight files that a part needs and does not have."""
+    """Names of the weight files that a part needs and lacks."""
     indexes = sorted(part.glob("*.safetensors.index.json"))
     if not indexes:
         return [] if any(part.glob("*.safetensors")) else [f"{part.name}/*.safetensors"]
@@ -291,10 +315,19 @@ def _missing_weights(part: Path) -> list[str]:
 
 
 def folder_fingerprint(folder: str | Path) -> str:
-    """16 hex digits that change with the configuration or weights of a folder's parts, without reading gigabytes.
+    """A fingerprint that changes with the configuration or weights of a folder's parts, without reading gigabytes.
 
     Hashes every .json and .txt whole and, of each .safetensors, its size, first and last 64 KiB. Parts are the folders
     that model_index.json names; the scheduler is left out, as a plan holds its sigmas.
+
+    Args:
+        folder: The folder that holds model_index.json.
+
+    Returns:
+        16 hexadecimal digits (SHA-256, shortened).
+
+    Raises:
+        MrFlowError: model_index.json is missing, unreadable or names no pipeline.
     """
     root, digest = Path(folder), hashlib.sha256()
     there = {name for name, value in read_index(root).items() if _is_part(name, value) and name != "scheduler"}
@@ -322,7 +355,10 @@ def _add_file(digest: Any, part: str, file: Path) -> None:
 
 
 def prepare_imports() -> None:
-    """diffusers and transformers import torchvision, which fails where its operators do not match torch."""
+    """Make diffusers and transformers importable.
+
+    Both import torchvision, which fails where its operators do not match torch.
+    """
     from mrflow_sched._runtime import torchvision_ops
 
     torchvision_ops.ensure_ops()
@@ -330,7 +366,11 @@ def prepare_imports() -> None:
 
 @contextlib.contextmanager
 def quiet_loading() -> Generator[None, None, None]:
-    """Silence the loaders' progress bars and notes, and give both libraries back the settings they had."""
+    """Silence the progress bars and log messages of both libraries' loaders, and restore their settings afterwards.
+
+    Yields:
+        Nothing; the settings hold inside the `with` block.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

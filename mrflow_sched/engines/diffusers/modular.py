@@ -1,4 +1,4 @@
-"""A block for diffusers' modular pipelines: the loop walks a stage's own sigma list.
+"""A block for diffusers' modular pipelines: the loop walks a stage's own schedule.
 
 Put it before the block that loops, and give the pipeline `stage_sigmas`:
 
@@ -27,38 +27,52 @@ __all__ = ["StageTimesteps"]
 
 
 class StageTimesteps(ModularPipelineBlocks):
-    """Has the pipeline's `MrFlowScheduler` walk exactly `stage_sigmas`, whatever list an earlier block has made.
+    """Makes the pipeline's `MrFlowScheduler` walk exactly `stage_sigmas`, whatever schedule an earlier block has made.
 
-    Without `stage_sigmas` the earlier list stays. Raises ValueError where the scheduler is another one, and for a list
-    that does not fall.
+    Without `stage_sigmas` the earlier schedule stays.
     """
 
     @property
     def description(self) -> str:
-        return "Sets the sigma list of one stage: exactly the levels that are given, which nothing shifts."
+        """What diffusers shows for the block."""
+        return "Sets the schedule of one stage: exactly the given sigmas, without any shift."
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
+        """The scheduler, which must be an `MrFlowScheduler`."""
         return [ComponentSpec("scheduler", MrFlowScheduler)]
 
     @property
     def inputs(self) -> list[InputParam]:
-        told = "Levels of the stage, falling, usually to 0: flow sigma, or sigma_ve for variance-exploding models."
+        """`stage_sigmas`, and the two values that the block may replace."""
+        meaning = "Sigmas of the stage, falling, usually to 0: flow sigma, or sigma_ve for variance-exploding models."
         return [
-            InputParam("stage_sigmas", description=told),
-            InputParam("timesteps", description="What the network is told at each evaluation."),
+            InputParam("stage_sigmas", description=meaning),
+            InputParam("timesteps", description="Time given to the network at each evaluation."),
             InputParam("num_inference_steps", description="Evaluations of the loop."),
         ]
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
+        """`timesteps` and `num_inference_steps`, for the loop."""
         return [
-            OutputParam("timesteps", description="What the network is told at each evaluation."),
+            OutputParam("timesteps", description="Time given to the network at each evaluation."),
             OutputParam("num_inference_steps", description="Evaluations of the loop."),
         ]
 
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        """Set the list, and leave its timesteps for the loop."""
+        """Set the schedule, and leave its timesteps for the loop.
+
+        Args:
+            components: The pipeline; its `scheduler` is set.
+            state: The pipeline's state; `stage_sigmas` is read, `timesteps` and `num_inference_steps` are written.
+
+        Returns:
+            (components, state), as diffusers' blocks do.
+
+        Raises:
+            MrFlowError: The scheduler is of another class, or the schedule does not fall.
+        """
         block = cast("Any", self).get_block_state(state)
         if block.stage_sigmas is not None:
             scheduler = components.scheduler

@@ -2,10 +2,10 @@
 
 For each stage a *view* of the pipeline is made: a shallow copy, whose modules are the pipeline's own, whose scheduler
 is an `MrFlowScheduler` that walks the plan's sigmas and nothing else, and whose network is a shell around the
-pipeline's (`seam`). Calling the view does all in which families differ: position ids, guidance of either kind,
-attention masks, ControlNet, IP adapters, LoRA scales, hooks of offloading, callbacks. What the call sets (scales, the
-step it is at, an interrupt) it sets on the view; while it lasts, the pipeline shows the same (`view.Mirror`), and after
-it the pipeline is as it was. Two threads can use one pipeline.
+pipeline's (`seam`). Calling the view handles everything in which families differ: position ids, guidance of either
+kind, attention masks, ControlNet, IP adapters, LoRA scales, offloading hooks, callbacks. What the call sets (scales,
+the current step, an interrupt) it sets on the view; while it lasts, the pipeline shows the same values (`view.Mirror`),
+and after it the pipeline is as it was. Two threads can use one pipeline.
 
 diffusers is imported when a folder is loaded or a stage is run, never when this module is.
 """
@@ -28,20 +28,20 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.compiled import COMPILE_STEPS, NetworkCompiler
 from mrflow_sched.engines.diffusers.folder import folder_fingerprint, load_pipeline
 from mrflow_sched.engines.diffusers.layouts import Layout, find_layout
-from mrflow_sched.engines.diffusers.layouts.base import takes
+from mrflow_sched.engines.diffusers.layouts.base import parameter_names
 from mrflow_sched.engines.diffusers.seam import NetworkSeam, guided_per_step, shell_of
 from mrflow_sched.engines.diffusers.view import (
     HINT,
     TOKENIZER_LOCK,
     Mirror,
+    copy_dicts,
+    follow_last_change,
     hint_for_stage,
     interrupted,
-    last_word,
-    one_at_a_time,
-    own_dicts,
     put_network,
     stage_window,
     view_of,
+    with_tokenizer_lock,
 )
 from mrflow_sched.plan.families import Family
 from mrflow_sched.sampling.engine import Capabilities, Guidance
@@ -58,7 +58,12 @@ __all__ = ["PipelineEngine", "PipelineText", "given_embeddings"]
 
 @dataclass(frozen=True)
 class PipelineText:
-    """Conditioning of a batch of `batch` images: keyword arguments of the pipeline's call, embeddings made once."""
+    """Conditioning of a batch of images.
+
+    Attributes:
+        arguments: Keyword arguments of the pipeline's call, with embeddings made once.
+        batch: Number of images.
+    """
 
     arguments: Mapping[str, Any]
     batch: int
@@ -69,10 +74,10 @@ class PipelineText:
 
 @dataclass(frozen=True)
 class _Stage:
-    """One stage of some images of a batch, as the pipeline is asked for it.
+    """One stage of some images of a batch, as the pipeline runs it.
 
-    `rows` says which images of the batch they are. `scale` is what the pipeline is told, `guidance` what each step
-    asks for; None where that is one scale throughout. `callbacks` says whether the owner's are called.
+    `rows` says which images of the batch they are. `scale` is what the pipeline is told, `guidance` the scale of each
+    step; None where that is one scale throughout. `callbacks` says whether the owner's are called.
     """
 
     solver: str
@@ -89,8 +94,12 @@ class _Stage:
 class PipelineEngine:
     """A loaded diffusers pipeline behind the `Engine` protocol; it runs whole stages itself (`StageEngine`).
 
-    Latents are those of the pipeline's layout, normalised; images are RGB in [0, 1]. The modules run where and in the
-    dtype that their owner gave them; what enters and leaves is float32 on `device`.
+    Latents are those of the pipeline's layout, normalised; images are RGB in [0, 1]. The modules run on the device and
+    in the dtype that their owner gave them; what enters and leaves is float32 on `device`.
+
+    Attributes:
+        name: What records call the model.
+        fingerprint: Identifies its weights; empty where unknown.
     """
 
     def __init__(
@@ -109,14 +118,14 @@ class PipelineEngine:
 
         Args:
             pipe: A loaded text-to-image pipeline.
-            family: Name of its family, where you know better than its class and configuration tell.
-            arguments: Further keyword arguments of the pipeline's call, given to it in every stage. `control_image` may
-                be a function (width, height) -> hint, and is resized to the stage where it is a tensor.
-            seeds: One per image, for what a pipeline draws besides the noise (a ControlNet hint's posterior); left
-                out, they are the images' numbers.
+            family: Name of its family, where you know better than its class and configuration.
+            arguments: Further keyword arguments of the pipeline's call, passed to it in every stage. `control_image`
+                may be a function (width, height) -> hint, and is resized to the stage where it is a tensor.
+            seeds: One per image, for what a pipeline draws besides the noise (a ControlNet hint's posterior); None: the
+                images' numbers.
             name: What records call the model.
-            fingerprint: What tells its weights from others.
-            compiler: Stages of several steps run its twin of the network.
+            fingerprint: Identifies its weights.
+            compiler: Stages of more than `COMPILE_STEPS` steps run its twin of the network.
             guided_by_two: Guidance takes a second branch although the family's does not (FLUX.1's true CFG).
 
         Raises:
@@ -146,14 +155,17 @@ class PipelineEngine:
 
         Args:
             path: The folder that holds model_index.json.
-            device: "auto" (CUDA where there is one), or as torch spells it.
+            device: "auto" (CUDA if available), or as torch spells it.
             dtype: As in `load_pipeline`.
-            family: Name of the family; left out, what the folder says (`_mrflow_family` in its model_index.json), else
-                what its class and configurations tell.
+            family: Name of the family; None: what the folder says (`_mrflow_family` in its model_index.json), else what
+                its class and configurations imply.
             offload: Keep parts on the CPU while they are idle.
 
+        Returns:
+            The engine, named after the folder.
+
         Raises:
-            MrFlowError: A folder that is missing, incomplete, damaged or of no such pipeline.
+            MrFlowError: A folder that is missing, incomplete, damaged or of no supported pipeline.
         """
         pipe = load_pipeline(path, device=device, dtype=dtype, offload=offload)
         pipe.set_progress_bar_config(disable=True)
@@ -162,7 +174,7 @@ class PipelineEngine:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Whole stages, unless a subclass has its own `denoise`, which then is asked for every step."""
+        """Whole stages, unless a subclass has its own `denoise`, which then is called at every step."""
         mine = type(self)
         whole = mine.denoise is PipelineEngine.denoise or mine.sample_stage is not PipelineEngine.sample_stage
         return Capabilities(
@@ -176,7 +188,7 @@ class PipelineEngine:
 
     @property
     def pipe(self) -> Any:
-        """The pipeline as its owner knows it."""
+        """The pipeline that was given."""
         return self._pipe
 
     @property
@@ -186,7 +198,7 @@ class PipelineEngine:
 
     @property
     def family(self) -> Family:
-        """The family whose numbers plan for this pipeline, with the shift rule of its own scheduler."""
+        """The family that plans for this pipeline, with the shift rule of its own scheduler."""
         return self._layout.family
 
     @property
@@ -219,37 +231,53 @@ class PipelineEngine:
 
     @property
     def _network(self) -> str:
-        """What the pipeline calls its network."""
+        """The attribute that holds the pipeline's network."""
         return "unet" if getattr(self._layout.pipe, "transformer", None) is None else "transformer"
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """(C, h, w) of one image's latents.
+        """Shape of one image's latents.
+
+        Args:
+            width: In pixels, a multiple of the family's grid.
+            height: Likewise.
+
+        Returns:
+            (C, h, w).
 
         Raises:
-            MrFlowError: Sides off the family's grid.
+            MrFlowError: A size off the family's grid.
         """
         return self._layout.latent_shape(width, height)
 
     # ---------------------------------------------------------------------------------------------------------- text
 
     def encode_text(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None) -> PipelineText:
-        """Embeddings for a batch of `len(prompts)` images; embeddings among the engine's arguments take their place.
+        """Embeddings for a batch of images; embeddings among the engine's arguments are used in their place.
+
+        Warns about text that has no effect: a negative prompt where none is used, the end of a long prompt.
+
+        Args:
+            prompts: One text per image.
+            negative_prompts: As many, or None.
+
+        Returns:
+            The conditioning, for `denoise` and `sample_stage`.
 
         Raises:
-            MrFlowError: Ready embeddings that do not make the batch.
+            MrFlowError: The number of images is no multiple of the given embeddings.
         """
         longest = self._layout.text_length
         own = self._arguments if longest is None else {"max_sequence_length": longest, **self._arguments}
         given = given_embeddings(own)
         if given and len(prompts) % given:
             raise MrFlowError(f"prompt_embeds holds {given} prompts, which do not make {len(prompts)} images.")
-        told = negative_prompts
-        if given and told is not None:
-            told = told[:: len(prompts) // given]
-        self._tell_of_text(() if given else prompts, told, own)
+        negatives = negative_prompts
+        if given and negatives is not None:
+            negatives = negatives[:: len(prompts) // given]
+        self._warn_of_text(() if given else prompts, negatives, own)
         try:
             with TOKENIZER_LOCK:
-                text = self._layout.encode_text(None if given else prompts, told, own)
+                text = self._layout.encode_text(None if given else prompts, negatives, own)
             if given:
                 text |= {name: value for name, value in own.items() if _is_embedding(name) and value is not None}
                 text = self._layout.select_text(text, [row * given // len(prompts) for row in range(len(prompts))])
@@ -257,8 +285,8 @@ class PipelineEngine:
             self._free()
         return PipelineText(text, len(prompts))
 
-    def _tell_of_text(self, prompts: Sequence[str], negatives: Sequence[str] | None, own: Mapping[str, Any]) -> None:
-        """Warn about text that has no effect: a negative prompt where nothing takes one, the end of a long prompt."""
+    def _warn_of_text(self, prompts: Sequence[str], negatives: Sequence[str] | None, own: Mapping[str, Any]) -> None:
+        """Warn about text that has no effect: a negative prompt where none is used, the end of a long prompt."""
         guided = self.family.guidance_kind == "cfg" or "true_cfg_scale" in own
         if not guided and negatives is not None and any(text.strip() for text in negatives):
             warnings.warn(f"{self.family.title} has no negative prompt: it was ignored.", stacklevel=3)
@@ -272,28 +300,58 @@ class PipelineEngine:
     # -------------------------------------------------------------------------------------------------------- images
 
     def encode(self, images: Tensor, *, posterior: str = "mode", seeds: Sequence[int] | None = None) -> Tensor:
-        """Normalised latents of images in [0, 1]; see `Layout.encode`."""
+        """Normalised latents of images.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            posterior: "mode" takes the mode of the VAE's distribution, "sample" draws from it.
+            seeds: One per image, for "sample".
+
+        Returns:
+            (B, C, h, w), float32, on `device`.
+
+        Raises:
+            MrFlowError: An unknown posterior, or seeds that do not match the batch.
+        """
         try:
             return self._layout.encode(images, posterior, seeds)
         finally:
             self._free()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W, float32 in [0, 1]) of normalised latents (B, C, h, w)."""
+        """Images of normalised latents.
+
+        Args:
+            latents: (B, C, h, w).
+
+        Returns:
+            (B, 3, H, W), float32 in [0, 1], on `device`.
+        """
         try:
             return self._layout.decode(latents)
         finally:
             self._free()
 
     def finish(self, images: Tensor) -> Tensor:
-        """Final images (B, 3, H, W) in [0, 1] with what the pipeline does to its own: safety checker, watermark."""
+        """Apply what the pipeline does to its own final images: safety checker, watermark.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            In the same shape and range.
+        """
         try:
             return self._layout.finish(images)
         finally:
             self._free()
 
     def in_tiles(self) -> PipelineEngine | None:
-        """This engine with its VAE in tiles, or None where it cannot; the pipeline's own VAE keeps its setting."""
+        """This engine with its VAE in tiles; the pipeline's own VAE keeps its setting.
+
+        Returns:
+            The tiling engine; None where the VAE cannot tile, or already does.
+        """
         vae = self._layout.pipe.vae
         if getattr(vae, "use_tiling", None) is not False:
             return None
@@ -308,9 +366,9 @@ class PipelineEngine:
     def denoise(
         self, x: Tensor, sigma: Tensor, text: PipelineText, *, guidance: float, around: Around | None = None
     ) -> Tensor:
-        """Clean estimate of noisy latents: a stage of one step, of which the pipeline's callbacks hear nothing.
+        """Clean estimate of noisy latents: a stage of one step, for which the pipeline's callbacks are not called.
 
-        Where gradients are recorded, and `x` or a weight of the network asks for them, a graph is kept.
+        Where gradients are recorded, and `x` or a weight of the network requires them, a graph is kept.
 
         Args:
             x: (B, *latent_shape), float32.
@@ -322,16 +380,16 @@ class PipelineEngine:
         Returns:
             Clean latents in the shape of `x`, float32.
         """
-        levels = [float(level) for level in sigma]
-        flow = [level if self.family.prediction == "flow" else ve_to_sigma(level) for level in levels]
-        whole = len(set(levels)) == 1
+        sigmas = [float(value) for value in sigma]
+        flow = [value if self.family.prediction == "flow" else ve_to_sigma(value) for value in sigmas]
+        whole = len(set(sigmas)) == 1
         rows = [slice(0, len(x))] if whole else [slice(row, row + 1) for row in range(len(x))]
         done = [
             self._stage(
                 x[each],
                 _Stage(
-                    *("euler", (levels[each.start], 0.0), text, each, guidance),
-                    # Nobody says how far the run is: the noise that is gone stands for it.
+                    *("euler", (sigmas[each.start], 0.0), text, each, guidance),
+                    # How far the run is is not known here: the noise already removed stands for it.
                     progress=(1.0 - flow[each.start],) * 2,
                     around=around,
                     callbacks=False,
@@ -353,9 +411,22 @@ class PipelineEngine:
         callback: Callable[[dict[str, Any]], object] | None = None,
         around: Around | None = None,
     ) -> Tensor:
-        """The state at the end of `sigmas`, by the pipeline's own loop; see `StageEngine.sample_stage`.
+        """Run one stage by the pipeline's own loop; a batch that does not fit into memory is run image by image.
 
-        A batch that does not fit into memory goes through image by image.
+        Args:
+            solver: A name in `mrflow_sched.sampling.solvers.SOLVERS`.
+            latents: (B, *latent_shape), float32, at `sigmas[0]`.
+            sigmas: Strictly falling to 0: flow sigma, or sigma_ve for variance-exploding models.
+            text: What `encode_text` returned.
+            guidance: One scale, or a scale for each flow sigma.
+            progress: For each of `sigmas`, the fraction of the whole run done when it is reached, from 0 to 1;
+                ControlNet windows follow it. If None, the stage is the whole run.
+            callback: Called after every evaluation; see `StageEngine.sample_stage`. The dict also has `forwards`, the
+                network evaluations per image since the last call.
+            around: Called in place of every call of the network (`mrflow_sched.sampling.network`).
+
+        Returns:
+            The state at the end of `sigmas`, in the shape of `latents`, float32.
 
         Raises:
             Cancelled: The pipeline was interrupted (`_interrupt`).
@@ -367,8 +438,8 @@ class PipelineEngine:
         asked = _Stage(solver, tuple(sigmas), text, slice(None), scale, per_step, behind, around)
 
         def work(_engine: object, rows: slice) -> Tensor:
-            hear = None if callback is None else _for_whole_batch(callback, latents, done, rows)
-            done.append(self._stage(latents[rows], replace(asked, rows=rows), hear))
+            for_batch = None if callback is None else _for_whole_batch(callback, latents, done, rows)
+            done.append(self._stage(latents[rows], replace(asked, rows=rows), for_batch))
             return done[-1]
 
         width, height = self._pixels(latents)
@@ -378,7 +449,7 @@ class PipelineEngine:
     def _scales(
         self, solver: str, sigmas: Sequence[float], guidance: float | Guidance
     ) -> tuple[float, Guidance | None]:
-        """The scale to tell the pipeline, and what each step asks for where that is not the same throughout."""
+        """The scale to tell the pipeline, and that of each step where it is not the same throughout."""
         if not callable(guidance):
             return guidance, None
         flow = self.family.prediction == "flow"
@@ -400,7 +471,7 @@ class PipelineEngine:
         width, height = self._pixels(latents)
         counted = 0.0
 
-        def heard(state: dict[str, Any]) -> None:
+        def after_evaluation(state: dict[str, Any]) -> None:
             nonlocal counted
             if interrupted(self._pipe) and not self._was_interrupted:
                 raise Cancelled
@@ -415,10 +486,10 @@ class PipelineEngine:
             asked.solver,
             prediction=self.family.prediction,
             start=layout.pack(latents),
-            on_evaluation=heard,
+            on_evaluation=after_evaluation,
         )
         view = view_of(layout.pipe, scheduler=scheduler, **layout.view_attributes(asked.scale, width, height))
-        object.__setattr__(view, "encode_prompt", one_at_a_time(view.encode_prompt))
+        object.__setattr__(view, "encode_prompt", with_tokenizer_lock(view.encode_prompt))
         mirror = Mirror(self._pipe, view)
         seam = self._seam(asked, scheduler, len(latents), mirror)
         put_network(view, self._network, shell_of(self.network, seam))
@@ -439,7 +510,7 @@ class PipelineEngine:
         return layout.unpack(final, width, height).float()
 
     def _seam(self, asked: _Stage, scheduler: MrFlowScheduler, batch: int, mirror: Mirror) -> NetworkSeam:
-        """What stands before the network in a stage: guidance for each step, then the method's own."""
+        """What runs in place of the network in a stage: guidance for each step, then the method's own function."""
         layout, network = self._layout, self.network
         if self._compiler is not None and len(asked.sigmas) > COMPILE_STEPS:
             network = self._compiler(network)
@@ -462,7 +533,7 @@ class PipelineEngine:
         )
 
     def _wants_graph(self, latents: Tensor) -> bool:
-        """Whether a graph is to be kept: gradients are recorded, and the state or a weight asks for them."""
+        """Whether a graph is kept: gradients are recorded, and the state or a weight requires them."""
         if not torch.is_grad_enabled():
             return False
         return latents.requires_grad or any(weight.requires_grad for weight in self.network.parameters())
@@ -470,7 +541,7 @@ class PipelineEngine:
     def _call(
         self, latents: Tensor, asked: _Stage, scheduler: MrFlowScheduler, width: int, height: int
     ) -> dict[str, Any]:
-        """Keyword arguments of the view's call: text, guidance and sizes, the caller's own, and what is always so."""
+        """Keyword arguments of the view's call: text, guidance and sizes, the caller's own, and the fixed ones."""
         layout, names, text = self._layout, self._layout.call_names, asked.text
         chosen = range(len(text))[asked.rows]
         arguments = text.arguments if len(chosen) == len(text) else layout.select_text(text.arguments, chosen)
@@ -491,22 +562,24 @@ class PipelineEngine:
     def _own_arguments(self, asked: _Stage, scheduler: MrFlowScheduler, width: int, height: int) -> dict[str, Any]:
         """The caller's own arguments of the pipeline's call, as they are in this stage."""
         layout, batch = self._layout, len(asked.text)
-        said = takes(layout.pipe.encode_prompt)  # is in the embeddings already
-        own = {name: value for name, value in self._arguments.items() if name not in said and not _is_embedding(name)}
+        encoded = parameter_names(layout.pipe.encode_prompt)  # part of the embeddings already
+        own = {
+            name: value for name, value in self._arguments.items() if name not in encoded and not _is_embedding(name)
+        }
         if own.get(HINT) is not None:
             own[HINT] = hint_for_stage(own[HINT], width, height, range(batch)[asked.rows], batch)
         if HINT in own and HINT not in layout.call_names:
-            own["image"] = own.pop(HINT)  # the word of Stable Diffusion's ControlNet and T2I-Adapter pipelines
+            own["image"] = own.pop(HINT)  # its name in Stable Diffusion's ControlNet and T2I-Adapter pipelines
         own |= _stage_windows(own, asked)
-        hear = own.pop("callback_on_step_end", None)
-        if hear is not None and asked.callbacks:
-            if hasattr(hear, "tensor_inputs"):  # diffusers' own callback classes say so themselves
-                own["callback_on_step_end_tensor_inputs"] = hear.tensor_inputs
-            own["callback_on_step_end"] = last_word(hear, scheduler)
-        return own_dicts(own)
+        callback = own.pop("callback_on_step_end", None)
+        if callback is not None and asked.callbacks:
+            if hasattr(callback, "tensor_inputs"):  # diffusers' own callback classes declare theirs
+                own["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+            own["callback_on_step_end"] = follow_last_change(callback, scheduler)
+        return copy_dicts(own)
 
     def _pixels(self, latents: Tensor) -> tuple[int, int]:
-        """(width, height) of the image that latents (B, C, h, w) are of."""
+        """(width, height) in pixels of the image whose latents (B, C, h, w) these are."""
         grid = self.family.grid
         _, rows, columns = self._layout.latent_shape(grid, grid)
         return int(latents.shape[-1]) * grid // columns, int(latents.shape[-2]) * grid // rows
@@ -514,14 +587,14 @@ class PipelineEngine:
     # ---------------------------------------------------------------------------------------------------- offloading
 
     def _free(self) -> None:
-        """Let offloaded modules go home, as the pipeline's own call does at its end."""
+        """Let offloaded modules return to the CPU, as the pipeline's own call does at its end."""
         if getattr(self._pipe, "_all_hooks", None):
             view = view_of(self._pipe)
             view.maybe_free_model_hooks()
             self._share_hooks(view)
 
     def _share_hooks(self, view: Any) -> None:
-        """Freeing makes new hooks on the modules; the pipeline's list must name those that are there."""
+        """Freeing makes new hooks on the modules; the pipeline's list must name the current ones."""
         if hasattr(self._pipe, "_all_hooks"):
             for holder in (self._pipe, self._layout.pipe):
                 object.__setattr__(holder, "_all_hooks", view._all_hooks)
@@ -531,7 +604,14 @@ class PipelineEngine:
 
 
 def given_embeddings(arguments: Mapping[str, Any]) -> int:
-    """How many prompts the ready embeddings among `arguments` stand for; 0 where there are none."""
+    """How many prompts the given embeddings stand for.
+
+    Args:
+        arguments: Keyword arguments of a pipeline's call.
+
+    Returns:
+        Rows of the first tensor or list whose name starts with "prompt_embeds"; 0 where there is none.
+    """
     found = (value for name, value in arguments.items() if name.startswith("prompt_embeds") and value is not None)
     return next((len(value) for value in found if not isinstance(value, dict)), 0)
 
@@ -554,10 +634,11 @@ def _called(view: Any, graph: bool) -> Callable[..., Any]:
 
 
 def _first_shown(network: Any, scheduler: MrFlowScheduler) -> Mapping[str, Any] | None:
-    """What the owner is to show at the first evaluation of a later stage beside what is so; None for nothing.
+    """What the owner is to show at the first evaluation of a later stage in addition; None for nothing.
 
-    FasterCache takes for granted that a loop starts above its range of timesteps, and reuses what it has not stored yet
-    where one starts within. It is shown the timestep at which loops start, and so computes that evaluation whole.
+    FasterCache assumes that a loop starts above its range of timesteps, and where one starts within that range it
+    reuses values that it has not stored yet. It is shown the timestep at which full loops start, and so computes that
+    evaluation whole.
     """
     hooks = getattr(network, "_diffusers_hook", None)
     if hooks is None or hooks.get_hook("faster_cache_denoiser") is None:
@@ -569,7 +650,7 @@ _WINDOW = ("control_guidance_start", "control_guidance_end")
 
 
 def _stage_windows(own: Mapping[str, Any], asked: _Stage) -> dict[str, Any]:
-    """The windows of ControlNets, which count over the whole run, as windows of this stage; none where none is set."""
+    """The windows of ControlNets, which count over the whole run, as windows of this stage; empty where none is set."""
     start, end = (own.get(name) for name in _WINDOW)
     if start is None and end is None:
         return {}
@@ -591,14 +672,16 @@ def _each(window: Any, absent: float, count: int) -> list[float]:
 def _for_whole_batch(
     callback: Callable[[dict[str, Any]], object], latents: Tensor, done: Sequence[Tensor], rows: slice
 ) -> Callable[[dict[str, Any]], object]:
-    """`callback` with tensors of the whole batch where only `rows` of it are at work: finished images as they are,
-    images not yet begun as zeros, which decode to a plain colour."""
+    """`callback` with tensors of the whole batch where only `rows` of it are evaluated.
+
+    Finished images are passed as they are, images not yet begun as zeros, which decode to a plain colour.
+    """
     if rows == slice(0, len(latents)):
         return callback
     later = torch.zeros_like(latents[rows.stop :])
 
-    def hear(state: dict[str, Any]) -> None:
+    def called(state: dict[str, Any]) -> None:
         whole = {key: torch.cat([*done, state[key], later]) for key in ("x", "denoised")}
         callback({**state, **whole})
 
-    return hear
+    return called

@@ -1,12 +1,12 @@
-"""`MrFlowScheduler`: our sigma lists and solvers behind the interface of a diffusers scheduler.
+"""`MrFlowScheduler`: our schedules and solvers behind the interface of a diffusers scheduler.
 
-A diffusers pipeline owns its loop: it asks the scheduler for timesteps, evaluates its network at each, and hands the
+A diffusers pipeline owns its loop: it asks the scheduler for timesteps, evaluates its network at each, and passes the
 output to `step`. Here `step` turns that output into a denoised estimate and sends it to a solver of
-`mrflow_sched.solvers`, which answers with the next state to evaluate. Two ways to use it:
+`mrflow_sched.sampling.solvers`, which returns the next state to evaluate. Two ways to use it:
 
-* `MrFlowScheduler.from_config(pipe.scheduler.config, solver=…)` in place of a pipeline's scheduler, with the list that
-  scheduler would make (`stage="sample"`), or with a refine list that nothing shifts (`stage="refine"`).
-* `MrFlowScheduler.for_stage(…)` walks exactly one given list, whatever the pipeline asks for: a stage of a plan.
+* `MrFlowScheduler.from_config(pipe.scheduler.config, solver=…)` in place of a pipeline's scheduler, with the schedule
+  that scheduler would make (`stage="sample"`), or with a refine schedule that nothing shifts (`stage="refine"`).
+* `MrFlowScheduler.for_stage(…)` walks exactly one given schedule, whatever the pipeline asks for: a stage of a plan.
 
 The state stays float32 from the first step to `final_state`, whatever the pipeline rounds its copy to. For
 variance-exploding models (SD1.5, SDXL) it is x0 + sigma_ve · noise, as in diffusers' EulerDiscreteScheduler.
@@ -50,8 +50,8 @@ _PREDICTIONS: Mapping[str, Prediction] = {
     "v_prediction": "v",
     "v": "v",
 }
-# Options that only shape a list or add noise: a stage whose list is given has no use for them.
-_WITHOUT_LIST_OPTIONS: Mapping[str, Any] = {
+# Options that only shape a schedule or add noise: a stage whose schedule is given does not use them.
+_GIVEN_SCHEDULE: Mapping[str, Any] = {
     "stage": "sample",
     "invert_sigmas": False,
     "stochastic_sampling": False,
@@ -66,25 +66,62 @@ _WITHOUT_LIST_OPTIONS: Mapping[str, Any] = {
 
 @dataclass
 class MrFlowSchedulerOutput(BaseOutput):
-    """`prev_sample`: the next state, in the dtype of the network's output. `pred_original_sample`: the clean estimate
-    of the state just evaluated, float32."""
+    """What `MrFlowScheduler.step` returns.
+
+    Attributes:
+        prev_sample: The next state, in the dtype of the network's output.
+        pred_original_sample: The clean estimate of the state just evaluated, float32.
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor
 
 
 class MrFlowScheduler(SchedulerMixin, ConfigMixin):
-    """A diffusers scheduler that walks our lists with our solvers, for flow and for variance-exploding models.
+    """A diffusers scheduler that walks our schedules with our solvers, for flow and for variance-exploding models.
 
-    `solver`: a name of `mrflow_sched.solvers.SOLVERS`. `stage`: "sample" makes the list that diffusers' Euler scheduler
-    for such a model would make of the same configuration; "refine" makes `refine_sigmas(sigma, steps, refine_curve)`,
-    `sigma` being the flow noise fraction at which the stage starts, and nothing shifts it. All other arguments are
-    named and meant as in FlowMatchEulerDiscreteScheduler, in the `use_flow_sigmas` mode of DPMSolverMultistepScheduler
-    (`flow_shift`; its list starts up to 1/num_train_timesteps below 1 before the shift, ours at 1), and in
-    EulerDiscreteScheduler (`beta_start` to `timestep_type`). Betas without a `prediction_type` mean "epsilon", neither
-    means flow. Lists always end at 0.
+    All arguments but the last four are named and meant as in FlowMatchEulerDiscreteScheduler, in the `use_flow_sigmas`
+    mode of DPMSolverMultistepScheduler, and in EulerDiscreteScheduler (from `beta_start` to `timestep_type`), so that
+    their configurations can be taken over. Betas without a `prediction_type` mean "epsilon", neither means flow.
+    Schedules always end at 0.
 
-    Raises ValueError for options that would need noise or another direction of time, and for words it does not know.
+    Args:
+        num_train_timesteps: Training steps; a flow model is told sigma times this as the time.
+        shift: Fixed shift of flow sigmas, 1 for none.
+        use_dynamic_shifting: Shift by the `mu` that the pipeline passes to `set_timesteps`, instead of `shift`.
+        base_shift: Read by pipelines that compute `mu`: its value at `base_image_seq_len` tokens.
+        max_shift: Likewise: its value at `max_image_seq_len` tokens.
+        base_image_seq_len: Tokens of the smallest image.
+        max_image_seq_len: Tokens of the largest image.
+        invert_sigmas: Only False.
+        shift_terminal: Stretch the shifted schedule so that its last sigma above 0 is this one; None for no stretching.
+        use_karras_sigmas: Respace the schedule by Karras et al. 2022, equation 5, with rho = 7.
+        use_exponential_sigmas: Respace it evenly in log sigma.
+        use_beta_sigmas: Respace it at quantiles of Beta(0.6, 0.6).
+        time_shift_type: "exponential": the shift is exp(mu); "linear": it is mu itself.
+        stochastic_sampling: Only False: no noise is added while sampling.
+        use_flow_sigmas: Shift by `flow_shift`, and start at 1 where DPMSolverMultistepScheduler starts up to
+            1/num_train_timesteps below 1 before the shift.
+        flow_shift: Fixed shift with `use_flow_sigmas`.
+        beta_start: First beta of a variance-exploding model.
+        beta_end: Last beta.
+        beta_schedule: "linear", "scaled_linear" (linear in the root) or "squaredcos_cap_v2".
+        trained_betas: All betas, in place of the three above.
+        prediction_type: "flow", "flow_prediction", "epsilon", "v" or "v_prediction"; None: see above.
+        timestep_spacing: "linspace", "leading" or "trailing": Lin et al. 2023, table 2.
+        steps_offset: Added to the training steps of "leading" spacing.
+        rescale_betas_zero_snr: Rescale the betas to zero terminal signal-to-noise ratio.
+        final_sigmas_type: Only "zero".
+        interpolation_type: Only "linear".
+        timestep_type: Only "discrete".
+        solver: A name in `mrflow_sched.sampling.solvers.SOLVERS`.
+        stage: "sample" makes the schedule that diffusers' Euler scheduler for such a model would make of the same
+            configuration; "refine" makes `refine_sigmas(sigma, steps, refine_curve)`, which nothing shifts.
+        sigma: Flow sigma at which a "refine" stage starts.
+        refine_curve: Its spacing, as in `refine_sigmas`.
+
+    Raises:
+        MrFlowError: An unknown value, or an option that would need noise or another direction of time.
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler", *(each.name for each in KarrasDiffusionSchedulers)]  # noqa: RUF012
@@ -132,23 +169,31 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         self.prediction: Prediction = _PREDICTIONS[prediction_type or ("epsilon" if has_betas else "flow")]
         # sigma_ve of every training step, rising; empty for flow models.
         self._table = () if self.prediction == "flow" else training_sigmas(options)
-        # Read where a list is made from nothing but a count, and settable, as some pipelines do.
+        # Read where a schedule is made from a step count alone; settable, as some pipelines set it.
         static = self.prediction == "flow" and not use_dynamic_shifting
         self.sigma_min = shift_sigma(1.0 / num_train_timesteps, shift) if static else 1.0 / num_train_timesteps
         self._fixed: Sigmas | None = None
         self._start: Tensor | None = None
         self._on_evaluation: Callable[[dict[str, Any]], object] | None = None
         self.num_inference_steps: int | None = None
-        self._set_levels(self._training_list(), {}, None)
+        self._set_sigmas(self._training_sigmas(), {}, None)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A scheduler like the one that `config` describes, of whatever class that was; keyword arguments win.
+        """A scheduler for the model that a configuration describes, whatever class of scheduler it came from.
 
-        Every value that the other class had counts, also those it filled in by itself, so the lists agree.
+        Every value of the other scheduler counts, also those it filled in by default, so the schedules agree.
+
+        Args:
+            config: The configuration, usually `pipe.scheduler.config`.
+            return_unused_kwargs: Also return the keyword arguments that this class does not take.
+            **kwargs: Override values of the configuration.
+
+        Returns:
+            The scheduler; with `return_unused_kwargs` a pair of it and the unused arguments.
         """
         if isinstance(config, dict):
-            # diffusers lists here what was left at the other class's default, to put this class's in its place.
+            # diffusers lists here what was left at the other class's default, to use this class's default instead.
             given = cast("dict[str, Any]", config)
             config = {name: value for name, value in given.items() if name != "_use_default_values"}
         return super().from_config(config, return_unused_kwargs, **kwargs)  # pyright: ignore[reportUnknownMemberType]
@@ -164,29 +209,39 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         start: Tensor | None = None,
         on_evaluation: Callable[[dict[str, Any]], object] | None = None,
     ) -> MrFlowScheduler:
-        """A scheduler that walks exactly `sigmas` with `solver`, whatever a pipeline passes to `set_timesteps`.
+        """A scheduler that walks exactly one schedule, whatever a pipeline passes to `set_timesteps`.
 
-        `config` is the configuration of the pipeline's own scheduler. `sigmas` falls, usually to 0, in the model's own
-        measure: flow sigma, or sigma_ve where `prediction` is "epsilon" or "v" (`noise.model_sigmas`). `start`: the
-        state at `sigmas[0]` in the layout that the pipeline's loop has; it is used in place of the copy, often of half
-        precision, that the pipeline hands to the first step. `on_evaluation` hears, after each evaluation and before
-        the state moves, a dict of `i` (the step, from 0), `sigma` (float), `x` and `denoised`; it may raise
-        `Cancelled`. Raises ValueError for a list that does not fall, a prediction without betas, or an unknown solver.
+        Args:
+            config: Configuration of the pipeline's own scheduler.
+            sigmas: Strictly falling, usually to 0, in the model's units: flow sigma, or sigma_ve where `prediction` is
+                "epsilon" or "v" (`noise.model_sigmas`).
+            solver: A name in `mrflow_sched.sampling.solvers.SOLVERS`.
+            prediction: What the network predicts.
+            start: The state at `sigmas[0]`, in the layout of the pipeline's loop; used in place of the copy, often in
+                half precision, that the pipeline passes to the first step.
+            on_evaluation: Called after each evaluation and before the state moves with a dict of `i` (the step, from
+                0), `sigma` (float), `x` and `denoised`; it may raise `Cancelled`.
+
+        Returns:
+            The scheduler, at the start of the schedule.
+
+        Raises:
+            MrFlowError: A schedule that does not fall, a prediction without betas, or an unknown solver.
         """
         if config.get("prediction_type") not in _ALLOWED["prediction_type"]:
             raise MrFlowError(
-                f"config has prediction_type {config['prediction_type']!r}, which is neither flow, epsilon nor v; "
+                f"config has prediction_type {config['prediction_type']!r}, which is not flow, epsilon or v; "
                 "this pipeline cannot be run in stages."
             )
-        overrides: dict[str, Any] = {**_WITHOUT_LIST_OPTIONS, "solver": solver, "prediction_type": prediction}
-        # What this class does not know would be warned about at every stage.
-        words = inspect.signature(cls.__init__).parameters
-        known = {name: value for name, value in config.items() if name in words}
+        overrides: dict[str, Any] = {**_GIVEN_SCHEDULE, "solver": solver, "prediction_type": prediction}
+        # Names that this class does not take would cause a warning at every stage.
+        names = inspect.signature(cls.__init__).parameters
+        known = {name: value for name, value in config.items() if name in names}
         made: MrFlowScheduler = cls.from_config(known, False, **overrides)
         made._start = start
         made._on_evaluation = on_evaluation
         made._fixed = tuple(float(sigma) for sigma in sigmas)
-        made._set_levels(made._fixed, {}, None)
+        made._set_sigmas(made._fixed, {}, None)
         return made
 
     @property
@@ -198,60 +253,64 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def init_noise_sigma(self) -> float:
-        """What a pipeline multiplies unit noise with: 1, or the first sigma_ve where this class made the list."""
+        """What a pipeline multiplies unit noise with: 1, or the first sigma_ve where this class made the schedule."""
         if self.prediction == "flow" or self._fixed is not None or self._options["stage"] == "refine":
             return 1.0
-        largest = self._levels[0]
+        largest = self._schedule[0]
         # Leading spacing stops short of the last training step, so the image is still in what the first step sees.
         return math.hypot(largest, 1.0) if self._options["timestep_spacing"] == "leading" else largest
 
     @property
     def step_index(self) -> int | None:
-        """Evaluations made, counted from the first of the list; None before the first."""
+        """Evaluations done, counted from the start of the schedule; None before the first."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """The evaluation at which the pipeline starts; None where it has not said."""
+        """The evaluation at which the pipeline starts; None where it was not set."""
         return self._begin_index
 
     @property
     def current_evaluation(self) -> int:
-        """The evaluation that is due, counted from 0."""
+        """The next evaluation, from 0."""
         return (self._begin_index if self._step_index is None else self._step_index) or 0
 
     @property
     def current_step(self) -> int:
-        """The solver's step, from 0, that the evaluation which is due belongs to."""
+        """The solver's step, from 0, that the next evaluation belongs to."""
         return self.current_evaluation // evaluations_per_step(self._options["solver"])
 
     @property
     def current_sigma(self) -> float:
-        """Noise level of the evaluation that is due, in the model's own measure."""
+        """The sigma of the next evaluation, in the model's units."""
         return self._evaluations[min(self.current_evaluation, len(self._evaluations) - 1)]
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at this evaluation of the list (image-to-image)."""
+        """Start at a later evaluation of the schedule (image-to-image).
+
+        Args:
+            begin_index: Its number, from 0.
+        """
         self._begin_index = begin_index
 
     @property
     def state(self) -> Tensor | None:
-        """The state as it stands, in float32 and in the pipeline's layout; None before the first step."""
+        """The current state, in float32 and in the pipeline's layout; None before the first step."""
         return None if self._walk is None else self._walk.state
 
     @property
     def final_state(self) -> Tensor | None:
-        """The state at the end of the list, in float32 and in the pipeline's layout; None until it is reached."""
+        """The state at the end of the schedule, in float32 and in the pipeline's layout; None until it is reached."""
         return self.state if self._step_index == len(self._evaluations) else None
 
     def __len__(self) -> int:
         return int(self._options["num_train_timesteps"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy (copy.copy, deepcopy, pickle) has the list and stands at its start: two must not share one run.
+        # A copy (copy.copy, deepcopy, pickle) has the schedule and is at its start: two must not share one run.
         return {**self.__dict__, "_walk": None, "_step_index": None}
 
-    # --- the list
+    # --- the schedule
 
     def set_timesteps(
         self,
@@ -261,60 +320,73 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Make the list and start anew. One made by `for_stage` keeps its list; "refine" only reads the step count.
+        """Make the schedule and start anew.
 
-        `sigmas`: levels to use before the shift, without or with the final 0. `mu`: the shift's logarithm ("linear"
-        time shift: the shift itself), needed with `use_dynamic_shifting`. `timesteps`: what the network is told at each
-        step; flow models that get them (CogView4) are told the time before the shift, here too. Raises ValueError where
-        nothing says how many steps, or the counts disagree.
+        One made by `for_stage` keeps its schedule; "refine" only reads the step count.
+
+        Args:
+            num_inference_steps: Steps, at least 1; may be left out where `sigmas` or `timesteps` say it.
+            device: Where `timesteps` and `sigmas` are put.
+            sigmas: Sigmas to use before the shift, with or without the final 0.
+            mu: Logarithm of the shift ("linear" time shift: the shift itself), needed with `use_dynamic_shifting`.
+            timesteps: What the network is told at each step; flow models that get them (CogView4) are told the time
+                before the shift, here too.
+
+        Raises:
+            MrFlowError: Nothing gives the number of steps, the counts disagree, or `mu` is missing.
         """
         options, times = self._options, dict[float, float]()
         if self._fixed is not None:
-            levels = self._fixed
+            schedule = self._fixed
         else:
             count = step_count(num_inference_steps, sigmas, timesteps)
             if options["stage"] == "refine":
                 refine = refine_sigmas(options["sigma"], count, options["refine_curve"])
-                levels = model_sigmas(refine, self.prediction)
+                schedule = model_sigmas(refine, self.prediction)
             elif self.prediction == "flow":
-                levels = flow_sigmas(options, count, sigmas, timesteps, mu, self.sigma_min)
-                times = {} if timesteps is None else dict(zip(levels, map(float, timesteps), strict=False))
+                schedule = flow_sigmas(options, count, sigmas, timesteps, mu, self.sigma_min)
+                times = {} if timesteps is None else dict(zip(schedule, map(float, timesteps), strict=False))
             else:
-                levels, times = ve_sigmas(options, self._table, count, sigmas, timesteps)
+                schedule, times = ve_sigmas(options, self._table, count, sigmas, timesteps)
         if timesteps is not None and self.prediction == "flow" and not times:
-            # The times that came belong to levels of another list; what they say is that the shift is to be undone.
+            # The given times belong to the sigmas of another schedule; they mean that the shift is to be undone.
             shift = shift_in_force(options, mu)
-            times = {level: len(self) * unshift_sigma(level, shift) for level in levels}
-        self._set_levels(levels, times, device)
-        self.num_inference_steps = len(levels) - 1
+            times = {sigma: len(self) * unshift_sigma(sigma, shift) for sigma in schedule}
+        self._set_sigmas(schedule, times, device)
+        self.num_inference_steps = len(schedule) - 1
 
     def set_stage(self, sigmas: Sequence[float], device: str | torch.device | None = None) -> None:
-        """Walk exactly `sigmas` next, in the measure of `for_stage`; `set_timesteps` makes another list again.
+        """Walk exactly this schedule next; `set_timesteps` makes another one again.
 
-        Raises ValueError for a list that does not fall, or of flow levels above 1.
+        Args:
+            sigmas: Strictly falling, in the units of `for_stage`.
+            device: Where `timesteps` and `sigmas` are put.
+
+        Raises:
+            MrFlowError: A schedule that does not fall, or flow sigmas above 1.
         """
-        self._set_levels(tuple(float(sigma) for sigma in sigmas), {}, device)
-        self.num_inference_steps = len(self._levels) - 1
+        self._set_sigmas(tuple(float(sigma) for sigma in sigmas), {}, device)
+        self.num_inference_steps = len(self._schedule) - 1
 
-    def _set_levels(self, levels: Sigmas, times: Mapping[float, float], device: str | torch.device | None) -> None:
-        """Take `levels` as the list, `times` as what the network is told where that is not `_time`; forget any run."""
-        self._evaluations = evaluation_sigmas(self._options["solver"], levels)
-        if self.prediction == "flow" and levels[0] > 1.0:
-            raise MrFlowError(f"sigmas must be at most 1 for flow models, got {levels[0]!r}; 1 is pure noise.")
-        self._levels = levels
-        told = [times[level] if level in times else self._time(level) for level in self._evaluations]
+    def _set_sigmas(self, sigmas: Sigmas, times: Mapping[float, float], device: str | torch.device | None) -> None:
+        """Take `sigmas` as the schedule and `times` as what the network is told (else `_time`); forget any run."""
+        self._evaluations = evaluation_sigmas(self._options["solver"], sigmas)
+        if self.prediction == "flow" and sigmas[0] > 1.0:
+            raise MrFlowError(f"sigmas must be at most 1 for flow models, got {sigmas[0]!r}; 1 is pure noise.")
+        self._schedule = sigmas
+        told = [times[sigma] if sigma in times else self._time(sigma) for sigma in self._evaluations]
         self.timesteps = torch.tensor(told, dtype=torch.float32, device=device)
-        self.sigmas = torch.tensor([*self._evaluations, levels[-1]], dtype=torch.float32, device=device)
+        self.sigmas = torch.tensor([*self._evaluations, sigmas[-1]], dtype=torch.float32, device=device)
         self._step_index: int | None = None
         self._begin_index: int | None = None if self._fixed is None else 0
         self._walk: Walk | None = None
 
-    def _time(self, level: float) -> float:
-        """What the network is told of `level`: the training step it belongs to, fractions included."""
-        return time_of(level, self._table) if self._table else level * len(self)
+    def _time(self, sigma: float) -> float:
+        """What the network is told for a sigma: the training step it belongs to, fractions included."""
+        return time_of(sigma, self._table) if self._table else sigma * len(self)
 
-    def _training_list(self) -> Sigmas:
-        """Every level of training, for whoever adds noise before a list is made."""
+    def _training_sigmas(self) -> Sigmas:
+        """Every sigma of training, for callers that add noise before a schedule is made."""
         if self._table:
             return (*reversed(self._table), 0.0)
         count, shift = len(self), self._options["shift"] if not self._options["use_dynamic_shifting"] else 1.0
@@ -323,7 +395,15 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
     # --- the loop
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The state as the network wants it: as it is for flow models, x / sqrt(sigma_ve² + 1) for the others."""
+        """The state as the network takes it: unchanged for flow models, x / sqrt(sigma_ve² + 1) for the others.
+
+        Args:
+            sample: The state (B, ...).
+            timestep: That of the evaluation; only read where the run has not started.
+
+        Returns:
+            In the shape of `sample`.
+        """
         if self.prediction == "flow":
             return sample
         return sample / math.hypot(self._evaluations[self._index(timestep)], 1.0)
@@ -338,11 +418,24 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | None = None,
         **ignored: Any,
     ) -> MrFlowSchedulerOutput | tuple[Tensor, Tensor]:
-        """Take the network's output (B, ...) at this evaluation, and return the next state in the output's dtype.
+        """Take the network's output at this evaluation, and return the next state.
 
         A `sample` that is not what the last step returned (a callback or an inpainting mask changed it) counts: the
-        solver goes on from there, with the slopes it knows. `generator` and further arguments of other schedulers are
-        ignored: nothing is random here. Raises ValueError past the end of the list and for shapes that do not fit.
+        solver goes on from there, with the slopes it knows.
+
+        Args:
+            model_output: What the network returned, (B, ...).
+            timestep: That of the evaluation; only read where the run has not started.
+            sample: The state that was evaluated, as the loop has it, in the same shape.
+            return_dict: Return an object rather than a tuple.
+            generator: Not used: nothing is random here.
+            **ignored: Arguments of other schedulers; not used.
+
+        Returns:
+            The next state in the dtype of `model_output`, and the clean estimate in float32.
+
+        Raises:
+            MrFlowError: Past the end of the schedule, or shapes that do not fit.
         """
         index = self._index(timestep)
         if model_output.shape != sample.shape:
@@ -351,11 +444,11 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
             )
         begun, within = divmod(index, evaluations_per_step(self._options["solver"]))
         if self._walk is None and within:
-            # Entered between the two evaluations of a Heun step: the step begins at the next one, on the same level.
+            # Entered between the two evaluations of a Heun step: the step begins at the next one, at the same sigma.
             self._step_index = index + 1
             return _output(sample.to(model_output.dtype), sample.float(), return_dict)
         if self._walk is None:
-            self._walk = Walk(self._options["solver"], self._first_state(index, sample), self._levels[begun:])
+            self._walk = Walk(self._options["solver"], self._first_state(index, sample), self._schedule[begun:])
         else:
             self._walk.follow(sample)
         x, sigma = self._walk.state, self._evaluations[index]
@@ -367,19 +460,27 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         return _output(self._walk.hand_out(model_output.dtype), denoised, return_dict)
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The evaluation at `timestep`: the later one where Heun evaluates a level twice, as a step begins there.
+        """The evaluation at a timestep: the later one where Heun evaluates a sigma twice, as a step begins there.
 
-        Raises ValueError for a timestep that the list does not have.
+        Args:
+            timestep: One of `timesteps`, exactly.
+            schedule_timesteps: Searched in place of `timesteps`.
+
+        Returns:
+            Its number, from 0.
+
+        Raises:
+            MrFlowError: A timestep that the schedule does not have.
         """
         schedule = (self.timesteps if schedule_timesteps is None else schedule_timesteps).float()
         wanted = torch.as_tensor(timestep, dtype=torch.float32, device=schedule.device)
         found = (schedule == wanted).nonzero()
         if not len(found):
-            raise MrFlowError(f"timestep {float(wanted)!r} is not in the list; take one of scheduler.timesteps.")
+            raise MrFlowError(f"timestep {float(wanted)!r} is not in the schedule; use one of scheduler.timesteps.")
         return int(found[min(len(found) - 1, 1)].item())
 
     def _index(self, timestep: float | Tensor | None) -> int:
-        """The evaluation that is due."""
+        """The evaluation that is next."""
         index = self._step_index
         if index is None:
             index = self._begin_index
@@ -403,10 +504,10 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         return self._start.to(sample.device)
 
     def follow(self, sample: Tensor) -> None:
-        """Go on from `sample`, where somebody has changed what the last step returned; `step` does so by itself.
+        """Go on from another state, where a caller has changed what the last step returned; `step` does so by itself.
 
         Args:
-            sample: The state as it stands in the loop, in the shape of what `step` returned.
+            sample: The state as the loop has it now, in the shape of what `step` returned.
 
         Raises:
             MrFlowError: It has another shape.
@@ -417,25 +518,46 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
     # --- noise
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
-        """Mix `noise` into clean `sample` (B, ...) at the level of `timestep` (one, or one per image).
+        """Add noise to clean latents at the sigma of a timestep.
 
-        Flow: (1 - sigma) · sample + sigma · noise; else sample + sigma_ve · noise. In the dtype of `sample`.
+        Flow: (1 - sigma) · sample + sigma · noise; else sample + sigma_ve · noise. In a run, or after
+        `set_begin_index`, the sigma of the next evaluation is used instead.
+
+        Args:
+            sample: Clean latents (B, ...).
+            timestep: One, or one per image; of `timesteps`.
+            noise: Standard normal, in the shape of `sample`.
+
+        Returns:
+            In the shape and dtype of `sample`.
+
+        Raises:
+            MrFlowError: No noise, or a timestep that the schedule does not have.
         """
         if noise is None:
             raise MrFlowError("noise is None; give noise in the shape of sample, as nothing is drawn here.")
         if self._step_index is not None or self._begin_index is not None:
-            # A pipeline that says where it begins, or is under way, means that level (image-to-image, inpainting).
+            # A pipeline that set where it begins, or is in a run, means that sigma (image-to-image, inpainting).
             indices = [(self._begin_index if self._step_index is None else self._step_index) or 0]
         else:
             indices = [self.index_for_timestep(each) for each in torch.as_tensor(timestep).reshape(-1)]
-        levels = (*self._evaluations, self._levels[-1])
-        level = torch.tensor([levels[index] for index in indices], device=sample.device)
-        level = level.reshape(-1, *([1] * (sample.ndim - 1)))
-        keep = 1.0 - level if self.prediction == "flow" else 1.0
-        return (keep * sample.float() + level * noise.to(sample.device).float()).to(sample.dtype)
+        schedule = (*self._evaluations, self._schedule[-1])
+        sigma = torch.tensor([schedule[index] for index in indices], device=sample.device)
+        sigma = sigma.reshape(-1, *([1] * (sample.ndim - 1)))
+        keep = 1.0 - sigma if self.prediction == "flow" else 1.0
+        return (keep * sample.float() + sigma * noise.to(sample.device).float()).to(sample.dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Tensor) -> Tensor:
-        """`scale_noise` under the name and in the order of arguments that variance-exploding pipelines use."""
+        """`scale_noise` under the name and with the argument order that variance-exploding pipelines use.
+
+        Args:
+            original_samples: Clean latents (B, ...).
+            noise: Standard normal, in the same shape.
+            timesteps: One, or one per image; of `timesteps`.
+
+        Returns:
+            In the shape and dtype of `original_samples`.
+        """
         return self.scale_noise(original_samples, timesteps, noise)
 
 
@@ -447,11 +569,13 @@ def _output(state: Tensor, denoised: Tensor, return_dict: bool) -> MrFlowSchedul
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Raises ValueError in one sentence for an option that is not known or not served."""
+    """Refuse an option that is unknown or not supported."""
     for name, allowed in _ALLOWED.items():
         if options[name] not in allowed:
-            words = ", ".join(repr(word) for word in allowed)
-            raise MrFlowError(f"{name} is {options[name]!r}, which MrFlowScheduler does not serve; it takes {words}.")
+            words = ", ".join(repr(value) for value in allowed)
+            raise MrFlowError(
+                f"{name} is {options[name]!r}, which MrFlowScheduler does not support; use one of {words}."
+            )
     if sum(bool(options[name]) for name in CONVERSIONS) > 1:
         raise MrFlowError(f"only one of {', '.join(CONVERSIONS)} can be in force; turn the others off.")
     if options["stage"] == "refine":

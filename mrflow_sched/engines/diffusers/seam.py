@@ -1,7 +1,7 @@
-"""Between a pipeline's loop and its network: where calls are looked at, changed, left out or run again.
+"""Between a pipeline's loop and its network: where calls are inspected, changed, skipped or run again.
 
-A stage's view of a pipeline has a *shell* in the place of its network: the same module to look at (configuration,
-dtype, parameters, adapters), whose calls come here first. The owner's network is called as a whole, so its own hooks
+A stage's view of a pipeline has a *shell* in place of its network: a module with the same configuration, dtype,
+parameters and adapters, whose calls come here first. The owner's network is called as a whole, so its own hooks
 (offloading, caching, whatever its owner registered) run once for every call that is really made.
 """
 
@@ -41,11 +41,11 @@ _HOOKS = (
 
 
 def shell_of(network: torch.nn.Module, forward: Callable[..., Any]) -> torch.nn.Module:
-    """A module that looks like `network` and whose call is `forward`; `network` itself is not touched.
+    """A module that looks like `network` and whose call is `forward`.
 
     Args:
-        network: Its attributes, parameters and submodules are shared.
-        forward: Called with what the shell is called with.
+        network: Its attributes, parameters and submodules are shared; it is not changed.
+        forward: Called with the shell's arguments.
 
     Returns:
         The shell: of the same class, without hooks of its own.
@@ -60,10 +60,10 @@ def shell_of(network: torch.nn.Module, forward: Callable[..., Any]) -> torch.nn.
 
 
 class NetworkSeam:
-    """Every call of the network in one stage: told what it is, handed through `arounds`, counted.
+    """Every call of the network in one stage: described as a `NetworkCall`, passed through `arounds`, counted.
 
     Attributes:
-        forwards: Evaluations of the network per image that were really made, CFG's second branch included.
+        forwards: Evaluations of the network per image that were made, CFG's second branch included.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class NetworkSeam:
 
         Args:
             network: What runs a call: the owner's module, or its compiled twin.
-            scheduler: Knows which evaluation is due.
+            scheduler: Knows which evaluation is next.
             batch: Images of the stage.
             guided: Whether CFG is in force.
             layout: Knows which half of a doubled batch is which, and which inputs hold image tokens.
@@ -96,7 +96,15 @@ class NetworkSeam:
         self.forwards = 0.0
 
     def __call__(self, *values: Any, **named: Any) -> Any:
-        """What the loop gets for a call of its network: in the form that the network answers in."""
+        """Stand in for the network's forward.
+
+        Args:
+            *values: Positional arguments of the loop's call.
+            **named: Its keyword arguments.
+
+        Returns:
+            The prediction, in the container that the network itself would return.
+        """
         if self._before is not None:
             self._before()
         inputs = {**dict(zip(self._names, values, strict=False)), **named}
@@ -142,7 +150,7 @@ class NetworkSeam:
         return "positive" if calls == 1 else "negative"
 
     def _wrapped(self, made: Tensor, inputs: Mapping[str, Any], name: str, answers: Sequence[Any]) -> Any:
-        """`made` as the loop unpacks it: as the network has just answered, or as the call asks for."""
+        """`made` as the loop unpacks it: in the container that the network just returned, or that the call asks for."""
         if answers:
             return like_output(answers[-1], made)
         listed: Any = list(made.unbind(0)) if isinstance(inputs[name], (list, tuple)) else made
@@ -154,15 +162,19 @@ class NetworkSeam:
 
 
 def guided_per_step(guidance: Guidance, base: float, weight: Callable[[float], float]) -> Around:
-    """CFG with another scale at each step, inside a loop that was told one scale.
+    """CFG with another scale at each step, inside a loop that was given one scale.
 
-    The loop makes n + w(base) (p - n) of the two branches. With n moved towards p until its share is
-    w(scale) / w(base), that is what the scale asks for; where the share is 0 the negative branch is not run at all.
+    The loop computes p + w(base) (p - n) of the two branches. With n moved towards p until the remaining fraction is
+    w(scale) / w(base), that gives what the scale asks for; where the fraction is 0 the negative branch is not run at
+    all.
 
     Args:
         guidance: The scale at a sigma.
-        base: The scale that the loop was told.
+        base: The scale that the loop was given.
         weight: w: how far a scale leads from the positive branch, 0 where guidance is off.
+
+    Returns:
+        A function to pass as one of a seam's `arounds`.
     """
     kept: list[Tensor] = []
 

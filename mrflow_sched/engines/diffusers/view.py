@@ -21,16 +21,23 @@ if TYPE_CHECKING:
 TOKENIZER_LOCK = threading.RLock()
 
 HINT = "control_image"
-"""The ControlNet hint: the one argument that is made anew for every stage."""
+"""Name of the ControlNet hint: the one argument that is resized for every stage."""
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
 def view_of(pipe: Any, **parts: Any) -> Any:
-    """A shallow copy of `pipe` with other `parts`: same modules, attributes of its own.
+    """A shallow copy of a pipeline with some attributes replaced: the same modules, attributes of its own.
 
     Set past the pipeline's own `__setattr__`, which would rewrite the configuration that `from_config` reads.
+
+    Args:
+        pipe: The pipeline; not changed.
+        **parts: Attributes of the copy, by name.
+
+    Returns:
+        The copy, of the pipeline's class.
     """
     view = copy.copy(pipe)
     for name, part in parts.items():
@@ -39,9 +46,14 @@ def view_of(pipe: Any, **parts: Any) -> Any:
 
 
 def put_network(view: Any, name: str, network: torch.nn.Module) -> None:
-    """Let `view` run `network` under the name of its own, until it frees offloaded modules.
+    """Replace a view's network until it frees offloaded modules; then its own is put back.
 
-    Hooks of offloading are the owner's module's, and freeing makes them anew on what it finds.
+    Offloading hooks belong to the owner's module, and freeing installs them anew on the modules it finds.
+
+    Args:
+        view: What `view_of` returned.
+        name: "transformer" or "unet".
+        network: Run in its place.
     """
     own, free = getattr(view, name), view.maybe_free_model_hooks
 
@@ -56,19 +68,28 @@ def put_network(view: Any, name: str, network: torch.nn.Module) -> None:
 class Mirror:
     """Shows on the owner's pipeline what a call sets on a view of it, for as long as the call lasts.
 
-    Caching hooks (`current_timestep_callback=lambda: pipe.current_timestep`) and callbacks read the pipeline that they
-    know. An interrupt is not shown: the owner's own is asked for (`interrupted`).
+    Caching hooks (`current_timestep_callback=lambda: pipe.current_timestep`) and callbacks read the pipeline they were
+    given. An interrupt is not mirrored: the owner's own flag is read (`interrupted`).
     """
 
     def __init__(self, owner: Any, view: Any) -> None:
-        """Start from how `view` is before the call."""
+        """Record how the view is before the call.
+
+        Args:
+            owner: The pipeline that its owner knows.
+            view: The copy that is called.
+        """
         self._owner, self._view = owner, view
         self._start = dict(attributes_of(view))
         self._found: dict[str, Any] = {}
         self._shown: dict[str, Any] = {}
 
     def show(self, instead: Mapping[str, Any] | None = None) -> None:
-        """Bring the owner up to date with what the call has set so far; `instead` holds other values to show."""
+        """Set on the owner what the call has set on the view so far.
+
+        Args:
+            instead: Values to show in place of the view's, by attribute name.
+        """
         for name, value in {**attributes_of(self._view), **(instead or {})}.items():
             if not name.startswith("_") or name in _OWN or value is self._start.get(name, _ABSENT):
                 continue
@@ -78,7 +99,7 @@ class Mirror:
                 object.__setattr__(self._owner, name, value)
 
     def end(self) -> None:
-        """Put back what the owner had, unless somebody else has changed it since."""
+        """Restore the owner's values, unless somebody else has changed them since."""
         for name, value in self._found.items():
             if attributes_of(self._owner).get(name, _ABSENT) is not self._shown[name]:
                 continue
@@ -92,8 +113,15 @@ _ABSENT: Any = object()
 _OWN = ("_interrupt", "_all_hooks", "_offload_device", "_progress_bar_config")
 
 
-def one_at_a_time(encode_prompt: Any) -> Any:
-    """`encode_prompt` behind the lock of tokenizers, for pipelines that are given their prompts as text."""
+def with_tokenizer_lock(encode_prompt: Any) -> Any:
+    """A pipeline's `encode_prompt` behind the lock of tokenizers, for pipelines that take their prompts as text.
+
+    Args:
+        encode_prompt: The bound method.
+
+    Returns:
+        A function with the same signature.
+    """
 
     @functools.wraps(encode_prompt)
     def locked(*values: Any, **named: Any) -> Any:
@@ -104,16 +132,38 @@ def one_at_a_time(encode_prompt: Any) -> Any:
 
 
 def attributes_of(thing: Any) -> dict[str, Any]:
-    """The attributes of an object itself, without those of its class: a live dict, as `vars` gives."""
+    """The attributes of an object itself, without those of its class.
+
+    Args:
+        thing: The object.
+
+    Returns:
+        The live dict, as `vars` gives.
+    """
     return thing.__dict__
 
 
 def interrupted(pipe: Any) -> bool:
+    """Whether a pipeline was told to stop.
+
+    Args:
+        pipe: A diffusers pipeline, or a view of one.
+
+    Returns:
+        Its `_interrupt`; False where it has none.
+    """
     return bool(getattr(pipe, "_interrupt", False))
 
 
-def own_dicts(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with dicts copied: pipelines add keys to those that they are given."""
+def copy_dicts(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with their dicts copied, since pipelines add keys to those that they are given.
+
+    Args:
+        arguments: Keyword arguments of a pipeline's call.
+
+    Returns:
+        The same values; dicts are shallow copies.
+    """
     return {
         name: dict(cast("Mapping[str, Any]", value)) if isinstance(value, dict) else value
         for name, value in arguments.items()
@@ -121,25 +171,37 @@ def own_dicts(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hint_for_stage(hint: Any, width: int, height: int, rows: range, batch: int) -> Any:
-    """The ControlNet hint for a stage of this size and these images; pipelines resize pictures, but not tensors."""
+    """The ControlNet hint for one stage; pipelines resize images, but not tensors.
+
+    Args:
+        hint: What the caller gave: an image, a tensor (C, H, W) or (B, C, H, W), or a function (width, height) -> hint.
+        width: Of the stage in pixels.
+        height: Likewise.
+        rows: Which images of the batch the stage is for.
+        batch: Images of the whole batch.
+
+    Returns:
+        A tensor as (B, C, height, width), resized if needed and cut to `rows` if it held one hint per image; every
+        other hint unchanged.
+    """
     made = hint(width, height) if callable(hint) else hint
     if isinstance(made, Tensor):
-        pictures = made if made.ndim == 4 else made[None]
-        if pictures.shape[-2:] != (height, width):
-            pictures = resize_lanczos(pictures, width, height).to(made.dtype)
-        return pictures[rows.start : rows.stop] if len(pictures) == batch and len(rows) < batch else pictures
+        images = made if made.ndim == 4 else made[None]
+        if images.shape[-2:] != (height, width):
+            images = resize_lanczos(images, width, height).to(made.dtype)
+        return images[rows.start : rows.stop] if len(images) == batch and len(rows) < batch else images
     return made
 
 
 def stage_window(start: float, end: float, progress: Sequence[float], per_step: int) -> tuple[float, float]:
     """A ControlNet's window of the whole run as a window of one stage, which pipelines count in evaluations.
 
-    A step is on where all of it lies between `start` and `end`; for stage 1 that is what the pipeline itself would say.
+    A step is on where all of it lies between `start` and `end`; for stage 1 that is what the pipeline itself would do.
 
     Args:
-        start: Share of the run, from 0 to 1, at which the ControlNet is switched on.
-        end: Share of the run at which it is switched off.
-        progress: Share of the run that is behind when each sigma of the stage is reached, steps + 1 values.
+        start: Fraction of the run, from 0 to 1, at which the ControlNet is switched on.
+        end: Fraction of the run at which it is switched off.
+        progress: For each sigma of the stage, the fraction of the run done when it is reached, steps + 1 values.
         per_step: Evaluations of each step but the last, which has one.
 
     Returns:
@@ -155,13 +217,20 @@ def stage_window(start: float, end: float, progress: Sequence[float], per_step: 
     return max((first - 0.5) / count, 0.0), min((last + 0.5) / count, 1.0)
 
 
-def last_word(callback: Callable[..., Any], scheduler: MrFlowScheduler) -> Callable[..., Any]:
-    """`callback_on_step_end`, whose changes to the latents after the last step of a stage count as well.
+def follow_last_change(callback: Callable[..., Any], scheduler: MrFlowScheduler) -> Callable[..., Any]:
+    """A `callback_on_step_end` whose changes to the latents after the last step of a stage count as well.
 
-    In the steps before, the loop itself hands the changed latents on to the scheduler.
+    In the steps before, the loop itself passes the changed latents on to the scheduler.
+
+    Args:
+        callback: The caller's.
+        scheduler: That of the stage.
+
+    Returns:
+        A function with the callback's signature.
     """
 
-    def hear(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+    def called(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         given = tensors.get("latents")
         answer = callback(pipe, step, timestep, tensors)
         if scheduler.final_state is not None and isinstance(answer, dict):
@@ -172,4 +241,4 @@ def last_word(callback: Callable[..., Any], scheduler: MrFlowScheduler) -> Calla
             return changed
         return answer
 
-    return hear
+    return called

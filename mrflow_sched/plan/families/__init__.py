@@ -83,7 +83,17 @@ _MODULES: tuple[FamilyModule, ...] = (
 
 
 def families_of(modules: Iterable[FamilyModule]) -> Mapping[str, Family]:
-    """The families of several files by name, in order. Raises MrFlowError where two have one name."""
+    """The families of several files by name.
+
+    Args:
+        modules: Files of this folder, or others like them.
+
+    Returns:
+        A read-only mapping, in the order of the files.
+
+    Raises:
+        MrFlowError: Two families have the same name.
+    """
     found: dict[str, Family] = {}
     for module in modules:
         for family in module.FAMILIES:
@@ -97,14 +107,17 @@ FAMILIES: Mapping[str, Family] = families_of(_MODULES)
 
 
 def get_family(name: str, families: Mapping[str, Family] = FAMILIES) -> Family:
-    """The family called `name`.
+    """The family of a name.
 
     Args:
-        name: a name such as "flux1-dev".
-        families: where to look; all that the package knows where left out.
+        name: A name such as "flux1-dev".
+        families: Where to look; by default all that the package knows.
+
+    Returns:
+        The family.
 
     Raises:
-        MrFlowError: with the nearest known name and the list of all.
+        MrFlowError: The name is unknown; the sentence has the nearest known name and all names.
     """
     family = families.get(name)
     if family is None:
@@ -115,7 +128,15 @@ def get_family(name: str, families: Mapping[str, Family] = FAMILIES) -> Family:
 
 
 def family_of_pipeline(pipe: Any, families: Mapping[str, Family] = FAMILIES) -> Family | None:
-    """The family of a loaded diffusers pipeline, by its class or a base class; None for a class nobody lists."""
+    """The family of a loaded diffusers pipeline, by its class or a base class.
+
+    Args:
+        pipe: The pipeline.
+        families: Where to look; by default all that the package knows.
+
+    Returns:
+        The family; None for a class that no family names.
+    """
     for base in type(pipe).__mro__:
         for family in families.values():
             info = family.pipeline
@@ -125,5 +146,13 @@ def family_of_pipeline(pipe: Any, families: Mapping[str, Family] = FAMILIES) -> 
 
 
 def family_of_host(facts: HostFacts, families: Mapping[str, Family] = FAMILIES) -> Family | None:
-    """The family of the checkpoint that a WebUI has loaded; None where no family knows it."""
+    """The family of the checkpoint that a WebUI has loaded.
+
+    Args:
+        facts: What the WebUI says of the checkpoint.
+        families: Where to look; by default all that the package knows.
+
+    Returns:
+        The family; None where no family recognises it.
+    """
     return next((family for family in families.values() if family.host(facts)), None)

@@ -41,7 +41,7 @@ _AURAFLOW = Family(
     ),
     sources=sources(
         "careful",
-        shift=f"{SCHEDULER} (1.73), recalled; diffusers ends the list at the shifted 1/1000",
+        shift=f"{SCHEDULER} (1.73), recalled; diffusers ends the schedule at the shifted 1/1000",
         guidance=DIFFUSERS,
         text_tokens="padded to 256, diffusers AuraFlowPipeline",
         native_steps=DIFFUSERS,

@@ -36,15 +36,25 @@ TIERS = ("fast", "balanced", "best")
 
 @dataclass(frozen=True, slots=True)
 class ShiftRule:
-    """How a family makes the sigmas of stage 1. Refine schedules never meet it.
+    """How a family makes the sigmas of stage 1. Refine schedules never use it.
 
-    `kind`: "none" evenly spaced; "static" a fixed `shift` >= 1; "exponential" exp(mu) with mu on a line through
-    (`base_tokens`, `base_shift`) and (`max_tokens`, `max_shift`); "flux2" its empirical mu of tokens and steps;
-    "beta" Beta(0.6, 0.6) quantiles, then the static `shift`; "scaled-linear" the training betas of SD1.5 and SDXL;
-    "zero-snr" the same, rescaled to zero terminal SNR.
-    `terminal` stretches the schedule so that its last sigma above 0 is this one. `sigma_min` is the last sigma before
-    the shift (None: 1/steps). `beta` spaces the finished schedule anew between its ends, at quantiles of
-    Beta(beta, beta). "list": a distilled model's own sigmas, one of `lists` by step count, each from 1 to 0.
+    Attributes:
+        kind: "none" evenly spaced; "static" a fixed `shift` >= 1; "exponential" exp(mu) with mu on a line through
+            (`base_tokens`, `base_shift`) and (`max_tokens`, `max_shift`); "flux2" its empirical mu of tokens and steps;
+            "beta" Beta(0.6, 0.6) quantiles, then the static `shift`; "scaled-linear" the training betas of SD1.5 and
+            SDXL; "zero-snr" the same, rescaled to zero terminal SNR; "list" a distilled model's own sigmas.
+        shift: The fixed shift of "static" and "beta"; 1 is no shift.
+        base_tokens: Image tokens at the first point of the line of "exponential".
+        max_tokens: Image tokens at its second point.
+        base_shift: Value of mu at the first point.
+        max_shift: Value of mu at the second point.
+        terminal: The schedule is stretched so that its last sigma above 0 is this one; None: it is not stretched.
+        sigma_min: The last sigma before the shift; None: 1/steps.
+        beta: The finished schedule is spaced anew between its ends, at quantiles of Beta(beta, beta); None: it is not.
+        lists: The schedules of "list", each from 1 to 0; the step count selects one.
+
+    Raises:
+        MrFlowError: `lists` is given for another kind, is missing for "list", or does not start at 1.
     """
 
     kind: ShiftKind
@@ -60,7 +70,7 @@ class ShiftRule:
 
     @property
     def largest_ve(self) -> float:
-        """The sigma_ve that pure noise is told as to models of variance-exploding noise: 14.6, or 4096."""
+        """The sigma_ve at which variance-exploding models are given pure noise: 14.6, or 4096."""
         return scaled_linear_ve(self.kind == "zero-snr")[-1]
 
     def __post_init__(self) -> None:
@@ -73,7 +83,15 @@ class ShiftRule:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A named choice: "12+1" is `low_steps` = 12 at the low size and `refine_steps` = 1 from noise fraction `sigma`."""
+    """A named choice of step counts and start sigma.
+
+    Attributes:
+        name: Such as "12+1".
+        low_steps: Steps of stage 1.
+        refine_steps: Steps of every later stage.
+        sigma: Fraction of noise at which refining starts.
+        source: Where the numbers come from.
+    """
 
     name: str
     low_steps: int
@@ -87,21 +105,39 @@ class Preset:
 
 @dataclass(frozen=True, slots=True)
 class PixelCost:
-    """A part that works on pixels: FLOP per pixel (`linear`) and per squared pixel (`squared`), and bytes of tensors
-    alive at once per pixel in 16 bits (`alive`)."""
+    """The cost of a part that works on pixels.
+
+    Attributes:
+        linear: FLOP per pixel.
+        squared: FLOP per squared pixel, of attention over the whole image.
+        alive: Bytes of tensors alive at once per pixel, in 16 bits.
+    """
 
     linear: float
     squared: float
     alive: float
 
     def flop(self, pixels: int) -> float:
-        """FLOP for an image of that many pixels."""
+        """FLOP for one image.
+
+        Args:
+            pixels: Width times height.
+
+        Returns:
+            linear * pixels + squared * pixels^2.
+        """
         return self.linear * pixels + self.squared * pixels**2
 
 
 @dataclass(frozen=True, slots=True)
 class VaeCost:
-    """Decoder and encoder of a VAE, and its number of weights."""
+    """The cost of a VAE.
+
+    Attributes:
+        decode: Cost of its decoder.
+        encode: Cost of its encoder.
+        weights: Number of its weights.
+    """
 
     decode: PixelCost
     encode: PixelCost
@@ -110,7 +146,12 @@ class VaeCost:
 
 @dataclass(frozen=True, slots=True)
 class NetworkCost:
-    """Weights of a network, and bytes alive at once per token, text included, while it runs in 16 bits."""
+    """The memory of a network.
+
+    Attributes:
+        weights: Number of its weights.
+        alive: Bytes of tensors alive at once per token, text included, while it runs in 16 bits.
+    """
 
     weights: float
     alive: float
@@ -123,14 +164,18 @@ class NetworkCost:
 class PipelineInfo:
     """The diffusers pipelines of a family and their conventions.
 
-    `classes`: a regular expression that the names of the text-to-image classes match. `titles`: pairs of a name for
-    people and the class it stands for, as `mrflow doctor` shows them. `tells(pipe)`: whether a loaded pipeline of these
-    classes is of this family. `layout`: the class of `engines.diffusers.layouts` that packs, scales and decodes its
-    latents ("Layout": the plain kind). `even_list`: the pipeline hands its scheduler evenly spaced sigmas; False: the
-    scheduler makes its own. `text_outputs`: what `encode_prompt` returns, in order, by the names that the pipeline's
-    call takes ("": not passed on). `casts_latents`: the pipeline brings given latents to its network's dtype by itself.
-    `positive_first`: the order of its doubled CFG batch, [positive, negative] in place of [negative, positive].
-    `max_sequence_length`: text tokens to ask the pipeline for; None: its own default is right.
+    Attributes:
+        classes: A regular expression that the names of the text-to-image classes match.
+        titles: Pairs of a name for people and the class it stands for, as `mrflow doctor` shows them.
+        tells: Whether a loaded pipeline of these classes is of this family.
+        layout: The class of `engines.diffusers.layouts` that packs, scales and decodes its latents ("Layout": the plain
+            kind).
+        even_list: The pipeline gives its scheduler evenly spaced sigmas; False: the scheduler makes its own.
+        text_outputs: What `encode_prompt` returns, in order, by the names that the pipeline's call takes ("": not
+            passed on).
+        casts_latents: The pipeline casts given latents to its network's dtype by itself.
+        positive_first: Its doubled CFG batch is [positive, negative] instead of [negative, positive].
+        max_sequence_length: Text tokens to ask the pipeline for; None: its own default is right.
     """
 
     classes: str
@@ -146,11 +191,16 @@ class PipelineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
-    """What a WebUI tells of its loaded checkpoint.
+    """What a WebUI says of its loaded checkpoint.
 
-    `engine`: the name of the class that holds the model. `text`: names of the checkpoint and of the repository it is
-    configured by, in lower case. `flow`: it predicts a velocity. `guidance`: the job's CFG scale; None: no job.
-    `distilled_scale`: the network reads a guidance scale. `is_sd3`, `is_sdxl`: the host's own marks.
+    Attributes:
+        engine: Name of the class that holds the model.
+        text: Names of the checkpoint and of the repository it is configured by, in lower case.
+        flow: It predicts a velocity.
+        guidance: The job's CFG scale; None: no job.
+        distilled_scale: The network reads a guidance scale.
+        is_sd3: The host's own mark of SD3.
+        is_sdxl: The host's own mark of SDXL.
     """
 
     engine: str
@@ -163,12 +213,26 @@ class HostFacts:
 
 
 def never(facts: Any) -> bool:
-    """For families that only the user can name."""
+    """Match nothing: for families that only the user can name.
+
+    Args:
+        facts: A pipeline or `HostFacts`; not read.
+
+    Returns:
+        False.
+    """
     return False
 
 
 def always(facts: Any) -> bool:
-    """For families whose classes tell them already."""
+    """Match everything: for families that their classes identify already.
+
+    Args:
+        facts: A pipeline or `HostFacts`; not read.
+
+    Returns:
+        True.
+    """
     return True
 
 
@@ -182,15 +246,35 @@ KL_VAE = VaeCost(PixelCost(9.463e6, 0.5, 1537.0), PixelCost(4.132e6, 0.5, 1286.0
 class Family:
     """One kind of model. Sizes are in pixels, steps and guidance are those of native sampling.
 
-    `grid` = `vae_factor` x `patch`: sides must be multiples of it and one token covers grid x grid pixels.
-    `guidance_kind`: "embedded" (the scale is an input, one forward per step), "cfg" (two forwards per step) or "none".
-    `text_tokens` counts the text that shares the network's sequence (0 where text enters by cross attention).
-    `default_size`: the staged image where no size is asked for (None: `native_size`). `factor`: size step between
-    stages. `min_low_side`: an image of less area than a square of this side is outside the model's trained range.
-    `linear_cost` and `attention_cost`: FLOP of one forward per token, and per squared token, of image and text
-    together. `network_cost` and `vae_cost`: memory and work of the parts; None: not counted. `usual_upscaler`: the name
-    in `cost.UPSCALER_FLOP` that its cost is counted with. `pipeline`: its diffusers pipelines; None: probed. `host`:
-    whether a WebUI's checkpoint is of this family. `sources` maps each field to where its value comes from.
+    Attributes:
+        name: Such as "flux1-dev".
+        title: Its name for people.
+        shift: How it makes the sigmas of stage 1.
+        guidance_kind: "embedded" (the scale is an input, one forward per step), "cfg" (two forwards per step) or
+            "none".
+        guidance: The usual scale; 1 is off.
+        text_tokens: Text tokens that share the network's sequence (0 where text enters by cross attention).
+        native_steps: Usual number of steps.
+        presets: Its presets, the default one among them.
+        prediction: What the network predicts: velocity ("flow"), noise ("epsilon") or "v".
+        grid: `vae_factor` x `patch`: sides must be multiples of it and one token covers grid x grid pixels.
+        vae_factor: Pixels per latent pixel along a side.
+        patch: Latent pixels per token along a side.
+        latent_channels: Channels of the VAE's latents.
+        native_size: (width, height) that it is trained for.
+        default_size: The staged image where no size is asked for; None: `native_size`.
+        factor: Size step between stages.
+        min_low_side: An image of less area than a square of this side is outside its trained range.
+        default_preset: Name of the preset where none is asked for.
+        solver: Solver of staged plans where none is asked for.
+        linear_cost: FLOP of one forward per token of image and text.
+        attention_cost: FLOP of one forward per squared token.
+        network_cost: Memory of the network; None: not counted.
+        vae_cost: Work and memory of the VAE; None: not counted.
+        usual_upscaler: The name in `cost.UPSCALER_FLOP` that its cost is counted with.
+        pipeline: Its diffusers pipelines; None: probed.
+        host: Whether a WebUI's checkpoint is of this family.
+        sources: Where the value of each field comes from; not part of equality.
     """
 
     name: str
@@ -222,14 +306,17 @@ class Family:
     sources: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)
 
     def get_preset(self, name: str | None = None) -> Preset:
-        """The preset of that name or tier.
+        """The preset of a name or tier.
 
         Args:
-            name: a preset's name, or one of `TIERS`: "fast" is the family's preset of fewest low steps, "best" that of
+            name: A preset's name, or one of `TIERS`: "fast" is the family's preset of fewest low steps, "best" that of
                 most; None or "balanced": the default.
 
+        Returns:
+            The preset.
+
         Raises:
-            MrFlowError: with the names there are.
+            MrFlowError: The name is unknown; the sentence lists those that exist.
         """
         wanted = self.default_preset if name in (None, "balanced") else name
         if wanted in TIERS:
@@ -244,6 +331,13 @@ class Family:
         )
 
     def forward_cost(self, tokens: int) -> float:
-        """FLOP of one forward on one sample of `tokens` image tokens."""
+        """FLOP of one forward on one sample.
+
+        Args:
+            tokens: Image tokens; those of the text are added.
+
+        Returns:
+            linear_cost * n + attention_cost * n^2 for n tokens in all.
+        """
         total = tokens + self.text_tokens
         return self.linear_cost * total + self.attention_cost * total**2

@@ -71,7 +71,7 @@ _SD3 = Family(
     host=_host_medium,
     sources=sources(
         "careful",
-        shift=f"{SCHEDULER} (3.0); diffusers ends the list at the shifted 1/1000",
+        shift=f"{SCHEDULER} (3.0); diffusers ends the schedule at the shifted 1/1000",
         guidance=DIFFUSERS,
         text_tokens="77 of CLIP and 256 of T5, diffusers StableDiffusion3Pipeline",
         native_steps=DIFFUSERS,

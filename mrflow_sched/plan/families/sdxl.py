@@ -1,4 +1,4 @@
-"""Stable Diffusion XL and 1.5: networks of variance-exploding noise, told in equal signal-to-noise flow sigma."""
+"""Stable Diffusion XL and 1.5: variance-exploding models, expressed in flow sigma of equal signal-to-noise ratio."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ SHARED_SOURCES = {
     "presets": "each preset carries its own source",
     "linear_cost": "matrix sizes in the diffusers configuration",
     "attention_cost": "matrix sizes in the diffusers configuration",
-    "network_cost": "bench/speed/count.py on the class in its true size; None: not counted",
-    "vae_cost": "bench/speed/count.py on the class in its true size; None: not counted",
+    "network_cost": "bench/speed/count.py on the class in its real size; None: not counted",
+    "vae_cost": "bench/speed/count.py on the class in its real size; None: not counted",
     "usual_upscaler": "RealESRGAN x2plus, the advice of the documentation",
 }
 COUNTED = "matrix sizes in the diffusers configuration; agrees with a FLOP count of the class at 1024 and 4096 tokens"
@@ -56,14 +56,30 @@ SOLVER_SOURCES = {
 
 
 def sources(solver: str, /, **own: str) -> Mapping[str, str]:
-    """Sources of one family: its own on top of the shared ones."""
+    """The sources of one family: its own on top of the shared ones.
+
+    Args:
+        solver: Its solver, a key of `SOLVER_SOURCES`.
+        **own: Field of `Family` -> source.
+
+    Returns:
+        Field -> source, read-only.
+    """
     return MappingProxyType({**SHARED_SOURCES, "solver": SOLVER_SOURCES[solver], **own})
 
 
 def transformer_flop(width: int, layers: int, matrices: float = 12.0) -> tuple[float, float]:
-    """(linear_cost, attention_cost) of `layers` transformer blocks of `width`.
+    """The cost of a stack of transformer blocks.
 
     Each token meets matrices * width^2 weights per block (12 in a plain block: 4 of attention, 8 of a 4x MLP), two FLOP
     per weight; each pair of tokens costs 4 * width FLOP per block (scores and weighted sum).
+
+    Args:
+        width: Channels of a token.
+        layers: Number of blocks.
+        matrices: Weights of a block in units of width^2.
+
+    Returns:
+        (linear_cost, attention_cost) of a `Family`.
     """
     return 2.0 * matrices * layers * width**2, 4.0 * layers * width

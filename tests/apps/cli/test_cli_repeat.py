@@ -44,7 +44,7 @@ def test_from_refuses_what_it_cannot_repeat(mrflow: Any, tmp_path: Path, tiny_co
     for extra in (("--seed", "1"), ("--batch", "2"), ("--native",), ("--size", "8x8"), ("a star",)):
         code, _, err = mrflow("generate", "--from", path, *extra)
         assert code == 2
-        assert "has no place" in err
+        assert "has no meaning" in err
     code, _, err = mrflow("generate", "--from", path, model=None)
     assert code == 2
     assert "name it with --model DIR" in err

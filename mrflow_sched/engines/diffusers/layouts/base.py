@@ -1,11 +1,11 @@
-"""`Layout`: how one diffusers pipeline packs, scales, decodes and is spoken to, in the words that the sampler uses.
+"""`Layout`: how one diffusers pipeline packs, scales, decodes and is called, behind one interface.
 
 Outside a layout latents are float32 (B, C, h, w), normalised to the scale at which noise has standard deviation 1, and
-images are float32 (B, 3, H, W) in [0, 1]. Nothing of the pipeline is changed: its modules run where and in the dtype
-that its owner gave them, hooks of offloading included.
+images are float32 (B, 3, H, W) in [0, 1]. The pipeline is not changed: its modules run on the device and in the dtype
+that its owner gave them, offloading hooks included.
 
-The base class is the plain kind: latents enter the network as they are, and (z - shift_factor) * scaling_factor
-normalises them. The others are in `known` (a class per family) and `generic`.
+The base class is the plain kind: latents enter the network unchanged, and (z - shift_factor) * scaling_factor
+normalises them (docs/method.md, section 1.6). The others are in `per_family` (a class per family) and `generic`.
 """
 
 from __future__ import annotations
@@ -24,26 +24,47 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.families import Family
 from mrflow_sched.sampling.network import TokenInputs, rows_of
 
-__all__ = ["Layout", "defaults", "takes"]
+__all__ = ["Layout", "parameter_defaults", "parameter_names"]
 
 # A VAE that overflows in float16 is float32 while it runs, as in diffusers; a second thread must not turn it back.
 _UPCAST = threading.Lock()
 
 
-def takes(function: Any) -> frozenset[str]:
-    """Names of the parameters that `function` can be given."""
+def parameter_names(function: Any) -> frozenset[str]:
+    """The parameters that a function accepts.
+
+    Args:
+        function: Any callable with a signature.
+
+    Returns:
+        Their names.
+    """
     return frozenset(inspect.signature(function).parameters)
 
 
-def defaults(function: Any) -> dict[str, Any]:
-    """The parameters of `function` that have a default, with it."""
+def parameter_defaults(function: Any) -> dict[str, Any]:
+    """The defaults of a function's parameters.
+
+    Args:
+        function: Any callable with a signature.
+
+    Returns:
+        Default by name; parameters without one are left out.
+    """
     found = inspect.signature(function).parameters.values()
     return {each.name: each.default for each in found if each.default is not inspect.Parameter.empty}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One pipeline's conventions. `find_layout` makes it; `experimental` says that nobody has validated this family."""
+    """One pipeline's conventions; `find_layout` makes it.
+
+    Attributes:
+        pipe: The pipeline, or a view of it.
+        family: Its family, with the numbers of this very pipeline.
+        experimental: Whether the method has not been validated on this family.
+        tokens: Which inputs of the network hold image tokens; None where a subset of them cannot be passed.
+    """
 
     pipe: Any
     family: Family
@@ -51,12 +72,12 @@ class Layout:
 
     @property
     def text_outputs(self) -> tuple[str, ...]:
-        """What `pipe.encode_prompt` returns, in order, by the names that `pipe.__call__` takes; "" is not passed on."""
+        """What `encode_prompt` returns, in order, by argument names of the pipeline's call; "" is not passed on."""
         return () if self.family.pipeline is None else self.family.pipeline.text_outputs
 
     @property
     def casts_latents(self) -> bool:
-        """Whether the pipeline brings given latents to its network's dtype by itself; a probed one may not."""
+        """Whether the pipeline converts given latents to its network's dtype itself; one of no known class may not."""
         return self.family.pipeline is not None and self.family.pipeline.casts_latents
 
     # Which inputs of the network hold image tokens, where a subset of them can be passed.
@@ -78,13 +99,21 @@ class Layout:
         return self._network.dtype
 
     def cut_prompt(self, prompts: Sequence[str], options: Mapping[str, Any]) -> tuple[int, int] | None:
-        """(tokens of the longest prompt, tokens that are read) where its end is cut off; None where none is, or where
-        the pipeline tells of it itself."""
+        """Whether the end of a prompt is cut off.
+
+        Args:
+            prompts: One text per image.
+            options: Keyword arguments of the pipeline's call about text.
+
+        Returns:
+            (tokens of the longest prompt, tokens that are read); None where no prompt is cut, or the pipeline itself
+            warns.
+        """
         return None
 
     @property
     def text_length(self) -> int | None:
-        """Most text tokens to ask the pipeline for, as the family says; None where the pipeline's default is right.
+        """The family's `max_sequence_length` for text; None where the pipeline's default is right.
 
         Fewer where the tokenizer was made for shorter texts.
         """
@@ -94,48 +123,100 @@ class Layout:
 
     @property
     def call_names(self) -> frozenset[str]:
-        """Names of the keyword arguments that the pipeline's call takes."""
-        return takes(self.pipe.__call__)
+        """Names of the keyword arguments of the pipeline's call."""
+        return parameter_names(self.pipe.__call__)
 
     # ----------------------------------------------------------------------------------------------------- latents
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """(C, h, w) of one image's normalised latents. Raises ValueError off the grid of `family.grid` pixels."""
+        """Shape of one image's normalised latents.
+
+        Args:
+            width: In pixels, a positive multiple of `family.grid`.
+            height: Likewise.
+
+        Returns:
+            (C, h, w).
+
+        Raises:
+            MrFlowError: A size off the grid.
+        """
         self._check_size(width, height)
         factor = self.family.vae_factor
         return (self.family.latent_channels, height // factor, width // factor)
 
     def pack(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) latents in the shape in which the pipeline's loop hands its state to the scheduler."""
+        """Latents in the shape in which the pipeline's loop passes its state to the scheduler.
+
+        Args:
+            latents: (B, C, h, w).
+
+        Returns:
+            (B, C, h, w), or tokens (B, N, D).
+        """
         return latents
 
     def unpack(self, state: Tensor, width: int, height: int) -> Tensor:
-        """Inverse of `pack` for an image of `width` x `height` pixels; exact, as values are only moved."""
+        """Inverse of `pack`; exact, as values are only moved.
+
+        Args:
+            state: What `pack` returned.
+            width: Of the image in pixels.
+            height: Likewise.
+
+        Returns:
+            (B, C, h, w).
+        """
         return state
 
     def call_latents(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) latents as the pipeline's own argument `latents` wants them: mostly, but not always, packed."""
+        """Latents for the pipeline's argument `latents`.
+
+        Args:
+            latents: (B, C, h, w), float32.
+
+        Returns:
+            Mostly, but not always, packed; in the network's dtype where the pipeline does not convert them itself.
+        """
         packed = self.pack(latents)
         return packed if self.casts_latents else packed.to(self._network.dtype)
 
     def view_attributes(self, guidance: float, width: int, height: int) -> dict[str, Any]:
-        """Attributes that a stage's own copy of the pipeline needs beside its scheduler; mostly none."""
+        """Attributes that a stage's own copy of the pipeline needs in addition to its scheduler; mostly none.
+
+        Args:
+            guidance: The plan's scale.
+            width: Of the stage in pixels.
+            height: Likewise.
+
+        Returns:
+            Values by attribute name.
+        """
         return {}
 
     def _check_size(self, width: int, height: int) -> None:
         grid = self.family.grid
         if width < grid or height < grid or width % grid or height % grid:
             raise MrFlowError(
-                f"size is {width}x{height}; {self.family.title} makes positive multiples of {grid} pixels per side."
+                f"size is {width}x{height}; {self.family.title} needs positive multiples of {grid} pixels per side."
             )
 
     # ------------------------------------------------------------------------------------------------------ images
 
     def encode(self, images: Tensor, posterior: str = "mode", seeds: Sequence[int] | None = None) -> Tensor:
-        """Normalised latents (B, C, h, w) float32 of `images` (B, 3, H, W) in [0, 1], one image at a time.
+        """Normalised latents of images, one image at a time.
 
-        `posterior="mode"` takes the centre of the VAE's distribution; "sample" draws from it with one CPU generator per
-        image from `seeds`. Raises ValueError for another word or for seeds that do not match the batch.
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            posterior: "mode" takes the mode of the VAE's distribution; "sample" draws from it with one CPU generator
+                per image.
+            seeds: One per image, for "sample".
+
+        Returns:
+            (B, C, h, w), float32, on `device`.
+
+        Raises:
+            MrFlowError: Another posterior, or seeds that do not match the batch.
         """
         if posterior not in ("mode", "sample"):
             raise MrFlowError(f"posterior is {posterior!r}; use mode or sample.")
@@ -152,7 +233,14 @@ class Layout:
         return torch.cat(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float32 in [0, 1] of normalised latents (B, C, h, w), one at a time, on `device`."""
+        """Images of normalised latents, one at a time.
+
+        Args:
+            latents: (B, C, h, w).
+
+        Returns:
+            (B, 3, H, W), float32 in [0, 1], on `device`.
+        """
         images: list[Tensor] = []
         with _gradient_of(latents), self._vae() as (vae, device, dtype):
             for latent in latents:
@@ -162,11 +250,18 @@ class Layout:
         return torch.cat(images)
 
     def finish(self, images: Tensor) -> Tensor:
-        """Final images (B, 3, H, W) in [0, 1] with what the pipeline does to its own: safety checker, watermark."""
+        """Apply what the pipeline does to its own final images: safety checker, watermark.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            In the same shape and range.
+        """
         return images
 
     def _normalise(self, latents: Tensor) -> Tensor:
-        """Latents as the VAE gives them (float32) -> as the network wants them."""
+        """Latents as the VAE returns them (float32) -> as the network takes them."""
         return (latents - _number(self.pipe.vae, "shift_factor", 0.0)) * _number(self.pipe.vae, "scaling_factor", 1.0)
 
     def _denormalise(self, latents: Tensor) -> Tensor:
@@ -202,16 +297,23 @@ class Layout:
         negative_prompts: Sequence[str] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Keyword arguments of the pipeline's call for a batch of `len(prompts)` images, with embeddings made once.
+        """Conditioning for a batch of images, with embeddings made once.
 
-        `options` holds what else the caller would say to the pipeline about text ("prompt_2", "max_sequence_length",
-        "clip_skip", ready "prompt_embeds" in place of prompts ...); names that `encode_prompt` does not know are left
-        out. Where a family guides by a second branch the negative prompt is encoded even if none is given.
+        Where a family guides by a second branch, the negative prompt is encoded even if none is given.
+
+        Args:
+            prompts: One text per image; None where `options` holds embeddings.
+            negative_prompts: As many, or None.
+            options: The caller's other arguments about text ("prompt_2", "max_sequence_length", "clip_skip",
+                "prompt_embeds" in place of prompts, ...); names that `encode_prompt` does not take are left out.
+
+        Returns:
+            Keyword arguments of the pipeline's call, for `len(prompts)` images.
         """
         # An explicit None is an argument: Sana's complex_human_instruction=None switches the instruction off. A text or
         # embedding that is None is one that is not there.
         own = {name: value for name, value in dict(options or {}).items() if value is not None or "prompt" not in name}
-        known = takes(self.pipe.encode_prompt)
+        known = parameter_names(self.pipe.encode_prompt)
         given = {name: value for name, value in own.items() if name in known} | _lora_scale(own, known)
         firsts = None if prompts is None else list(prompts)
         seconds = None if negative_prompts is None else list(negative_prompts)
@@ -237,10 +339,10 @@ class Layout:
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
         """`encode_text` without repeats: the pipeline's own `encode_prompt`, its results under the call's names."""
-        known = takes(self.pipe.encode_prompt)
+        known = parameter_names(self.pipe.encode_prompt)
         arguments: dict[str, Any] = {
             # What the call would say itself: encode_prompt's own defaults differ from the call's in some pipelines.
-            **{name: value for name, value in defaults(self.pipe.__call__).items() if name in known},
+            **{name: value for name, value in parameter_defaults(self.pipe.__call__).items() if name in known},
             "prompt": prompts,
             "prompt_2": None,
             "prompt_3": None,
@@ -260,7 +362,15 @@ class Layout:
         return {name: value for name, value in pairs if name and value is not None}
 
     def select_text(self, text: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-        """The same arguments for other rows of the batch: `rows` lists which, in order, repeats allowed."""
+        """Conditioning of other rows of the batch.
+
+        Args:
+            text: What `encode_text` returned.
+            rows: Numbers of the rows, in order, repeats allowed.
+
+        Returns:
+            The same arguments for those rows.
+        """
         return {name: _rows_of(value, rows) for name, value in text.items()}
 
     # ---------------------------------------------------------------------------------------------------- guidance
@@ -270,7 +380,14 @@ class Layout:
         return self.family.guidance_kind == "cfg"
 
     def plan_guidance(self, guidance: float) -> float:
-        """The plan's scale for a scale in the pipeline's own words: 1 is off, however the pipeline says that."""
+        """The plan's scale for a scale as the pipeline takes it.
+
+        Args:
+            guidance: As the caller would pass it to the pipeline.
+
+        Returns:
+            The plan's scale: 1 is off, whatever value the pipeline uses for that.
+        """
         return max(guidance, 1.0) if self._guided else guidance
 
     @property
@@ -279,25 +396,61 @@ class Layout:
         return self.family.pipeline is not None and self.family.pipeline.positive_first
 
     def take_rows(self, inputs: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
-        """The `rows` of a network's inputs that hold `count` samples; what is not of samples stays as it is."""
+        """Some of the samples of a network's inputs.
+
+        Args:
+            inputs: Arguments of the network by name.
+            rows: Which samples.
+            count: How many samples the inputs hold.
+
+        Returns:
+            The same arguments for those samples; what is not per sample is kept.
+        """
         return {name: rows_of(value, rows, count) for name, value in inputs.items()}
 
     def guided_by_two(self) -> Layout:
-        """The layout for a run whose guidance takes a second branch although the family's does not; mostly itself."""
+        """The layout for a run whose guidance takes a second branch although the family's does not.
+
+        Returns:
+            Mostly the layout itself.
+        """
         return self
 
     def guidance_weight(self, guidance: float) -> float:
-        """How far the plan's scale leads from the positive branch: n + w (p - n) of the two; 0 for 1 (off)."""
+        """How far a scale leads from the positive branch: w in p + w (p - n) of the positive and negative branches.
+
+        Args:
+            guidance: The plan's scale.
+
+        Returns:
+            w, 0 where guidance is off.
+        """
         return guidance - 1.0
 
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
-        """Keyword arguments of the pipeline's call for the plan's scale `guidance` (CFG: 1 is off)."""
+        """Keyword arguments of the pipeline's call for a guidance scale.
+
+        Args:
+            guidance: The plan's scale (CFG: 1 is off).
+
+        Returns:
+            Values by name.
+        """
         return {"guidance_scale": guidance}
 
     def stage_arguments(self, text: Mapping[str, Any], guidance: float, width: int, height: int) -> dict[str, Any]:
-        """All that a stage tells the pipeline, apart from latents and steps: text, guidance, size, fixed switches.
+        """All that a stage passes to the pipeline apart from latents and steps: text, guidance, size, fixed switches.
 
         The negative branch's embeddings are left out where guidance is off, so that no pipeline warns about them.
+
+        Args:
+            text: What `encode_text` returned.
+            guidance: The plan's scale.
+            width: Of the stage in pixels.
+            height: Likewise.
+
+        Returns:
+            Keyword arguments of the pipeline's call.
         """
         off = self._guided and guidance == 1.0
         kept = {name: value for name, value in text.items() if not (off and name.startswith("negative_"))}
@@ -319,7 +472,7 @@ def _number(module: Any, name: str, absent: float) -> float:
 
 
 def _latents_of(answer: Any, seed: int | None) -> Tensor:
-    """The latents in what a VAE's `encode` returned, float32: centre of the distribution, or drawn from it."""
+    """The latents in what a VAE's `encode` returned, float32: mode of the distribution, or drawn from it."""
     if not hasattr(answer, "latent_dist"):  # an autoencoder without a distribution: Sana's, or a tiny one
         plain: Tensor = answer.latent if hasattr(answer, "latent") else answer.latents
         return plain.float()
@@ -361,5 +514,5 @@ def _rows_of(value: Any, rows: Sequence[int]) -> Any:
 
 
 def _gradient_of(x: Tensor) -> torch.set_grad_enabled:
-    """Keep a graph only where the caller asked for gradients of `x`: weights that ask for theirs are not a reason."""
+    """Keep a graph only where the caller asked for gradients of `x`: weights that require theirs are not a reason."""
     return torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad)

@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.engines.diffusers.layouts import known
-from mrflow_sched.engines.diffusers.layouts.base import Layout, takes
+from mrflow_sched.engines.diffusers.layouts import per_family
+from mrflow_sched.engines.diffusers.layouts.base import Layout, parameter_names
 from mrflow_sched.engines.diffusers.layouts.generic import generic_layout
 from mrflow_sched.engines.diffusers.layouts.shift import is_flow, shift_rule, ve_rule
 from mrflow_sched.plan.families import Family, Prediction, ShiftRule, family_of_pipeline, get_family
@@ -18,10 +18,19 @@ __all__ = ["find_layout"]
 
 
 def find_layout(pipe: Any, family: str | None = None) -> Layout:
-    """The `Layout` of a loaded diffusers text-to-image pipeline; `family` names the family where you know better.
+    """The layout of a loaded diffusers text-to-image pipeline.
 
     The shift rule is that of the pipeline's own scheduler configuration; sizes are those of its VAE and network.
-    Raises MrFlowError, one sentence, for what is no such pipeline or lacks something.
+
+    Args:
+        pipe: The pipeline.
+        family: Name of its family, where you know better than its class and configuration.
+
+    Returns:
+        The layout.
+
+    Raises:
+        MrFlowError: It is no such pipeline, lacks a component, or has a scheduler that no plan can follow.
     """
     _check_pipeline(pipe)
     family = family or pipe.config.get("_mrflow_family")
@@ -29,21 +38,21 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
     if told is None or told.pipeline is None:
         if not is_flow(pipe.scheduler):
             raise MrFlowError(
-                f"pipe is {type(pipe).__name__} with {type(pipe.scheduler).__name__}, which is no flow; use a flow "
-                f"model, Stable Diffusion 1.5 or XL."
+                f"pipe is {type(pipe).__name__} with {type(pipe.scheduler).__name__}, which is not a flow "
+                f"scheduler; use a flow model, Stable Diffusion 1.5 or XL."
             )
         return generic_layout(pipe, family)
     found = told if family is None else _named(pipe, family)
     info = found.pipeline or told.pipeline
-    layout: type[Layout] = getattr(known, info.layout)
+    layout: type[Layout] = getattr(per_family, info.layout)
     experimental = told.prediction != "flow"
     if experimental and not is_flow(pipe.scheduler):
         rule = ve_rule(pipe.scheduler, found.shift)
         return layout(pipe, _measured(pipe, replace(found, prediction=_prediction(pipe)), rule), True)
     if not is_flow(pipe.scheduler):
         raise MrFlowError(
-            f"pipe.scheduler is {type(pipe.scheduler).__name__}, which samples no flow; {type(pipe).__name__} needs a "
-            f"flow scheduler such as FlowMatchEulerDiscreteScheduler."
+            f"pipe.scheduler is {type(pipe.scheduler).__name__}, which is not a flow scheduler; {type(pipe).__name__} "
+            f"needs one such as FlowMatchEulerDiscreteScheduler."
         )
     rule = shift_rule(pipe.scheduler, found.shift, even_list=info.even_list)
     return layout(pipe, _measured(pipe, replace(found, prediction="flow"), rule), experimental)
@@ -55,18 +64,18 @@ def _named(pipe: Any, name: str) -> Family:
     kinds = [base.__name__ for base in type(pipe).__mro__]
     if found.pipeline is None or not any(re.fullmatch(found.pipeline.classes, kind) for kind in kinds):
         raise MrFlowError(
-            f"family is {name!r}, which {kinds[0]} is not a pipeline of; leave it out, or name the family it is of."
+            f"family is {name!r}, but {kinds[0]} is not one of its pipelines; leave family out, or name the right one."
         )
     return found
 
 
 def _prediction(pipe: Any) -> Prediction:
-    """What a U-Net of variance-exploding noise predicts, as its scheduler knows."""
+    """What a U-Net of a variance-exploding model predicts, by its scheduler."""
     said = pipe.scheduler.config.get("prediction_type", "epsilon")
     kinds: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
     if said not in kinds:
         raise MrFlowError(
-            f"pipe.scheduler has prediction_type={said!r}; stages can be run for {' and '.join(kinds)} or a flow."
+            f"pipe.scheduler has prediction_type={said!r}; staged sampling supports {', '.join(kinds)} and flow."
         )
     return kinds[said]
 
@@ -99,7 +108,7 @@ def _check_pipeline(pipe: Any) -> None:
             raise MrFlowError(f"pipe is {name} without {part}; load it with all of its components.")
     if getattr(pipe, "transformer", None) is None and getattr(pipe, "unet", None) is None:
         raise MrFlowError(f"pipe is {name} without transformer or unet; load it with all of its components.")
-    known = takes(pipe.__call__)
+    known = parameter_names(pipe.__call__)
     if known & {"strength", "mask_image"} or "Edit" in name:
         raise MrFlowError(f"pipe is {name}, which starts from an image; give the family's text-to-image pipeline.")
     for argument in ("latents", "width", "height", "prompt", "num_inference_steps"):

@@ -1,8 +1,8 @@
-"""A layout for flow pipelines that have no class of their own in `known`, found by asking the pipeline.
+"""A layout for flow pipelines that have no class of their own in `per_family`, found by probing the pipeline.
 
-Packing is seen in the noise that `prepare_latents` draws and checked against the pipeline's own `_pack_latents`. How
-latents are scaled is seen in which of the VAE's numbers the pipeline's source names. Text goes to the pipeline as it
-is. What cannot be seen that way is refused in one sentence.
+Packing is inferred from the noise that `prepare_latents` draws and checked against the pipeline's own `_pack_latents`.
+How latents are scaled is inferred from which of the VAE's numbers the pipeline's source names. Text is passed to the
+pipeline as it is. What cannot be inferred that way is refused in one sentence.
 """
 
 from __future__ import annotations
@@ -18,29 +18,32 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.engines.diffusers.layouts.base import Layout, defaults, takes
-from mrflow_sched.engines.diffusers.layouts.known import PackedLayout, VideoVaeLayout
+from mrflow_sched.engines.diffusers.layouts.base import Layout, parameter_defaults, parameter_names
+from mrflow_sched.engines.diffusers.layouts.per_family import PackedLayout, VideoVaeLayout
 from mrflow_sched.engines.diffusers.layouts.shift import shift_rule
 from mrflow_sched.plan.families import Family, GuidanceKind, ShiftRule, get_family
 
 __all__ = ["generic_layout"]
 
-# A probe picture whose sides every VAE factor and patch size in use divides.
+# A probe image whose sides every VAE factor and patch size in use divides.
 _WIDTH, _HEIGHT = 192, 128
 
 
 class _Generic(Layout):
-    """What all generic layouts share: text as strings, and guidance in the words of the pipeline's signature."""
+    """What all generic layouts share: text as strings, and guidance by the argument names of the pipeline's call."""
 
     @property
+    @override
     def positive_first(self) -> bool:
-        """As the pipeline's source joins the two embeddings."""
+        # By the order in which the pipeline's source joins the two embeddings.
         return _joins_positive_first(self.pipe.__class__)
 
+    @override
     def encode_text(self, prompts: Any, negative_prompts: Any = None, options: Any = None) -> dict[str, Any]:
-        """The prompts as they are, with what the pipeline's call takes of `options`."""
+        # The prompts as strings, with those `options` that the pipeline's call takes.
         text = {name: value for name, value in dict(options or {}).items() if name in self.call_names}
         if prompts is not None:
             text["prompt"] = list(prompts)
@@ -48,12 +51,12 @@ class _Generic(Layout):
             text["negative_prompt"] = list(negative_prompts)
         return text
 
+    @override
     def plan_guidance(self, guidance: float) -> float:
-        """1 for whatever the pipeline takes for off."""
         return 1.0 if self._guided and guidance <= _off(self.pipe) else guidance
 
+    @override
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
-        """Under the name that the pipeline's call has for it."""
         word = _guidance_word(self.pipe)
         return {word: _off(self.pipe) if self._guided and guidance == 1.0 else guidance} if word else {}
 
@@ -71,7 +74,7 @@ class _PackedVideo(_Generic, VideoVaeLayout, PackedLayout):
 
 
 class _Unshifted(_Generic):
-    """Scaled, and not shifted, whatever else the VAE's configuration says."""
+    """Scaled and not shifted, whatever else the VAE's configuration says."""
 
     def _normalise(self, latents: Tensor) -> Tensor:
         return latents * self.pipe.vae.config.scaling_factor
@@ -89,11 +92,23 @@ class _Shape:
 
 
 def generic_layout(pipe: Any, family: str | None) -> Layout:
-    """The layout of a flow pipeline of a class that is not known. Raises ValueError for what cannot be found out."""
+    """The layout of a flow pipeline of a class that is not known.
+
+    Args:
+        pipe: The pipeline.
+        family: Name of a family whose costs and presets are used; None: the pipeline's own numbers, and
+            SD3's for the rest.
+
+    Returns:
+        The layout, marked experimental.
+
+    Raises:
+        MrFlowError: A convention that cannot be inferred.
+    """
     source = _source(pipe)
     if re.search(r"sigmas\s*=\s*timesteps\s*/", source):
         raise MrFlowError(
-            f"pipe is {type(pipe).__name__}, which tells its network other times than its sigmas: no plan can."
+            f"pipe is {type(pipe).__name__}, whose timesteps do not match its sigmas; no plan can follow that."
         )
     shape = _shape(pipe)
     kind = _scaling(pipe, source, shape.packed)
@@ -120,11 +135,11 @@ def _scaling(pipe: Any, source: str, packed: bool) -> type[Layout]:
         found = _Unshifted if "scaling_factor" in source and not packed else None
     if found is not None:
         return found
-    raise MrFlowError(f"pipe is {type(pipe).__name__}, whose scaling of latents is not known; ask for it to be added.")
+    raise MrFlowError(f"pipe is {type(pipe).__name__}, whose latent scaling is not recognised; ask for it to be added.")
 
 
 def _shape(pipe: Any) -> _Shape:
-    """Channels, VAE factor, patch and packing, from the noise that the pipeline draws for a small picture."""
+    """Channels, VAE factor, patch and packing, from the noise that the pipeline draws for a small image."""
     config = pipe.vae.config
     channels = int(getattr(config, "latent_channels", None) or getattr(config, "z_dim", None) or 0)
     noise = _drawn(pipe, channels)
@@ -141,7 +156,7 @@ def _shape(pipe: Any) -> _Shape:
         if _packs_alike(pipe, made):
             return made
     raise MrFlowError(
-        f"pipe is {name}, whose latents of shape {tuple(noise.shape)} are not known; ask for it to be added."
+        f"pipe is {name}, whose latent shape {tuple(noise.shape)} is not recognised; ask for it to be added."
     )
 
 
@@ -164,7 +179,7 @@ def _drawn(pipe: Any, channels: int) -> Tensor:
         noise: Tensor = made if isinstance(made, Tensor) else made[0]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise MrFlowError(
-            f"pipe is {type(pipe).__name__}, whose prepare_latents cannot be asked for noise; ask for it to be added."
+            f"pipe is {type(pipe).__name__}, whose prepare_latents takes unknown arguments; ask for it to be added."
         ) from error
     return noise
 
@@ -174,7 +189,7 @@ def _packs_alike(pipe: Any, shape: _Shape) -> bool:
     latents = torch.arange(shape.channels * rows * columns, dtype=torch.float32).view(1, shape.channels, rows, columns)
     ours = PackedLayout(pipe, replace(get_family("flux1-dev"), patch=shape.patch)).pack(latents)
     try:
-        extra = (shape.patch,) if "patch_size" in takes(pipe._pack_latents) else ()
+        extra = (shape.patch,) if "patch_size" in parameter_names(pipe._pack_latents) else ()
         theirs = pipe._pack_latents(latents, 1, shape.channels, rows, columns, *extra)
     except (AttributeError, TypeError, RuntimeError):
         return False
@@ -215,7 +230,7 @@ def _source_of(kind: Any) -> str:
 
 
 def _guidance_word(pipe: Any) -> str | None:
-    words = takes(pipe.__call__)
+    words = parameter_names(pipe.__call__)
     return next((word for word in ("true_cfg_scale", "guidance_scale") if word in words), None)
 
 
@@ -241,14 +256,14 @@ def _family(pipe: Any, shape: _Shape, rule: ShiftRule, name: str | None) -> Fami
         known = get_family(name)
         sources = {**known.sources, **dict.fromkeys(measured, "read from the pipeline")}
         return replace(known, **measured, sources=MappingProxyType(sources))
-    like, said, network = get_family("sd3"), defaults(pipe.__call__), _network(pipe)
+    like, said, network = get_family("sd3"), parameter_defaults(pipe.__call__), _network(pipe)
     config = network.config
     word = _guidance_word(pipe)
     scale = said.get(word or "") if isinstance(said.get(word or ""), (int, float)) else None
     kind: GuidanceKind = "none"
     if getattr(config, "guidance_embeds", False) and word == "guidance_scale":
         kind = "embedded"
-    elif word and scale is not None and takes(pipe.__call__) & {"negative_prompt", "negative_prompt_embeds"}:
+    elif word and scale is not None and parameter_names(pipe.__call__) & {"negative_prompt", "negative_prompt_embeds"}:
         kind = "cfg"
     side = int(getattr(pipe, "default_sample_size", None) or 0) * int(pipe.vae_scale_factor)
     side = side // grid * grid if side >= 512 else like.native_size[0]

@@ -1,4 +1,4 @@
-"""The stage-1 shift rule that a pipeline's scheduler configuration asks for."""
+"""The shift rule of stage 1 that a pipeline's scheduler configuration asks for."""
 
 from __future__ import annotations
 
@@ -16,20 +16,34 @@ _REFUSED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas")
 
 
 def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler samples a flow (velocity, x = (1 - sigma) x0 + sigma noise)."""
+    """Whether a scheduler samples a flow (velocity, x = (1 - sigma) x0 + sigma noise).
+
+    Args:
+        scheduler: Of diffusers, or an `MrFlowScheduler`.
+
+    Returns:
+        True for a flow.
+    """
     config = _config(scheduler)
     by_config = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") in ("flow", "flow_prediction")
-    # Our own scheduler says so itself; it also takes the configurations of other models.
+    # Our own scheduler has `prediction`; it also accepts the configurations of other models.
     return by_config or "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "prediction", None) == "flow"
 
 
 def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = True) -> ShiftRule:
-    """The rule in a flow scheduler's configuration.
+    """The shift rule in a flow scheduler's configuration.
 
-    `known`: the family's own rule, whose kind decides where a configuration only says "dynamic". `even_list`: whether
-    the pipeline gives the scheduler evenly spaced sigmas 1 ... 1/steps, as most do, or leaves them to the
-    scheduler, which then ends it at the shifted 1/num_train_timesteps (SD3).
-    Raises MrFlowError for a configuration that no plan can follow.
+    Args:
+        scheduler: The pipeline's.
+        known: The family's own rule, whose kind decides where a configuration only says "dynamic"; None for no family.
+        even_list: Whether the pipeline gives the scheduler evenly spaced sigmas 1 ... 1/steps, as most do, or leaves
+            them to the scheduler, which then ends them at the shifted 1/num_train_timesteps (SD3).
+
+    Returns:
+        The rule.
+
+    Raises:
+        MrFlowError: A configuration that no plan can follow.
     """
     config = _config(scheduler)
     for name in _REFUSED:
@@ -47,7 +61,7 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
     if known is not None and known.kind == "flux2":
         return replace(known, terminal=terminal, beta=beta)
     if config.get("time_shift_type", "exponential") != "exponential":
-        # Such models (CogView4) are told the unshifted time of a shifted sigma, which only their own lists know.
+        # Such models (CogView4) are told the unshifted time of a shifted sigma, which only their own schedules know.
         raise MrFlowError(
             f"pipe.scheduler has time_shift_type={config['time_shift_type']!r}, which no plan can follow; models with "
             f"'exponential' or a fixed shift can be run in stages."
@@ -65,7 +79,15 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
 
 
 def ve_rule(scheduler: Any, known: ShiftRule) -> ShiftRule:
-    """The rule of a scheduler of variance-exploding noise: the family's, or that of zero terminal SNR."""
+    """The shift rule of a variance-exploding model's scheduler.
+
+    Args:
+        scheduler: The pipeline's.
+        known: The family's own rule.
+
+    Returns:
+        `known`, or the rule "zero-snr" where the betas are rescaled to zero terminal signal-to-noise ratio.
+    """
     return ShiftRule("zero-snr") if _config(scheduler).get("rescale_betas_zero_snr") else known
 
 

@@ -1,4 +1,4 @@
-"""What a job says: metadata while it runs, sentences under the image and in the log."""
+"""What a job reports: metadata while it runs, sentences under the image and in the log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ _HIRES_PROMPTS = ("Hires prompt", "Hires negative prompt")
 
 
 def write_infotext(p: Any, run: Run | None) -> None:
-    """Our keys and the facts of this job; hosts write some of the hires keys late, so this runs more than once."""
+    """Write our keys and the facts of a job into its metadata, and remove those of hires fix.
+
+    Hosts write some of the hires keys late, so this is called more than once.
+
+    Args:
+        p: The job.
+        run: Its run; None, or one without a recipe, writes nothing.
+    """
     if run is None or run.recipe is None:
         return
     recipe, params = run.recipe, p.extra_generation_params
@@ -40,7 +47,11 @@ def write_infotext(p: Any, run: Run | None) -> None:
 
 
 def forget(p: Any) -> None:
-    """Take out what an earlier job with the same dict of metadata left (all cells of a plot share one)."""
+    """Remove what an earlier job left in the same dict of metadata (all cells of a plot share one).
+
+    Args:
+        p: The job that is about to start.
+    """
     params = p.extra_generation_params
     if params and infotext.KEY in params:
         ours = (infotext.KEY, "Size", "Steps", "Sampler", "Denoising strength")
@@ -50,14 +61,25 @@ def forget(p: Any) -> None:
 
 
 def take_times(run: Run) -> None:
+    """Add the seconds that each part of this batch took to those of the batches before.
+
+    Args:
+        run: The job's run; its `marks` say when "start", "upscale" and "refine" began.
+    """
     marks = {**run.marks, "end": time.perf_counter()}
-    names = [name for name in ("start", "enlarge", "refine", "end") if name in marks]
+    names = [name for name in ("start", "upscale", "refine", "end") if name in marks]
     for name, following in pairwise(names):
         run.seconds[name] = run.seconds.get(name, 0.0) + marks[following] - marks[name]
 
 
 def report(p: Any, run: Run, host: HostApi) -> None:
-    """Under the image and into the log: where the seconds went, and what the upscaler has to say."""
+    """Report under the image and in the log how long each part took, and what the upscaler has to say.
+
+    Args:
+        p: The job.
+        run: Its run.
+        host: The WebUI, among whose upscalers the one of the job is found.
+    """
     recipe = run.recipe
     if recipe is None:
         return
@@ -68,11 +90,11 @@ def report(p: Any, run: Run, host: HostApi) -> None:
     low = f"{recipe.low_width}x{recipe.low_height}"
     first = low if run.button else f"{low} x{recipe.low_steps}{spent('start')}"
     if run.stopped_early:
-        say(p, f"MrFlow: stopped in the first pass; the picture is the low-resolution one, {low}.")
+        say(p, f"MrFlow: stopped in the first pass; the image is the low-resolution one, {low}.")
     else:
         final = f"{recipe.width}x{recipe.height}"
         sentence = (
-            f"MrFlow: {first} -> {recipe.upscaler}{spent('enlarge')} -> {final} x{recipe.refine_steps} at sigma "
+            f"MrFlow: {first} -> {recipe.upscaler}{spent('upscale')} -> {final} x{recipe.refine_steps} at sigma "
             f"{recipe.sigma:.4g}{spent('refine')}{_ratio(run)}"
         )
         say(p, sentence)
@@ -85,13 +107,13 @@ def report(p: Any, run: Run, host: HostApi) -> None:
 
 
 def _ratio(run: Run) -> str:
-    """How the job compares with the user's own step count at the final size, at the speed measured in the refine pass.
+    """Compare the job with the user's own number of steps at the final size, at the speed of the refine pass.
 
-    Only the network is counted for the other side. Nothing is said where the refine steps were guided differently.
+    For the other side only the network is counted. Empty where the refine steps had another guidance.
     """
     recipe, steps, network = run.recipe, run.originals.get("steps"), run.seconds.get("network", 0.0)
     if recipe is None or not isinstance(steps, int) or run.controls.refine_cfg != "same" or not network:
         return ""
-    ours = sum(run.seconds.get(name, 0.0) for name in ("start", "enlarge", "refine"))
+    ours = sum(run.seconds.get(name, 0.0) for name in ("start", "upscale", "refine"))
     ratio = steps * network / recipe.refine_steps / ours
     return f"; {steps} steps at this size would take about {ratio:.1f} times as long"

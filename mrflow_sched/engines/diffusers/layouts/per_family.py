@@ -1,7 +1,7 @@
-"""A class for each family whose conventions differ from the plain kind, which is `Layout` itself. Names of what a
-pipeline takes and gives stand in the family's file.
+"""A class for each family whose conventions differ from the plain kind, which is `Layout` itself.
 
-Source of every convention: the pipeline of the same name in diffusers, and docs/method.md, section 1.6.
+Argument names of a pipeline are in the family's file. Source of every convention: the pipeline of the same name in
+diffusers, and docs/method.md, section 1.6.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts.base import Layout
@@ -38,14 +39,32 @@ PATCH = 2
 
 
 def pack(latents: Tensor, patch: int = PATCH) -> Tensor:
-    """(B, C, h, w) latents as (B, h/p * w/p, p * p * C) tokens: each is a patch of p x p, channel outermost."""
+    """Latents as rows of tokens: each is a patch of p x p, channel outermost (FLUX.1's order).
+
+    Args:
+        latents: (B, C, h, w), h and w multiples of `patch`.
+        patch: p.
+
+    Returns:
+        (B, h/p * w/p, C * p * p).
+    """
     batch, channels, rows, columns = latents.shape
     patches = latents.reshape(batch, channels, rows // patch, patch, columns // patch, patch)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
 
 
 def unpack(tokens: Tensor, rows: int, columns: int, patch: int = PATCH) -> Tensor:
-    """Inverse of `pack`: (B, h/p * w/p, p * p * C) tokens as (B, C, h, w) latents of `rows` x `columns`."""
+    """Inverse of `pack`.
+
+    Args:
+        tokens: (B, h/p * w/p, C * p * p).
+        rows: h.
+        columns: w.
+        patch: p.
+
+    Returns:
+        (B, C, h, w).
+    """
     batch, _, features = tokens.shape
     patches = tokens.reshape(batch, rows // patch, columns // patch, features // patch**2, patch, patch)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // patch**2, rows, columns)
@@ -54,12 +73,12 @@ def unpack(tokens: Tensor, rows: int, columns: int, patch: int = PATCH) -> Tenso
 class PackedLayout(Layout):
     """Latents as rows of tokens: each token is a patch of p x p, channel outermost (FLUX.1's order)."""
 
+    @override
     def pack(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) latents as (B, h/p * w/p, p * p * C) tokens."""
         return pack(latents, self.family.patch)
 
+    @override
     def unpack(self, state: Tensor, width: int, height: int) -> Tensor:
-        """Inverse of `pack`."""
         _, rows, columns = self.latent_shape(width, height)
         return unpack(state, rows, columns, self.family.patch)
 
@@ -71,8 +90,9 @@ class FluxLayout(PackedLayout):
         "hidden_states", "img_ids", ("controlnet_block_samples", "controlnet_single_block_samples")
     )
 
+    @override
     def cut_prompt(self, prompts: Sequence[str], options: Mapping[str, Any]) -> tuple[int, int] | None:
-        """By T5's tokens."""
+        # In tokens of T5.
         tokenizer, read = getattr(self.pipe, "tokenizer_2", None), options.get("max_sequence_length")
         if tokenizer is None or read is None:
             return None
@@ -90,16 +110,19 @@ class FluxLayout(PackedLayout):
             text |= {f"negative_{name}": value for name, value in other.items()}
         return text
 
+    @override
     def guided_by_two(self) -> Layout:
-        """Guided by a second branch: the plan's scale is `true_cfg_scale`, which costs two forwards."""
+        # The plan's scale is then `true_cfg_scale`, which costs two forwards.
         return replace(self, family=replace(self.family, guidance_kind="cfg"))
 
+    @override
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
-        """The scale that the network reads, or with a second branch that of the branches."""
+        # The embedded scale; with a second branch, the CFG scale.
         return {"true_cfg_scale" if self._guided else "guidance_scale": guidance}
 
+    @override
     def stage_arguments(self, text: Any, guidance: float, width: int, height: int) -> dict[str, Any]:
-        """As the base class; Kontext is told the area too, or it would render a megapixel whatever the size."""
+        # Kontext needs the area too, or it would render a megapixel whatever the size.
         made = super().stage_arguments(text, guidance, width, height)
         return made | ({"max_area": width * height} if "max_area" in self.call_names else {})
 
@@ -142,13 +165,14 @@ class QwenImageLayout(VideoVaeLayout, PackedLayout):
         return text | {f"negative_{name}": value for name, value in other.items()}
 
     def _named(self, found: Any) -> dict[str, Any]:
-        """A mask that hides nothing comes back as none, which the call would warn about."""
+        """A mask that hides nothing is returned as None, which the call would warn about; it becomes one of ones."""
         text = super()._named(found)
         embeds: Tensor = text["prompt_embeds"]
         return {"prompt_embeds_mask": torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device), **text}
 
+    @override
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
-        """`true_cfg_scale`; a guidance-distilled network reads `guidance_scale` as well."""
+        # A guidance-distilled network reads `guidance_scale` as well.
         embedded = {"guidance_scale": guidance} if self.pipe.transformer.config.guidance_embeds else {}
         return {"true_cfg_scale": guidance, **embedded}
 
@@ -161,22 +185,24 @@ class Flux2Layout(Layout):
 
     tokens: ClassVar[TokenInputs | None] = TokenInputs("hidden_states", "img_ids")
 
+    @override
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """(4C, H/16, W/16): what is one channel of the VAE's latents is four here."""
+        # (4C, H/16, W/16): one channel of the VAE's latents is four here.
         self._check_size(width, height)
         grid = self.family.grid
         return (self.family.latent_channels * PATCH * PATCH, height // grid, width // grid)
 
+    @override
     def pack(self, latents: Tensor) -> Tensor:
-        """(B, 4C, h, w) latents as (B, h * w, 4C) tokens."""
         return latents.flatten(2).transpose(1, 2)
 
+    @override
     def unpack(self, state: Tensor, width: int, height: int) -> Tensor:
-        """Inverse of `pack`."""
         return state.transpose(1, 2).reshape(len(state), *self.latent_shape(width, height))
 
+    @override
     def call_latents(self, latents: Tensor) -> Tensor:
-        """As they are: the pipeline packs them itself."""
+        # The pipeline packs them itself.
         return latents
 
     def _normalise(self, latents: Tensor) -> Tensor:
@@ -214,21 +240,24 @@ class Flux2KleinLayout(Flux2Layout):
 
 
 class ZImageLayout(Layout):
-    """Z-Image and Z-Image-Turbo: text as one tensor per image, and 0 is its word for guidance that is off.
+    """Z-Image and Z-Image-Turbo: text as one tensor per image, and guidance 0 is off.
 
     The pipeline's scale g means p + g (p - n): its 5.0 is what others call a CFG scale of 6. Plans keep its numbers.
     """
 
+    @override
     def plan_guidance(self, guidance: float) -> float:
-        """0 and below are off, which a plan calls 1."""
+        # 0 and below are off, which is 1 in a plan.
         return 1.0 if guidance <= 0.0 else guidance
 
+    @override
     def guidance_weight(self, guidance: float) -> float:
-        """The pipeline makes p + g (p - n), which leads g + 1 from the negative branch and g from the positive one."""
+        # The pipeline computes p + g (p - n): g from the positive branch, g + 1 from the negative one.
         return 0.0 if guidance == 1.0 else guidance
 
+    @override
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
-        """The pipeline's scale; 0.0 for the plan's 1 (off)."""
+        # 0.0 for the plan's 1 (off).
         return {"guidance_scale": 0.0 if guidance == 1.0 else guidance}
 
     def _encode_rows(
@@ -262,12 +291,14 @@ class HunyuanImageLayout(Layout):
         other = super()._encode_rows(negatives or [""] * count["batch_size"], None, own | count)
         return text | {f"negative_{name}": value for name, value in other.items()}
 
+    @override
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
-        """The embedded scale of a distilled network; elsewhere the guider has it: see `view_attributes`."""
+        # The embedded scale of a distilled network; otherwise the guider has it: see `view_attributes`.
         return {} if self._guided else {"distilled_guidance_scale": guidance}
 
+    @override
     def view_attributes(self, guidance: float, width: int, height: int) -> dict[str, Any]:
-        """Guiders of its own for each stage: they count steps, and the scale is theirs."""
+        # New guiders for each stage: they count steps and hold the scale.
         made: dict[str, Any] = {}
         for name in ("guider", "ocr_guider"):
             guider = getattr(self.pipe, name, None)
@@ -278,10 +309,11 @@ class HunyuanImageLayout(Layout):
 
 
 class HiDreamLayout(Layout):
-    """HiDream-I1: four text encoders, at most the tokens that its network was made for."""
+    """HiDream-I1: four text encoders, and at most as many tokens as its network was made for."""
 
+    @override
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
-        """(C, h, w). Raises ValueError off the grid, and above the network's longest sequence."""
+        # Also refuses sizes above the network's longest sequence.
         made = super().latent_shape(width, height)
         longest, tokens = int(self.pipe.transformer.max_seq), made[1] * made[2] // self.family.patch**2
         if tokens > longest:
@@ -291,31 +323,36 @@ class HiDreamLayout(Layout):
             )
         return made
 
+    @override
     def select_text(self, text: Any, rows: Any) -> dict[str, Any]:
-        """As the base class; Llama's states are (layer, row, token, channel)."""
+        # Llama's states are (layer, row, token, channel).
         moved = {name: value.transpose(0, 1) if "llama3" in name else value for name, value in text.items()}
         picked = super().select_text(moved, rows)
         return {name: value.transpose(0, 1) if "llama3" in name else value for name, value in picked.items()}
 
+    @override
     def take_rows(self, inputs: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
-        """As the base class; Llama's states are (layer, row, token, channel)."""
+        # Llama's states are (layer, row, token, channel).
         taken = super().take_rows(inputs, rows, count)
         return {name: inputs[name][:, rows] if "llama3" in name else value for name, value in taken.items()}
 
+    @override
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
-        """0 where the plan says 1: either is off."""
+        # 0 where the plan says 1: both are off.
         return {"guidance_scale": 0.0 if guidance == 1.0 else guidance}
 
+    @override
     def view_attributes(self, guidance: float, width: int, height: int) -> dict[str, Any]:
-        """The pipeline scales every size to the area of its default one: make that the stage's, and a hair more."""
+        # The pipeline scales every size to the area of its default one: make that the stage's, and slightly more.
         return {"default_sample_size": (width * height) ** 0.5 / self.pipe.vae_scale_factor * (1 + 1e-6)}
 
 
 class StableDiffusionLayout(Layout):
-    """Stable Diffusion 1.5 and its kin: a U-Net of variance-exploding noise, carried over by equal signal-to-noise."""
+    """Stable Diffusion 1.5 and similar models: a variance-exploding U-Net, used at equal signal-to-noise ratio."""
 
+    @override
     def finish(self, images: Tensor) -> Tensor:
-        """Black where the pipeline has a safety checker that says so."""
+        # Images that the pipeline's safety checker rejects become black.
         if getattr(self.pipe, "safety_checker", None) is None:
             return images
         with torch.no_grad():
@@ -343,8 +380,9 @@ class StableDiffusionLayout(Layout):
 class StableDiffusionXLLayout(StableDiffusionLayout):
     """Stable Diffusion XL."""
 
+    @override
     def finish(self, images: Tensor) -> Tensor:
-        """With the pipeline's invisible watermark, where it has one."""
+        # The pipeline's invisible watermark, where it has one.
         watermark = getattr(self.pipe, "watermark", None)
         if watermark is None:
             return images

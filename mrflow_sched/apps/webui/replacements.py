@@ -1,7 +1,7 @@
-"""What stands in the host's place while a job runs: some methods of the job object, and a sampler's function.
+"""What replaces the host's own while a job runs: some methods of the job object, and a sampler's function.
 
-Each method is `work(p, run, call, *args)`, where `call` is the host's own; see `job.install`. All are gone when the job
-is done, also after an exception.
+Each method is `work(p, run, call, *args)`, where `call` is the host's own; see `job.install`. All are removed when the
+job is done, also after an exception.
 """
 
 from __future__ import annotations
@@ -29,15 +29,24 @@ __all__ = ["hr_conds", "prepare_first_pass", "prepare_refine", "sample", "sample
 logger = logging.getLogger("mrflow")
 
 DRIFT = 3 / 255, 0.15
-"""The colour guard acts on a shift of a channel's mean between these (of a range of 1): below nobody sees it, and
-above it is no cast but another picture."""
+"""The colour guard acts where the largest shift of a channel's mean is between these (values in [0, 1]): a smaller one
+cannot be seen, and a larger one is no colour cast but another image."""
 
 # "[a:b:10]" and "[a|b]" change with the step; the passes have different steps.
 _EDITED_PROMPT = re.compile(r"\[[^\]]*[:|]")
 
 
 def target_resolution(p: Any, run: Run, call: Callable[..., Any]) -> Any:
-    """The host's final size, made exactly ours: hosts round it, or shrink the first pass in an old mode."""
+    """Set the host's final size to exactly ours: hosts round it, or shrink the first pass in an old mode.
+
+    Args:
+        p: The job.
+        run: Its run.
+        call: The host's method.
+
+    Returns:
+        What the host's method returned.
+    """
     size = p.width, p.height
     result = call()
     recipe = run.recipe
@@ -49,7 +58,18 @@ def target_resolution(p: Any, run: Run, call: Callable[..., Any]) -> Any:
 
 
 def sample(p: Any, run: Run, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Both passes of a batch; after an exception no other hook comes, so the job is tidied here."""
+    """Sample both passes of a batch. After an exception the host calls no other hook, so the job is tidied here.
+
+    Args:
+        p: The job.
+        run: Its run.
+        call: The host's method.
+        *args: Passed on.
+        **kwargs: Passed on.
+
+    Returns:
+        What the host's method returned.
+    """
     try:
         return call(*args, **kwargs)
     except BaseException:
@@ -60,8 +80,21 @@ def sample(p: Any, run: Run, call: Callable[..., Any], *args: Any, **kwargs: Any
 def sample_hr_pass(
     p: Any, run: Run, call: Callable[..., Any], samples: Any, decoded: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Enlarging, encoding and the hires pass, with an encoder that depends on the seeds alone."""
-    run.marks.setdefault("enlarge", time.perf_counter())
+    """Upscale, encode and sample the hires pass, with an encoder that depends on the seeds alone.
+
+    Args:
+        p: The job.
+        run: Its run.
+        call: The host's method.
+        samples: The host's latents of the first pass, passed on.
+        decoded: The images of the first pass (B, ..., 3, h, w), with which the colour guard compares.
+        *args: Passed on.
+        **kwargs: Passed on.
+
+    Returns:
+        What the host's method returned; images in it have their colours corrected where the guard is on.
+    """
+    run.marks.setdefault("upscale", time.perf_counter())
     release_sampler(run)
     try:
         with steady_encoding(p.sd_model, p.seeds or []):
@@ -74,7 +107,16 @@ def sample_hr_pass(
 
 
 def hr_conds(p: Any, run: Run, call: Callable[..., Any]) -> Any:
-    """The hires pass's text conditioning: that of the first pass where nothing differs, so text is encoded once."""
+    """Set the text conditioning of the hires pass: that of the first pass where nothing differs, to encode text once.
+
+    Args:
+        p: The job.
+        run: Its run.
+        call: The host's method.
+
+    Returns:
+        What the host's method returned, or None.
+    """
     if p.hr_c is None and _same_text(p, run):
         p.hr_c = p.c
         p.hr_uc = None if getattr(p, "hr_cfg", None) == 1 else p.uc
@@ -98,42 +140,52 @@ def _same_text(p: Any, run: Run) -> bool:
 
 
 def _guard_colours(before: Tensor, after: list[Any], *, unit_range: bool) -> None:
-    """Move each channel's mean in the pictures `after` (each (..., 3, H, W) in [-1, 1]) back to `before`'s where it
-    drifted. `before` is (B, ..., 3, h, w) in [-1, 1]; on hosts that give [0, 1] there, `unit_range`.
+    """Move the mean of each channel in the images `after` back to that of `before` where it drifted.
+
+    Args:
+        before: (B, ..., 3, h, w) in [-1, 1], or in [0, 1] on some hosts.
+        after: Images (..., 3, H, W) in [-1, 1]; corrected ones are replaced in the list.
+        unit_range: The host may give `before` in [0, 1]; values below 0 show that it did not.
     """
     low = before.float()
     if not unit_range or float(low.min()) < -0.01:
         low = (low + 1.0) / 2.0
-    for i, picture in enumerate(after[: low.shape[0]]):
-        drift = _means((picture.float() + 1.0) / 2.0) - _means(low[i])
+    for i, image in enumerate(after[: low.shape[0]]):
+        drift = _means((image.float() + 1.0) / 2.0) - _means(low[i])
         worst = float(drift.abs().max())
         if DRIFT[0] < worst < DRIFT[1]:
-            after[i] = picture - (2.0 * drift).reshape(3, 1, 1).to(picture)
+            after[i] = image - (2.0 * drift).reshape(3, 1, 1).to(image)
             logger.info("colour guard: means moved by %s", [f"{-float(value):+.3f}" for value in drift])
 
 
-def _means(picture: Tensor) -> Tensor:
-    """The mean of each channel (3,) of (..., 3, H, W) on the CPU, values outside [0, 1] clipped."""
-    return picture.clamp(0.0, 1.0).movedim(-3, 0).flatten(1).mean(dim=1).cpu()
+def _means(image: Tensor) -> Tensor:
+    """Return the mean of each channel (3,) of (..., 3, H, W) on the CPU, values outside [0, 1] clipped."""
+    return image.clamp(0.0, 1.0).movedim(-3, 0).flatten(1).mean(dim=1).cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
 
 
 def prepare_first_pass(p: Any, run: Run, recipe: Recipe) -> None:
-    """See that the first pass runs on usable levels with the solver that was chosen."""
+    """Make sure that the first pass runs on usable sigmas, with the solver that was chosen.
+
+    Args:
+        p: The job, whose sampler's function is replaced where a solver of ours runs.
+        run: Its run.
+        recipe: The run's recipe.
+    """
     sampler, model = getattr(p, "sampler", None), run.model
     if sampler is None or model is None or getattr(sampler.func, "mrflow", False):
         return
     if model.flow and recipe.first_sigmas is None and hasattr(sampler, "get_sigmas"):
-        levels = [float(level) for level in sampler.get_sigmas(p, p.steps)]
-        if not _usable(levels):
+        sigmas = [float(sigma) for sigma in sampler.get_sigmas(p, p.steps)]
+        if not _usable(sigmas):
             schedule = getattr(p, "scheduler", None) or "Automatic"
             say(p, f"The schedule {schedule} does not suit {model.title}; MrFlow's own is used.")
             answer(run, p, recipe.first_list)
     solver = recipe.solver if hasattr(sampler, "get_sigmas") else None
     if solver is None and model.flow and "sigmas" not in inspect.signature(sampler.func).parameters:
-        say(p, f"The sampler {p.sampler_name} chooses noise levels by itself; Euler is used.")
+        say(p, f"The sampler {p.sampler_name} chooses its own sigmas; Euler is used.")
         solver = "euler"
     if solver is not None:
         run.originals.setdefault("sampler.func", (sampler, sampler.func))
@@ -141,7 +193,12 @@ def prepare_first_pass(p: Any, run: Run, recipe: Recipe) -> None:
 
 
 def prepare_refine(p: Any, run: Run) -> None:
-    """Measure what the network takes in the refine pass."""
+    """Measure how long the network takes in the refine pass.
+
+    Args:
+        p: The job, whose sampler's function is wrapped.
+        run: Its run, where the seconds are added under "network".
+    """
     sampler = getattr(p, "sampler", None)
     if sampler is not None and not getattr(sampler.func, "mrflow", False):
         run.originals.setdefault("sampler.func", (sampler, sampler.func))
@@ -162,14 +219,14 @@ def _timed(func: Callable[..., Any], run: Run) -> Callable[..., Any]:
     return timed
 
 
-def _usable(levels: Sequence[float]) -> bool:
-    """Whether a schedule is one of flow levels: finite, at most 1, falling."""
-    finite = all(math.isfinite(level) and -1e-6 <= level <= 1.0001 for level in levels)
-    return finite and all(after < before for before, after in pairwise(levels))
+def _usable(sigmas: Sequence[float]) -> bool:
+    """Return whether a schedule is one of flow sigmas: finite, from 0 to 1, falling."""
+    finite = all(math.isfinite(sigma) and -1e-6 <= sigma <= 1.0001 for sigma in sigmas)
+    return finite and all(after < before for before, after in pairwise(sigmas))
 
 
 def _host_solver(name: str) -> Callable[..., Tensor]:
-    """Our solver `name` in the place of a host's sampling function, which also gets keywords that ours do not know."""
+    """Wrap our solver `name` as a host's sampling function, which also gets keywords that ours does not know."""
     solver = get_solver(name)
 
     def sample(
