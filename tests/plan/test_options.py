@@ -56,6 +56,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sigma": (0.1, 1.0)}, "sigma must lie between 0 and 1, got 1.0"),
     ({"guidance_interval": (0.9, 0.1)}, "guidance_interval must be two"),
     ({"shift_tokens": "high"}, "shift_tokens must be 'low' or 'final' or a whole number from 1 to"),
+    ({"low_steps": (4, 5)}, r"low_steps must be a whole number from 1 to 1000, got \(4, 5\)"),
     ({"low_steps": True}, "low_steps must be a whole number from 1 to 1000, got True"),
     ({"sead": 1}, "sead is no option of make_plan; did you mean seed"),
 ]

@@ -277,6 +277,23 @@ def test_a_callback_sees_and_changes_the_state_of_every_stage() -> None:
     assert float((run(engine, plan).images - plain.images).abs().max()) > 0.01
 
 
+def test_what_somebody_sets_on_the_pipeline_during_a_run_stays() -> None:
+    """A run shows there what its call sets, and takes that back; it takes nothing else back."""
+    pipe = tiny_pipelines.make("sd3")
+    shown: list[float] = []
+
+    def change(given: Any, step: int, timestep: Tensor, kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
+        shown.append(pipe._guidance_scale)
+        pipe._guidance_scale = 9.0
+        return kwargs
+
+    engine = PipelineEngine(pipe, arguments={"callback_on_step_end": change})
+    text, noise = engine.encode_text(["a cat"]), draw_noise(engine.latent_shape(32, 32), [1])
+    engine.sample_stage("euler", noise, (1.0, 0.5, 0.0), text, guidance=2.0)
+    assert shown == [2.0, 9.0]
+    assert pipe._guidance_scale == 9.0
+
+
 def test_errors_of_the_network_pass_through_and_leave_everything_as_it_was() -> None:
     pipe = tiny_pipelines.make("sd3")
     engine = PipelineEngine(pipe)

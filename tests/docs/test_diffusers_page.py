@@ -13,7 +13,7 @@ import torch
 
 from mrflow_sched import MrFlow, demo
 
-PAGE = Path(__file__).parent.parent / "docs" / "diffusers.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "diffusers.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 LOADING = re.compile(r'^pipe = (\w+)\.from_pretrained\("([^"]+)".*$', re.MULTILINE)
 MODELS = {

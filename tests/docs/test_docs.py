@@ -12,7 +12,7 @@ import pytest
 from mrflow_sched import make_native_plan, make_plan, refine_sigmas
 from mrflow_sched.plan.schedule import shift_sigma
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 METHOD = ROOT / "docs" / "method.md"
 SECTION = re.compile(r"docs/method\.md,\s+(?:#\s+)?section\s+(\d(?:\.\d)?)")
 OLD = re.compile(r"\bspec(?:ification)? \d|\bsection \d(?:\.\d)? of the specification", re.IGNORECASE)

@@ -16,7 +16,7 @@ import torch
 from mrflow_sched._runtime import torchvision_ops as _torchvision_ops
 from mrflow_sched._runtime.torchvision_ops import ensure_ops
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def forget_torchvision() -> dict[str, ModuleType]:
