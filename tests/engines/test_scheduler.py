@@ -254,7 +254,7 @@ def test_a_step_too_many_and_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model_output has shape \(2, 8\) and sample \(2, 4\)"):
         scheduler.step(noise(2, 8), scheduler.timesteps[0], x)
     scheduler.step(x, scheduler.timesteps[0], x)
-    with pytest.raises(ValueError, match=r"sample has shape \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"sample must keep the shape of the state before it, \(2, 4\), got \(3, 4\)"):
         scheduler.step(noise(3, 4), scheduler.timesteps[1], noise(3, 4))
 
 
@@ -627,7 +627,7 @@ def test_stages_refuse_what_cannot_be_meant() -> None:
         MrFlowScheduler.for_stage(FLOW, (14.6, 0.0), "euler", prediction="epsilon")
     with pytest.raises(ValueError, match="solver 'rk4' is unknown"):
         MrFlowScheduler.for_stage(FLOW, (0.5, 0.0), "rk4")
-    with pytest.raises(ValueError, match="prediction_type 'trigflow', which is neither"):
+    with pytest.raises(ValueError, match="prediction_type 'trigflow', which is not flow, epsilon or v"):
         MrFlowScheduler.for_stage({"prediction_type": "trigflow"}, (0.5, 0.0), "euler")  # Sana-Sprint
 
 
