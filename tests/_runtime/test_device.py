@@ -40,7 +40,7 @@ def test_device_words(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="holds shapes and no numbers"):
         resolve_device("meta")
     for word in ("quantum", "cpu:x"):
-        with pytest.raises(ValueError, match="no device name"):
+        with pytest.raises(ValueError, match="not a device name"):
             resolve_device(word)
 
     def refuse(*_: Any, **__: Any) -> None:
