@@ -79,7 +79,7 @@ def test_the_gate_builds_the_site_strictly() -> None:
 def test_names_of_the_package_on_the_pages_exist() -> None:
     text = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
     imported = re.findall(r"^from (mrflow_sched[\w.]*) import (.+)$", text, re.MULTILINE)
-    names = [f"{module}:{name.strip()}" for module, found in imported for name in found.split(",")]
+    names = [f"{module}.{name.strip()}" for module, found in imported for name in found.split(",")]
     names += re.findall(r"`(mrflow_sched(?:\.\w+)+)`", text)
     assert len(names) > 10
     for name in names:
