@@ -197,7 +197,10 @@ def test_guidance_by_two_forwards_is_what_it_says(small: Any) -> None:
     x, sigma = torch.randn((1, *engine.latent_shape(64, 64)), generator=torch.Generator().manual_seed(0)), torch.ones(1)
     pair, alone, empty = both.encode_text(PROMPTS[:1], [""]), engine.encode_text(PROMPTS[:1]), engine.encode_text([""])
     first, second = (engine.denoise(x, sigma, text, guidance=1.0) for text in (alone, empty))
-    assert torch.allclose(both.denoise(x, sigma, pair, guidance=3.0), second + 3 * (first - second), atol=1e-5)
+    wanted = second + 3 * (first - second)
+    near = 0.02 * float(wanted.abs().max())  # where the network runs in bfloat16
+    assert float((first - second).abs().max()) > 5 * near
+    assert torch.allclose(both.denoise(x, sigma, pair, guidance=3.0), wanted, rtol=0, atol=near)
     assert torch.equal(both.denoise(x, sigma, pair, guidance=1.0), first)
     off, half, on = (
         guided.guided(128, name, **numbers)
