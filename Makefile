@@ -1,4 +1,4 @@
-# make demo   sets up .venv and makes a picture: native and staged sampling side by side, on the embedded model
+# make demo   sets up .venv and makes an image: native and staged sampling side by side, on the embedded model
 # make test   sets up .venv and runs everything that must hold: lint, types, tests, coverage
 #
 # make docs   builds the documentation as a site, in site/
@@ -25,7 +25,7 @@ OLDEST := $(CACHE)/oldest-$(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d-%
 
 demo: $(VENV)/.demo
 	$(BIN)/mrflow compare "$(PROMPT)" --out $(OUT)
-	@echo "The picture is $(OUT)/compare.png"
+	@echo "The image is $(OUT)/compare.png"
 
 test: lint types
 	$(BIN)/python -m pytest --cov=mrflow_sched --cov-report=term --cov-fail-under=$(CORE_COVERAGE) $(PYTEST_ARGS)
@@ -77,7 +77,7 @@ $(VENV)/.docs: $(BIN)/python pyproject.toml constraints.txt
 train: $(VENV)/.dev
 	$(BIN)/python -m tools.train --work $(WORK)
 
-# Pictures and tables of docs/, from the weights and the training record in WORK.
+# Images and tables of docs/, from the weights and the training record in WORK.
 figures: $(VENV)/.dev
 	$(BIN)/python -m tools.figures --work $(WORK)
 
