@@ -16,7 +16,7 @@ from torch import Tensor
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched.engines.diffusers.folder import load_pipeline
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
-from mrflow_sched.engines.diffusers.view import own_dicts
+from mrflow_sched.engines.diffusers.view import copy_dicts
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import StagedResult, sample_staged
@@ -281,7 +281,7 @@ def test_a_callback_sees_and_changes_the_state_of_every_stage() -> None:
 
 def test_what_pipelines_add_to_a_dict_does_not_reach_the_caller() -> None:
     given = {"joint_attention_kwargs": {"scale": 0.5}, "clip_skip": 1}
-    own = own_dicts(given)
+    own = copy_dicts(given)
     assert own == given
     own["joint_attention_kwargs"]["ip_hidden_states"] = None
     assert given == {"joint_attention_kwargs": {"scale": 0.5}, "clip_skip": 1}
