@@ -16,6 +16,7 @@ from torch import Tensor
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched.engines.diffusers.folder import load_pipeline
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+from mrflow_sched.engines.diffusers.view import copy_dicts
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import StagedResult, sample_staged
@@ -276,6 +277,14 @@ def test_a_callback_sees_and_changes_the_state_of_every_stage() -> None:
     assert heard == [(0, 1000.0, (1, 4, 64)), (1, first, (1, 4, 64)), (0, 200.0, (1, 16, 64))]
     factor = 0.5
     assert float((run(engine, plan).images - plain.images).abs().max()) > 0.01
+
+
+def test_what_pipelines_add_to_a_dict_does_not_reach_the_caller() -> None:
+    given = {"joint_attention_kwargs": {"scale": 0.5}, "clip_skip": 1}
+    own = copy_dicts(given)
+    assert own == given
+    own["joint_attention_kwargs"]["ip_hidden_states"] = None
+    assert given == {"joint_attention_kwargs": {"scale": 0.5}, "clip_skip": 1}
 
 
 def test_what_somebody_sets_on_the_pipeline_during_a_run_stays() -> None:
