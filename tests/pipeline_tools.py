@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -86,3 +89,13 @@ def _module(module: Any) -> dict[str, Any]:
         for name, tensor in getattr(module, kind)():
             found[name] = (tensor.device, tensor.dtype, tuple(tensor.shape), tensor.data_ptr(), tensor._version)
     return found
+
+
+def theirs_with(kind: str, **config: Any) -> Any:
+    """diffusers' own scheduler; skips the test where the installed one is too old to have an option of it."""
+    diffusers: Any = import_module("diffusers")  # its lazy names are hidden from type checkers
+    known = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    lacking = [name for name in config if name not in known]
+    if lacking:
+        pytest.skip(f"the installed diffusers has a {kind} without {', '.join(lacking)}")
+    return getattr(diffusers, kind)(**config)

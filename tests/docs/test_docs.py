@@ -7,6 +7,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
 
 from mrflow_sched import make_native_plan, make_plan, refine_sigmas
@@ -83,7 +84,8 @@ def test_names_of_the_package_on_the_pages_exist() -> None:
     names += re.findall(r"`(mrflow_sched(?:\.\w+)+)`", text)
     assert len(names) > 10
     for name in names:
-        pkgutil.resolve_name(name)
+        if ".diffusers.modular" not in name or hasattr(diffusers, "ModularPipeline"):
+            pkgutil.resolve_name(name)
 
 
 WORDS = {"enlarg": "upscale", "picture": "image", "foretel": "predict", "foretold": "predict", "truer": "more accurate"}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipeline_tools import theirs_with
 from torch import Tensor
 
 from mrflow_sched._runtime.cancel import Cancelled
@@ -50,15 +51,6 @@ def walk(scheduler: Any, x: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
         seen = scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(network(seen, sigma), time, x, return_dict=False)[0]
     return x
-
-
-def theirs_with(kind: str, **config: Any) -> Any:
-    """diffusers' own scheduler; skips the test where the installed one is too old to have an option of it."""
-    known = inspect.signature(getattr(diffusers, kind).__init__).parameters
-    lacking = [name for name in config if name not in known]
-    if lacking:
-        pytest.skip(f"the installed diffusers has a {kind} without {', '.join(lacking)}")
-    return getattr(diffusers, kind)(**config)
 
 
 def said(config: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny_pipelines
 import torch
-from pipeline_tools import listening
+from pipeline_tools import listening, theirs_with
 
 from mrflow_sched import MrFlow, make_native_plan
 from mrflow_sched._runtime.torchvision_ops import ensure_ops
@@ -54,7 +54,7 @@ def test_families_that_leave_the_list_to_the_scheduler_end_as_it_does(family: st
 def test_beta_spacing_keeps_shift_and_ends(dynamic: bool) -> None:
     """diffusers makes its own list first and spaces it anew between the two ends that come out."""
     config = {"use_dynamic_shifting": dynamic, "shift": 3.0, "shift_terminal": 0.05 if dynamic else None}
-    plain = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    plain = theirs_with("FlowMatchEulerDiscreteScheduler", **config)
     beta = type("Beta", (), {"config": {**plain.config, "use_beta_sigmas": True}})()  # its own needs scipy
     rule = shift_rule(beta, FAMILIES["flux1-dev"].shift)
     assert rule == replace(shift_rule(plain, FAMILIES["flux1-dev"].shift), beta=0.6)

@@ -113,6 +113,11 @@ class FluxLayout(PackedLayout):
     @override
     def guided_by_two(self) -> Layout:
         # The plan's scale is then `true_cfg_scale`, which costs two forwards.
+        if "true_cfg_scale" not in self.call_names:
+            raise MrFlowError(
+                f"{type(self.pipe).__name__} of the installed diffusers has no true_cfg_scale, which guidance by a "
+                "second branch needs; leave the negative prompt and true_cfg_scale out, or update diffusers."
+            )
         return replace(self, family=replace(self.family, guidance_kind="cfg"))
 
     @override
