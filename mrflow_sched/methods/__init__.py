@@ -1,6 +1,6 @@
 """Methods: how a stage is sampled and how one stage becomes the next, one file each; none imports another.
 
-`Plain`, the published method, is part of `mrflow_sched.sampling.method`; a method here wraps another one, its `inner`.
+`Plain`, the published method, is part of `mrflow_sched.sampling.method`; a method here is a `Wrapper` around another.
 `method_of` gives the method that a plan asks for.
 """
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from mrflow_sched.methods.guidance import GuidanceInterval
 from mrflow_sched.methods.tiled import Tiled, TiledEngine
-from mrflow_sched.sampling.method import Method, Plain, StageRun
+from mrflow_sched.sampling.method import Method, Plain, StageRun, Wrapper
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import StagedPlan
 
-__all__ = ["GuidanceInterval", "Method", "Plain", "StageRun", "Tiled", "TiledEngine", "method_of"]
+__all__ = ["GuidanceInterval", "Method", "Plain", "StageRun", "Tiled", "TiledEngine", "Wrapper", "method_of"]
 
 
 def method_of(plan: StagedPlan) -> Method:

@@ -5,45 +5,22 @@ Outside the interval the negative branch is not run, which saves a forward (Kynk
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mrflow_sched.sampling.method import Plain
+from mrflow_sched.sampling.method import Wrapper
 
 if TYPE_CHECKING:
-    from mrflow_sched.sampling.method import Method, StageRun
+    from mrflow_sched.sampling.method import StageRun
 
 __all__ = ["GuidanceInterval"]
 
 
 @dataclass(frozen=True)
-class GuidanceInterval:
-    """CFG where a stage's `guidance_at` says so; stages that are guided throughout go to `inner`.
-
-    Attributes:
-        inner: The method for starts, handoffs and stages without an interval.
-    """
-
-    inner: Method = field(default_factory=Plain)
-
-    @property
-    def gradients(self) -> bool:
-        """Whether the inner method records gradients."""
-        return self.inner.gradients
-
-    def start(self, run: StageRun, image: Tensor | None) -> Tensor:
-        """Start as the inner method does.
-
-        Args:
-            run: The first stage.
-            image: (B, 3, H, W), float32 in [0, 1]; None for pure noise.
-
-        Returns:
-            Latents (B, *latent_shape), float32, at the stage's first sigma.
-        """
-        return self.inner.start(run, image)
+class GuidanceInterval(Wrapper):
+    """CFG where a stage's `guidance_at` says so; stages that are guided throughout go to `inner`."""
 
     def stage(self, run: StageRun, latents: Tensor) -> Tensor:
         """Sample the stage with the guidance that its interval gives at each sigma.
@@ -58,15 +35,3 @@ class GuidanceInterval:
         if run.stage.always_guided:
             return self.inner.stage(run, latents)
         return run.sample(latents, guidance=run.stage.guidance_at)
-
-    def handoff(self, run: StageRun, images: Tensor) -> Tensor | None:
-        """Hand over as the inner method does.
-
-        Args:
-            run: The stage that is to start.
-            images: (B, 3, h, w), float32 in [0, 1].
-
-        Returns:
-            Latents at the stage's first sigma; None where it has no steps.
-        """
-        return self.inner.handoff(run, images)

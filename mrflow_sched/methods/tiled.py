@@ -7,49 +7,26 @@ Every evaluation is blended from tiles of the same noisy latents: one noise fiel
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mrflow_sched.plan.tiles import cells
 from mrflow_sched.sampling.engine import Capabilities, capabilities_of
-from mrflow_sched.sampling.method import Plain
+from mrflow_sched.sampling.method import Wrapper
 from mrflow_sched.upscaling.blend import feathered
 
 if TYPE_CHECKING:
     from mrflow_sched.sampling.engine import Engine
-    from mrflow_sched.sampling.method import Method, StageRun
+    from mrflow_sched.sampling.method import StageRun
 
 __all__ = ["Tiled", "TiledEngine"]
 
 
 @dataclass(frozen=True)
-class Tiled:
-    """Tiles in the stages that the plan wants tiled (`StagedPlan.tiled`); all else is left to `inner`.
-
-    Attributes:
-        inner: The method for starts, handoffs and stages, tiled or not.
-    """
-
-    inner: Method = field(default_factory=Plain)
-
-    @property
-    def gradients(self) -> bool:
-        """Whether the inner method records gradients."""
-        return self.inner.gradients
-
-    def start(self, run: StageRun, image: Tensor | None) -> Tensor:
-        """Start as the inner method does.
-
-        Args:
-            run: The first stage.
-            image: (B, 3, H, W), float32 in [0, 1]; None for pure noise.
-
-        Returns:
-            Latents (B, *latent_shape), float32, at the stage's first sigma.
-        """
-        return self.inner.start(run, image)
+class Tiled(Wrapper):
+    """Tiles in the stages that the plan wants tiled (`StagedPlan.tiled`); all else is left to `inner`."""
 
     def stage(self, run: StageRun, latents: Tensor) -> Tensor:
         """Sample the stage as the inner method does, on a `TiledEngine` where the plan wants tiles.
@@ -65,18 +42,6 @@ class Tiled:
             return self.inner.stage(run, latents)
         tiled = TiledEngine(run.engine, run.plan.tile, cancel=run.hooks.stop_if_cancelled)
         return self.inner.stage(run.with_engine(tiled), latents)
-
-    def handoff(self, run: StageRun, images: Tensor) -> Tensor | None:
-        """Hand over as the inner method does.
-
-        Args:
-            run: The stage that is to start.
-            images: (B, 3, h, w), float32 in [0, 1].
-
-        Returns:
-            Latents at the stage's first sigma; None where it has no steps.
-        """
-        return self.inner.handoff(run, images)
 
 
 class TiledEngine:

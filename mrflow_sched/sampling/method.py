@@ -7,7 +7,7 @@ uses its `sample` to walk the stage's sigmas. Writing a method takes a few lines
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mrflow_sched.sampling.progress import Hooks, Tracker
     from mrflow_sched.upscaling.role import PixelUpscaler
 
-__all__ = ["Method", "Plain", "StageRun", "run_progress"]
+__all__ = ["Method", "Plain", "StageRun", "Wrapper", "run_progress"]
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,58 @@ class Plain:
         for sentence in result.warnings:
             run.hooks.say(sentence)
         return result.latents
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A method around another one, to which it leaves all that a subclass does not override.
+
+    Attributes:
+        inner: The wrapped method.
+    """
+
+    inner: Method = field(default_factory=Plain)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether the inner method records gradients."""
+        return self.inner.gradients
+
+    def start(self, run: StageRun, image: Tensor | None) -> Tensor:
+        """Start as the inner method does.
+
+        Args:
+            run: The first stage.
+            image: (B, 3, H, W), float32 in [0, 1]; None for pure noise.
+
+        Returns:
+            Latents (B, *latent_shape), float32, at the stage's first sigma.
+        """
+        return self.inner.start(run, image)
+
+    def stage(self, run: StageRun, latents: Tensor) -> Tensor:
+        """Sample the stage as the inner method does.
+
+        Args:
+            run: The stage.
+            latents: (B, *latent_shape), float32, at its first sigma.
+
+        Returns:
+            Clean latents in the shape of `latents`, float32.
+        """
+        return self.inner.stage(run, latents)
+
+    def handoff(self, run: StageRun, images: Tensor) -> Tensor | None:
+        """Hand over as the inner method does.
+
+        Args:
+            run: The stage that is to start.
+            images: (B, 3, h, w), float32 in [0, 1].
+
+        Returns:
+            Latents at the stage's first sigma; None where it has no steps.
+        """
+        return self.inner.handoff(run, images)
 
 
 def _keep(run: StageRun, image: Tensor) -> None:

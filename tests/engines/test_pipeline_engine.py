@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -314,6 +315,40 @@ def test_errors_of_the_network_pass_through_and_leave_everything_as_it_was() -> 
     with pytest.raises(ZeroDivisionError):
         engine.sample_stage("euler", *_start(engine), guidance=2.0, callback=_raise(ZeroDivisionError()))
     assert snapshot(pipe) == before
+
+
+def test_a_failed_stage_frees_offloaded_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines free them at the end of their call, which a failed call does not reach."""
+    pipe = tiny_pipelines.make("sd3")
+    engine = PipelineEngine(pipe)
+    latents, sigmas, text = _start(engine)
+    freed: list[str] = []
+    monkeypatch.setattr(type(pipe), "maybe_free_model_hooks", lambda _: freed.append("freed"))
+    for error in (Cancelled(), MemoryError(), ZeroDivisionError()):
+        freed.clear()
+        with pytest.raises(type(error)):
+            engine.sample_stage("euler", latents, sigmas, text, guidance=2.0, callback=_raise(error))
+        assert freed, error
+
+
+def test_a_pipelines_own_draws_are_not_the_runs_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a pipeline draws inside its call (an encoded hint's posterior) must not repeat the noise it starts from."""
+    pipe = tiny_pipelines.make("sd3")
+    called, given = type(pipe).__call__, list[list[torch.Generator]]()
+
+    @functools.wraps(called)
+    def recorded(self: Any, *args: Any, **named: Any) -> Any:
+        given.append(named["generator"])
+        return called(self, *args, **named)
+
+    monkeypatch.setattr(type(pipe), "__call__", recorded)
+    engine = PipelineEngine(pipe, seeds=[3, 4])
+    run(engine, seeds=[3, 4], batch=2)
+    assert len(given) == 2  # one call a stage
+    for generators in given:
+        started = [each.initial_seed() for each in generators]
+        assert len(set(started)) == 2
+        assert not {3, 4} & set(started)
 
 
 def _start(engine: PipelineEngine) -> tuple[Tensor, tuple[float, ...], Any]:

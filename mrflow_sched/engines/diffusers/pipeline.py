@@ -308,7 +308,7 @@ class PipelineEngine:
             seeds: One per image, for "sample".
 
         Returns:
-            (B, C, h, w), float32, on `device`.
+            (B, C, h, w), float32, on the device of `images`.
 
         Raises:
             MrFlowError: An unknown posterior, or seeds that do not match the batch.
@@ -325,7 +325,7 @@ class PipelineEngine:
             latents: (B, C, h, w).
 
         Returns:
-            (B, 3, H, W), float32 in [0, 1], on `device`.
+            (B, 3, H, W), float32 in [0, 1], on the device of `latents`.
         """
         try:
             return self._layout.decode(latents)

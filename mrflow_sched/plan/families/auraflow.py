@@ -7,6 +7,7 @@ from mrflow_sched.plan.families.shared import (
     ASSUMED_PRESETS,
     DIFFUSERS,
     FEWER_CFG_PRESETS,
+    MASKED_CFG_TEXT,
     SCHEDULER,
     sources,
     transformer_flop,
@@ -32,12 +33,7 @@ _AURAFLOW = Family(
         titles=(("AuraFlow", "AuraFlowPipeline"),),
         tells=always,
         even_list=False,
-        text_outputs=(
-            "prompt_embeds",
-            "prompt_attention_mask",
-            "negative_prompt_embeds",
-            "negative_prompt_attention_mask",
-        ),
+        text_outputs=MASKED_CFG_TEXT,
     ),
     sources=sources(
         "careful",

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, ShiftRule, always
-from mrflow_sched.plan.families.shared import ASSUMED_PRESETS, DIFFUSERS, FEWER_CFG_PRESETS, sources, transformer_flop
+from mrflow_sched.plan.families.shared import (
+    ASSUMED_PRESETS,
+    DIFFUSERS,
+    FEWER_CFG_PRESETS,
+    MASKED_CFG_TEXT,
+    sources,
+    transformer_flop,
+)
 
 
 def _host(facts: HostFacts) -> bool:
@@ -29,12 +36,7 @@ _LUMINA2 = Family(
         titles=(("Lumina2", "Lumina2Pipeline"),),
         tells=always,
         casts_latents=False,
-        text_outputs=(
-            "prompt_embeds",
-            "prompt_attention_mask",
-            "negative_prompt_embeds",
-            "negative_prompt_attention_mask",
-        ),
+        text_outputs=MASKED_CFG_TEXT,
     ),
     host=_host,
     sources=sources(

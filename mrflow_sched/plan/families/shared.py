@@ -21,6 +21,14 @@ DIFFUSERS = "default of the diffusers 0.42 pipeline"
 CARD = "example on the model card; recalled, not read again"
 SCHEDULER = "scheduler_config.json of the released model"
 
+# What `encode_prompt` returns where both branches of CFG have an attention mask (`PipelineInfo.text_outputs`).
+MASKED_CFG_TEXT = (
+    "prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    "negative_prompt_attention_mask",
+)
+
 OFFICIAL_PRESETS = (
     Preset("12+1", 12, 1, 0.12, OFFICIAL),
     Preset("20+1", 20, 1, 0.15, COMFY),

@@ -213,7 +213,7 @@ class Layout:
             seeds: One per image, for "sample".
 
         Returns:
-            (B, C, h, w), float32, on `device`.
+            (B, C, h, w), float32, on the device of `images`.
 
         Raises:
             MrFlowError: Another posterior, or seeds that do not match the batch.
@@ -229,7 +229,7 @@ class Layout:
         with _gradient_of(images), self._vae() as (vae, device, dtype):
             for image, seed in zip(images, drawn, strict=True):
                 pixels = self._to_vae_image((2 * image[None] - 1).to(device, dtype))
-                latents.append(self._normalise(_latents_of(vae.encode(pixels), seed)).to(self.device))
+                latents.append(self._normalise(_latents_of(vae.encode(pixels), seed)).to(images.device))
         return torch.cat(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -239,14 +239,14 @@ class Layout:
             latents: (B, C, h, w).
 
         Returns:
-            (B, 3, H, W), float32 in [0, 1], on `device`.
+            (B, 3, H, W), float32 in [0, 1], on the device of `latents`.
         """
         images: list[Tensor] = []
         with _gradient_of(latents), self._vae() as (vae, device, dtype):
             for latent in latents:
                 values = self._denormalise(latent[None].float().to(device)).to(dtype)
                 pixels = self._from_vae_image(vae.decode(values, return_dict=False)[0])
-                images.append((pixels.float() / 2 + 0.5).clamp(0, 1).to(self.device))
+                images.append((pixels.float() / 2 + 0.5).clamp(0, 1).to(latents.device))
         return torch.cat(images)
 
     def finish(self, images: Tensor) -> Tensor:
