@@ -14,7 +14,10 @@ from torch import Tensor
 from mrflow_sched import MrFlow, make_plan, sample_staged
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.analytic import GaussianFieldEngine
+from mrflow_sched.engines.diffusers.layouts.find import find_layout
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
+from mrflow_sched.engines.diffusers.seam import NetworkSeam
 from mrflow_sched.methods import GuidanceInterval, Plain, StageRun, Tiled, TiledEngine, method_of
 from mrflow_sched.sampling.engine import Capabilities, capabilities_of
 from mrflow_sched.sampling.method import run_progress
@@ -460,6 +463,24 @@ def test_a_method_sees_every_call_and_changes_nothing_by_looking(name: str) -> N
     assert (
         guided == {"only"} if engine.family.guidance_kind != "cfg" else guided in ({"both"}, {"positive", "negative"})
     )
+
+
+def test_the_noisy_latents_are_known_by_name_wherever_a_loop_puts_them() -> None:
+    pipe = tiny_pipelines.make("flux1-dev")
+    seen: list[NetworkCall] = []
+    noisy, text = torch.zeros(2, 4, 4), torch.zeros(1, 8, 16)
+
+    def note(call: NetworkCall, _: Next) -> Tensor:
+        seen.append(call)
+        return call.latents
+
+    scheduler = MrFlowScheduler.for_stage(pipe.scheduler.config, (1.0, 0.5), "euler")
+    seam = NetworkSeam(
+        pipe.transformer, scheduler=scheduler, batch=2, guided=True, layout=find_layout(pipe), arounds=[note]
+    )
+    assert seam(encoder_hidden_states=text, hidden_states=noisy, return_dict=False)[0] is noisy
+    assert seen[0].branch == "positive"
+    assert seen[0].latents_name == "hidden_states"
 
 
 def test_a_recorded_call_is_run_again_with_gradients() -> None:
