@@ -9,10 +9,13 @@ Names are looked up in their room when first used, so that importing the package
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the user's program asks to see it
 
 if TYPE_CHECKING:
     from mrflow_sched.apps.pipeline import MrFlow, MrFlowOutput

@@ -11,23 +11,25 @@ gradient recording is back as it was when it returns or raises.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.cancel import Cancelled
-from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched._runtime.memory import is_memory_error
+from mrflow_sched._runtime.memory import callers_own, is_memory_error
 from mrflow_sched.methods import method_of
-from mrflow_sched.plan.recipes import explicit_recipe
+from mrflow_sched.sampling.answers import float_tensor
+from mrflow_sched.sampling.faults import Fault, bad_rows, network_fault
+from mrflow_sched.sampling.kept import Kept, StageImage
 from mrflow_sched.sampling.memory import within_memory
 from mrflow_sched.sampling.method import StageRun, run_progress
-from mrflow_sched.sampling.noise import stage_seed
 from mrflow_sched.sampling.progress import Hooks, Progress, StageTiming, Tracker
-from mrflow_sched.sampling.solvers import solver_forwards
+from mrflow_sched.sampling.request import check_parts, request_of
+from mrflow_sched.upscaling.role import check_upscaler
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage, StagedPlan
@@ -35,23 +37,9 @@ if TYPE_CHECKING:
     from mrflow_sched.sampling.method import Method
     from mrflow_sched.upscaling.role import PixelUpscaler
 
-__all__ = ["Progress", "StageImage", "StageTiming", "StagedResult", "sample_staged"]
+__all__ = ["Fault", "Progress", "StageImage", "StageTiming", "StagedResult", "sample_staged"]
 
-# img2img: sigmas of stage 1's schedule closer to the start than this factor are left out.
-_SHORTEST_STEP = 0.98
-
-
-@dataclass(frozen=True)
-class StageImage:
-    """An intermediate image of a run.
-
-    Attributes:
-        name: "stage 1" (decoded) or "stage 2 upscaled", and so on.
-        image: (B, 3, H, W), float32 in [0, 1], on the engine's device.
-    """
-
-    name: str
-    image: Tensor
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,8 @@ class StagedResult:
     """What a run produced.
 
     Attributes:
-        images: (B, 3, H, W), float32 in [0, 1], on the engine's device; where `unfinished`, the best so far.
+        images: (B, 3, H, W), float32 in [0, 1], on the engine's device, of the size that was asked for; where
+            `unfinished`, the best so far, of any size. NaN where a part failed before there was an image.
         stages: The intermediate images; empty unless `keep_stages` was set.
         timings: In order: "text", "stage 1 sample", "stage 1 decode", "upscale", "encode", "noise", "stage 2 sample",
             "stage 2 decode", and so on.
@@ -68,9 +57,13 @@ class StagedResult:
         cancelled: The caller stopped the run.
         warnings: One sentence each, for the user.
         forwards: Network evaluations per image that were made.
-        unfinished: Cancelled, or out of memory after the first image (`warnings` says which).
-        latents: (B, *latent_shape), float32: the result of the last stage's sampling; None where `images` were not
-            decoded from it.
+        unfinished: Cancelled, out of memory after the first image, or a part failed for an image (`faults`); `warnings`
+            says which.
+        latents: (B, *latent_shape), float32: the result of the last stage's sampling, on the model's grid; None where
+            `images` were not decoded from it.
+        faults: For each image, the first part that returned NaN, infinity or values no image has, and in which stage;
+            None for those that are whole.
+        unfinished_images: For each image, whether it is unfinished.
     """
 
     images: Tensor
@@ -83,6 +76,8 @@ class StagedResult:
     forwards: int
     unfinished: bool = False
     latents: Tensor | None = None
+    faults: tuple[Fault | None, ...] = ()
+    unfinished_images: tuple[bool, ...] = ()
 
 
 def sample_staged(
@@ -91,6 +86,10 @@ def sample_staged(
     prompt: str | Sequence[str],
     *,
     negative_prompt: str | Sequence[str] | None = None,
+    refine_prompt: str | Sequence[str] | None = None,
+    refine_negative_prompt: str | Sequence[str] | None = None,
+    refine_lora_scale: float | None = None,
+    colour_guard: bool = False,
     batch: int = 1,
     upscaler: PixelUpscaler | None = None,
     callback: Callable[[Progress], object] | None = None,
@@ -105,12 +104,20 @@ def sample_staged(
 
     Args:
         engine: Predicts, encodes and decodes.
-        plan: All numbers of the run.
+        plan: All numbers of the run, for the engine's family.
         prompt: One for all images of the batch, or one per image.
         negative_prompt: Likewise; None for none.
+        refine_prompt: Likewise, for the stages after the first; None: `prompt`.
+        refine_negative_prompt: Likewise; None: `negative_prompt`.
+        refine_lora_scale: The scale of all LoRAs in the stages after the first (`Capabilities.lora_scale`); None: as in
+            stage 1.
+        colour_guard: Take back a shift of the mean colour since stage 1, or since `image`
+            (`mrflow_sched.upscaling.colours`).
         batch: Number of images where `prompt` is a single text.
-        upscaler: Super-resolution between stages; None means Lanczos.
-        callback: Called with `Progress` at every part and step; may raise `Cancelled`.
+        upscaler: Super-resolution between stages, as `load_upscaler` returns it; None means Lanczos. One that fails
+            costs the detail, not the run: Lanczos takes its place, and a warning says so.
+        callback: Called with `Progress` at every part and step; may raise `Cancelled`. What else it raises passes
+            through.
         cancel: Polled at each of them. Once it returns True, the result is the best image so far: in stage 1 its clean
             estimate, after that the last decoded or upscaled image.
         keep_stages: Keep the intermediate images in the result.
@@ -123,38 +130,39 @@ def sample_staged(
 
     Returns:
         The images with timings and warnings. If memory runs out after the first image, the best image so far is
-        returned with a warning, as if cancelled.
+        returned with a warning, as if cancelled. An image for which a part returns NaN stays at the one before, while
+        the others of the batch are finished.
 
     Raises:
         MrFlowError: Arguments that do not fit. Other exceptions of the engine and KeyboardInterrupt pass through.
     """
-    prompts = _texts(prompt, batch, "prompt")
-    negatives = None if negative_prompt is None else _texts(negative_prompt, len(prompts), "negative_prompt")
-    given = None if image is None else _start_images(image, engine, len(prompts))
-    stages, costs = _stages_of(plan, start_sigma, given)
-    own_seeds = _checked_seeds(seeds, len(prompts))
+    check_parts(engine, plan, method, callback, cancel)
+    check_upscaler(upscaler)
+    refine = (refine_prompt, refine_negative_prompt, refine_lora_scale)
+    asked = request_of(engine, plan, prompt, negative_prompt, refine, batch, image, start_sigma, seeds)
     method = method_of(plan) if method is None else method
-    first = 0 if given is None or start_sigma is not None else 1
-    kept = _Kept(keep_stages, given if first else None)
-    track = Tracker(stages, costs, engine.device, callback)
-    hooks = Hooks(cancel, kept.warnings.append, kept.finished)
+    kept = Kept(asked.batch, keep_stages, asked.image if asked.first else None)
+    track = Tracker(asked.stages, asked.costs, engine.device, None if callback is None else callers_own(callback))
+    hooks = Hooks(
+        None if cancel is None else callers_own(cancel),
+        kept.warnings.append,
+        lambda name, images: kept.upscaled(name, images, track.index + 1),
+    )
     cancelled = False
-    _warn_of_family(engine, plan, hooks)
     with torch.set_grad_enabled(method.gradients):
         try:
-            track.begin("text", first)
+            track.begin("text", asked.first)
             hooks.stop_if_cancelled()
-            text = engine.encode_text(prompts, negatives)
-            for index in range(first, len(stages)):
-                stage, noise = stages[index], _noise_seeds(plan, own_seeds, index, len(prompts))
-                behind = run_progress(stages[0].sigmas, stage.sigmas)
-                run = StageRun(engine, plan, stage, index, text, noise, upscaler, behind, hooks, track)
-                state = method.start(run, given) if index == 0 else method.handoff(run, kept.best())
-                hooks.stop_if_cancelled()
-                if state is not None:
-                    track.begin(f"stage {index + 1} sample", index)
-                    hooks.stop_if_cancelled()
-                    _decode(run, method.stage(run, state), kept, last=index == len(stages) - 1)
+            text = asked.encoded_texts(engine)
+            for index in range(asked.first, len(asked.stages)):
+                stage, behind = asked.stages[index], run_progress(asked.stages[0].sigmas, asked.stages[index].sigmas)
+                noise = asked.noise_seeds(plan, index)
+                run = StageRun(engine, plan, stage, index, text[index], noise, upscaler, behind, hooks, track)
+                _run_stage(run, method, asked.image, kept, last=stage is asked.stages[-1])
+                if kept.hopeless:
+                    break
+            if colour_guard:
+                kept.guard_colours()
             track.finish()
         except Cancelled:
             cancelled = True
@@ -163,170 +171,100 @@ def sample_staged(
                 raise
             kept.warn_of_memory(track)
         track.end()
-        images = _best_so_far(kept, track, engine, len(prompts))
-    return StagedResult(
-        images=images,
+        images = _best_so_far(kept, track, engine)
+    unfinished = tuple(cancelled or kept.out_of_memory or fault is not None for fault in kept.faults)
+    result = StagedResult(
+        images=_trimmed(images, plan),
         stages=tuple(kept.stages),
         timings=tuple(track.timings),
         plan=plan,
-        seeds=_noise_seeds(plan, own_seeds, 0, len(prompts)),
+        seeds=asked.noise_seeds(plan, 0),
         cancelled=cancelled,
         warnings=tuple(kept.warnings),
         forwards=round(track.forwards),
-        unfinished=cancelled or kept.unfinished,
-        latents=kept.latents,
+        unfinished=any(unfinished),
+        latents=None if any(kept.faults) else kept.latents,
+        faults=tuple(kept.faults),
+        unfinished_images=unfinished,
     )
+    _log(result)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------ the parts
 
 
-def _decode(run: StageRun, latents: Tensor, kept: _Kept, *, last: bool) -> None:
+def _run_stage(run: StageRun, method: Method, image: Tensor | None, kept: Kept, *, last: bool) -> None:
+    """One stage: how it starts, its sampling, its image; no further than a part that fails for every image."""
+    number, stage = run.index + 1, run.stage
+    run.tracker.index = run.index
+    state = method.start(run, image) if run.index == 0 else method.handoff(run, kept.best())
+    run.hooks.stop_if_cancelled()
+    if state is None and run.index > 0:
+        return
+    shape = (kept.batch, *run.engine.latent_shape(stage.width, stage.height))
+    state = float_tensor(state, shape, method, "handoff" if run.index else "start")
+    kept.blame(dict.fromkeys(bad_rows(state), Fault("encode", number)))
+    if kept.hopeless:
+        return
+    run.tracker.begin(f"stage {number} sample", run.index)
+    run.hooks.stop_if_cancelled()
+    latents = float_tensor(method.stage(run, state), state.shape, method, "stage")
+    bad = bad_rows(latents)
+    kept.blame({each: network_fault(number, each, run.tracker.seen, run.text) for each in bad})
+    if not kept.hopeless:
+        _decode(run, latents, bad, kept, last=last)
+
+
+def _decode(run: StageRun, latents: Tensor, bad: set[int], kept: Kept, *, last: bool) -> None:
     """Turn finished latents into the run's images. Not interrupted: they are paid for."""
     stage, number = run.stage, run.index + 1
     run.tracker.begin(f"stage {number} decode", run.index)
-    images = within_memory(
-        lambda able, part: able.decode(latents[part]),
-        run.engine,
-        len(latents),
-        f"decoding one image of {stage.width}x{stage.height}",
-        warn=run.hooks.say,
-    )
-    for image, values in enumerate(images, 1):
-        if not bool(torch.isfinite(values).all()):
-            run.hooks.say(f"Image {image} of stage {number} contains NaN or infinity; try float32.")
-    kept.finished(None if last else f"stage {number}", images)
+    images = _decoded(run.engine, latents, stage, run.hooks.say)
+    wrong = bad_rows(images)
+    kept.blame(dict.fromkeys(wrong, Fault("decode", number)))
+    kept.take(None if last else f"stage {number}", images, bad | wrong)
     kept.latents = latents if last else None
 
 
-@dataclass
-class _Kept:
-    """What a run has made so far: the best images, the intermediate ones if they are kept, warnings for the user."""
+def _decoded(engine: Engine, latents: Tensor, stage: Stage, warn: Callable[[str], object]) -> Tensor:
+    """Images (B, 3, H, W) of latents within memory."""
 
-    keep_stages: bool
-    images: Tensor | None = None
-    latents: Tensor | None = None
-    stages: list[StageImage] = field(default_factory=list[StageImage])
-    warnings: list[str] = field(default_factory=list[str])
-    unfinished: bool = False
+    def decode(able: Engine, part: slice) -> Tensor:
+        rows = latents[part]
+        return float_tensor(able.decode(rows), (len(rows), 3, stage.height, stage.width), able, "decode")
 
-    def finished(self, name: str | None, images: Tensor) -> None:
-        """Take `images` as the best so far.
-
-        Args:
-            name: What to keep them as among the stages; None: they are the result, no intermediate image.
-            images: (B, 3, H, W), float32 in [0, 1].
-        """
-        self.images = images
-        if self.keep_stages and name is not None:
-            self.stages.append(StageImage(name, images))
-
-    def best(self) -> Tensor:
-        """The images of the stage before.
-
-        Returns:
-            (B, 3, H, W), float32 in [0, 1].
-
-        Raises:
-            RuntimeError: A method left stage 1 without any.
-        """
-        if self.images is None:
-            raise RuntimeError("stage 1 made no image; a method's start must not return None.")
-        return self.images
-
-    def warn_of_memory(self, track: Tracker) -> None:
-        """Note that memory ran out in the current part, so the best images so far are the result.
-
-        Args:
-            track: Knows the current part and stage.
-        """
-        self.unfinished = True
-        self.warnings.append(
-            f"Memory ran out in {track.part!r} of stage {track.index + 1}: this is the best image before it; choose a "
-            "smaller size or batch, or free memory."
-        )
+    what = f"decoding one image of {stage.width}x{stage.height}"
+    return within_memory(decode, engine, len(latents), what, warn=warn)
 
 
-def _best_so_far(kept: _Kept, track: Tracker, engine: Engine, batch: int) -> Tensor:
+def _best_so_far(kept: Kept, track: Tracker, engine: Engine) -> Tensor:
     """The last finished images, else the current clean estimate decoded, else mid grey."""
+    stage, estimate = track.stages[0], track.estimate
+    if kept.images is None and estimate is not None:
+        bad = bad_rows(estimate)
+        kept.blame({each: network_fault(1, each, track.seen, None) for each in bad})
+        images = _decoded(engine, estimate, stage, kept.warnings.append)
+        kept.take(None, images, bad | bad_rows(images))
     if kept.images is not None:
-        return kept.images
-    if track.estimate is not None:
-        return engine.decode(track.estimate)
+        return kept.result(kept.images)
+    shape = (kept.batch, 3, stage.height, stage.width)
+    if kept.hopeless:  # before there was any
+        return torch.full(shape, torch.nan, device=engine.device)
     kept.warnings.append("The run was stopped before its first step: the image is empty.")
-    stage = track.stages[0]
-    return torch.full((batch, 3, stage.height, stage.width), 0.5, device=engine.device)
+    return torch.full(shape, 0.5, device=engine.device)
 
 
-# ---------------------------------------------------------------------------------------------------- what is asked for
+def _trimmed(images: Tensor, plan: StagedPlan) -> Tensor:
+    """Images of the final size without the edges that the model's grid added to what was asked for."""
+    return images[(..., *plan.asked_area)] if images.shape[-2:] == (plan.height, plan.width) else images
 
 
-def _texts(text: str | Sequence[str], batch: int, name: str) -> list[str]:
-    """One text per image. Raises MrFlowError where the counts do not fit or nothing is asked for."""
-    if batch < 1:
-        raise MrFlowError(f"batch must be 1 or more, got {batch!r}; it is the number of images.")
-    if isinstance(text, str):
-        return [text] * batch
-    texts = list(text)
-    if not texts or batch not in (1, len(texts)):
-        raise MrFlowError(f"{name} must be one text or one per image, got {len(texts)} for a batch of {batch}.")
-    return texts
-
-
-def _checked_seeds(seeds: Sequence[int] | None, batch: int) -> tuple[int, ...] | None:
-    if seeds is not None and len(seeds) != batch:
-        raise MrFlowError(f"seeds must hold one seed per image, got {len(seeds)} for a batch of {batch}.")
-    return None if seeds is None else tuple(seeds)
-
-
-def _noise_seeds(plan: StagedPlan, own: tuple[int, ...] | None, stage: int, batch: int) -> tuple[int, ...]:
-    """Noise seeds of a stage, one per image."""
-    if own is not None:
-        return tuple(stage_seed(seed, 0, stage, plan.seed_rule) for seed in own)
-    return tuple(stage_seed(plan.seed, image, stage, plan.seed_rule) for image in range(batch))
-
-
-def _start_images(image: Tensor, engine: Engine, batch: int) -> Tensor:
-    """The image that replaces stage 1, as (B, 3, H, W) on the device."""
-    images = image if image.ndim == 4 else image[None]
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] not in (1, batch):
-        raise MrFlowError(
-            f"image must be (3, H, W) or ({batch}, 3, H, W), got {tuple(image.shape)}; drop any alpha channel."
-        )
-    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
-        raise MrFlowError(f"image must hold floats from 0 to 1, got {image.dtype}; divide 8-bit values by 255.")
-    return images.to(engine.device, torch.float32).expand(batch, -1, -1, -1)
-
-
-def _stages_of(
-    plan: StagedPlan, start_sigma: float | None, image: Tensor | None
-) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
-    """The stages that are run and their costs: the plan's, the first starting at `start_sigma` if one is given."""
-    stages, costs = plan.stages, plan.stage_costs()
-    if start_sigma is None:
-        if image is not None and len(stages) < 2:
-            raise MrFlowError("image needs a plan of two stages or more, got one stage; plan with stages=2.")
-        return stages, costs
-    if image is None:
-        raise MrFlowError(f"start_sigma={start_sigma!r} needs an image to start from; give image too, or leave it out.")
-    if not 0.0 < start_sigma <= 1.0:
-        raise MrFlowError(
-            f"start_sigma must be above 0 and at most 1, got {start_sigma!r}; it is the fraction of noise."
-        )
-    first = stages[0]
-    # A first step of almost no length would cost a forward and change nothing.
-    below = tuple(sigma for sigma in first.sigmas if sigma < _SHORTEST_STEP * start_sigma)
-    sigmas = (float(start_sigma), *below) if start_sigma < 1.0 else first.sigmas
-    share = solver_forwards(first.solver, len(sigmas) - 1) / solver_forwards(first.solver, first.steps)
-    begun = replace(
-        first, sigmas=sigmas, forwards=round(first.forwards * share), recipe=explicit_recipe(sigmas), mu=None
-    )
-    return (begun, *stages[1:]), (costs[0] * share, *costs[1:])
-
-
-def _warn_of_family(engine: Engine, plan: StagedPlan, hooks: Hooks) -> None:
-    if plan.family != engine.family.name:
-        hooks.say(
-            f"The plan is for family {plan.family} but the engine is {engine.family.name}: its sizes, sigmas and "
-            "guidance may not fit."
-        )
+def _log(result: StagedResult) -> None:
+    """Tell the logger what the caller is told: the plan, its notes and the timings as INFO, warnings as WARNING."""
+    logger.info("plan %s", result.plan.to_string())
+    for note in result.plan.notes:
+        logger.info("%s", note)
+    for sentence in result.warnings:
+        logger.warning("%s", sentence)
+    logger.info("seconds: %s", ", ".join(f"{timing.name} {timing.seconds:.3f}" for timing in result.timings))

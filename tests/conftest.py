@@ -53,9 +53,9 @@ def write_t5_tokenizer(folder: Path) -> None:
 
 def build_tiny_folder(folder: Path, *, guidance_embeds: bool = True, family: str | None = "demo") -> Path:
     """Write a FluxPipeline folder of random weights: VAE factor 4, 16 latent channels, patches of 2x2."""
-    from mrflow_sched.engines.diffusers.folder import prepare_imports
+    from mrflow_sched._runtime.torchvision_ops import ensure_ops
 
-    prepare_imports()
+    ensure_ops()
     import diffusers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel

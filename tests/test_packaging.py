@@ -94,7 +94,7 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     base = {str(each).split(">")[0] for each in found.get_all("Requires-Dist", []) if "extra ==" not in str(each)}
     assert {"torch", "diffusers", "transformers", "spandrel", "safetensors", "numpy", "pillow", "tqdm"} <= base
     [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
-    assert "mrflow = mrflow_sched.apps.cli.main:main" in wheel.read(name).decode()
+    assert "mrflow = mrflow_sched.__main__:main" in wheel.read(name).decode()
 
 
 def test_the_description_leads_somewhere_outside_the_repository(wheel: zipfile.ZipFile) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.analytic import GaussianFieldEngine
 from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.plan.stages import StagedPlan
@@ -170,6 +173,23 @@ def test_latents_are_those_that_the_images_were_decoded_from() -> None:
     assert run(plan=plan_of(64, 64, stages=3, refine_steps=[1, 0])).latents is None
 
 
+@pytest.mark.parametrize("more", [{}, {"native": True, "low_steps": None, "refine_steps": None, "sigma": None}])
+def test_a_size_off_the_grid_is_made_on_it_and_trimmed_at_its_edges(more: dict[str, Any]) -> None:
+    given = {name: value for name, value in more.items() if value is not None}
+    kept = {
+        name: value for name, value in {"low_steps": 4, "refine_steps": 1, "sigma": 0.2}.items() if name not in more
+    }
+    grid = FAMILY.grid
+    odd = make_plan(FAMILY, 4 * grid - 3, 2 * grid - 2, seed=11, **kept, **given)
+    even = make_plan(FAMILY, 4 * grid, 2 * grid, seed=11, **kept, **given)
+    trimmed, whole = run(plan=odd), run(plan=even)
+    assert torch.equal(trimmed.images, whole.images[..., 1:-1, 1:-2])
+    assert trimmed.images.shape[-2:] == (2 * grid - 2, 4 * grid - 3)
+    assert trimmed.latents is not None
+    assert whole.latents is not None
+    assert torch.equal(trimmed.latents, whole.latents)
+
+
 def test_upscale_mode_starts_from_a_picture() -> None:
     engine = Recording()
     picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -268,6 +288,40 @@ def test_one_prompt_serves_a_whole_batch_and_text_is_encoded_once() -> None:
     assert not torch.equal(result.images[0], result.images[1])
 
 
+def test_later_stages_may_be_told_something_else() -> None:
+    engine = Recording()
+    asked: Any = {"plan": plan_of(sigma=0.9), "batch": 2, "keep_stages": True}
+    result = run(engine, **asked, refine_prompt=["blue", "red"], refine_negative_prompt="red")
+    assert [call for name, call in engine.calls if name == "text"] == [
+        (("red", "red"), None),
+        (("blue", "red"), ("red", "red")),
+    ]
+    plain = run(**asked)
+    assert torch.equal(result.stages[0].image, plain.stages[0].image)
+    assert torch.equal(result.images[1], plain.images[1])
+    assert float((result.images[0] - plain.images[0]).abs().max()) > 1e-3
+    assert torch.equal(result.images[:1], run(plan=asked["plan"], image=plain.stages[0].image[0], prompt="blue").images)
+
+
+def test_the_colour_guard_compares_with_stage_1_or_with_the_given_image() -> None:
+    class Tinting(Doubler):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return (super().__call__(images) + torch.tensor([0.05, 0.0, -0.05]).view(1, 3, 1, 1)).clamp(0, 1)
+
+    for more in ({}, {"image": torch.full((3, 16, 16), 0.4)}):
+        asked: Any = {"upscaler": Tinting(), "batch": 2, "keep_stages": True, **more}
+        tinted, guarded = run(**asked), run(**asked, colour_guard=True)
+        low = asked.get("image", tinted.stages[0].image).mean((-1, -2))
+        assert float((tinted.images.mean((-1, -2)) - low).abs().max()) > 0.03
+        assert float((guarded.images.mean((-1, -2)) - low).abs().max()) < 2e-3
+        assert tinted.latents is not None
+        assert guarded.latents is None
+        assert torch.equal(tinted.stages[0].image, guarded.stages[0].image)
+    plain, guarded = run(batch=2), run(batch=2, colour_guard=True)
+    assert torch.equal(plain.images, guarded.images)
+    assert guarded.latents is not None
+
+
 def test_hash_seeds_differ_from_stage_to_stage() -> None:
     plan = plan_of(seed_rule="hash")
     result = run(plan=plan, batch=2)
@@ -283,8 +337,36 @@ def test_hash_seeds_differ_from_stage_to_stage() -> None:
         ({"prompt": ["a", "b"], "batch": 3}, "prompt must be one text or one per image"),
         ({"prompt": []}, "prompt must be one text"),
         ({"prompt": ["a", "b"], "negative_prompt": ["c", "d", "e"]}, "negative_prompt must be one"),
-        ({"image": torch.zeros(4, 8, 8)}, "image must be"),
-        ({"image": torch.zeros(2, 3, 8, 8)}, "image must be"),
+        ({"image": torch.zeros(4, 8, 8)}, r"image must be .* got \(4, 8, 8\); drop the alpha channel"),
+        ({"image": torch.zeros(8, 8, 3)}, r"image must be .* got \(8, 8, 3\); RGB comes first"),
+        ({"image": torch.zeros(8, 8)}, "image must be"),
+        ({"image": torch.zeros(2, 3, 8, 8)}, "image holds 2 images for 1 prompt; give one prompt per image"),
+        ({"image": torch.zeros(3, 3, 8, 8), "batch": 2}, "image holds 3 images for 2 prompts"),
+        ({"image": np.zeros((8, 8, 3))}, "image is ndarray; give a tensor .*from_pictures of a PIL image"),
+        ({"image": "a.png"}, "image is str; give a tensor .* load_image of a file"),
+        ({"image": torch.full((3, 8, 8), torch.nan)}, "image must hold floats"),
+        ({"prompt": None}, "prompt is None; give a text"),
+        ({"prompt": 3}, "prompt must be a text or a list of texts, got int"),
+        ({"prompt": b"red"}, "prompt must be a text or a list of texts, got bytes"),
+        ({"prompt": ["red", None]}, "prompt must be a text or a list of texts, got None"),
+        ({"negative_prompt": ["c", "d"]}, "negative_prompt must be one text or one per image, got 2 for a batch of 1"),
+        ({"negative_prompt": [1]}, "negative_prompt must be a text or a list of texts, got int"),
+        ({"refine_prompt": "a", "plan": make_native_plan(FAMILY, 16, 16)}, "refine_prompt is for the stages after"),
+        ({"refine_prompt": ["a", "b"]}, "refine_prompt must be one text or one per image, got 2 for a batch of 1"),
+        ({"refine_lora_scale": 0.5}, "refine_lora_scale=0.5 cannot be used, as GaussianFieldEngine takes no LoRA"),
+        ({"refine_lora_scale": True}, "refine_lora_scale must be a finite number; .* got True"),
+        ({"batch": 1.5}, "batch must be 1 or more, got 1.5"),
+        ({"batch": "2"}, "batch must be 1 or more, got '2'"),
+        ({"seeds": 7}, r"seeds must hold one whole number per image \('int' object is not iterable\)"),
+        ({"seeds": [1.5]}, "seeds must hold one whole number per image"),
+        ({"seeds": "1"}, "seeds must hold one whole number per image"),
+        ({"callback": 3}, "callback is int; give a function"),
+        ({"cancel": True}, "cancel is bool; give a function"),
+        ({"method": "tiled"}, "method is str, which has no gradients; give a method"),
+        ({"engine": None}, "engine is None, which has no family; give an engine"),
+        ({"plan": "flux"}, "plan is str; give what make_plan or StagedPlan.from_string returns"),
+        ({"image": torch.zeros(3, 8, 8), "start_sigma": "0.5"}, "start_sigma must be above 0 and at most 1, got '0.5'"),
+        ({"image": torch.zeros(3, 8, 8), "start_sigma": float("nan")}, "start_sigma must be above 0 and at most 1"),
         ({"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "image must hold floats"),
         ({"image": torch.full((3, 8, 8), 2.0)}, "divide 8-bit values by 255"),
         ({"image": torch.zeros(3, 8, 8), "plan": make_native_plan(FAMILY, 16, 16)}, "two stages or more"),
@@ -559,6 +641,18 @@ def test_a_callback_may_raise_cancelled_itself() -> None:
     assert result.images.shape == (1, 3, 32, 32)
 
 
+@pytest.mark.parametrize("name", ["stage 1 decode", "stage 2 decode"])
+def test_a_callback_that_raises_cancelled_at_a_decode_loses_no_image(name: str) -> None:
+    def stop(event: Progress) -> None:
+        if event.name == name:
+            raise Cancelled
+
+    result, whole = run(callback=stop), run(keep_stages=True)
+    assert result.cancelled
+    assert result.warnings == ()
+    torch.testing.assert_close(result.images, whole.stages[name == "stage 2 decode"].image, rtol=0, atol=1e-6)
+
+
 def test_upscale_mode_cancelled_at_once_returns_the_picture() -> None:
     picture = torch.full((1, 3, 16, 16), 0.25)
     result = run(image=picture, cancel=lambda: True)
@@ -584,11 +678,22 @@ def test_errors_pass_through_and_leave_everything_as_it_was(error: BaseException
     upscaler = Doubler(fail) if where == "upscaler" else Doubler()
     state = torch.get_rng_state()
     with torch.set_grad_enabled(gradients):
-        with pytest.raises(type(error)):
-            run(engine, upscaler=upscaler, callback=fail if where == "callback" else None)
+        # A failing upscaler costs the detail; stopping the program is no failure.
+        told = where == "upscaler" and isinstance(error, Exception)
+        with nullcontext() if told else pytest.raises(type(error)):
+            result = run(engine, upscaler=upscaler, callback=fail if where == "callback" else None)
+            assert any("the upscaler doubler failed (RuntimeError: boom)" in said for said in result.warnings)
         assert torch.is_grad_enabled() == gradients
     assert set(vars(engine)) == names
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("wrong", ["x2.pth", torch.nn.Identity(), 7])
+def test_what_is_no_upscaler_is_refused_before_anything_is_sampled(wrong: Any) -> None:
+    engine = Recording()
+    with pytest.raises(MrFlowError, match="upscaler is"):
+        run(engine, upscaler=wrong)
+    assert engine.calls == []
 
 
 def test_no_global_random_state_is_read_or_changed() -> None:
@@ -612,20 +717,14 @@ def test_the_plan_and_the_given_picture_stay_as_they_are() -> None:
 
 
 def test_what_went_less_than_well_is_said() -> None:
-    other = replace(ENGINE, family=replace(FAMILY, name="other"))
-    assert "family analytic but the engine is other" in run(other).warnings[0]
     assert any("Lanczos" in warning for warning in run(upscaler=None).warnings)
 
 
-def test_values_that_are_no_numbers_are_reported_by_image() -> None:
-    class Broken(Recording):
-        def decode(self, latents):
-            images = super().decode(latents)
-            images[1] = float("nan")
-            return images
-
-    result = run(Broken(), make_native_plan(FAMILY, 16, 16, steps=1), batch=2)
-    assert result.warnings == ("Image 2 of stage 1 contains NaN or infinity; try float32.",)
+def test_a_plan_for_another_family_is_refused() -> None:
+    other = replace(ENGINE, family=replace(FAMILY, name="other"))
+    with pytest.raises(MrFlowError, match="the plan is for family 'analytic' but the engine is 'other'"):
+        run(Recording(other))
+    run(replace(ENGINE, family=replace(FAMILY, title="A copy", guidance=2.0)))  # the same family, told apart by a user
 
 
 def test_clocks_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,8 @@ class Bench:
         """A model of family `name` with random weights."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         pipe = networks.build(name, device, dtype, small=small)
-        engine = PipelineEngine(pipe, arguments=networks.embeddings(name, pipe, batch), compiler=compiler)
+        words = networks.embeddings(name, pipe, batch)
+        engine = PipelineEngine(pipe, family=name, arguments=words, compiler=compiler)
         with tempfile.TemporaryDirectory() as folder:
             from safetensors.torch import save_file
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -22,19 +22,30 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    said = shown(repr(str(device)))
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise MrFlowError(f"device is {str(device)!r}, which is not a device name; use auto, cpu or cuda.") from error
+    except (RuntimeError, TypeError) as error:
+        raise MrFlowError(f"device is {said}, which is not a device name; use auto, cpu or cuda.") from error
     if found.type == "meta":
         raise MrFlowError("device is 'meta', which holds shapes and no numbers; use auto, cpu or cuda.")
     try:
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # each backend that torch was built without fails in its own way, imports among them
         raise MrFlowError(
-            f"device is {str(device)!r}, which cannot be used here ({first_line(error)}); use auto or cpu."
+            f"device is {said}, which cannot be used here ({_reason(error)}); use auto or cpu."
         ) from error
     return found
+
+
+_INTERNAL = ("Could not run", "INTERNAL ASSERT", "No module named")
+"""What torch says where it was built without a device, in words about itself."""
+
+
+def _reason(error: Exception) -> str:
+    """Why a device cannot be used: the first sentence of torch's error where it is one for users."""
+    sentence = first_line(error).split(". ")[0]
+    return "torch was built without it" if any(word in sentence for word in _INTERNAL) else sentence
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """`MrFlow`: the staged method for a loaded diffusers pipeline, in one call.
 
-    from diffusers import FluxPipeline
     from mrflow_sched import MrFlow
+    from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16).to("cuda")
     image = MrFlow(pipe, upscaler="RealESRGAN_x2plus.pth")("a lighthouse at dawn", width=1024, height=1024).images[0]
@@ -14,27 +14,34 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-import secrets
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.asked import prompts_of, refine_texts, seeds_of, texts_of
 from mrflow_sched.engines.diffusers.compiled import NetworkCompiler
+from mrflow_sched.engines.diffusers.folder import load_pipeline
 from mrflow_sched.engines.diffusers.layouts import find_layout
-from mrflow_sched.engines.diffusers.pipeline import PipelineEngine, given_embeddings
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.engines.diffusers.view import HINT
+from mrflow_sched.images.alpha import split_alpha
 from mrflow_sched.images.convert import from_pictures, to_pil
 from mrflow_sched.plan.make import make_plan
+from mrflow_sched.plan.notes import image_notes
 from mrflow_sched.plan.options import CallOptions
 from mrflow_sched.plan.sizes import fit_box
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.lanczos import resize_lanczos
 from mrflow_sched.upscaling.load import load_upscaler
+from mrflow_sched.upscaling.model import ModelUpscaler
+from mrflow_sched.upscaling.role import check_upscaler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,7 +50,7 @@ if TYPE_CHECKING:
     from mrflow_sched.plan.families import Family
     from mrflow_sched.plan.options import MadeOptions
     from mrflow_sched.plan.stages import StagedPlan
-    from mrflow_sched.sampler import StagedResult, StageImage
+    from mrflow_sched.sampler import Fault, StagedResult, StageImage
     from mrflow_sched.sampling.method import Method
     from mrflow_sched.sampling.progress import Progress, StageTiming
     from mrflow_sched.upscaling.role import PixelUpscaler
@@ -67,7 +74,6 @@ _DECIDED = {
     "return_dict": "the images of what the call returns",
     "max_area": "width and height",
 }
-_DRAWN_SEEDS = 2**32
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,10 @@ class MrFlowOutput:
         stages: The intermediate images; empty unless `keep_stages` was set.
         warnings: One sentence each, for the user; the plan's notes among them.
         cancelled: Stopped by the caller.
-        unfinished: Cancelled, or out of memory.
+        unfinished: Cancelled, out of memory, or a part failed for an image.
+        faults: For each image, the part that failed first (`sampler.Fault`: part, stage, step); None where none did.
+        nsfw_content_detected: For each image, whether the pipeline's safety checker made it black; None where the
+            pipeline has no checker.
     """
 
     images: Any
@@ -95,6 +104,8 @@ class MrFlowOutput:
     warnings: tuple[str, ...]
     cancelled: bool
     unfinished: bool
+    faults: tuple[Fault | None, ...] = ()
+    nsfw_content_detected: tuple[bool, ...] | None = None
 
 
 class MrFlow:
@@ -108,20 +119,27 @@ class MrFlow:
         self,
         pipe: Any,
         *,
-        upscaler: str | Path | PixelUpscaler | None = None,
+        upscaler: str | os.PathLike[str] | PixelUpscaler | None = None,
+        upscaler_dtype: str | torch.dtype = "auto",
+        upscaler_tile: int | None = None,
         family: str | None = None,
         compile_mode: str | None = None,
+        colour_guard: bool = False,
     ) -> None:
         """Take a loaded `pipe`, which stays as it is and stays usable.
 
         Args:
             pipe: A text-to-image pipeline of diffusers.
             upscaler: An ESRGAN-type file (.safetensors, .pth), or any callable with the signature of `PixelUpscaler`;
-                None:
-                images are upscaled with Lanczos, which adds no detail.
+                None or "lanczos": images are upscaled with Lanczos, which adds no detail.
+            upscaler_dtype: What a file's model runs in: "float32", "float16", "bfloat16", or "auto", as in
+                `load_upscaler`.
+            upscaler_tile: Largest side in input pixels that a file's model is given at once; None: the whole image, and
+                tiles only where memory runs out.
             family: Name of the family (`FAMILIES`), where you know better than its class and configuration.
             compile_mode: A mode of `torch.compile` ("default", "reduce-overhead" with CUDA graphs, ...): compiles the
                 network for the first stage, once per size; it pays over many images.
+            colour_guard: Take back a shift of the mean colour that upscaling and refining bring in.
 
         Raises:
             MrFlowError: A pipeline whose stages cannot be run, an unknown mode, or a file that is not an upscaler.
@@ -129,11 +147,50 @@ class MrFlow:
         self.pipe = pipe
         self._compiler = None if compile_mode is None else NetworkCompiler(compile_mode)
         self._family = family
+        self._colour_guard = colour_guard
         self._layout = find_layout(pipe, family)
-        self._file = upscaler if isinstance(upscaler, (str, Path)) else None
-        self._upscaler = None if isinstance(upscaler, (str, Path)) else upscaler
-        if self._file is not None:
-            self._upscaler = load_upscaler(self._file, device=self._layout.device)
+        self._load_upscaler: Callable[[torch.device], PixelUpscaler] | None = None
+        if isinstance(upscaler, (str, os.PathLike)):
+            self._load_upscaler = partial(_load_on, upscaler, upscaler_dtype, upscaler_tile)
+            self._upscaler: PixelUpscaler | None = self._load_upscaler(self._layout.device)
+        else:
+            check_upscaler(upscaler)
+            if (upscaler_dtype, upscaler_tile) != ("auto", None):
+                raise MrFlowError(
+                    "upscaler_dtype and upscaler_tile are for an upscaler that is loaded from a file; give its path as "
+                    "upscaler, or leave them out."
+                )
+            self._upscaler = upscaler
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype | Mapping[str, str] = "auto",
+        offload: bool = False,
+        config: str | Path | None = None,
+        **options: Any,
+    ) -> MrFlow:
+        """Load a local model and take it: as the command line does, without downloads and without running its code.
+
+        Args:
+            path: A diffusers folder, or a single-file checkpoint (.safetensors).
+            device: "auto" (CUDA if available), or as torch spells it.
+            dtype: "auto", a dtype of all parts, or one for each part by name.
+            offload: Keep each part on the CPU until it is used (on a GPU only).
+            config: For a single file: the diffusers folder that describes it; None: one of the file's name beside it,
+                else the folder it lies in.
+            **options: Of `MrFlow`: upscaler, family, compile_mode.
+
+        Returns:
+            The pipeline, ready to be called.
+
+        Raises:
+            MrFlowError: A model that cannot be loaded or whose stages cannot be run, or an option as in `MrFlow`.
+        """
+        return cls(load_pipeline(path, device=device, dtype=dtype, offload=offload, config=config), **options)
 
     @property
     def family(self) -> Family:
@@ -177,6 +234,9 @@ class MrFlow:
         height: int | None = None,
         preset: str | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        refine_prompt: str | Sequence[str] | None = None,
+        refine_negative_prompt: str | Sequence[str] | None = None,
+        refine_lora_scale: float | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         seed: int | Sequence[int] | None = None,
@@ -200,6 +260,10 @@ class MrFlow:
             height: Likewise.
             preset: "12+1" (low-resolution + refine steps), "fast", "balanced" or "best"; None: the family's default.
             negative_prompt: One, or one per prompt.
+            refine_prompt: Likewise, for the stages after the first; None: `prompt`.
+            refine_negative_prompt: Likewise; None: `negative_prompt`.
+            refine_lora_scale: The scale of all LoRAs in the stages after the first; None: as in stage 1, where the
+                pipeline's own argument sets it (joint_attention_kwargs={"scale": ...}).
             num_images_per_prompt: Images of each prompt.
             guidance_scale: As the pipeline takes it; 1, or the pipeline's own value, turns it off. None: the family's.
             seed: One (further images take the next), or one per image.
@@ -233,11 +297,16 @@ class MrFlow:
             arguments["callback_on_step_end"] = callback_on_step_end
         if callback_on_step_end_tensor_inputs is not None:
             arguments["callback_on_step_end_tensor_inputs"] = list(callback_on_step_end_tensor_inputs)
-        prompts = _prompts(prompt, arguments, num_images_per_prompt)
-        negatives = _negatives(negative_prompt, len(prompts), num_images_per_prompt)
-        seeds = _seeds(seed, generator, len(prompts))
+        prompts = prompts_of(prompt, arguments, num_images_per_prompt)
+        negatives = texts_of(negative_prompt, "negative_prompt", len(prompts), num_images_per_prompt)
+        refine = refine_texts(refine_prompt, refine_negative_prompt, arguments, len(prompts), num_images_per_prompt)
+        if refine[1] is not None and negatives is None:
+            negatives = [""] * len(prompts)
+        seeds = seeds_of(seed, generator, len(prompts))
         _check_image(self.pipe, image, arguments)
-        pixels, alpha = (None, None) if image is None else _pixels(image)
+        said: list[str] = []
+        pixels, alpha = (None, None) if image is None else split_alpha(from_pictures(image, said.append))
+        _check_counts(pixels, len(prompts))
         two = _guided_by_two(layout, arguments, negatives)
         if two:
             layout = layout.guided_by_two()
@@ -245,6 +314,11 @@ class MrFlow:
                 arguments["guidance_scale"], guidance_scale = guidance_scale, None
         if strength is not None and pixels is None:
             raise MrFlowError(f"strength={strength!r} needs an image to start from; give image too, or leave it out.")
+        if strength is not None and not (isinstance(strength, (int, float)) and 0.0 < strength <= 1.0):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise MrFlowError(
+                f"strength must be above 0 and at most 1, got {strength!r}; it is the fraction of noise at which stage "
+                "1 starts."
+            )
         if pixels is not None and (width is None or height is None):
             factor = 1.0 if strength is not None else _total_factor(layout.family, numbers)
             width, height = _image_size(pixels, width, height, factor)
@@ -268,6 +342,10 @@ class MrFlow:
             plan,
             prompts,
             negative_prompt=negatives,
+            refine_prompt=refine[0],
+            refine_negative_prompt=refine[1],
+            refine_lora_scale=refine_lora_scale,
+            colour_guard=self._colour_guard,
             upscaler=self._upscaler_on(engine.device),
             callback=callback,
             cancel=cancel,
@@ -278,15 +356,26 @@ class MrFlow:
             method=method,
         )
         notes = _notes(plan, pixels is not None and strength is None)
+        if pixels is not None:
+            said.extend(image_notes(plan, pixels.shape[-1], pixels.shape[-2], strength))
+        images = _formatted(result, alpha, output_type, engine)
+        blackened = tuple(
+            f"Image {number} is black, as the pipeline's safety checker rejected it."
+            for number, rejected in enumerate(engine.rejected or (), 1)
+            if rejected
+        )
+        own = (*said, *notes, *engine.notes, *_image_warnings(self.pipe, image, layout))
         return MrFlowOutput(
-            images=_formatted(result, alpha, output_type, engine),
+            images=images,
             plan=plan,
             seeds=seeds,
             timings=result.timings,
             stages=result.stages,
-            warnings=tuple(dict.fromkeys((*notes, *_image_warnings(self.pipe, image, layout), *result.warnings))),
+            warnings=tuple(dict.fromkeys((*own, *result.warnings, *blackened))),
             cancelled=result.cancelled,
             unfinished=result.unfinished,
+            faults=result.faults,
+            nsfw_content_detected=engine.rejected,
         )
 
     def _sorted(self, more: Mapping[str, Any], call_names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -311,10 +400,16 @@ class MrFlow:
 
     def _upscaler_on(self, device: torch.device) -> PixelUpscaler | None:
         """The upscaler; one that was read from a file moves with the pipeline."""
-        loaded = cast("Any", self._upscaler)
-        if self._file is not None and loaded.device.type != device.type:
-            self._upscaler = load_upscaler(self._file, device=device)
+        loaded = self._upscaler
+        if self._load_upscaler is not None and isinstance(loaded, ModelUpscaler) and loaded.device.type != device.type:
+            self._upscaler = self._load_upscaler(device)
         return self._upscaler
+
+
+def _load_on(
+    file: str | os.PathLike[str], dtype: str | torch.dtype, tile: int | None, device: torch.device
+) -> PixelUpscaler:
+    return load_upscaler(file, device=device, dtype=dtype, tile=tile)
 
 
 # -------------------------------------------------------------------------------------------------------- what is asked
@@ -323,57 +418,6 @@ class MrFlow:
 def _size(family: Family, width: int | None, height: int | None) -> tuple[int, int]:
     usual = family.default_size or family.native_size
     return usual[0] if width is None else width, usual[1] if height is None else height
-
-
-def _prompts(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any], each: int) -> list[str]:
-    """One prompt per image, images of one prompt side by side; empty ones where embeddings are given."""
-    if each < 1:
-        raise MrFlowError(f"num_images_per_prompt must be a whole number of at least 1, got {each!r}.")
-    embedded = given_embeddings(arguments)
-    if prompt is None and not embedded:
-        raise MrFlowError("prompt is missing; describe the image, or give prompt_embeds.")
-    if prompt is not None and embedded:
-        raise MrFlowError("prompt and prompt_embeds are both given; leave one out.")
-    texts = [""] * embedded if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-    if not texts:
-        raise MrFlowError("prompt is empty; describe the image.")
-    return [text for text in texts for _ in range(each)]
-
-
-def _negatives(negative: str | Sequence[str] | None, batch: int, each: int) -> list[str] | None:
-    if negative is None:
-        return None
-    texts = [negative] * (batch // each) if isinstance(negative, str) else list(negative)
-    if len(texts) * each != batch:
-        raise MrFlowError(
-            f"negative_prompt must be one text or one per prompt, got {len(texts)} for {batch // each} prompts."
-        )
-    return [text for text in texts for _ in range(each)]
-
-
-def _seeds(
-    seed: int | Sequence[int] | None, generator: torch.Generator | Sequence[torch.Generator] | None, batch: int
-) -> tuple[int, ...]:
-    """One seed per image. Seeds are drawn from a generator, so that its next use gives other images."""
-    if seed is not None and generator is not None:
-        raise MrFlowError("seed and generator are both given; leave one out.")
-    if generator is not None:
-        one = isinstance(generator, torch.Generator)
-        sources = [generator] * batch if one else list(generator)
-        drawn = [int(torch.randint(_DRAWN_SEEDS, (), generator=each, device=each.device)) for each in sources]
-        return _one_per_image(drawn, "generator", batch)
-    if seed is None:
-        first = secrets.randbelow(_DRAWN_SEEDS)
-        return tuple(range(first, first + batch))
-    if isinstance(seed, Sequence):
-        return _one_per_image(list(seed), "seed", batch)
-    return tuple(range(int(seed), int(seed) + batch))
-
-
-def _one_per_image(values: list[int], name: str, batch: int) -> tuple[int, ...]:
-    if len(values) != batch:
-        raise MrFlowError(f"{name} must be one, or one per image, got {len(values)} for {batch} images.")
-    return tuple(values)
 
 
 def _has_control(pipe: Any) -> bool:
@@ -442,23 +486,23 @@ def _notes(plan: StagedPlan, upscaling: bool) -> tuple[str, ...]:
 # -------------------------------------------------------------------------------------------------------- what is given
 
 
-def _pixels(image: Any) -> tuple[Tensor, Tensor | None]:
-    """(colour (B, 3, H, W), alpha (B, 1, H, W) or None) of one image or several, float32 in [0, 1]."""
-    values = from_pictures(image)
-    alpha = values[:, -1:] if values.shape[1] in (2, 4) else None
-    colour = values if alpha is None else values[:, :-1]
-    return colour.expand(-1, 3, -1, -1).contiguous(), alpha
+def _check_counts(images: Tensor | None, batch: int) -> None:
+    """Refuse several images that are neither one nor as many as the prompts."""
+    if images is not None and len(images) not in (1, batch):
+        raise MrFlowError(
+            f"image holds {len(images)} images for {batch} prompt{'s' if batch > 1 else ''} (after "
+            "num_images_per_prompt); give one image, or one per prompt."
+        )
 
 
 def _formatted(result: StagedResult, alpha: Tensor | None, output_type: str, engine: PipelineEngine) -> Any:
     """The result's images in the form that was asked for, as the pipeline would return them."""
     if output_type == "latent":
-        latents = engine.encode(result.images) if result.latents is None else result.latents
+        latents = engine.encode(_on_grid(result)) if result.latents is None else result.latents
         return engine.layout.pack(latents).to(engine.dtype)
     images = engine.finish(result.images.nan_to_num())
     if alpha is not None:
-        fitted = _fit(alpha.to(images), images.shape[-1], images.shape[-2]).expand(len(images), -1, -1, -1)
-        images = torch.cat([images, fitted], dim=1)
+        images = torch.cat([images, _fit(alpha.to(images), images, result.plan).expand(len(images), -1, -1, -1)], dim=1)
     if output_type == "pt":
         return images
     if output_type == "np":
@@ -466,7 +510,22 @@ def _formatted(result: StagedResult, alpha: Tensor | None, output_type: str, eng
     return [to_pil(image) for image in images]
 
 
-def _fit(channel: Tensor, width: int, height: int) -> Tensor:
-    """`channel` resized as the image was: filled and cropped at the centre, never stretched."""
+def _on_grid(result: StagedResult) -> Tensor:
+    """The images with the edges that the grid adds to what was asked for, as their last rows and columns repeated."""
+    images, plan = result.images, result.plan
+    rows, columns = plan.asked_area
+    if images.shape[-2:] != (rows.stop - rows.start, columns.stop - columns.start):
+        return images
+    edges = (columns.start, plan.width - columns.stop, rows.start, plan.height - rows.stop)
+    return torch.nn.functional.pad(images, edges, mode="replicate")
+
+
+def _fit(channel: Tensor, images: Tensor, plan: StagedPlan) -> Tensor:
+    """`channel` resized as the images were: filled and cropped at the centre, never stretched."""
+    area = plan.asked_area
+    height, width = images.shape[-2:]
+    final = (height, width) == tuple(side.stop - side.start for side in area)
+    width, height = (plan.width, plan.height) if final else (width, height)
     wide, high, left, top = fit_box(channel.shape[-1], channel.shape[-2], width, height)
-    return resize_lanczos(channel, wide, high)[..., top : top + height, left : left + width].clamp(0, 1)
+    fitted = resize_lanczos(channel, wide, high)[..., top : top + height, left : left + width].clamp(0, 1)
+    return fitted[(..., *area)] if final else fitted

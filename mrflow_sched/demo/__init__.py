@@ -47,14 +47,14 @@ def load_engine(
         dtype: As in `PipelineEngine.from_folder`.
 
     Returns:
-        An engine of the family "demo".
+        An engine of the family "demo". It warns of words in a prompt that it does not know.
 
     Raises:
         MrFlowError: The device or the dtype is unknown.
     """
-    from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+    from mrflow_sched.demo.engine import EmbeddedEngine
 
-    return PipelineEngine.from_folder(weights_path(), device=device, dtype=dtype, family="demo")
+    return EmbeddedEngine.from_folder(weights_path(), device=device, dtype=dtype, family="demo")
 
 
 def example_prompts() -> tuple[str, ...]:

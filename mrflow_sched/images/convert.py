@@ -9,53 +9,44 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.cancel import Warn
+from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched.images.formats import refusing
+from mrflow_sched.images.pixels import read_pixels, upright
 
 
-def pixels_of(image: Image.Image, dtype: torch.dtype, channels: int) -> Tensor:
-    """The bytes of a Pillow image as a tensor, unscaled.
-
-    Args:
-        image: An image whose mode has `channels` channels of `dtype` per pixel.
-        dtype: Of one channel: uint8 for 8-bit modes, int32 for mode "I".
-        channels: 1 for grey, 3 for RGB, 4 for RGBA.
-
-    Returns:
-        (channels, H, W) of `dtype`.
-    """
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=dtype)
-    return flat.reshape(image.height, image.width, channels).permute(2, 0, 1)
-
-
-def from_pictures(pictures: Any) -> Tensor:
+def from_pictures(pictures: Any, warn: Warn | None = None) -> Tensor:
     """Whatever a caller gives as an image, or several of one size, as a tensor.
 
     Args:
-        pictures: PIL images (grey, palette and CMYK become RGB, transparency stays as a last channel), arrays (H, W),
-            (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), 8 bits or floats in [0, 1], or a list of
-            these. C is 1 or 3, and one more with alpha.
+        pictures: PIL images (turned upright as their EXIF says, of any mode and profile, see `read_pixels`), arrays
+            (H, W), (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), 8 bits or floats in [0, 1], or a list
+            of these. C is 1 or 3, and one more with alpha.
+        warn: Receives a sentence for whatever a PIL image left open.
 
     Returns:
-        (B, C, H, W) float32 in [0, 1].
+        (B, C, H, W) float32 in [0, 1]; transparency is the last channel.
 
     Raises:
         MrFlowError: `pictures` is anything else.
     """
     if isinstance(pictures, (list, tuple)):
-        found = [from_pictures(each) for each in cast("Sequence[Any]", pictures)]
+        found = [from_pictures(each, warn) for each in cast("Sequence[Any]", pictures)]
         if not found or any(each.shape[1:] != found[0].shape[1:] for each in found):
             raise MrFlowError("image must be one image or a list of images of one size and mode.")
         return torch.cat(found)
     if isinstance(pictures, Image.Image):
-        clear = pictures.has_transparency_data if hasattr(pictures, "has_transparency_data") else False
-        mode = "RGBA" if clear or pictures.mode in ("RGBA", "LA", "PA") else "RGB"
-        return (pixels_of(pictures.convert(mode), torch.uint8, len(mode)).float() / 255)[None]
+        if pictures.format == "EPS":
+            raise MrFlowError("the image is an EPS file, which only another program can draw; save it as PNG first.")
+        with refusing("the image"):
+            pictures.load()
+            return read_pixels(upright(pictures), warn)[None]
     if isinstance(pictures, Tensor):
         values = pictures
     elif hasattr(pictures, "__array__"):
-        values = torch.as_tensor(pictures)
+        values = _tensor_of(pictures)
         values = values[..., None] if values.ndim == 2 else values
-        values = values.movedim(-1, -3)
+        values = values.movedim(-1, -3) if values.ndim > 2 else values
     else:
         raise MrFlowError(f"image is {type(pictures).__name__}; give a PIL image, an array or a tensor.")
     values = values if values.ndim == 4 else values[None]
@@ -67,6 +58,15 @@ def from_pictures(pictures: Any) -> Tensor:
     if not (values.is_floating_point() or values.dtype == torch.uint8) or not bool(((exact >= 0) & (exact <= 1)).all()):
         raise MrFlowError(f"image must hold floats from 0 to 1 or 8-bit values, got {values.dtype}; scale them first.")
     return exact
+
+
+def _tensor_of(array: Any) -> Tensor:
+    try:
+        return torch.as_tensor(array)
+    except (TypeError, ValueError, RuntimeError) as error:  # objects, texts, dtypes and strides that torch lacks
+        raise MrFlowError(
+            f"image is an array that torch cannot take ({first_line(error)}); give float32 or uint8 values."
+        ) from error
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -6,23 +6,24 @@ import contextlib
 import io
 import os
 import struct
-import uuid
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin
 from torch import Tensor
 
-from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError, first_line
-from mrflow_sched.images.convert import pixels_of, to_8_bit
+from mrflow_sched._runtime.cancel import Warn
+from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError
+from mrflow_sched._runtime.write import write_new, write_whole
+from mrflow_sched.images.alpha import split_alpha
+from mrflow_sched.images.convert import to_8_bit
+from mrflow_sched.images.formats import MAX_PIXELS, READABLE, check_room, encode, reader_of, refusing, texts_of
+from mrflow_sched.images.pixels import low_bytes, read_pixels, upright
 from mrflow_sched.plan.checks import MAX_SIDE
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header, ends
-_COMPRESSION = 4
-"""Compression level. zlib's default, 6, takes twice as long for nearly the same size (`bench/speed --outside`)."""
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str] | None = None) -> None:
@@ -42,26 +43,75 @@ def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str
         FileError: The file cannot be written (no permission, disk full).
     """
     target = Path(path)
-    data = _encode_png(to_8_bit(image), text or {})
-    temporary = target.parent / f".{uuid.uuid4().hex}.tmp"
+    data = _encoded(image, ".png", text)
     try:
-        # Not tempfile: its files are readable by their owner alone, and a rename keeps that.
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        write_whole(target, data)
     except OSError as error:
         _refuse_write(target, error)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+
+
+def save_new(
+    folder: str | os.PathLike[str],
+    stem: str,
+    image: Tensor,
+    text: Mapping[str, str] | None = None,
+    suffix: str = ".png",
+) -> Path:
+    """Write an image under the first free name of `stem`, `stem-2`, `stem-3` ..., never over another file.
+
+    The file appears whole or not at all, and its name is taken in one step: of processes that save the same stem into
+    one folder at the same time, each gets a name of its own. What a killed process left half written in the folder is
+    removed.
+
+    Args:
+        folder: An existing folder.
+        stem: Name of the file without suffix.
+        image: (3, H, W), float in [0, 1]; values outside are clamped.
+        text: As in `save_png`.
+        suffix: ".png", ".jpg", ".jpeg" or ".webp", which decides the format (`formats.encode`). Ask
+            `formats.check_writable` before a long run whether the format can hold the size.
+
+    Returns:
+        The path of the file, `folder` / (`stem`, perhaps "-2" ..., `suffix`).
+
+    Raises:
+        MrFlowError: `image`, a keyword or `suffix` is not as above.
+        MissingFileError: The folder does not exist.
+        FileError: The file cannot be written (no permission, disk full).
+    """
+    data = _encoded(image, suffix, text)
+    try:
+        return write_new(Path(folder), stem, suffix, data)
+    except OSError as error:
+        _refuse_write(Path(folder) / f"{stem}{suffix}", error)
+
+
+def read_text(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts in an image file.
+
+    No pixel is decoded, so an image of any size takes no time.
+
+    Args:
+        path: A PNG, JPEG or WebP file.
+
+    Returns:
+        Keyword -> text, as it was saved; of files of other programs also what A1111 (`parameters`) and ComfyUI
+        (`prompt`, `workflow`) write. Empty where the file has none.
+
+    Raises:
+        MissingFileError: There is no such file.
+        MrFlowError: It is no whole file of these formats.
+    """
+    with _reading(path) as file:
+        reader = _reader(file, path)
+        if reader is PngImagePlugin.PngImageFile:
+            image = PngImagePlugin.PngImageFile(_texts_on_one_pixel(file))
+            return {str(keyword): str(value) for keyword, value in image.text.items()}
+        return texts_of(reader(file))
 
 
 def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The text chunks of a PNG.
-
-    No pixel is decoded, so an image of any size takes no time.
+    """The text chunks of a PNG: `read_text` for that format alone.
 
     Args:
         path: A PNG file.
@@ -73,76 +123,103 @@ def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
         MissingFileError: There is no such file.
         MrFlowError: It is not a whole PNG.
     """
-    with _refusing(path), open(path, "rb") as file:
-        if _is_png(file):
-            image = PngImagePlugin.PngImageFile(_texts_on_one_pixel(file))
-            return {str(keyword): str(value) for keyword, value in image.text.items()}
-        kind = Image.open(file).format
-    raise MrFlowError(f"{str(path)!r} is a {kind} image, not a PNG; text is read from PNG files only.")
+    with _reading(path) as file:
+        if _reader(file, path) is not PngImagePlugin.PngImageFile:
+            raise MrFlowError(f"{str(path)!r} is an image, but not a PNG; give a PNG.")
+    return read_text(path)
 
 
 def open_image(path: str | os.PathLike[str], *, own: bool = False) -> Image.Image:
     """The whole image in a file as Pillow holds it, the file closed.
 
     Args:
-        path: An image file of any format that Pillow reads.
-        own: The file was written by this process: a PNG may then have up to 32768 pixels a side, the most that a plan
-            allows. False: Pillow's guard refuses files that would unpack to about 178 million pixels or more.
+        path: A PNG, JPEG, WebP, TIFF, BMP or GIF file; its first bytes decide, not its name.
+        own: The file was written by this process: it may then have up to 32768 pixels a side, the most that a plan
+            allows. False: at most 16384x16384 pixels in all.
 
     Returns:
         The decoded image, in the file's own mode.
 
     Raises:
         MissingFileError: There is no such file.
-        MrFlowError: It is not a whole image of a known format, or too large.
+        MrFlowError: It is not a whole image of these formats, or has more pixels than allowed or than memory holds.
     """
-    with _refusing(path), open(path, "rb") as file:
-        if own and _is_png(file):
-            image: Image.Image = PngImagePlugin.PngImageFile(file)  # Image.open would ask the guard
-            if max(image.size) > MAX_SIDE:
-                raise MrFlowError(f"{image.width}x{image.height} pixels; at most {MAX_SIDE} a side are allowed")
-        else:
-            image = Image.open(file)
+    with _reading(path) as file:
+        image = _opened(file, path, own=own)
         image.load()
     return image
 
 
-def load_image(path: str | os.PathLike[str]) -> Tensor:
-    """The image in a file as a tensor, turned upright as its EXIF orientation says.
+def load_image(path: str | os.PathLike[str], warn: Warn | None = None, *, alpha: bool = False) -> Tensor:
+    """The image in a file as a tensor in sRGB, turned upright as its EXIF orientation says.
 
-    Grey and palette images become RGB, 16-bit grey keeps its 16 bits, and transparency is dropped.
+    Every mode becomes RGB, 16 bits a channel are kept, and a colour profile is applied (`pixels.read_pixels`).
 
     Args:
-        path: An image file of any format that Pillow reads.
+        path: As in `open_image`.
+        warn: Receives a sentence for whatever the file left open: an unusable profile, further frames ...
+        alpha: Keep transparency as a fourth channel. False: colours that it hides are filled in from their neighbours.
 
     Returns:
-        (3, H, W) float32 RGB in [0, 1].
+        (3, H, W) float32 RGB in [0, 1]; (4, H, W) with `alpha` where the file has transparency.
 
     Raises:
         MissingFileError: There is no such file.
-        MrFlowError: It is not a whole image of a known format, or too large.
+        MrFlowError: As in `open_image`, or values whose range cannot be told.
     """
-    opened = open_image(path)
-    with _refusing(path):
-        image = ImageOps.exif_transpose(opened)
-        deep = image.mode.startswith("I;16")
-        image = image.convert("I" if deep else "RGB")
-    if deep:
-        return (pixels_of(image, torch.int32, 1).float() / 65535).clamp(0, 1).expand(3, -1, -1).contiguous()
-    return pixels_of(image, torch.uint8, 3).float() / 255
+    with _reading(path) as file:
+        image = _opened(file, path)
+        low = low_bytes(file, image)
+        image.load()
+        values = read_pixels(upright(image), warn, low=None if low is None else upright(low))
+    return values if alpha else split_alpha(values[None])[0][0]
 
 
-def _encode_png(pixels: Tensor, text: Mapping[str, str]) -> bytes:
-    chunks = PngImagePlugin.PngInfo()
-    for keyword, value in text.items():
-        if not 1 <= len(keyword) <= 79 or not all(" " <= letter <= "ÿ" for letter in keyword):
-            raise MrFlowError(f"text has the keyword {keyword!r}; PNG allows 1 to 79 printable Latin-1 letters.")
-        chunks.add_text(keyword, value)
+@contextlib.contextmanager
+def _reading(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
+    """The image file at `path`, open; whatever goes wrong with it is one sentence."""
+    with refusing(_named(path)):
+        try:
+            with open(path, "rb") as file:
+                yield file
+        except FileNotFoundError as error:
+            raise MissingFileError(f"there is no image file {str(path)!r}; check the path.") from error
+        except IsADirectoryError as error:
+            raise _no_image(path) from error
+
+
+def _no_image(path: str | os.PathLike[str]) -> MrFlowError:
+    return MrFlowError(f"{str(path)!r} is not an image file of a known format; give a {READABLE}.")
+
+
+def _named(path: str | os.PathLike[str]) -> str:
+    return f"the image file {str(path)!r}"
+
+
+def _reader(file: BinaryIO, path: str | os.PathLike[str]) -> Any:
+    reader = reader_of(file)
+    if reader is None:
+        raise _no_image(path)
+    return reader
+
+
+def _opened(file: BinaryIO, path: str | os.PathLike[str], *, own: bool = False) -> ImageFile.ImageFile:
+    """The image in an open file, no pixel decoded yet, after its size was found to be possible."""
+    image: ImageFile.ImageFile = _reader(file, path)(file)
+    width, height = image.size
+    if max(width, height) > MAX_SIDE or (not own and width * height > MAX_PIXELS):
+        raise MrFlowError(
+            f"{_named(path)} has {width}x{height} pixels, more than {MAX_SIDE} a side or {MAX_PIXELS / 1e6:.0f} "
+            "million in all, and is too large; make it smaller first."
+        )
+    check_room(width, height)
+    return image
+
+
+def _encoded(image: Tensor, suffix: str, text: Mapping[str, str] | None) -> bytes:
+    pixels = to_8_bit(image)
     height, width = pixels.shape[:2]
-    stream = io.BytesIO()
-    image = Image.frombytes("RGB", (width, height), pixels.numpy().tobytes())
-    image.save(stream, "PNG", pnginfo=chunks, compress_level=_COMPRESSION)
-    return stream.getvalue()
+    return encode(Image.frombytes("RGB", (width, height), pixels.numpy().tobytes()), suffix, text or {})
 
 
 def _refuse_write(target: Path, error: OSError) -> NoReturn:
@@ -152,13 +229,6 @@ def _refuse_write(target: Path, error: OSError) -> NoReturn:
         ) from error
     reason = error.strerror or type(error).__name__
     raise FileError(f"the image {str(target)!r} cannot be written: {reason}; nothing was left there.") from error
-
-
-def _is_png(file: BinaryIO) -> bool:
-    """Whether `file`, read from its start, is a PNG; it is left at its start."""
-    start = file.read(len(_SIGNATURE))
-    file.seek(0)
-    return start == _SIGNATURE
 
 
 def _texts_on_one_pixel(file: BinaryIO) -> io.BytesIO:
@@ -175,27 +245,5 @@ def _texts_on_one_pixel(file: BinaryIO) -> io.BytesIO:
             texts.append(head + file.read(length + 4))  # the checksum follows; Pillow compares it
         else:
             file.seek(length + 4, os.SEEK_CUR)
-    pixel = _encode_png(torch.zeros(1, 1, 3, dtype=torch.uint8), {})
+    pixel = encode(Image.new("RGB", (1, 1)), ".png", {})
     return io.BytesIO(pixel[:_HEADER_END] + b"".join(texts) + pixel[_HEADER_END:])
-
-
-@contextlib.contextmanager
-def _refusing(path: str | os.PathLike[str]) -> Generator[None, None, None]:
-    """Turn whatever goes wrong while the image at `path` is read into one sentence."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise MissingFileError(f"there is no image file {str(path)!r}; check the path.") from error
-    except (UnidentifiedImageError, IsADirectoryError) as error:
-        raise MrFlowError(f"{str(path)!r} is not an image file of a known format; give a PNG, JPEG or WebP.") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever Pillow's readers may raise for a damaged file
-        raise MrFlowError(
-            f"the image file {str(path)!r} cannot be read ({_reason(error)}); it is damaged or too large."
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """What the system says of a file, without the number and the path, else what the reader says."""
-    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)

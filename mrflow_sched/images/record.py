@@ -28,10 +28,34 @@ MAX_SEED = 2**64 - 1
 MAX_THREADS = 4096
 """Most threads that a record may ask for."""
 
+MAX_LORA_SCALE = 100.0
+"""Largest scale of a LoRA, of either sign."""
+
 MAX_ENTRIES = 256
 """Most entries of a record's tables."""
 
+MAX_PROMPT = 1_000_000
+"""Most characters of a prompt, and of a plan's line."""
+
+MAX_WORD = 4096
+"""Most characters of every other text: names, folders, hashes, versions."""
+
 _LIBRARIES = ("mrflow-sched", "torch", "diffusers", "transformers", "spandrel", "pillow")
+
+
+@dataclass(frozen=True)
+class RecordedLora:
+    """A LoRA that was on the model.
+
+    Attributes:
+        file: Name of its file, without folders.
+        sha256: Hash of the file.
+        scale: How strongly it acted.
+    """
+
+    file: str
+    sha256: str
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,12 @@ class RunRecord:
         versions: Library -> version, see `library_versions`.
         unfinished: A later stage is missing, because memory ran out or the run was cancelled.
         dtypes: Dtype name of every part of the run that has weights ("transformer", "vae", "upscaler", ...).
+        start: Name of the image file that the run started from; None: it began with noise.
+        start_sha256: Hash of that file.
+        strength: The sigma at which stage 1 started from it; None: it took the place of stage 1.
+        loras: The LoRAs on the model, in their order.
+        refine_prompt: The prompt of the stages after the first; None: `prompt`.
+        refine_negative: Their negative prompt; None: `negative`.
     """
 
     plan: str
@@ -75,6 +105,12 @@ class RunRecord:
     versions: Mapping[str, str]
     unfinished: bool = False
     dtypes: Mapping[str, str] = field(default_factory=dict[str, str])
+    start: str | None = None
+    start_sha256: str | None = None
+    strength: float | None = None
+    loras: tuple[RecordedLora, ...] = ()
+    refine_prompt: str | None = None
+    refine_negative: str | None = None
 
     def to_json(self) -> str:
         """The record as JSON.
@@ -90,7 +126,7 @@ class RunRecord:
 
         Args:
             text: JSON of this version, of a newer one (its unknown keys are ignored) or of an older one, which may lack
-                `unfinished` and `dtypes`.
+                `unfinished` and what stands after it.
 
         Returns:
             The record, each value of its kind and within its limits.
@@ -98,6 +134,11 @@ class RunRecord:
         Raises:
             MrFlowError: The text is not a record, or a value is of the wrong kind or out of range.
         """
+        if len(text) > _LONGEST:
+            raise MrFlowError(
+                f"the mrflow record has {len(text)} characters, more than any that was written here; the image's text "
+                "was altered."
+            )
         try:
             found: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -109,11 +150,12 @@ class RunRecord:
                 f"the mrflow record is {type(found).__name__}, not an object; the image's text was altered."
             )
         values = {**_OLD, **cast("dict[str, Any]", found)}
-        known = {name: values.get(name) for name in _KINDS}
+        known: dict[str, Any] = {name: values.get(name) for name in _KINDS}
         wrong = next((name for name, fits in _KINDS.items() if not fits(known[name])), None)
         if wrong is not None:
             raise MrFlowError(f"the mrflow record has {wrong} = {known[wrong]!a:.80}; the image's text was altered.")
-        record = cls(**cast("dict[str, Any]", known))
+        known["loras"] = tuple(RecordedLora(**{name: each[name] for name in _LORA_KINDS}) for each in known["loras"])
+        record = cls(**known)
         if record.image >= record.batch:
             raise MrFlowError(
                 f"the mrflow record has image = {record.image} in a batch of {record.batch}; "
@@ -148,13 +190,20 @@ class RunRecord:
         return self.vae_dtype if part == "vae" else self.dtype
 
 
-def _is_text(value: object) -> bool:
-    """Whether `value` is text that can be written as UTF-8; JSON may hold half of a surrogate pair, which cannot."""
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+def _is_text(most: int, *, optional: bool = False) -> Callable[[object], bool]:
+    """Whether a value is text that can be written as UTF-8; JSON may hold half of a surrogate pair, which cannot."""
+
+    def fits(value: object) -> bool:
+        if not isinstance(value, str):
+            return optional and value is None
+        return len(value) <= most and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+    return fits
 
 
-def _is_text_or_none(value: object) -> bool:
-    return value is None or _is_text(value)
+_is_prompt = _is_text(MAX_PROMPT)
+_is_word = _is_text(MAX_WORD)
+_is_word_or_none = _is_text(MAX_WORD, optional=True)
 
 
 def _is_whole(low: int, high: int) -> Callable[[object], bool]:
@@ -166,30 +215,65 @@ def _is_table(value: object) -> bool:
     if not isinstance(value, dict):
         return False
     table = cast("dict[object, object]", value)
-    return len(table) <= MAX_ENTRIES and all(_is_text(each) for pair in table.items() for each in pair)
+    return len(table) <= MAX_ENTRIES and all(_is_word(each) for pair in table.items() for each in pair)
 
 
+def _is_sigma_or_none(value: object) -> bool:
+    return value is None or (type(value) in (int, float) and 0.0 < cast("float", value) <= 1.0)
+
+
+def _is_scale(value: object) -> bool:
+    return type(value) in (int, float) and abs(cast("float", value)) <= MAX_LORA_SCALE
+
+
+def _are_loras(value: object) -> bool:
+    """Whether `value` is a list of a reasonable number of LoRAs."""
+    if not isinstance(value, list) or len(cast("list[object]", value)) > MAX_ENTRIES:
+        return False
+    entries = [cast("dict[str, object]", each) for each in cast("list[object]", value) if isinstance(each, dict)]
+    fit = all(fits(each.get(name)) for each in entries for name, fits in _LORA_KINDS.items())
+    return fit and len(entries) == len(cast("list[object]", value))
+
+
+# A letter takes up to twelve characters of JSON.
+_LONGEST = 12 * (5 * MAX_PROMPT + 2 * MAX_ENTRIES * MAX_WORD)
 # What an older version did not write.
-_OLD: Mapping[str, Any] = MappingProxyType({"unfinished": False, "dtypes": {}})
+_OLD: Mapping[str, Any] = MappingProxyType(
+    {
+        **dict.fromkeys(("start", "start_sha256", "strength", "refine_prompt", "refine_negative")),
+        "unfinished": False,
+        "dtypes": {},
+        "loras": [],
+    }
+)
+_LORA_KINDS: Mapping[str, Callable[[object], bool]] = MappingProxyType(
+    {"file": _is_word, "sha256": _is_word, "scale": _is_scale}
+)
 _KINDS: Mapping[str, Callable[[object], bool]] = MappingProxyType(
     {
-        "plan": _is_text,
-        "prompt": _is_text,
-        "negative": _is_text_or_none,
+        "plan": _is_prompt,
+        "prompt": _is_prompt,
+        "negative": _is_text(MAX_PROMPT, optional=True),
         "seed": _is_whole(0, MAX_SEED),
         "batch": _is_whole(1, MAX_BATCH),
         "image": _is_whole(0, MAX_BATCH - 1),
-        "model": _is_text,
-        "model_fingerprint": _is_text,
-        "upscaler": _is_text,
-        "upscaler_sha256": _is_text_or_none,
-        "device": _is_text,
-        "dtype": _is_text,
-        "vae_dtype": _is_text,
+        "model": _is_word,
+        "model_fingerprint": _is_word,
+        "upscaler": _is_word,
+        "upscaler_sha256": _is_word_or_none,
+        "device": _is_word,
+        "dtype": _is_word,
+        "vae_dtype": _is_word,
         "threads": _is_whole(1, MAX_THREADS),
         "versions": _is_table,
         "unfinished": lambda value: isinstance(value, bool),
         "dtypes": _is_table,
+        "start": _is_word_or_none,
+        "start_sha256": _is_word_or_none,
+        "strength": _is_sigma_or_none,
+        "loras": _are_loras,
+        "refine_prompt": _is_text(MAX_PROMPT, optional=True),
+        "refine_negative": _is_text(MAX_PROMPT, optional=True),
     }
 )
 

@@ -164,7 +164,7 @@ class Calibration:
             data["low_steps_distance"] = tuple((str(s), int(n), float(d)) for s, n, d in data["low_steps_distance"])
             found = cls(**data)
             found.check()
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
             raise MrFlowError(
                 f"this is not a calibration ({first_line(error)}); make one with mrflow calibrate."
             ) from error

@@ -39,6 +39,7 @@ def compare(
     staged_plan: StagedPlan,
     out: Path,
     *,
+    negative_prompt: str | None = None,
     native_plan: StagedPlan | None = None,
     upscaler: PixelUpscaler | None = None,
     save: SaveImage | None = None,
@@ -54,6 +55,7 @@ def compare(
         prompt: What to sample.
         staged_plan: The staged run.
         out: An existing folder.
+        negative_prompt: What the image should not show; None: nothing is said.
         native_plan: The native run; None: `native_plan_of` the staged plan and the engine's family.
         upscaler: What upscales; None: Lanczos.
         save: `save(result, path)` writes an image, in the warm-up too; None writes the first one without a record.
@@ -72,20 +74,21 @@ def compare(
     native_plan = native_plan or native_plan_of(staged_plan, family=engine.family)
     plans = {"native": native_plan, "staged": staged_plan}
     keep = save or _save_first
+    prompts = (prompt, negative_prompt)
     report = callback or _ignore_progress
     with _arriving_together(out, ("native.png", "staged.png", "compare.png")) as draft:
         for name, plan in plans.items():
             words = f"warm-up, {name}"
             path = draft / f"{name}.png"
             _measure(
-                engine, prompt, shortest(plan), upscaler, lambda p, words=words: report(words, p), name, path, keep
+                engine, prompts, shortest(plan), upscaler, lambda p, words=words: report(words, p), name, path, keep
             )
         runs: dict[str, list[Run]] = {name: [] for name in plans}
         for _ in range(repeats):
             for name, plan in plans.items():
                 path = draft / f"{name}.png"
                 runs[name].append(
-                    _measure(engine, prompt, plan, upscaler, lambda p, name=name: report(name, p), name, path, keep)
+                    _measure(engine, prompts, plan, upscaler, lambda p, name=name: report(name, p), name, path, keep)
                 )
         native, staged = (_median_run(runs[name]) for name in ("native", "staged"))
         sheet = _write_sheet(prompt, native, staged, draft / "compare.png")
@@ -144,7 +147,7 @@ def shortest(plan: StagedPlan) -> StagedPlan:
 
 def _measure(
     engine: Engine,
-    prompt: str,
+    prompts: tuple[str, str | None],
     plan: StagedPlan,
     upscaler: PixelUpscaler | None,
     callback: Callable[[Progress], None],
@@ -158,7 +161,8 @@ def _measure(
 
     with PeakMemory(engine.device) as peak:
         begin = time.perf_counter()
-        result = sample_staged(engine, plan, prompt, upscaler=upscaler, callback=callback)
+        text, negative = prompts
+        result = sample_staged(engine, plan, text, negative_prompt=negative, upscaler=upscaler, callback=callback)
         sampled = time.perf_counter()
         save(result, path)
         end = time.perf_counter()

@@ -6,17 +6,20 @@ Every check is one `Finding`; none of them changes anything or loads a model's w
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-from mrflow_sched._runtime.errors import first_line
+from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
 from mrflow_sched.plan.families import FAMILIES
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "examine", "own_import"]
 
 _REQUIRED = ("torch", "diffusers", "transformers", "spandrel", "safetensors", "pillow")
 _OPTIONAL = {
@@ -41,12 +44,13 @@ class Finding:
     good: bool = True
 
 
-def examine(model: str | None = None, upscaler: str | None = None) -> Iterator[Finding]:
+def examine(model: str | None = None, upscaler: str | None = None, *, config: str | None = None) -> Iterator[Finding]:
     """Look at the installation, the devices, and a model folder and an upscaler file where they are named.
 
     Args:
-        model: A diffusers folder; None: not looked at.
+        model: A diffusers folder or a single file; None: not looked at.
         upscaler: A super-resolution file; None: not looked at.
+        config: For a model in a single file: the diffusers folder that describes it.
 
     Yields:
         One finding at a time, as it is made; the rest of them is left out where torch is missing.
@@ -65,7 +69,7 @@ def examine(model: str | None = None, upscaler: str | None = None) -> Iterator[F
         yield _families()
     yield _embedded()
     if model is not None:
-        yield from _model(Path(model))
+        yield _model(Path(model), config)
     if upscaler is not None:
         yield _upscaler(upscaler)
 
@@ -93,19 +97,55 @@ def _devices() -> Iterator[Finding]:
 
 
 def _operators() -> Finding:
-    """Whether torchvision, which diffusers and spandrel import, was made for the torch that is installed."""
+    """Whether torchvision, which diffusers and spandrel import, was made for the torch that is installed.
+
+    This package repairs it for itself, so what a user's own program would see is asked of another process.
+    """
     from mrflow_sched._runtime.torchvision_ops import ensure_ops
 
+    fitting = f"install the torchvision that was made for torch {_version('torch')}"
     try:
         ensure_ops()
         import_module("torchvision")
     except Exception as error:
         return Finding(
+            "torchvision operators", f"torchvision cannot be imported ({first_line(error)}); {fitting}", False
+        )
+    reason = own_import()
+    if reason:
+        return Finding(
             "torchvision operators",
-            f"torchvision cannot be imported ({first_line(error)}); install the one for torch {_version('torch')}",
-            False,
+            f"works inside mrflow only; your own import of diffusers fails ({reason}): {fitting}, or import "
+            "mrflow_sched's MrFlow first",
         )
     return Finding("torchvision operators", "importable")
+
+
+_IMPORT = """
+import importlib
+for name in ("torchvision", "diffusers.pipelines.flux.pipeline_flux"):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        pass
+    except Exception as error:
+        print("reason:", *str(error).split("\\n"))
+        break
+"""
+
+
+@cache
+def own_import() -> str:
+    """Import torchvision and diffusers as a program of the user's would: in a process of its own.
+
+    Returns:
+        Why that fails; empty where it works.
+    """
+    found = subprocess.run(
+        [sys.executable, "-c", _IMPORT], capture_output=True, text=True, check=False, cwd=sys.prefix, timeout=300
+    )
+    said = [line.removeprefix("reason:").strip() for line in found.stdout.splitlines() if line.startswith("reason:")]
+    return shown(said[-1], 160) if said else ""
 
 
 def _families() -> Finding:
@@ -130,60 +170,29 @@ def _embedded() -> Finding:
     return Finding("embedded model", "installed")
 
 
-def _model(folder: Path) -> Iterator[Finding]:
-    """What can be known of a model folder from its small files: its class, its parts, its weights."""
-    import json
+def _model(folder: Path, config: str | None) -> Finding:
+    """What loading a model would find before it reads weights, and the family it would be treated as."""
+    from mrflow_sched.engines.diffusers.folder import check_model, read_layout
 
-    name = f"model {folder}"
+    name = f"model {shown(folder, 200)}"
     try:
-        index = cast("dict[str, Any]", json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
-        kind = str(index["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        text = f"its model_index.json cannot be read ({first_line(error)}); give a local diffusers folder"
-        yield Finding(name, text, False)
-        return
-    import diffusers
-
-    library: Any = diffusers
-    if not hasattr(library, kind):
-        yield Finding(name, f"made for {kind}, which diffusers {_version('diffusers')} does not have; update it", False)
-        return
-    lacking = list(_missing(folder, index))
-    if lacking:
-        yield Finding(name, f"{kind}, but it lacks {', '.join(lacking)}; download all of it", False)
-        return
-    yield _layout(name, kind, folder)
-
-
-def _missing(folder: Path, index: dict[str, Any]) -> Iterator[str]:
-    """Parts that the index names and the folder does not have, and those of them without weights that can be read."""
-    for part, made_by in index.items():
-        if part.startswith("_") or not isinstance(made_by, list) or cast("list[Any]", made_by)[0] is None:
-            continue
-        place = folder / part
-        if not place.is_dir():
-            yield part
-        elif (place / "config.json").is_file() and not any(place.glob("*.safetensors")):
-            yield f"{part}/*.safetensors"
-
-
-def _layout(name: str, kind: str, folder: Path) -> Finding:
-    """The family that the pipeline would be treated as, found on its networks without their weights."""
-    from mrflow_sched.engines.diffusers.folder import read_layout
-
-    try:
-        layout = read_layout(folder)
-    except ValueError as error:
-        return Finding(name, f"{kind}, whose stages cannot be run: {first_line(error)}", False)
+        kind = check_model(folder, config)["_class_name"]
+        layout = read_layout(folder, config=config)
+    except MrFlowError as error:
+        return Finding(name, str(error).removesuffix("."), False)
     mark = ", experimental" if layout.experimental else ""
     return Finding(name, f"{kind}, family {layout.family.name} ({layout.family.title}){mark}")
 
 
 def _upscaler(file: str) -> Finding:
+    from mrflow_sched.upscaling.lanczos import LanczosUpscaler
     from mrflow_sched.upscaling.load import load_upscaler
 
     try:
-        upscaler: Any = load_upscaler(file, device="cpu")
+        upscaler = load_upscaler(file, device="cpu")
     except (ValueError, OSError, MemoryError) as error:
-        return Finding(f"upscaler {file}", first_line(error), False)
-    return Finding(f"upscaler {file}", f"{upscaler.model.architecture.name}, x{upscaler.scale}")
+        reason = str(error).removesuffix(".") if isinstance(error, MrFlowError) else first_line(error)
+        return Finding(f"upscaler {shown(file, 200)}", reason, False)
+    if isinstance(upscaler, LanczosUpscaler):
+        return Finding(f"upscaler {shown(file, 200)}", "resampling without a model, which adds no detail")
+    return Finding(f"upscaler {shown(file, 200)}", f"{upscaler.model.architecture.name}, x{upscaler.scale}")

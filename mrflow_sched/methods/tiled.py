@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mrflow_sched.plan.tiles import cells
+from mrflow_sched.sampling.answers import float_tensor
 from mrflow_sched.sampling.engine import Capabilities, capabilities_of
 from mrflow_sched.sampling.method import Wrapper
 from mrflow_sched.upscaling.blend import feathered
@@ -92,6 +93,8 @@ class TiledEngine:
                     self._cancel()
                 area = (..., slice(top * each, bottom * each), slice(left * each, right * each))
                 mask = (rows[:, None] * columns).to(x)
-                total[area] += mask * self._engine.denoise(x[area].contiguous(), sigma, text, guidance=guidance)
+                tile = x[area].contiguous()
+                answer = self._engine.denoise(tile, sigma, text, guidance=guidance)
+                total[area] += mask * float_tensor(answer, tile.shape, self._engine, "denoise")
                 weight[area] += mask
         return total / weight

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, TypeVar
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
-from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.plan.families import Family
+from mrflow_sched._runtime.errors import MrFlowError, quoted
+
+if TYPE_CHECKING:
+    from mrflow_sched.plan.families import Family
 
 SeedRule = Literal["offset", "hash"]
 Posterior = Literal["mode", "sample"]
@@ -14,6 +17,8 @@ Number = TypeVar("Number", int, float)
 
 MIN_FACTOR, MAX_FACTOR = 1.25, 4.0
 MAX_SIDE = 32768
+MAX_FIRST_PIXELS = 2**26
+"""The largest stage 1 in pixels, 8192x8192: it starts from noise, whose size is not bounded by any picture."""
 LEAST_TILE = 64
 MAX_STEPS = 1000
 MAX_STAGES = 8
@@ -43,7 +48,9 @@ def check_whole(value: object, name: str, low: int, high: int | None = None, adv
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         span = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise MrFlowError(f"{name} must be a whole number {span}, got {value!r}{f'; {advice}' if advice else ''}.")
+        raise MrFlowError(
+            f"{name} must be a whole number {span}, got {quoted(value)}{f'; {advice}' if advice else ''}."
+        )
 
 
 def check_side(value: object, name: str) -> None:
@@ -83,9 +90,10 @@ def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
     Raises:
         MrFlowError: `interval` is anything else.
     """
-    low, high = interval
+    ends = listed(interval)
+    low, high = cast("tuple[float, float]", ends if len(ends) == 2 else (None, None))
     if not (is_number(low) and is_number(high) and 0.0 <= low < high <= 1.0):
-        raise MrFlowError(f"guidance_interval must be two sigmas, 0 <= low < high <= 1, got {interval!r}.")
+        raise MrFlowError(f"guidance_interval must be two sigmas, 0 <= low < high <= 1, got {quoted(interval)}.")
     return float(low), float(high)
 
 
@@ -102,26 +110,71 @@ def check_tile(tile: int, family: Family | None = None) -> None:
     check_whole(tile, "tile", 0, MAX_SIDE)
     least = LEAST_TILE if family is None else max(LEAST_TILE, round(family.min_low_side / 2))
     if 0 < tile < least:
-        raise MrFlowError(f"tile must be 0 (none) or {least} pixels and more a side, got {tile!r}.")
+        raise MrFlowError(f"tile must be 0 (none) or {least} pixels and more a side, got {quoted(tile)}.")
 
 
-def check_number(value: object, name: str, low: float, high: float) -> None:
-    """Refuse what is not a number in a range; NaN and infinity are refused.
+def checked_number(value: object, name: str, low: float, high: float, advice: str = "") -> float:
+    """A number in a range as a float; NaN and infinity are in none.
 
     Args:
         value: The value that came.
         name: The argument's name, for the refusal.
         low: The smallest value allowed.
         high: The largest.
+        advice: Ends the refusal, after a semicolon.
+
+    Returns:
+        The same number.
 
     Raises:
         MrFlowError: `value` is not an int or a float from `low` to `high`.
     """
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-        raise MrFlowError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}.")
+    if not is_number(value) or not low <= cast("float", value) <= high:
+        more = f"; {advice}" if advice else ""
+        raise MrFlowError(f"{name} must be a number from {low:g} to {high:g}, got {quoted(value)}{more}.")
+    return float(cast("float", value))
 
 
-def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
+def listed(value: object) -> Sequence[object]:
+    """The items of a list or a tuple.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The items in order; none for anything that is no list or tuple.
+    """
+    return cast("Sequence[object]", value) if isinstance(value, (tuple, list)) else ()
+
+
+def checked_numbers(values: object, name: str, most: int) -> tuple[float, ...]:
+    """Several numbers as floats.
+
+    Args:
+        values: A list, a tuple, an array or a tensor of one axis.
+        name: The argument's name, for the refusal.
+        most: How many there may be.
+
+    Returns:
+        The same numbers; NaN and infinity are let through.
+
+    Raises:
+        MrFlowError: `values` is no such thing, holds something else than numbers, or too many.
+    """
+    wrong = MrFlowError(f"{name} must be a list of numbers, got {quoted(values)}.")
+    try:
+        given = list(islice(cast("Iterable[object]", values), most + 1))
+        if isinstance(values, (str, bytes)) or any(isinstance(each, (str, bytes, bool)) for each in given):
+            raise wrong
+        numbers = tuple(float(cast("float", each)) for each in given)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise wrong from None
+    if len(numbers) > most:
+        raise MrFlowError(f"{name} must hold at most {most} numbers, got more, beginning {quoted(values)}.")
+    return numbers
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
     """Refuse a word that is not one of several.
 
     Args:
@@ -132,5 +185,5 @@ def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
     Raises:
         MrFlowError: `value` is not among `choices`.
     """
-    if value not in choices:
-        raise MrFlowError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")
+    if not isinstance(value, str) or value not in choices:
+        raise MrFlowError(f"{name} must be {' or '.join(map(repr, choices))}, got {quoted(value)}.")

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
+from mrflow_sched.plan.checks import check_whole, checked_number
 from mrflow_sched.plan.families import FAMILIES, Family
 from mrflow_sched.plan.families.base import PixelCost
 from mrflow_sched.plan.stages import Stage, StagedPlan
@@ -24,9 +25,15 @@ UPSCALER_FLOP: Mapping[str, float] = {"x2": 8.966e6, "x4": 3.5854e7, "demo": 2.7
 """FLOP per pixel of the small image: RRDBNet of 23 blocks (RealESRGAN x2plus, x4plus), the embedded model's, none."""
 
 
+MAX_SECONDS = 1e7
+"""The longest part of a run, in seconds, that can be predicted from."""
+_MAX_UPSCALER_FLOP = 1e12
+_MAX_BATCH = 10**6
 _UPSCALER_ALIVE = 260.0
 """Bytes alive at once per pixel of the upscaled image in an RRDBNet of 64 channels, 16 bits."""
-_UPSCALER_WEIGHTS = 1.67e7
+_UPSCALER_WEIGHTS: Mapping[str, float] = {"x2": 1.67e7, "x4": 1.67e7, "demo": 3.7e5, "lanczos": 0.0}
+_LATENT_COPIES = 5
+"""Latents alive in a step: the state, the noise, two velocities and the denoised image, in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +129,14 @@ class Peak:
         total: Bytes.
         name: The part that needs them.
         weights: Bytes of weights among them, of parts at work and of parts that wait.
+        counted: Every part was counted; False: what the network needs beside its weights is left out, and its weights
+            are taken as the fewest that its FLOP allow.
     """
 
     total: float
     name: str
     weights: float
+    counted: bool
 
 
 def peak_memory(
@@ -134,45 +144,57 @@ def peak_memory(
     family: Family | None = None,
     *,
     batch: int = 1,
-    weight_bytes: float = 2.0,
+    value_bytes: float = 2.0,
+    weight_bytes: float | None = None,
     offload: bool = False,
     vae_tile: int | None = None,
     upscaler_tile: int | None = None,
 ) -> Peak | None:
-    """The highest memory use on the device of a run in 16 bits.
+    """The highest memory use on the device of a run.
 
-    Text encoders are taken as gone. Workspaces and fragmentation, which no count sees, come on top: expect some 10 %
-    more.
+    The network sees the whole batch at once, VAE and upscaler one image after the other. Text encoders are taken as
+    gone. Workspaces and fragmentation, which no count sees, come on top: expect some 10 % more.
 
     Args:
         plan: The plan.
         family: Its family; None: the known one of its name.
         batch: Images that are made at once.
-        weight_bytes: Bytes per weight of the network: 2 in 16 bits, 1 in 8, 0.55 in 4 with their scales.
+        value_bytes: Bytes per number of all parts: 2 in 16 bits, 4 in float32.
+        weight_bytes: Bytes per weight of the network, where they differ: 1 in 8 bits, 0.55 in 4 with their scales.
         offload: Only the part at work is kept on the device; False: network, VAE and upscaler all are.
         vae_tile: Side in pixels of the VAE's tiles, of the image at work; None: whole images.
         upscaler_tile: Side in pixels of the upscaler's tiles, of the upscaled image; None: whole images.
 
     Returns:
-        The part that needs most; None for a family whose network was not counted.
+        The part that needs most; None for a family that is not in the table.
+
+    Raises:
+        MrFlowError: A number is out of its range.
     """
+    check_whole(batch, "batch", 1, _MAX_BATCH)
+    checked_number(value_bytes, "value_bytes", 0, 8)
     known = FAMILIES.get(plan.family) if family is None else family
     parts = None if known is None else part_costs(plan, known)
-    network = None if known is None else known.network_cost
-    if known is None or parts is None or network is None:
+    if known is None or parts is None:
         return None
-    vae = known.vae_cost
-    held = {"sample": network.weights * weight_bytes, "vae": 2 * vae.weights if vae else 0.0}
-    held["upscale"] = 2 * _UPSCALER_WEIGHTS
+    network, vae = known.network_cost, known.vae_cost
+    weights = known.linear_cost / 2 if network is None else network.weights  # a multiply-add for each weight
+    held = {
+        "sample": weights * (value_bytes if weight_bytes is None else weight_bytes),
+        "vae": value_bytes * vae.weights if vae else 0.0,
+        "upscale": value_bytes * _UPSCALER_WEIGHTS[known.usual_upscaler] if len(plan.stages) > 1 else 0.0,
+    }
+    latents = _LATENT_COPIES * 4 * known.latent_channels / known.vae_factor**2
     found: list[Peak] = []
     for part in parts:
         kind = "sample" if part.name.endswith("sample") else "upscale" if part.name == "upscale" else "vae"
         tile = {"sample": None, "upscale": upscaler_tile, "vae": vae_tile}[kind]
         pixels = part.pixels if tile is None else min(part.pixels, tile**2)
-        alive = (part.alive or 0.0) * pixels / part.pixels * (1 if kind == "vae" else batch)
-        kept = batch * part.pixels * 3 * 4 * 2  # images in float32: the one before and the one after
-        weights = held[kind] if offload else sum(held.values())
-        found.append(Peak(weights + alive + kept, part.name, weights))
+        alive = (part.alive or 0.0) * pixels / part.pixels * value_bytes / 2 * (batch if kind == "sample" else 1)
+        # The images before and after a part in float32, and the latents beside them.
+        kept = batch * part.pixels * (3 * 4 * 2 + (latents if kind == "sample" else 0.0))
+        at_work = held[kind] if offload else sum(held.values())
+        found.append(Peak(at_work + alive + kept, part.name, at_work, network is not None))
     return max(found, key=lambda peak: peak.total)
 
 
@@ -222,13 +244,17 @@ class Speeds:
             The machine's speeds, for `predict`.
 
         Raises:
-            MrFlowError: A part is missing, there is one size only, or the family or the upscaler is unknown.
+            MrFlowError: A part is missing, a number is not from 0 to `MAX_SECONDS`, there is one size
+                only, or the family or the upscaler is unknown.
         """
         parts = part_costs(plan, family, upscaler=upscaler)
         if parts is None:
             raise MrFlowError(
                 f"the cost of family {plan.family} is unknown; give its Family, or measure with one of FAMILIES."
             )
+        taken = {
+            name: checked_number(value, f"seconds[{quoted(name)}]", 0, MAX_SECONDS) for name, value in seconds.items()
+        }
         missing = [part.name for part in parts if part.name not in seconds]
         if missing:
             raise MrFlowError(f"seconds has no {missing[0]!r}; give every part of the plan that was run.")
@@ -237,14 +263,14 @@ class Speeds:
             raise MrFlowError(
                 f"seconds holds {len(sampled)} sampled stages; measure a plan of two stages of different size."
             )
-        low, high = ((part.flop / part.calls, seconds[part.name] / part.calls) for part in sampled)
+        low, high = ((part.flop / part.calls, taken[part.name] / part.calls) for part in sampled)
         slope = max((high[1] - low[1]) / (high[0] - low[0]), 1e-30)
         named = {part.name for part in parts}
 
         def rate(kind: str) -> float:
             alike = [part for part in parts if part.name.endswith(kind) and part.flop > 0]
             work = sum(part.flop for part in alike)
-            return sum(seconds[part.name] for part in alike) / work if work else 0.0
+            return sum(taken[part.name] for part in alike) / work if work else 0.0
 
         return cls(
             network=slope,
@@ -252,7 +278,7 @@ class Speeds:
             decode=rate("decode"),
             encode=rate("encode"),
             upscale=rate("upscale"),
-            other=sum(value for name, value in seconds.items() if name not in named),
+            other=sum(value for name, value in taken.items() if name not in named),
         )
 
     def predict(
@@ -292,9 +318,9 @@ def _upscaler_flop(upscaler: str | float) -> float:
     if isinstance(upscaler, str):
         if upscaler not in UPSCALER_FLOP:
             known = ", ".join(UPSCALER_FLOP)
-            raise MrFlowError(f"upscaler must be one of {known}, or FLOP per pixel, got {upscaler!r}.")
+            raise MrFlowError(f"upscaler must be one of {known}, or FLOP per pixel, got {quoted(upscaler)}.")
         return UPSCALER_FLOP[upscaler]
-    return upscaler
+    return checked_number(upscaler, "upscaler", 0, _MAX_UPSCALER_FLOP)
 
 
 def _sampling(name: str, stage: Stage, tiles: Sequence[int], family: Family) -> PartCost:

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.plan.checks import (
     MAX_STAGES,
     MAX_STEPS,
     Number,
+    check_side,
     check_tile,
+    listed,
 )
 from mrflow_sched.plan.families import Family, ShiftRule, get_family
+from mrflow_sched.plan.families.base import steps_in
 from mrflow_sched.plan.notes import plan_notes
 from mrflow_sched.plan.options import OPTIONS, MadeOptions, NativeOptions, PlanOptions, check_options
 from mrflow_sched.plan.recipes import explicit_recipe, sigmas_from_recipe
@@ -25,7 +28,7 @@ from mrflow_sched.plan.schedule import (
     mu_for_tokens,
     validate_sigmas,
 )
-from mrflow_sched.plan.sizes import handoff_factors, snap_size, stage_sizes, tokens_of
+from mrflow_sched.plan.sizes import covering_size, handoff_factors, stage_sizes, tokens_of
 from mrflow_sched.plan.solver_table import evaluated_sigmas, solver_evaluations
 from mrflow_sched.plan.stages import Stage, StagedPlan
 
@@ -47,7 +50,9 @@ def make_plan(
         family: A name of `FAMILIES`, or a `Family` of your own.
         width: Width in pixels of the final image, 1 to 32768; rounded to the family's grid.
         height: Height in pixels, likewise.
-        preset: Where to start from ("12+1", "fast", "best"; None: the family's default). Options override its numbers.
+        preset: Where to start from: "fast", "balanced", "best", another preset of the family such as "text", or any
+            "N+M", the steps of stage 1 and of the later ones ("10+1"; with "10+1+2" there are three stages). None: the
+            family's default. Options override its numbers.
         **options: What else to decide, see `options.OPTIONS`: each with its type, range and meaning. None is the same
             as leaving an option out. `stages` is the number of stages and `factor` the size step between them: 2048 px
             with factor 2 and 3 stages runs at 512, 1024 and 2048. `refine_steps` and `sigma` take one value, or one per
@@ -61,7 +66,7 @@ def make_plan(
         MrFlowError: An option is unknown, out of range, or does not go with another one.
     """
     known = family if isinstance(family, Family) else get_family(family)
-    given = cast("PlanOptions", check_options({"preset": preset, **options}))
+    given = _spelled_out(cast("PlanOptions", check_options({"preset": preset, **options})))
     if given.get("native"):
         return _native_by_options(known, width, height, given)
     if "steps" in given:
@@ -91,6 +96,18 @@ def make_native_plan(family: str | Family, width: int, height: int, **options: U
     return _native_by_options(known, width, height, given)
 
 
+def _spelled_out(given: PlanOptions) -> PlanOptions:
+    """The options with a preset such as "10+1+2", which has a count for each of several later stages, as options."""
+    low, *refine = steps_in(given.get("preset", "") or "") or (0,)
+    if len(refine) < 2:
+        return given
+    counts: PlanOptions = {"low_steps": low, "refine_steps": refine}
+    if "factors" not in given:
+        counts["stages"] = len(refine) + 1
+    kept = cast("PlanOptions", {name: value for name, value in given.items() if name != "preset"})
+    return {**counts, **kept}
+
+
 def _native_by_options(family: Family, width: int, height: int, given: PlanOptions) -> StagedPlan:
     for name, value in given.items():
         option = OPTIONS[name]
@@ -98,9 +115,9 @@ def _native_by_options(family: Family, width: int, height: int, given: PlanOptio
             taken = ", ".join(
                 other for other, each in OPTIONS.items() if each.applies != "staged" and other != "native"
             )
-            raise MrFlowError(f"native=True plans one stage and takes {taken}; leave {name}={value!r} out.")
+            raise MrFlowError(f"native=True plans one stage and takes {taken}; leave {name}={quoted(value)} out.")
     _check_first(family, given, "steps")
-    size = snap_size(family, width, height)
+    size = covering_size(family, width, height)
     count, scale = _or(given.get("steps"), family.native_steps), _or(given.get("guidance"), family.guidance)
     solver = _or(given.get("solver"), "euler")
     stage = _first_stage(family, size, count, tokens_of(family, size), solver, scale, given)
@@ -134,13 +151,30 @@ def make_sized_plan(
         MrFlowError: As in `make_plan`, or `sizes` does not hold 2 to 8 stages.
     """
     given = cast("PlanOptions", check_options(options, "make_sized_plan"))
+    wanted = _checked_sizes(sizes)
+    asked = _checked_size(requested, "requested")
     clash = [name for name in ("factor", "factors", "stages", "native", "steps") if name in given]
     if clash:
-        raise MrFlowError(f"{clash[0]} has no meaning where sizes={tuple(sizes)!r} are given; leave it out.")
-    if not 2 <= len(sizes) <= MAX_STAGES:
-        raise MrFlowError(f"sizes must hold 2 to {MAX_STAGES} stages, got {len(sizes)}.")
-    plan = _staged_plan(family, sizes, requested, given)
+        raise MrFlowError(f"{clash[0]} has no meaning where sizes={quoted(wanted)} are given; leave it out.")
+    plan = _staged_plan(family, wanted, asked, given)
     return replace(plan, notes=plan_notes(plan, family, stretches=stretches, grid=grid))
+
+
+def _checked_sizes(sizes: object) -> list[tuple[int, int]]:
+    found = listed(sizes)
+    if not 2 <= len(found) <= MAX_STAGES:
+        raise MrFlowError(f"sizes must hold the sizes of 2 to {MAX_STAGES} stages, got {quoted(sizes)}.")
+    return [_checked_size(size, f"sizes[{number}]") for number, size in enumerate(found)]
+
+
+def _checked_size(size: object, name: str) -> tuple[int, int]:
+    sides = listed(size)
+    if len(sides) != 2:
+        raise MrFlowError(f"{name} must be (width, height) in pixels, got {quoted(size)}.")
+    for side in sides:
+        check_side(side, name)
+    width, height = cast("tuple[int, int]", sides)
+    return width, height
 
 
 def _staged_plan(
@@ -246,11 +280,12 @@ def _check_first(family: Family, given: PlanOptions, counted: Literal["low_steps
 
 def _whole_sigmas(sigmas: Sequence[float]) -> Sigmas:
     """The sigmas of a whole stage 1 with their final 0. Raises MrFlowError for anything else."""
-    made = validate_sigmas((*sigmas, 0.0) if sigmas and sigmas[-1] != 0.0 else sigmas, "sigmas")
+    whole = (*sigmas, 0.0) if sigmas and sigmas[-1] != 0.0 else sigmas
+    if len(whole) > MAX_STEPS + 1:
+        raise MrFlowError(f"sigmas must make at most {MAX_STEPS} steps, got {len(whole) - 1}.")
+    made = validate_sigmas(whole, "sigmas")
     if made[0] != 1.0:
         raise MrFlowError(f"sigmas must start at 1, which is pure noise, got {made[0]!r}.")
-    if len(made) - 1 > MAX_STEPS:
-        raise MrFlowError(f"sigmas must make at most {MAX_STEPS} steps, got {len(made) - 1}.")
     return made
 
 
@@ -370,5 +405,5 @@ def _one_per_stage(value: Number | Sequence[Number], count: int, name: str) -> t
     if not isinstance(value, Sequence):
         return (value,) * count
     if len(value) != count:
-        raise MrFlowError(f"{name} must be one number or {count} (one per later stage), got {value!r}.")
+        raise MrFlowError(f"{name} must be one number or {count} (one per later stage), got {quoted(value)}.")
     return tuple(value)

@@ -13,6 +13,10 @@ from mrflow_sched.plan.sizes import fit_box
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage, StagedPlan
 
+LEAST_TOKENS = 64
+"""An image of fewer tokens, such as 128x128 where one covers 16x16 pixels, holds no picture."""
+MOST_GUIDANCE = 3
+"""Guidance of stage 1 above this many times the usual scale is noted; at 4 times the embedded model draws grids."""
 # Start sigmas outside this range have only been seen to fail (docs/method.md, section 5.1): a note says so.
 USUAL_SIGMA = (0.02, 0.6)
 # Noted where stage 1 has more than this many times the native area: FLUX.1's makers state up to two megapixels; other
@@ -45,6 +49,8 @@ def plan_notes(
     """
     known = FAMILIES.get(plan.family) if family is None else family
     notes = [*size_notes(plan, known, stretches=stretches, grid=grid), *_refine_notes(plan)]
+    if known is not None:
+        notes.extend(_guidance_notes(plan, known))
     if known is not None and len(plan.stages) > 1 and known.prediction != "flow":
         notes.append(
             f"{known.title} is not a flow model: sigmas are converted at equal signal-to-noise ratio, which the "
@@ -53,6 +59,53 @@ def plan_notes(
     if len(plan.stages) > 1 and plan.cost_ratio < 1.0:
         notes.append(f"This plan costs {1 / plan.cost_ratio:.2f} times as much as {plan.native_steps} native steps.")
     return tuple(notes)
+
+
+def image_notes(plan: StagedPlan, width: int, height: int, strength: float | None = None) -> tuple[str, ...]:
+    """What a user should know about an image that a plan starts from.
+
+    Args:
+        plan: The plan.
+        width: Width of the image in pixels, as it was given.
+        height: Its height.
+        strength: The sigma at which stage 1 starts from it; None: it replaces stage 1.
+
+    Returns:
+        Sentences for the user, often none.
+    """
+    stages = plan.stages
+    target = stages[0] if strength is not None else stages[min(1, len(stages) - 1)]
+    crop = fitting_note(f"The image of {width}x{height}", (width, height), (target.width, target.height))
+    notes = [] if crop is None else [crop]
+    refined = stages[1].start_sigma if len(stages) > 1 and stages[1].sigmas else 0.0
+    if strength is not None and strength < refined:
+        notes.append(
+            f"strength={strength:g} is below the sigma {refined:g} at which the refine stage starts, which changes the "
+            "image more than stage 1 does; lower sigma too, or leave strength out."
+        )
+    return tuple(notes)
+
+
+def fitting_note(what: str, size: tuple[int, int], target: tuple[int, int]) -> str | None:
+    """What is lost where an image of one shape is fitted to another.
+
+    Args:
+        what: Names the image at the beginning of the sentence.
+        size: Its (width, height) in pixels.
+        target: The (width, height) that it fills.
+
+    Returns:
+        A sentence for the user; None where the shapes agree and nothing is cropped.
+    """
+    width, height, _, _ = fit_box(*size, *target)
+    if (width, height) == target:
+        return None
+    share = 1.0 - math.prod(target) / (width * height)
+    return (
+        f"{what} is not shaped like {target[0]}x{target[1]}"
+        f": it is {'upscaled' if width > size[0] else 'resized'} to {width}x{height} and cropped at the centre, "
+        f"losing {share:.1%} of the image."
+    )
 
 
 def size_notes(
@@ -70,18 +123,20 @@ def size_notes(
         Sentences for the user, often none.
     """
     multiple = grid if grid is not None or family is None else family.grid
-    notes = [*_rounding_notes(plan, stretches, multiple), *([] if family is None else _range_notes(plan, family))]
+    trimmed = grid is None and not stretches
+    notes = [
+        *_rounding_notes(plan, stretches, multiple, trimmed),
+        *([] if family is None else _range_notes(plan, family)),
+    ]
     return tuple(notes)
 
 
-def _rounding_notes(plan: StagedPlan, stretches: bool, grid: int | None) -> list[str]:
+def _rounding_notes(plan: StagedPlan, stretches: bool, grid: int | None, trimmed: bool) -> list[str]:
     notes: list[str] = []
     if (plan.width, plan.height) != (plan.requested_width, plan.requested_height):
         where = "on the model's grid" if grid is None else f"in multiples of {grid} pixels"
-        notes.append(
-            f"The requested {plan.requested_width}x{plan.requested_height} is made at {plan.width}x{plan.height}, "
-            f"the nearest size {where}."
-        )
+        made = f"The requested {plan.requested_width}x{plan.requested_height} is made at {plan.width}x{plan.height}, "
+        notes.append(made + (f"{where}, and trimmed at its edges." if trimmed else f"the nearest size {where}."))
     for number, (small, large) in enumerate(pairwise(plan.stages), start=2):
         scale = max(large.width / small.width, large.height / small.height)
         if not MIN_FACTOR <= scale <= MAX_FACTOR:
@@ -94,14 +149,8 @@ def _rounding_notes(plan: StagedPlan, stretches: bool, grid: int | None) -> list
 
 
 def _crop_note(number: int, small: Stage, large: Stage) -> str | None:
-    width, height, _, _ = fit_box(small.width, small.height, large.width, large.height)
-    if (width, height) == (large.width, large.height):
-        return None
-    share = 1.0 - large.width * large.height / (width * height)
-    return (
-        f"Stage {number - 1} at {small.width}x{small.height} is not shaped like {large.width}x{large.height}"
-        f": it is upscaled to {width}x{height} and cropped at the centre, losing {share:.1%} of the image."
-    )
+    size = (small.width, small.height)
+    return fitting_note(f"Stage {number - 1} at {small.width}x{small.height}", size, (large.width, large.height))
 
 
 def _stretch_note(number: int, small: Stage, large: Stage) -> str | None:
@@ -125,13 +174,29 @@ def _range_notes(plan: StagedPlan, family: Family) -> list[str]:
             f"that {family.title} is made for; expect repeated content, "
             "or choose a smaller size, a larger factor or more stages."
         )
-    if len(plan.stages) > 1 and math.sqrt(first.width * first.height) < SIDE_SLACK * family.min_low_side:
+    if first.tokens < LEAST_TOKENS:
+        count = "1 token" if first.tokens == 1 else f"{first.tokens} tokens"
+        notes.append(
+            f"Stage 1 at {first.width}x{first.height} has {count}, too few to draw anything in; "
+            "choose a larger size, a smaller factor or fewer stages."
+        )
+    elif len(plan.stages) > 1 and math.sqrt(first.width * first.height) < SIDE_SLACK * family.min_low_side:
         notes.append(
             f"Stage 1 at {first.width}x{first.height} is smaller than the {family.min_low_side} px square "
             f"below which {family.title} is out of its range; expect weaker composition, "
             "or choose a larger size or a smaller factor."
         )
     return notes
+
+
+def _guidance_notes(plan: StagedPlan, family: Family) -> list[str]:
+    scale, most = plan.stages[0].guidance, MOST_GUIDANCE * family.guidance
+    if family.guidance_kind == "none" or 1.0 <= scale <= most:
+        return []
+    return [
+        f"Guidance {scale:g} is far from the {family.guidance:g} that {family.title} is made for; expect a spoiled "
+        f"image, or choose 1 to {most:g}."
+    ]
 
 
 def _refine_notes(plan: StagedPlan) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypedDict, cast, get_args, get_origin, get_type_hints
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted, shown
 from mrflow_sched.plan.checks import (
     MAX_FACTOR,
     MAX_GUIDANCE,
@@ -80,15 +80,15 @@ class Option:
         """
         if self.kind in ("interval", "numbers"):
             self._check_list(value)
-        elif self.per_stage and isinstance(value, Sequence) and not isinstance(value, str):
+        elif self.per_stage and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
             for each in cast("Sequence[object]", value):
                 self._check_one(each)
         else:
             self._check_one(value)
 
     def _check_list(self, value: object) -> None:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise MrFlowError(f"{self.name} must be a list of numbers, got {value!r}{self._end}")
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            raise MrFlowError(f"{self.name} must be a list of numbers, got {quoted(value)}{self._end}")
         if self.kind == "interval":
             checked_interval(cast("tuple[float, float]", value))
         elif self.low is not None:
@@ -106,7 +106,7 @@ class Option:
             "flag": isinstance(value, bool),
         }
         if not right[self.kind] or not self._in_range(value):
-            raise MrFlowError(f"{self.name} must {self._allowed}, got {value!r}{self._end}")
+            raise MrFlowError(f"{self.name} must {self._allowed}, got {quoted(value)}{self._end}")
 
     def _in_range(self, value: Any) -> bool:
         if self.low is None or self.high is None:
@@ -122,9 +122,9 @@ class Option:
             return f"be {words or 'text'}"
         if self.kind == "flag":
             return "be True or False"
-        ends = f"{_shown(self.low)} and {_shown(self.high)}" if self.open_range else ""
+        ends = f"{_written(self.low)} and {_written(self.high)}" if self.open_range else ""
         count = "whole number" if self.kind == "whole" else "number"
-        numbers = f"lie between {ends}" if ends else f"be a {count} from {_shown(self.low)} to {_shown(self.high)}"
+        numbers = f"lie between {ends}" if ends else f"be a {count} from {_written(self.low)} to {_written(self.high)}"
         return f"be {words} or {numbers.removeprefix('be ')}" if words else numbers
 
     @property
@@ -132,7 +132,7 @@ class Option:
         return f"; {self.advice}." if self.advice else "."
 
 
-def _shown(value: float | None) -> str:
+def _written(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
@@ -295,7 +295,11 @@ class PlanOptions(MadeOptions, total=False):
 
     preset: Annotated[
         str | None,
-        Option(help="fast, balanced, best, or low-size steps + full-size steps, for example 12+1", metavar="NAME"),
+        Option(
+            help="fast, balanced, best, text (for lettering), or any low-size steps + full-size steps such as 10+1; "
+            "`mrflow families` lists what each is for",
+            metavar="NAME",
+        ),
     ]
 
 
@@ -353,7 +357,7 @@ def check_options(options: Mapping[str, Any], function: str = "make_plan") -> di
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, OPTIONS, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(OPTIONS)}."
-            raise MrFlowError(f"{name} is no option of {function}; {hint}")
+            raise MrFlowError(f"{shown(name)} is no option of {function}; {hint}")
         if value is not None:
             OPTIONS[name].check(value)
             given[name] = value

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import cast
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted, shown
+from mrflow_sched.plan.checks import MAX_STEPS
 from mrflow_sched.plan.schedule import (
     Sigmas,
     beta_sigmas,
@@ -18,11 +20,9 @@ from mrflow_sched.plan.schedule import (
 
 __all__ = ["explicit_recipe", "read_number", "sigmas_from_recipe"]
 
-# Recipes come from image metadata, which anyone can write: keep a hostile one from filling memory.
-_MAX_STEPS = 1000
+_MOST_NUMBERS = 4
 
 
-@lru_cache(maxsize=64)
 def sigmas_from_recipe(recipe: str) -> Sigmas:
     """Make the schedule that a recipe describes: a kind, then words. Numbers are written in full precision.
 
@@ -44,22 +44,38 @@ def sigmas_from_recipe(recipe: str) -> Sigmas:
     Raises:
         MrFlowError: `recipe` is none of these.
     """
-    shown = recipe if len(recipe) <= 60 else f"{recipe[:57]}..."
-    kind, *words = recipe.split(" ")
+    if not isinstance(cast("object", recipe), str):
+        raise MrFlowError(f"recipe must be text such as 'native 12 mu=0.63', got {quoted(recipe)}.")
+    return _made(recipe)
+
+
+@lru_cache(maxsize=64)
+def _made(recipe: str) -> Sigmas:
+    # Recipes come from image metadata, which anyone can write: a hostile one must not fill memory.
+    kind, *words = recipe.split(" ", MAX_STEPS + 2)
+    if kind == "list":
+        if len(words) > MAX_STEPS + 1:
+            raise MrFlowError(f"recipe {quoted(recipe)} holds more than {MAX_STEPS} steps.")
+        return validate_sigmas([read_number(word) for word in words])
+    if kind == "none":
+        if words:
+            raise MrFlowError(f"recipe 'none' takes no values, got {quoted(recipe)}.")
+        return ()
+    if not words or not re.fullmatch(r"[0-9]+", words[0]):
+        raise MrFlowError(f"recipe {quoted(recipe)} lacks its number of steps; see sigmas_from_recipe for the forms.")
+    steps, numbers = int(words[0][:9]), _numbers(words[1 : _MOST_NUMBERS + 2])
+    if steps > MAX_STEPS:
+        raise MrFlowError(f"recipe {quoted(recipe)} asks for more than {MAX_STEPS} steps.")
     try:
-        if kind in ("list", "none"):
-            values = [read_number(word) for word in words[: _MAX_STEPS + 2]]
-            if len(values) > _MAX_STEPS + 1:
-                raise MrFlowError(f"recipe {kind!r} holds more than {_MAX_STEPS} steps.")
-            return validate_sigmas(values) if kind == "list" else _no_values(values)
-        steps, numbers = int(words[0][:9]), _numbers(words[1:9])
-        if steps > _MAX_STEPS:
-            raise MrFlowError(f"recipe {shown!r} asks for more than {_MAX_STEPS} steps.")
         made = _from_numbers(kind, steps, numbers)
-    except (IndexError, KeyError) as error:
-        raise MrFlowError(f"recipe {shown!r} lacks a number; see sigmas_from_recipe for the forms.") from error
+    except KeyError as error:
+        raise MrFlowError(
+            f"recipe {quoted(recipe)} lacks {error.args[0]}; see sigmas_from_recipe for the forms."
+        ) from error
     if numbers:
-        raise MrFlowError(f"recipe {shown!r} has a number that {kind} schedules do not take: {next(iter(numbers))}.")
+        raise MrFlowError(
+            f"recipe {quoted(recipe)} has a number that {kind} schedules do not take: {quoted(next(iter(numbers)))}."
+        )
     return made
 
 
@@ -75,7 +91,7 @@ def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
     if kind in ("linear", "shifted"):
         return refine_sigmas(numbers.pop("start"), steps, kind)
     raise MrFlowError(
-        f"recipe must begin with native, beta, scaled-linear, zero-snr, linear, shifted, list or none: {kind!r}."
+        f"recipe must begin with native, beta, scaled-linear, zero-snr, linear, shifted, list or none: {quoted(kind)}."
     )
 
 
@@ -92,22 +108,18 @@ def read_number(text: str) -> float:
         MrFlowError: `text` is anything else.
     """
     if not re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,20})?(e[+-]?[0-9]{1,3})?", text):
-        raise MrFlowError(f"{text[:60]!r} is not a number")
+        raise MrFlowError(f"{quoted(text)} is not a number")
     return float(text)
 
 
 def _numbers(words: Sequence[str]) -> dict[str, float]:
     pairs = [word.partition("=") for word in words]
     found = {name: read_number(value) for name, _, value in pairs}
-    if len(found) < len(pairs):
-        raise MrFlowError(f"the recipe has a number twice: {', '.join(name for name, *_ in pairs)}.")
+    if len(found) < len(pairs) or len(pairs) > _MOST_NUMBERS:
+        raise MrFlowError(
+            f"the recipe has a number twice, or too many: {shown(', '.join(name for name, *_ in pairs))}."
+        )
     return found
-
-
-def _no_values(values: list[float]) -> Sigmas:
-    if values:
-        raise MrFlowError(f"recipe 'none' takes no values, got {values!r}.")
-    return ()
 
 
 def explicit_recipe(sigmas: Sequence[float]) -> str:

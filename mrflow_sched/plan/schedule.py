@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
+from mrflow_sched.plan.checks import MAX_STEPS, check_choice, check_whole, checked_number, checked_numbers, is_number
 
 __all__ = [
     "beta_sigmas",
@@ -39,6 +41,9 @@ Sigmas = tuple[float, ...]
 
 # exp(20) squeezes all but the last step into the topmost billionth: no schedule beyond it means anything.
 MAX_MU = 20.0
+MAX_SHIFTED_STEPS = 125
+"""From 126 steps on, the first sigmas of the shifted refine curve are too near to each other for a float."""
+MAX_SHIFT_TOKENS = 2**31
 
 
 # ---------------------------------------------------------------------------------------------------------------- shift
@@ -60,8 +65,9 @@ def shift_sigma(sigma: float, shift: float) -> float:
         MrFlowError: A number is out of its range.
     """
     _check_unit(sigma, "sigma")
-    if not (math.isfinite(shift) and shift > 0):
-        raise MrFlowError(f"shift must be a positive number, got {shift!r}; 1 means no shift.")
+    _check_shift(shift)
+    if sigma == 1.0:
+        return 1.0
     return min(shift * sigma / (1.0 + (shift - 1.0) * sigma), 1.0)  # rounding must not leave the range
 
 
@@ -79,8 +85,9 @@ def unshift_sigma(sigma: float, shift: float) -> float:
         MrFlowError: A number is out of its range.
     """
     _check_unit(sigma, "sigma")
-    if not (math.isfinite(shift) and shift > 0):
-        raise MrFlowError(f"shift must be a positive number, got {shift!r}; 1 means no shift.")
+    _check_shift(shift)
+    if sigma == 1.0:
+        return 1.0
     return min(sigma / (shift + (1.0 - shift) * sigma), 1.0)
 
 
@@ -108,9 +115,15 @@ def mu_for_tokens(
         The logarithm of the shift.
 
     Raises:
-        MrFlowError: `tokens` is below 1.
+        MrFlowError: `tokens` is below 1, or the two points make no line.
     """
-    _check_count(tokens, "tokens")
+    check_whole(tokens, "tokens", 1, MAX_SHIFT_TOKENS)
+    check_whole(base_tokens, "base_tokens", 1, MAX_SHIFT_TOKENS)
+    check_whole(max_tokens, "max_tokens", 1, MAX_SHIFT_TOKENS)
+    for name, value in (("base_shift", base_shift), ("max_shift", max_shift)):
+        checked_number(value, name, -MAX_MU, MAX_MU, "it is a mu")
+    if base_tokens == max_tokens:
+        raise MrFlowError(f"max_tokens must differ from base_tokens, got {max_tokens} for both.")
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return base_shift + slope * (tokens - base_tokens)
 
@@ -130,16 +143,16 @@ def mu_flux2(tokens: int, steps: int) -> float:
 
     Args:
         tokens: Image tokens, 1 or more.
-        steps: Solver steps, 1 or more.
+        steps: Solver steps, 1 to 1000.
 
     Returns:
         The logarithm of the shift.
 
     Raises:
-        MrFlowError: `tokens` or `steps` is below 1.
+        MrFlowError: `tokens` or `steps` is out of its range.
     """
-    _check_count(tokens, "tokens")
-    _check_count(steps, "steps")
+    check_whole(tokens, "tokens", 1, MAX_SHIFT_TOKENS)
+    check_whole(steps, "steps", 1, MAX_STEPS)
     few = _FLUX2_AT_10_STEPS[0] * tokens + _FLUX2_AT_10_STEPS[1]
     many = _FLUX2_AT_200_STEPS[0] * tokens + _FLUX2_AT_200_STEPS[1]
     if tokens > _FLUX2_LARGE_TOKENS:
@@ -169,8 +182,8 @@ def stretch_to_terminal(sigmas: Sequence[float], terminal: float) -> Sigmas:
     checked = validate_sigmas(sigmas, "sigmas")
     if checked[0] != 1.0:
         raise MrFlowError(f"sigmas must start at 1.0 to be stretched, got {checked[0]!r}; refine schedules never are.")
-    if not 0.0 < terminal < 1.0:
-        raise MrFlowError(f"terminal must lie between 0 and 1, got {terminal!r}; Qwen-Image uses 0.02.")
+    if not (is_number(terminal) and 0.0 < terminal < 1.0):
+        raise MrFlowError(f"terminal must lie between 0 and 1, got {quoted(terminal)}; Qwen-Image uses 0.02.")
     return validate_sigmas([*stretched(checked[:-1], terminal), 0.0], "sigmas")
 
 
@@ -218,7 +231,7 @@ def native_sigmas(
     Source: diffusers FluxPipeline (sigmas) and FlowMatchEulerDiscreteScheduler (shift, terminal, beta).
 
     Args:
-        steps: 1 or more.
+        steps: 1 to 1000.
         mu: Logarithm of the shift.
         terminal: The last sigma above zero that the shifted schedule is stretched to, see `stretch_to_terminal`.
         sigma_min: The last fraction above zero before the shift (None: 1/steps, which spaces all steps evenly).
@@ -228,13 +241,15 @@ def native_sigmas(
         steps + 1 floats from exactly 1.0 to exactly 0.0.
 
     Raises:
-        MrFlowError: `steps` is below 1, `mu` is not finite, or another number is out of its range.
+        MrFlowError: A number is out of its range.
     """
-    _check_count(steps, "steps")
+    check_whole(steps, "steps", 1, MAX_STEPS)
     shift = _shift_of(mu)
     last = 1.0 / steps if sigma_min is None else sigma_min
-    if not 0.0 < last <= 1.0 or (sigma_min is not None and last == 1.0):
-        raise MrFlowError(f"sigma_min must lie between 0 and 1, got {sigma_min!r}; leave it out for even spacing.")
+    if not (is_number(last) and 0.0 < last <= 1.0) or (sigma_min is not None and last == 1.0):
+        raise MrFlowError(
+            f"sigma_min must lie between 0 and 1, got {quoted(sigma_min)}; leave it out for even spacing."
+        )
     shifted = [1.0, *(shift_sigma(sigma, shift) for sigma in evenly(1.0, last, steps)[1:])]
     sigmas = validate_sigmas([*shifted, 0.0], "sigmas")
     if terminal is not None:
@@ -267,7 +282,7 @@ def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float 
     Source: Lee et al. 2024, "Beta Sampling is All You Need" (arXiv 2407.12173), which uses 0.6 and 0.6.
 
     Args:
-        steps: 1 or more.
+        steps: 1 to 1000.
         alpha: First parameter of the distribution, 0.2 to 10.
         beta: Second parameter, 0.2 to 10.
         mu: Logarithm of the shift.
@@ -278,11 +293,10 @@ def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float 
     Raises:
         MrFlowError: A number is out of its range.
     """
-    _check_count(steps, "steps")
+    check_whole(steps, "steps", 1, MAX_STEPS)
     shift = _shift_of(mu)
     for name, value in (("alpha", alpha), ("beta", beta)):
-        if not 0.2 <= value <= 10.0:
-            raise MrFlowError(f"{name} must lie between 0.2 and 10, got {value!r}; the published value is 0.6.")
+        checked_number(value, name, 0.2, 10.0, "the published value is 0.6")
     inner = [shift_sigma(_beta_quantile(1.0 - index / steps, alpha, beta), shift) for index in range(1, steps)]
     return validate_sigmas([1.0, *inner, 0.0], "sigmas")
 
@@ -308,7 +322,7 @@ def scaled_linear_sigmas(steps: int, *, zero_snr: bool = False) -> Sigmas:
     Raises:
         MrFlowError: `steps` is out of its range.
     """
-    _check_count(steps, "steps")
+    check_whole(steps, "steps", 1, MAX_STEPS)
     table = scaled_linear_ve(zero_snr)
     if steps > len(table):
         raise MrFlowError(f"steps must be at most {len(table)} for this schedule, got {steps!r}; ask for fewer steps.")
@@ -390,7 +404,7 @@ def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigm
 
     Args:
         start_sigma: Noise fraction, 0 < start_sigma < 1.
-        steps: 1 or more.
+        steps: 1 to 1000; 1 to 125 on the "shifted" curve.
         curve: "linear" falls in equal steps; "shifted" takes shorter steps first, more so with more steps, by an inner
             shift of 0.25·(steps-1) that never moves the two ends.
 
@@ -400,18 +414,24 @@ def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigm
     Raises:
         MrFlowError: A number is out of its range, or the curve is unknown.
     """
-    if not 0.0 < start_sigma < 1.0:
-        raise MrFlowError(f"start_sigma must lie between 0 and 1, got {start_sigma!r}; 0.12 is the usual value.")
-    _check_count(steps, "steps")
+    if not (is_number(start_sigma) and 0.0 < start_sigma < 1.0):
+        raise MrFlowError(f"start_sigma must lie between 0 and 1, got {quoted(start_sigma)}; 0.12 is the usual value.")
+    check_choice(curve, "refine_curve", ("linear", "shifted"))
+    shifted = curve == "shifted"
+    advice = "the curve 'linear' takes up to 1000" if shifted else ""
+    check_whole(steps, "refine_steps", 1, MAX_SHIFTED_STEPS if shifted else MAX_STEPS, advice)
     fractions = [1.0 - index / steps for index in range(1, steps)]
-    if curve == "shifted":
+    if shifted:
         shift = math.exp(0.25 * (steps - 1))
         # Both ends are pulled in by 1e-6 and the result rescaled, as in the source of this curve.
         bottom, top = shift_sigma(1e-6, shift), shift_sigma(1.0 - 1e-6, shift)
         fractions = [(shift_sigma(fraction, shift) - bottom) / (top - bottom) for fraction in fractions]
-    elif curve != "linear":
-        raise MrFlowError(f"refine_curve must be 'linear' or 'shifted', got {curve!r}.")
-    return validate_sigmas([start_sigma, *(start_sigma * fraction for fraction in fractions), 0.0], "sigmas")
+    sigmas = [float(start_sigma), *(start_sigma * fraction for fraction in fractions), 0.0]
+    if any(after >= before for before, after in pairwise(sigmas)):
+        raise MrFlowError(
+            f"start_sigma must be larger for {steps} steps, got {start_sigma!r}; 0.12 is the usual value."
+        )
+    return validate_sigmas(sigmas, "sigmas")
 
 
 def validate_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> Sigmas:
@@ -427,13 +447,15 @@ def validate_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> Sigmas:
     Raises:
         MrFlowError: `sigmas` is anything else.
     """
-    values = tuple(float(sigma) for sigma in sigmas)
+    values = checked_numbers(sigmas, name, MAX_STEPS + 1)
     if len(values) < 2:
-        raise MrFlowError(f"{name} must hold at least two values (a start and 0), got {values!r}.")
-    if not all(math.isfinite(value) and 0.0 <= value <= 1.0 for value in values):
-        raise MrFlowError(f"{name} must hold only numbers from 0 to 1, got {values!r}.")
-    if any(after >= before for before, after in pairwise(values)):
-        raise MrFlowError(f"{name} must fall from each value to the next, got {values!r}.")
+        raise MrFlowError(f"{name} must hold at least two values (a start and 0), got {quoted(sigmas)}.")
+    wrong = next((value for value in values if not 0.0 <= value <= 1.0), None)
+    if wrong is not None:
+        raise MrFlowError(f"{name} must hold only numbers from 0 to 1, got {wrong!r}.")
+    rise = next((pair for pair in pairwise(values) if pair[1] >= pair[0]), None)
+    if rise is not None:
+        raise MrFlowError(f"{name} must fall from each value to the next, got {rise[1]!r} after {rise[0]!r}.")
     if values[-1] != 0.0:
         raise MrFlowError(f"{name} must end in exactly 0, got {values[-1]!r} at the end.")
     return values
@@ -443,19 +465,17 @@ def validate_sigmas(sigmas: Sequence[float], name: str = "sigmas") -> Sigmas:
 
 
 def _shift_of(mu: float) -> float:
-    if not math.isfinite(mu) or abs(mu) > MAX_MU:
-        raise MrFlowError(f"mu must be a number from -20 to 20 (it is the logarithm of the shift), got {mu!r}.")
-    return math.exp(mu)
+    return math.exp(checked_number(mu, "mu", -MAX_MU, MAX_MU, "it is the logarithm of the shift"))
 
 
 def _check_unit(value: float, name: str) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise MrFlowError(f"{name} must lie between 0 and 1, got {value!r}; it is the fraction of noise.")
+    if not (is_number(value) and 0.0 <= value <= 1.0):
+        raise MrFlowError(f"{name} must lie between 0 and 1, got {quoted(value)}; it is the fraction of noise.")
 
 
-def _check_count(value: object, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MrFlowError(f"{name} must be a whole number of at least 1, got {value!r}.")
+def _check_shift(shift: float) -> None:
+    if not (is_number(shift) and 0.0 < shift <= sys.float_info.max):
+        raise MrFlowError(f"shift must be a positive number, got {quoted(shift)}; 1 means no shift.")
 
 
 def _beta_quantile(probability: float, alpha: float, beta: float) -> float:
@@ -463,6 +483,8 @@ def _beta_quantile(probability: float, alpha: float, beta: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(80):
         middle = 0.5 * (low + high)
+        if middle in (low, high):
+            break
         if _beta_cdf(middle, alpha, beta) < probability:
             low = middle
         else:
@@ -476,15 +498,21 @@ def _beta_cdf(x: float, alpha: float, beta: float) -> float:
         return 1.0 - _beta_cdf(1.0 - x, beta, alpha)
     if x <= 0.0:
         return 0.0
-    log_front = alpha * math.log(x) + beta * math.log1p(-x) - math.log(alpha)
-    log_front -= math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta)
-    # Evaluated from the inside out: 60 terms are far more than double precision needs on this side.
+    gammas, terms = _beta_terms(alpha, beta)
+    log_front = alpha * math.log(x) + beta * math.log1p(-x) - math.log(alpha) - gammas
     fraction = 1.0
+    for top, bottom in terms:
+        fraction = 1.0 + top * x / bottom / fraction
+    return math.exp(log_front) / fraction
+
+
+@lru_cache(maxsize=16)
+def _beta_terms(alpha: float, beta: float) -> tuple[float, tuple[tuple[float, float], ...]]:
+    """The logarithm of the beta function, and the terms of the fraction over and under its line, innermost first."""
+    terms: list[tuple[float, float]] = []
+    # 60 terms are far more than double precision needs on this side.
     for term in range(60, 0, -1):
         half, odd = divmod(term, 2)
-        if odd:
-            top = -(alpha + half) * (alpha + beta + half) * x
-        else:
-            top = half * (beta - half) * x
-        fraction = 1.0 + top / ((alpha + term - 1) * (alpha + term)) / fraction
-    return math.exp(log_front) / fraction
+        top = -(alpha + half) * (alpha + beta + half) if odd else half * (beta - half)
+        terms.append((top, (alpha + term - 1) * (alpha + term)))
+    return math.lgamma(alpha) + math.lgamma(beta) - math.lgamma(alpha + beta), tuple(terms)

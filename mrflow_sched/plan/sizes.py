@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.plan.checks import MAX_STAGES, check_side, check_whole
 from mrflow_sched.plan.families import Family
+
+MAX_PICTURE_SIDE = 2**31
+"""The largest side of a picture that formats can hold."""
 
 # ------------------------------------------------------------------------------------------------------------- sizes
 
@@ -16,9 +19,9 @@ def fit_box(src_w: int, src_h: int, dst_w: int, dst_h: int) -> tuple[int, int, i
     """How to fill a box with an image without stretching it.
 
     Args:
-        src_w: Width of the image in pixels, 1 or more.
+        src_w: Width of the image in pixels, 1 to 2^31.
         src_h: Its height.
-        dst_w: Width of the box in pixels, 1 or more.
+        dst_w: Width of the box in pixels, likewise.
         dst_h: Its height.
 
     Returns:
@@ -26,10 +29,10 @@ def fit_box(src_w: int, src_h: int, dst_w: int, dst_h: int) -> tuple[int, int, i
         image's shape to half a pixel, then cut the box out at (left, top), centred.
 
     Raises:
-        MrFlowError: A side is below 1.
+        MrFlowError: A side is out of range.
     """
     for name, side in (("src_w", src_w), ("src_h", src_h), ("dst_w", dst_w), ("dst_h", dst_h)):
-        check_whole(side, name, 1)
+        check_whole(side, name, 1, MAX_PICTURE_SIDE)
     if dst_w * src_h >= dst_h * src_w:
         width, height = dst_w, (2 * src_h * dst_w + src_w) // (2 * src_w)
     else:
@@ -50,8 +53,8 @@ def snap(side: float, grid: int) -> int:
     return max(math.floor(side / grid + 0.5), 1) * grid
 
 
-def snap_size(family: Family, width: int, height: int) -> tuple[int, int]:
-    """A size rounded to a family's grid.
+def covering_size(family: Family, width: int, height: int) -> tuple[int, int]:
+    """The size on a family's grid at which an image is made; what is too much of it is cropped in the end.
 
     Args:
         family: The model's family.
@@ -59,14 +62,14 @@ def snap_size(family: Family, width: int, height: int) -> tuple[int, int]:
         height: Likewise.
 
     Returns:
-        (width, height), each the nearest multiple of the grid.
+        (width, height), each the next multiple of the grid.
 
     Raises:
         MrFlowError: A side is out of range.
     """
     check_side(width, "width")
     check_side(height, "height")
-    return snap(width, family.grid), snap(height, family.grid)
+    return math.ceil(width / family.grid) * family.grid, math.ceil(height / family.grid) * family.grid
 
 
 def tokens_of(family: Family, size: tuple[int, int]) -> int:
@@ -83,7 +86,7 @@ def tokens_of(family: Family, size: tuple[int, int]) -> int:
 
 
 def stage_sizes(family: Family, width: int, height: int, factors: Sequence[float]) -> list[tuple[int, int]]:
-    """The size of every stage: the final size over the product of the factors after it, rounded to the grid.
+    """The size of every stage: the final size, which covers what is asked for, over the factors after it.
 
     Args:
         family: Its grid.
@@ -97,7 +100,7 @@ def stage_sizes(family: Family, width: int, height: int, factors: Sequence[float
     Raises:
         MrFlowError: A side is out of range.
     """
-    final = snap_size(family, width, height)
+    final = covering_size(family, width, height)
     sizes = [final]
     for index in range(len(factors) - 1, -1, -1):
         over = math.prod(factors[index:])
@@ -124,7 +127,7 @@ def handoff_factors(
     """
     if factors is not None:
         if factor is not None or (stages is not None and stages != len(factors) + 1):
-            raise MrFlowError(f"factors={tuple(factors)!r} gives every size step; leave factor and stages out.")
+            raise MrFlowError(f"factors={quoted(tuple(factors))} gives every size step; leave factor and stages out.")
         if not factors:
             raise MrFlowError("factors must hold at least one size step, got none; for one stage use native=True.")
         check_whole(len(factors), "the count of factors", 1, MAX_STAGES - 1)

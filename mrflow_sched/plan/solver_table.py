@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
+from mrflow_sched.plan.checks import MAX_STEPS, check_whole
 
 __all__ = ["SOLVERS", "SOLVER_NAMES", "SolverInfo", "check_solver", "evaluated_sigmas", "solver_evaluations"]
 
@@ -57,7 +58,7 @@ def check_solver(solver: object) -> SolverInfo:
     """
     found = SOLVERS.get(solver) if isinstance(solver, str) else None
     if found is None:
-        raise MrFlowError(f"solver must be one of {', '.join(SOLVER_NAMES)}, got {solver!r}.")
+        raise MrFlowError(f"solver must be one of {', '.join(SOLVER_NAMES)}, got {quoted(solver)}.")
     return found
 
 
@@ -66,17 +67,16 @@ def solver_evaluations(solver: str, steps: int) -> int:
 
     Args:
         solver: A name of `SOLVERS`.
-        steps: 0 or more.
+        steps: 0 to 1000.
 
     Returns:
         `steps` times the solver's evaluations per step, where the last step takes one.
 
     Raises:
-        MrFlowError: The solver is unknown, or `steps` is negative.
+        MrFlowError: The solver is unknown, or `steps` is out of range.
     """
     each = check_solver(solver).evaluations_per_step
-    if steps < 0:
-        raise MrFlowError(f"steps must be 0 or more, got {steps!r}.")
+    check_whole(steps, "steps", 0, MAX_STEPS)
     return max(each * steps - (each - 1), 0)
 
 

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted, shown
 from mrflow_sched.plan.checks import (
+    MAX_FIRST_PIXELS,
     MAX_FORWARDS,
+    MAX_GUIDANCE,
     MAX_SCALE,
     MAX_SEED,
     MAX_STAGES,
-    MAX_STEPS,
     MAX_TOKENS,
     Posterior,
     SeedRule,
     check_choice,
-    check_number,
     check_side,
     check_tile,
     check_whole,
     checked_interval,
+    checked_number,
+    listed,
 )
 from mrflow_sched.plan.notes import plan_notes
 from mrflow_sched.plan.recipes import explicit_recipe, sigmas_from_recipe
-from mrflow_sched.plan.schedule import validate_sigmas
+from mrflow_sched.plan.schedule import MAX_MU, validate_sigmas
 from mrflow_sched.plan.solver_table import check_solver
 from mrflow_sched.plan.text import (
     NAME,
@@ -35,11 +37,12 @@ from mrflow_sched.plan.text import (
     checksum,
     plan_to_string,
     read_plan,
-    shorten,
     stage_from_dict,
     stage_to_dict,
 )
 from mrflow_sched.plan.tiles import tile_sides
+
+_LONGEST_NOTE, _MOST_NOTES = 500, 50
 
 # ------------------------------------------------------------------------------------------------------------- data
 
@@ -80,15 +83,16 @@ class Stage:
         check_side(self.width, "width")
         check_side(self.height, "height")
         check_whole(self.tokens, "tokens", 1, self.width * self.height)
-        check_whole(self.forwards, "forwards", 0, MAX_FORWARDS)
         check_solver(self.solver)
-        check_number(self.guidance, "guidance", -MAX_SCALE, MAX_SCALE)
+        object.__setattr__(self, "guidance", checked_number(self.guidance, "guidance", 0, MAX_GUIDANCE))
         if self.mu is not None:
-            check_number(self.mu, "mu", -MAX_SCALE, MAX_SCALE)
+            object.__setattr__(self, "mu", checked_number(self.mu, "mu", -MAX_MU, MAX_MU))
         object.__setattr__(self, "guidance_interval", checked_interval(self.guidance_interval))
-        sigmas = validate_sigmas(self.sigmas, "sigmas") if self.sigmas else ()
-        check_whole(max(len(sigmas) - 1, 0), "steps", 0, MAX_STEPS)
+        sigmas = () if _is_empty(self.sigmas) else validate_sigmas(self.sigmas, "sigmas")
+        check_whole(self.forwards, "forwards", 1 if sigmas else 0, MAX_FORWARDS)
         object.__setattr__(self, "sigmas", sigmas)
+        if not isinstance(cast("object", self.recipe), str):
+            raise MrFlowError(f"recipe must be text such as 'native 12 mu=0.63', got {quoted(self.recipe)}.")
         if not self.recipe or sigmas_from_recipe(self.recipe) != sigmas:
             object.__setattr__(self, "recipe", explicit_recipe(sigmas))
 
@@ -171,19 +175,30 @@ class StagedPlan:
 
     def __post_init__(self) -> None:
         for name in ("family", "preset"):
-            if not NAME.fullmatch(getattr(self, name)):
-                raise MrFlowError(f"{name} must be a plain name such as 'flux1-dev', got {getattr(self, name)!r}.")
+            text: object = getattr(self, name)
+            if not (isinstance(text, str) and NAME.fullmatch(text)):
+                raise MrFlowError(f"{name} must be a plain name such as 'flux1-dev', got {quoted(text)}.")
         check_side(self.requested_width, "requested_width")
         check_side(self.requested_height, "requested_height")
-        _check_stages(self.stages)
+        object.__setattr__(self, "stages", _checked_stages(self.stages))
         check_whole(self.seed, "seed", 0, MAX_SEED)
         check_choice(self.seed_rule, "seed_rule", ("offset", "hash"))
         check_choice(self.posterior, "posterior", ("mode", "sample"))
         check_whole(self.native_steps, "native_steps", 1, MAX_FORWARDS)
         check_whole(self.native_forwards, "native_forwards", 1, MAX_FORWARDS)
         check_whole(self.text_tokens, "text_tokens", 0, MAX_TOKENS)
-        check_number(self.attention, "attention", 0.0, MAX_SCALE)
+        object.__setattr__(self, "attention", checked_number(self.attention, "attention", 0, MAX_SCALE))
         check_tile(self.tile)
+        right = isinstance(cast("object", self.notes), tuple)
+        if not right or not all(isinstance(note, str) for note in listed(self.notes)):
+            raise MrFlowError(f"notes must be a tuple of sentences, got {quoted(self.notes)}.")
+
+    @property
+    def asked_area(self) -> tuple[slice, slice]:
+        """Rows and columns of the final image that were asked for; the grid may have added edges around them."""
+        height, width = min(self.requested_height, self.height), min(self.requested_width, self.width)
+        top, left = (self.height - height) // 2, (self.width - width) // 2
+        return slice(top, top + height), slice(left, left + width)
 
     @property
     def width(self) -> int:
@@ -266,15 +281,17 @@ class StagedPlan:
         Raises:
             MrFlowError: The text is not a plan, is of a newer version, or does not match its checksum.
         """
+        if not isinstance(cast("object", text), str):
+            raise MrFlowError(f"plan string must be text, got {quoted(text)}.")
         body, mark, written = text.strip().partition(";#")
         try:
             fields, stages = read_plan(body)
             plan = cls(stages=tuple(Stage(**stage) for stage in stages), **fields)
         except ValueError as error:
-            raise MrFlowError(f"plan string {shorten(text)!r} cannot be read: {shorten(error, 300)}") from error
+            raise MrFlowError(f"plan string {quoted(text)} cannot be read: {shown(error, 300)}") from error
         if mark and written != checksum(body, plan.stages):
             raise MrFlowError(
-                f"plan string {shorten(text)!r} was edited, or written by a version whose schedules differ; "
+                f"plan string {quoted(text)} was edited, or written by a version whose schedules differ; "
                 "delete the checksum, from ';#' on, to use it anyway."
             )
         return replace(plan, notes=plan_notes(plan))
@@ -329,19 +346,32 @@ class StagedPlan:
                 stages=tuple(Stage(**stage_from_dict(stage)) for stage in data["stages"]),
                 **{name: data[name] for name in PLAN_NUMBERS},
                 tile=data.get("tile", 0),
-                notes=tuple(str(note) for note in data["notes"]),
+                notes=tuple(shown(note, _LONGEST_NOTE) for note in data["notes"][:_MOST_NOTES]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise MrFlowError(f"plan JSON {shorten(text)!r} cannot be read: {shorten(repr(error), 300)}.") from error
+            raise MrFlowError(f"plan JSON {quoted(text)} cannot be read: {quoted(error, 300)}.") from error
 
 
-def _check_stages(stages: Sequence[Stage]) -> None:
-    if not stages:
-        raise MrFlowError("stages must hold at least one stage, got none.")
-    if len(stages) > MAX_STAGES:
-        raise MrFlowError(f"stages must hold at most {MAX_STAGES} stages, got {len(stages)}.")
-    if not stages[0].sigmas or stages[0].sigmas[0] != 1.0:
-        raise MrFlowError(f"stage 1 must start at sigma 1.0, got {stages[0].start_sigma!r}; later stages start lower.")
-    for number, stage in enumerate(stages[1:], start=2):
-        if stage.sigmas and stage.sigmas[0] >= 1.0:
+def _is_empty(sigmas: object) -> bool:
+    return isinstance(sigmas, (tuple, list)) and not sigmas
+
+
+def _checked_stages(stages: object) -> tuple[Stage, ...]:
+    given = listed(stages)
+    found = tuple(stage for stage in given if isinstance(stage, Stage))
+    if not given or len(found) < len(given):
+        raise MrFlowError(f"stages must hold at least one stage, and nothing but stages, got {quoted(stages)}.")
+    if len(found) > MAX_STAGES:
+        raise MrFlowError(f"stages must hold at most {MAX_STAGES} stages, got {len(found)}.")
+    first, *later = found
+    if first.start_sigma != 1.0:
+        raise MrFlowError(f"stage 1 must start at sigma 1.0, got {first.start_sigma!r}; later stages start lower.")
+    if first.width * first.height > MAX_FIRST_PIXELS:
+        raise MrFlowError(
+            f"stage 1 must have at most {MAX_FIRST_PIXELS} pixels (8192x8192), got {first.width}x{first.height}; "
+            "choose a smaller size, a larger factor or more stages."
+        )
+    for number, stage in enumerate(later, start=2):
+        if stage.start_sigma >= 1.0:
             raise MrFlowError(f"stage {number} must start below sigma 1.0, got {stage.start_sigma!r}.")
+    return found

@@ -17,14 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
+from mrflow_sched.plan.checks import MAX_STAGES
 from mrflow_sched.plan.recipes import read_number, sigmas_from_recipe
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage, StagedPlan
 
 FORMAT, FIRST_FORMAT = "mrflow2", "mrflow1"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 PLAN_NUMBERS = ("seed", "seed_rule", "posterior", "native_steps", "native_forwards", "text_tokens", "attention")
 Fields = dict[str, Any]
 
@@ -106,19 +107,26 @@ def read_plan(body: str) -> tuple[Fields, list[Fields]]:
         return _read_first(parts)
     if re.fullmatch(r"mrflow[0-9]+", version):
         raise MrFlowError(f"it is of version {version!r}, which this mrflow_sched does not know; update mrflow_sched")
-    raise MrFlowError(f"it begins with {shorten(version)!r}, not {FORMAT!r}")
+    raise MrFlowError(f"it begins with {quoted(version)}, not {FORMAT!r}")
 
 
 def _read_second(parts: Sequence[str]) -> tuple[Fields, list[Fields]]:
     plan = _pairs([part for part in parts if not part.startswith("stage ")], _PLAN_FIELDS)
     plan["requested_width"], plan["requested_height"] = plan.pop("size")
-    return plan, [_read_stage(part) for part in parts if part.startswith("stage ")]
+    return plan, [_read_stage(part) for part in _few([part for part in parts if part.startswith("stage ")])]
+
+
+def _few(stages: Sequence[str]) -> Sequence[str]:
+    """The texts of the stages, before any schedule is worked out."""
+    if len(stages) > MAX_STAGES:
+        raise MrFlowError(f"it has {len(stages)} stages, and a plan has at most {MAX_STAGES}")
+    return stages
 
 
 def _read_stage(text: str) -> Fields:
     head, mark, recipe = text.partition(" sigmas=")
     if not mark:
-        raise MrFlowError(f"stage {shorten(text)!r} lacks sigmas")
+        raise MrFlowError(f"stage {quoted(text)} lacks sigmas")
     stage = _pairs(head.split(" ")[1:], _STAGE_FIELDS)
     stage["width"], stage["height"] = stage.pop("size")
     mu = stage["mu"] if "mu" in stage else _recipe_mu(recipe)
@@ -131,9 +139,9 @@ def _pairs(words: Sequence[str], known: Mapping[str, Callable[[str], Any]]) -> F
     for word in words:
         name, mark, value = word.partition("=")
         if not mark or name in found:
-            raise MrFlowError(f"{shorten(word)!r} is not of the form name=value, or repeats a name")
+            raise MrFlowError(f"{quoted(word)} is not of the form name=value, or repeats a name")
         if name not in known:
-            raise MrFlowError(f"field {shorten(name)!r} is unknown, perhaps of a newer mrflow_sched; update it")
+            raise MrFlowError(f"field {quoted(name)} is unknown, perhaps of a newer mrflow_sched; update it")
         found[name] = known[name](value)
     lacking = [name for name in known if name not in found and name not in _OPTIONAL]
     if lacking:
@@ -145,13 +153,13 @@ def _parse_size(text: str) -> tuple[int, int]:
     """(width, height) of "1024x768"."""
     match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
     if match is None:
-        raise MrFlowError(f"{shorten(text)!r} is not a size such as 1024x1024")
+        raise MrFlowError(f"{quoted(text)} is not a size such as 1024x1024")
     return int(match[1]), int(match[2])
 
 
 def _whole(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,19}", text):
-        raise MrFlowError(f"{shorten(text)!r} is not a whole number")
+        raise MrFlowError(f"{quoted(text)} is not a whole number")
     return int(text)
 
 
@@ -198,8 +206,11 @@ _STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
 
 def _read_first(parts: Sequence[str]) -> tuple[Fields, list[Fields]]:
     """mrflow1;family;preset;WxH;seed N RULE;POSTERIOR[ tile N];native N N;cost N X;stage;..."""
-    family, preset, size, seed, posterior, native, cost, *stages = parts
-    width, height = _parse_size(size)
+    if len(parts) < 7:
+        raise MrFlowError(f"it has {len(parts)} parts, and a plan of version {FIRST_FORMAT!r} has at least 8")
+    family, preset, size, seed, posterior, native, cost, *texts = parts
+    _parse_size(size)  # what was asked for; images of this version had the size of the last stage all the same
+    stages = [_read_first_stage(text) for text in _few(texts)]
     seed_value, seed_rule = _split_words(seed, "seed")
     native_steps, native_forwards = _split_words(native, "native")
     text_tokens, attention = _split_words(cost, "cost")
@@ -207,8 +218,8 @@ def _read_first(parts: Sequence[str]) -> tuple[Fields, list[Fields]]:
     plan = {
         "family": family,
         "preset": preset,
-        "requested_width": width,
-        "requested_height": height,
+        "requested_width": stages[-1]["width"] if stages else 0,
+        "requested_height": stages[-1]["height"] if stages else 0,
         "seed": _whole(seed_value),
         "seed_rule": seed_rule,
         "posterior": posterior,
@@ -218,14 +229,14 @@ def _read_first(parts: Sequence[str]) -> tuple[Fields, list[Fields]]:
         "attention": read_number(attention),
         "tile": _whole(tile or "0"),
     }
-    return plan, [_read_first_stage(stage) for stage in stages]
+    return plan, stages
 
 
 def _read_first_stage(text: str) -> Fields:
     """Read WxH Nt SOLVER gG[@LOW-HIGH] fN [@mu=X] RECIPE."""
     size, tokens, solver, guidance, forwards, *rest = text.split(" ")
     if not rest or not (tokens.endswith("t") and guidance.startswith("g") and forwards.startswith("f")):
-        raise MrFlowError(f"stage {shorten(text)!r} is not written as '512x512 1024t euler g3.5 f12 recipe'")
+        raise MrFlowError(f"stage {quoted(text)} is not written as '512x512 1024t euler g3.5 f12 recipe'")
     width, height = _parse_size(size)
     mu = next((word.partition("mu=")[2] for word in rest if word.startswith(("mu=", "@mu="))), None)
     recipe = " ".join(word for word in rest if not word.startswith("@"))
@@ -248,7 +259,7 @@ def _read_first_stage(text: str) -> Fields:
 def _split_words(text: str, label: str) -> list[str]:
     first, *words = text.split(" ")
     if first != label or len(words) != 2:
-        raise MrFlowError(f"{shorten(text)!r} should be '{label}' and 2 values")
+        raise MrFlowError(f"{quoted(text)} should be '{label}' and 2 values")
     return words
 
 
@@ -305,17 +316,3 @@ def checksum(text: str, stages: Sequence[Stage]) -> str:
     """
     lists = ";".join(" ".join(f"{sigma:.6f}" for sigma in stage.sigmas) for stage in stages)
     return f"{zlib.crc32(f'{text};{lists}'.encode()):08x}"
-
-
-def shorten(text: object, most: int = 60) -> str:
-    """A text cut for use in a sentence.
-
-    Args:
-        text: Anything, shown as `str` shows it.
-        most: Number of characters that are kept.
-
-    Returns:
-        The text, or its beginning and dots where it is longer.
-    """
-    shown = str(text)
-    return shown if len(shown) <= most else f"{shown[: most - 3]}..."

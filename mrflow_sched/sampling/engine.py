@@ -35,6 +35,7 @@ class Capabilities:
         token_subsets: Its network calls can be restricted to some of the image tokens (`NetworkCall.subset`).
         tiles: `TilingEngine.in_tiles` gives the same engine with a VAE that works in tiles.
         gradients: `denoise` keeps a graph where gradients are recorded.
+        lora_scale: `encode_text` takes `lora_scale`, which holds wherever the text it returns is used.
     """
 
     whole_stages: bool = False
@@ -43,6 +44,7 @@ class Capabilities:
     token_subsets: bool = False
     tiles: bool = False
     gradients: bool = False
+    lora_scale: bool = False
 
 
 def capabilities_of(engine: Any) -> Capabilities:
@@ -88,7 +90,7 @@ class Engine(Protocol):
         ...
 
     def encode_text(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None) -> Any:
-        """Conditioning for a batch of images, opaque to the sampler; called once per run.
+        """Conditioning for a batch of images, opaque to the sampler; called once per run and set of texts.
 
         Args:
             prompts: One text per image.

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mrflow_sched._runtime.cancel import stop_if
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.cancel import Cancelled, stop_if
+from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
+from mrflow_sched._runtime.memory import is_callers_own, is_memory_error
+from mrflow_sched.sampling.answers import float_tensor
+from mrflow_sched.sampling.memory import within_memory
 from mrflow_sched.sampling.noise import add_noise, draw_noise
 from mrflow_sched.upscaling.fit import upscale_to
 
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage
     from mrflow_sched.sampling.engine import Engine
     from mrflow_sched.upscaling.role import PixelUpscaler
-from mrflow_sched.sampling.memory import within_memory
 
 PARTS = ("upscale", "encode", "noise")
 
@@ -60,7 +62,8 @@ def handoff(
 ) -> HandoffResult:
     """Carry finished images to the start of a stage: upscale, encode, add noise.
 
-    x = (1 - start_sigma) E(U(image)) + start_sigma noise (docs/method.md, section 1.2).
+    x = (1 - start_sigma) E(U(image)) + start_sigma noise (docs/method.md, section 1.2). An upscaler that fails costs
+    the detail, not the run: Lanczos takes its place, and a warning says so.
 
     Args:
         engine: Encodes; its family says how noise is mixed in.
@@ -89,7 +92,7 @@ def handoff(
     begin = on_part or _ignore
     warnings: list[str] = []
     begin("upscale")
-    upscaled = upscale_to(images, stage.width, stage.height, upscaler, cancel=cancel, warn=warnings.append)
+    upscaled = upscale_or_resize(images, stage, upscaler, cancel=cancel, warn=warnings.append)
     if on_image is not None:
         on_image(upscaled)
     if not stage.sigmas:
@@ -102,6 +105,38 @@ def handoff(
     noise = stage_noise(encoded.shape[1:], posterior, seeds, device=encoded.device)
     latents = add_noise(encoded, noise, stage.sigmas[0], engine.family.prediction, engine.family.shift.largest_ve)
     return HandoffResult(latents, upscaled, encoded, tuple(warnings))
+
+
+def upscale_or_resize(
+    images: Tensor,
+    stage: Stage,
+    upscaler: PixelUpscaler | None,
+    *,
+    cancel: Callable[[], bool] | None,
+    warn: Callable[[str], object],
+) -> Tensor:
+    """Upscale images to a stage's size, with Lanczos where the upscaler fails.
+
+    Args:
+        images: (B, 3, h, w), float32 in [0, 1].
+        stage: The stage that is to start.
+        upscaler: Super-resolution; None means Lanczos.
+        cancel: Polled between images and tiles; True raises `Cancelled`.
+        warn: Called with a sentence where the upscaler failed or has something to say.
+
+    Returns:
+        (B, 3, H, W), float32 in [0, 1].
+    """
+    try:
+        return upscale_to(images, stage.width, stage.height, upscaler, cancel=cancel, warn=warn)
+    except Exception as error:
+        if upscaler is None or isinstance(error, Cancelled) or is_memory_error(error) or is_callers_own(error):
+            raise
+        reason = str(error).rstrip(".")
+        if not isinstance(error, MrFlowError):
+            reason = f"the upscaler {shown(upscaler.name)} failed ({type(error).__name__}: {first_line(error)})"
+        warn(f"{reason}, so the image was upscaled with Lanczos, which leaves fine detail soft; use another upscaler.")
+    return upscale_to(images, stage.width, stage.height)
 
 
 def stage_noise(
@@ -148,8 +183,15 @@ def encode_images(
     """
     draws = seeds if posterior == "sample" else None
     height, width = images.shape[-2:]
+    shape = engine.latent_shape(width, height)
+
+    def encode(able: Engine, part: slice) -> Tensor:
+        rows = images[part]
+        latents = able.encode(rows, posterior=posterior, seeds=draws and draws[part])
+        return float_tensor(latents, (len(rows), *shape), able, "encode")
+
     return within_memory(
-        lambda able, part: able.encode(images[part], posterior=posterior, seeds=draws and draws[part]),
+        encode,
         engine,
         len(images),
         f"encoding one image of {width}x{height}",

@@ -6,6 +6,7 @@ uses its `sample` to walk the stage's sigmas. Writing a method takes a few lines
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.sampling.answers import float_tensor
 from mrflow_sched.sampling.engine import Guidance, capabilities_of
 from mrflow_sched.sampling.handoff import encode_images, handoff, stage_noise
 from mrflow_sched.sampling.noise import add_noise, draw_noise, model_sigmas, ve_to_sigma
-from mrflow_sched.sampling.solvers import get_solver, solver_forwards
+from mrflow_sched.sampling.solvers import evaluations_per_step, get_solver, solver_forwards
 from mrflow_sched.upscaling.fit import upscale_to
 
 if TYPE_CHECKING:
@@ -83,13 +85,14 @@ class StageRun:
             )
         if able.whole_stages and (guidance is None or able.guidance_per_step):
             engine: Any = self.engine
-            return engine.sample_stage(
+            answer = engine.sample_stage(
                 *(stage.solver, latents, sigmas, self.text),
                 guidance=stage.guidance if guidance is None else guidance,
                 progress=self.progress,
                 callback=self._after_evaluation,
                 **({} if around is None else {"around": around}),
             )
+            return float_tensor(answer, latents.shape, engine, "sample_stage")
         return get_solver(stage.solver)(self._denoiser(guidance), latents, sigmas, callback=self._after_step)
 
     def with_engine(self, engine: Any) -> StageRun:
@@ -107,6 +110,7 @@ class StageRun:
         """The engine's clean estimate in the solvers' calling convention, counting forwards."""
         stage, flow = self.stage, self.engine.family.prediction == "flow"
         each = stage.forwards / solver_forwards(stage.solver, stage.steps)
+        per_step, made = evaluations_per_step(stage.solver), itertools.count()
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             self.tracker.forwards += each
@@ -114,7 +118,10 @@ class StageRun:
             if guidance is not None:
                 value = float(sigma.flatten()[0])
                 scale = guidance(value if flow else ve_to_sigma(value))
-            return self.engine.denoise(x, sigma, self.text, guidance=scale)
+            answer = self.engine.denoise(x, sigma, self.text, guidance=scale)
+            estimate = float_tensor(answer, x.shape, self.engine, "denoise")
+            self.tracker.note(next(made) // per_step + 1, estimate)
+            return estimate
 
         return denoise
 
@@ -123,6 +130,7 @@ class StageRun:
         stage, share = self.stage, state.get("images", len(self.seeds)) / len(self.seeds)
         made = state.get("forwards", stage.forwards / solver_forwards(stage.solver, stage.steps))
         self.tracker.forwards += share * made
+        self.tracker.note(int(state["i"]) + 1, state["denoised"])
         self._after_step(state)
 
     def _after_step(self, state: dict[str, Any]) -> None:

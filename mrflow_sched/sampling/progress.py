@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.cancel import stop_if
+from mrflow_sched.sampling.faults import sizes
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage
@@ -29,7 +30,6 @@ class Progress:
         step: Steps evaluated in this stage, 0 before the first.
         steps: How many the stage has.
         name: The current part, as in `StagedResult.timings`; finally "done".
-        denoised: The clean estimate of the step just evaluated, latents (B, ...), else None.
     """
 
     fraction: float
@@ -38,7 +38,15 @@ class Progress:
     step: int
     steps: int
     name: str
-    denoised: Tensor | None = None
+    _estimate: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def denoised(self) -> Tensor | None:
+        """The clean estimate of the step just evaluated, latents (B, ...), else None; a copy, which may be written to.
+
+        Copied when it is asked for, so that callbacks that only count steps cost nothing.
+        """
+        return None if self._estimate is None else self._estimate.clone()
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class Tracker:
         timings: Of the parts that have ended, in order.
         forwards: Evaluations of the network per image so far.
         estimate: The clean estimate of the last evaluation, latents (B, ...).
+        seen: Of every evaluation in the current part, its step from 1 and the `faults.sizes` of its clean estimate.
         part: The current part; empty between two.
         index: The current stage, from 0.
     """
@@ -105,6 +114,7 @@ class Tracker:
     timings: list[StageTiming] = field(default_factory=list[StageTiming])
     forwards: float = 0.0
     estimate: Tensor | None = None
+    seen: list[tuple[int, Tensor]] = field(default_factory=list[tuple[int, Tensor]])
     part: str = ""
     index: int = 0
     _began: float = 0.0
@@ -119,9 +129,19 @@ class Tracker:
         """
         self.end()
         self.part, self.index = name, index
+        self.seen.clear()
         self._first = index if self._first is None else self._first
         self._began = time.perf_counter()
         self.report(0)
+
+    def note(self, step: int, estimate: Tensor) -> None:
+        """Note the size of an evaluation's values, to find out later where they went wrong.
+
+        Args:
+            step: Of the current stage, from 1.
+            estimate: The clean estimate, latents (B, ...).
+        """
+        self.seen.append((step, sizes(estimate)))
 
     def report(self, step: int, estimate: Tensor | None = None) -> None:
         """Report how far the run is.
@@ -130,7 +150,7 @@ class Tracker:
             step: Steps of the current stage that are evaluated.
             estimate: The clean estimate of the last of them, latents (B, ...); None where there is none.
         """
-        self.estimate = estimate
+        self.estimate = self.estimate if estimate is None else estimate
         if self.tell is None:
             return
         steps = self.stages[self.index].steps

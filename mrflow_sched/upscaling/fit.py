@@ -9,16 +9,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from mrflow_sched._runtime.cancel import Cancel, Warn, ignore, stop_if
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import shown
 from mrflow_sched._runtime.memory import free_memory, is_memory_error
 from mrflow_sched.plan.sizes import fit_box
 from mrflow_sched.upscaling.lanczos import LanczosUpscaler, resize_lanczos
 from mrflow_sched.upscaling.model import ModelUpscaler
-from mrflow_sched.upscaling.role import PixelUpscaler, check_images
+from mrflow_sched.upscaling.role import PixelUpscaler, check_images, check_result, check_upscaler
 
 NO_MODEL = (
     "no super-resolution model was given, so the image was upscaled with Lanczos, which leaves fine detail soft; "
     "give an ESRGAN-type file (.safetensors or .pth) for sharper results."
+)
+ONLY_CLEANS = (
+    "the upscaler {name} does not enlarge (x1): it cleaned the image, which was then enlarged with bicubic resampling; "
+    "give a x2 or x4 file for sharper results."
 )
 
 
@@ -52,12 +56,13 @@ def upscale_to(
         (B, 3, height, width) float32 in [0, 1], on the device of `images`.
 
     Raises:
-        MrFlowError: `images` or a size is not as above, or the upscaler returns another size than its scale promises or
-            values that are not finite.
+        MrFlowError: `images`, a size or the upscaler is not as above, or the upscaler returns what it must not
+            (`role.check_result`).
         MemoryError: One image, or the smallest tile of one, does not fit into memory.
         Cancelled: `cancel` answered True.
     """
     check_images(images)
+    check_upscaler(upscaler)
     say = warn or ignore
     now_height, now_width = images.shape[-2:]
     wide, high, left, top = fit_box(now_width, now_height, width, height)
@@ -68,6 +73,8 @@ def upscale_to(
             say(NO_MODEL)
         result = resize_lanczos(result, wide, high)
     else:
+        if upscaler.scale == 1 and (wide > now_width or high > now_height):
+            say(ONLY_CLEANS.format(name=shown(upscaler.name)))
         for _ in range(_passes(max(wide / now_width, high / now_height), upscaler.scale)):
             stop_if(cancel)
             result = _apply(upscaler, result, cancel, say)
@@ -78,14 +85,7 @@ def upscale_to(
 def _apply(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None, say: Warn) -> Tensor:
     if isinstance(upscaler, ModelUpscaler):
         return upscaler.run(images, cancel=cancel, warn=say)
-    result = _whole_or_one_by_one(upscaler, images, cancel)
-    expected = (*images.shape[:2], *(side * upscaler.scale for side in images.shape[-2:]))
-    if result.shape != expected:
-        raise MrFlowError(
-            f"the upscaler {upscaler.name} gave shape {tuple(result.shape)} where its scale {upscaler.scale} "
-            f"asks for {expected}; correct its scale."
-        )
-    return result.to(images)
+    return _whole_or_one_by_one(upscaler, images, cancel)
 
 
 def _whole_or_one_by_one(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None) -> Tensor:
@@ -95,7 +95,8 @@ def _whole_or_one_by_one(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel
             done: list[Tensor] = []
             for first in range(0, len(images), size):
                 stop_if(cancel)
-                done.append(upscaler(images[first : first + size]))
+                part = images[first : first + size]
+                done.append(check_result(upscaler, part, upscaler(part.clone())))
             return torch.cat(done)
         except Exception as error:
             if not is_memory_error(error):
@@ -103,8 +104,8 @@ def _whole_or_one_by_one(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel
         free_memory(images.device)
     height, width = images.shape[-2:]
     raise MemoryError(
-        f"memory ran out while the upscaler {upscaler.name} upscaled {width}x{height} pixels; free memory, or choose a "
-        "smaller size or upscaler."
+        f"memory ran out while the upscaler {shown(upscaler.name)} upscaled {width}x{height} pixels; free memory, or "
+        "choose a smaller size or upscaler."
     )
 
 
@@ -112,7 +113,7 @@ def _passes(factor: float, scale: int) -> int:
     """How often to run a model of `scale` for `factor`.
 
     Once for any factor above 1, then again while the remaining factor exceeds sqrt(scale): overshooting and downscaling
-    stays sharp, undershooting and upscaling is soft. A restoration model (scale 1) runs once.
+    stays sharp, undershooting and upscaling is soft. A restoration model (scale 1) runs once, before the resize.
     """
     if scale == 1:
         return 1

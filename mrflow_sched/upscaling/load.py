@@ -6,32 +6,38 @@
 from __future__ import annotations
 
 import os
-import pickle
-import re
-import tarfile
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from mrflow_sched._runtime.cancel import Cancel
 from mrflow_sched._runtime.device import has_bfloat16, resolve_device
-from mrflow_sched._runtime.errors import MissingFileError, MrFlowError, first_line
-from mrflow_sched._runtime.torchvision_ops import ensure_ops
+from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError, first_line, shown
+from mrflow_sched.upscaling.build import SMALL, build, rehearse_build, weights_table
+from mrflow_sched.upscaling.contents import check_declared, read_contents, read_tensors
+from mrflow_sched.upscaling.lanczos import LanczosUpscaler
+from mrflow_sched.upscaling.model import CHANNELS_LAST, ModelUpscaler, check_tile_and_overlap, place
+from mrflow_sched.upscaling.pickles import Declared
 
 if TYPE_CHECKING:
-    from spandrel import ImageModelDescriptor, ModelBase
-from mrflow_sched._runtime.cancel import Cancel
-from mrflow_sched.upscaling.lanczos import LanczosUpscaler
-from mrflow_sched.upscaling.model import CHANNELS_LAST, ModelUpscaler, check_tile_and_overlap
+    from spandrel import ImageModelDescriptor
 
 SUFFIXES = (".pth", ".pt", ".ckpt", ".safetensors")
+LANCZOS = "lanczos"
+"""The word that stands for Lanczos resampling where a file's path is expected."""
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# A name in a file may claim any layer number, and the layers up to it would be built; no real model comes near this.
-_MAX_LAYER = 256
-_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+# Height and width of small images that half precision is tried on. Networks with attention windows keep a mask for
+# square images of one size and take another path for all others, so one of them is no square. Where there are only
+# convolutions, a few pixels tell as much.
+_TRIED = (8, 8), (8, 24)
+_TRIED_CONVOLUTIONS = ((4, 4),)
+# Bytes of small tensors that are read to tell a model's scale.
+_MOST_SMALL = 1 << 20
+
+T = TypeVar("T")
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -48,13 +54,16 @@ def load_upscaler(
 ) -> LanczosUpscaler | ModelUpscaler:
     """Load an ESRGAN-type super-resolution model from a file; nothing in the file is executed.
 
-    A .safetensors file holds no code, and pickles are read with torch's weights-only reader.
+    The first bytes decide what a file is, not its name. Names and shapes are read first, of pickles too without
+    running them, and compared with the bytes that the file has; only then are values read. A grey network enlarges the
+    luminance, and the colours are enlarged with bicubic resampling.
 
     Args:
-        path: A .pth, .pt, .ckpt or .safetensors file of a model of any scale; None: Lanczos resampling, without a
-            model.
+        path: A .pth, .pt, .ckpt or .safetensors file of a model of any scale up to 16; None or "lanczos": Lanczos
+            resampling, without a model.
         device: Where it runs: "auto" (CUDA where there is one), or as torch spells it.
-        dtype: "auto" is half precision where model and device gain by it, see `choose_dtype`.
+        dtype: "auto" is half precision where model and device gain by it, see `choose_dtype`. Half precision is tried
+            on small images; where that fails, "auto" is float32.
         tile: Largest side in input pixels that the model is given at once, 16 or more; None: the whole image, and tiles
             only where memory runs out.
         overlap: Input pixels that two neighbouring tiles share, 0 or more.
@@ -65,20 +74,45 @@ def load_upscaler(
 
     Raises:
         MissingFileError: There is no such file.
-        MrFlowError: The file is not a super-resolution model of RGB images, or another argument is out of range.
+        MrFlowError: The file is not a super-resolution model of RGB or grey images, the model fails in the dtype that
+            was asked for, or another argument is out of range.
     """
     check_tile_and_overlap(tile, overlap)
-    if path is None:
+    if path is None or (isinstance(path, str) and path.lower() == LANCZOS):
         return LanczosUpscaler()
-    file = Path(path).expanduser()
-    model = _build(file, _read_weights(file))
+    file = _find(path)
     where = resolve_device(device)
+    model = _judged(file, _model_in)
     precision = choose_dtype(where, model.supports_half, model.supports_bfloat16, dtype)
-    model.to(where, precision).eval()
-    if str(model.architecture.id) in CHANNELS_LAST:
-        model.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportUnknownMemberType]
-    model.model.requires_grad_(False)
-    return ModelUpscaler(file.stem, model, tile, overlap, cancel)
+    upscaler = ModelUpscaler(
+        file.stem, place(model, where, precision), tile, overlap, cancel, lambda: _judged(file, _model_in)
+    )
+    sizes = _TRIED_CONVOLUTIONS if str(model.architecture.id) in CHANNELS_LAST else _TRIED
+    failure = None if precision == torch.float32 else upscaler.failure(sizes)
+    if failure is not None and dtype != "auto":
+        raise MrFlowError(
+            f"dtype is {str(precision)[6:]!r}, in which the upscaler {_quoted(file.name)} fails ({failure}); "
+            "use 'auto' or 'float32'."
+        )
+    if failure is not None:
+        upscaler.to_float32()
+    return upscaler
+
+
+def read_scale(path: str | os.PathLike[str]) -> int:
+    """Tell the scale of the model in a file from its names and shapes, whatever the file's size.
+
+    Args:
+        path: A file that `load_upscaler` takes.
+
+    Returns:
+        Output side over input side.
+
+    Raises:
+        MissingFileError: There is no such file.
+        MrFlowError: The file is no super-resolution model, or one whose scale cannot be told without its values.
+    """
+    return _judged(_find(path), _scale_in)
 
 
 def choose_dtype(
@@ -107,116 +141,82 @@ def choose_dtype(
         return torch.bfloat16 if supports_bfloat16 and has_bfloat16(device) else torch.float32
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in _DTYPES.values():
-        raise MrFlowError(f"dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got {dtype!r}.")
+        raise MrFlowError(f"dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got {shown(repr(dtype))}.")
     if (chosen == torch.float16 and not supports_half) or (chosen == torch.bfloat16 and not supports_bfloat16):
         raise MrFlowError(f"dtype is {dtype!r}, which this upscaler does not support; use 'auto' or 'float32'.")
     return chosen
 
 
-def _read_weights(file: Path) -> dict[str, Any]:
-    """The tensors in `file`, on the CPU. Raises MrFlowError in one sentence that names the file."""
-    if not file.exists():
-        raise MissingFileError(f"there is no upscaler file {str(file)!r}; check the path.")
-    if not file.is_file():
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
+    """The file at a path that may begin with "~". Raises MrFlowError in one sentence."""
+    given: Any = path
+    if not isinstance(given, (str, os.PathLike)) or not str(path):
         raise MrFlowError(
-            f"upscaler is {str(file)!r}, which is not a file; give an ESRGAN-type .safetensors or .pth file."
+            f"upscaler must be the path of an ESRGAN-type file, got {shown(repr(path))}; or None, for Lanczos."
         )
-    suffix = file.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise MrFlowError(f"upscaler is {str(file)!r}, but its name must end in one of {', '.join(SUFFIXES)}.")
+    file = Path(path)
     try:
-        weights = _read_safetensors(file) if suffix == ".safetensors" else _read_pickle(file)
-    except Exception as error:
+        file = file.expanduser()
+        there, regular = file.exists(), file.is_file()
+    except (RuntimeError, ValueError):  # a home folder that nobody has, or a name that no file can have
+        there = regular = False
+    except OSError as error:
+        raise FileError(f"the upscaler file {_quoted(file)} cannot be read ({first_line(error)}).") from error
+    if not there:
+        raise MissingFileError(f"there is no upscaler file {_quoted(file)}; check the path.")
+    if not regular:
         raise MrFlowError(
-            f"the upscaler file {str(file)!r} cannot be read as {suffix} weights ({first_line(error)}); it is empty, "
-            "cut short, of another format, or holds more than weights; download it again, as .safetensors if you can."
-        ) from error
-    if not isinstance(weights, dict):
-        raise MrFlowError(f"the upscaler file {str(file)!r} holds no table of weights; give an ESRGAN-type file.")
-    return cast("dict[str, Any]", weights)
-
-
-def _read_safetensors(file: Path) -> object:
-    from safetensors import torch as reader
-
-    return reader.load_file(file)  # pyright: ignore[reportUnknownMemberType]
-
-
-def _read_pickle(file: Path) -> object:
-    # Before torch 2.6 the weights-only reader could be led around its checks through the tar format of torch 0.1
-    # (CVE-2025-32434), and no upscaler is that old.
-    if tarfile.is_tarfile(file):
-        raise MrFlowError("it is a tar archive")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own sentence advises to read the file without the check; that advice must not reach a user.
-        asked = _REFUSED.search(str(error))
-        reason = f"it asks to run {asked.group(1)}, which was refused" if asked else "it holds no table of weights"
-        raise MrFlowError(reason) from error
-    except LookupError as error:  # bytes that are no pickle: the reader looks up what was never stored
-        raise MrFlowError("it holds no table of weights") from error
-
-
-def _build(file: Path, weights: dict[str, Any]) -> ImageModelDescriptor[torch.nn.Module]:
-    """The model that fits `weights`. Raises MrFlowError in one sentence that names the file."""
-    ensure_ops()
-    import spandrel
-
-    try:
-        table = spandrel.canonicalize_state_dict(weights)
-        _check_layers(table)
-        _rehearse(table)
-        model = spandrel.ModelLoader("cpu").load_from_state_dict(table)
-    except spandrel.UnsupportedModelError as error:
-        raise MrFlowError(
-            f"the upscaler file {str(file)!r} holds weights of no known super-resolution model; "
-            "give an ESRGAN-type file."
-        ) from error
-    except Exception as error:
-        raise MrFlowError(
-            f"the upscaler file {str(file)!r} looks like a model but its weights do not fit together "
-            f"({first_line(error)}); download it again, or give another ESRGAN-type file."
-        ) from error
-    return _checked_model(file, model)
-
-
-def _checked_model(file: Path, model: ModelBase[torch.nn.Module]) -> ImageModelDescriptor[torch.nn.Module]:
-    import spandrel
-
-    if not isinstance(model, spandrel.ImageModelDescriptor) or model.purpose not in ("SR", "Restoration"):
-        raise MrFlowError(
-            f"the upscaler file {str(file)!r} is a {model.architecture.name} model for {model.purpose}, which does not "
-            "upscale whole images; give an ESRGAN-type file."
+            f"upscaler is {_quoted(file)}, which is not a file; give an ESRGAN-type .safetensors or .pth file."
         )
-    if (model.input_channels, model.output_channels) != (3, 3):
+    if file.suffix.lower() not in SUFFIXES:
+        raise MrFlowError(f"upscaler is {_quoted(file)}, but its name must end in one of {', '.join(SUFFIXES)}.")
+    return file
+
+
+def _quoted(path: object) -> str:
+    return shown(repr(str(path)), 300)
+
+
+def _judged(file: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file. Raises MrFlowError in one sentence that names the file and says what is wrong."""
+    try:
+        return read(file)
+    except MrFlowError as error:
         raise MrFlowError(
-            f"the upscaler file {str(file)!r} takes {model.input_channels} and returns {model.output_channels} "
-            "channels; give one for RGB images."
-        )
-    return model
+            f"the upscaler file {_quoted(file)} cannot be used: {error}; download it again, or give another "
+            "ESRGAN-type file."
+        ) from error
+    except OSError as error:
+        raise FileError(f"the upscaler file {_quoted(file)} cannot be read ({first_line(error)}).") from error
 
 
-def _check_layers(table: Mapping[Any, Any]) -> None:
-    """Refuse layer numbers that no file with this many weights can mean: every layer up to them would be built."""
-    most = min(2 * len(table), _MAX_LAYER)
-    for name in table:
-        if not isinstance(name, str) or any(len(number) > 9 or int(number) > most for number in _LAYER.findall(name)):
-            raise MrFlowError(f"the entry {str(name)[:60]!r} names no layer of a real model")
+def _model_in(file: Path) -> ImageModelDescriptor[torch.nn.Module]:
+    """The model in a file, in float32 on the CPU."""
+    contents = read_contents(file)
+    table = weights_table(contents.table)
+    check_declared(contents, table)
+    return build(read_tensors(file, contents, table))
 
 
-def _rehearse(table: Mapping[str, Any]) -> None:
-    """Build the model without memory first, so that shapes which do not fit are found before gigabytes are allocated.
-
-    The builder sizes every layer by a few tensors of the file. Raises what `load_state_dict` raises for weights that do
-    not fit. A model that cannot be built without memory is left to the real attempt.
-    """
-    import spandrel
-
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # torch warns, once per weight, that copying to the meta device does nothing
-        try:
-            spandrel.MAIN_REGISTRY.load(dict(table))
-        except Exception as error:
-            if isinstance(error, spandrel.UnsupportedModelError) or "loading state_dict" in str(error):
-                raise
+def _scale_in(file: Path) -> int:
+    contents = read_contents(file)
+    table = weights_table(contents.table)
+    check_declared(contents, table)
+    small: dict[str, Declared] = {}
+    left = _MOST_SMALL
+    for name, found in table.items():
+        if found.numel <= SMALL and found.numel * found.dtype.itemsize <= left:
+            small[name] = found
+            left -= found.numel * found.dtype.itemsize
+    known = read_tensors(file, contents, small)
+    shapes = {
+        name: known[name] if name in known else torch.empty(found.shape, dtype=found.dtype, device="meta")
+        for name, found in table.items()
+    }
+    model = rehearse_build(shapes)
+    if model is None:
+        raise MrFlowError("its scale cannot be told without reading it whole")
+    return model.scale

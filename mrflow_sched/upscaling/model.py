@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
 from mrflow_sched.plan.tiles import spans
 from mrflow_sched.upscaling.blend import feathered
 
@@ -27,8 +29,11 @@ FALLBACK_TILES = (1024, 512, 256, 128, 64)
 # Purely convolutional: these run a third faster with channels last; others may rely on the plain layout.
 CHANNELS_LAST = frozenset({"ESRGAN", "Compact"})
 
+# ITU-R BT.601: a grey network enlarges the luminance and bicubic resampling the colours, as the literature does.
+LUMINANCE = 0.299, 0.587, 0.114
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class ModelUpscaler:
     """A super-resolution model read by spandrel, ready to run.
 
@@ -37,11 +42,12 @@ class ModelUpscaler:
 
     Attributes:
         name: Its name in metadata and messages.
-        model: The model, on its device and in its dtype.
+        model: The model, on its device and in its dtype; replaced by one in float32 where it fails in half precision.
         tile: Largest side in input pixels that the model is given at once; None: the whole image, and tiles only where
             memory runs out.
         overlap: Input pixels that two neighbouring tiles share (at most half a tile), where they are blended.
         cancel: Polled before every tile, unless `run` is given one.
+        reload: Reads the model again from its file, in float32 on the CPU; None: its weights are cast.
     """
 
     name: str
@@ -49,6 +55,7 @@ class ModelUpscaler:
     tile: int | None = None
     overlap: int = 32
     cancel: Cancel | None = None
+    reload: Callable[[], ImageModelDescriptor[torch.nn.Module]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def scale(self) -> int:
@@ -80,16 +87,18 @@ class ModelUpscaler:
     def run(self, images: Tensor, *, cancel: Cancel | None = None, warn: Warn | None = None) -> Tensor:
         """Upscale a batch, in tiles where memory or `tile` asks for them.
 
+        Where the model fails in half precision, it is run again in float32 and stays in it.
+
         Args:
             images: (B, 3, h, w) float in [0, 1].
             cancel: Polled before every tile; None: the upscaler's own.
-            warn: Receives a sentence where tiles were needed.
+            warn: Receives a sentence where tiles or float32 were needed.
 
         Returns:
             (B, 3, h*scale, w*scale) float32 in [0, 1], on the device of `images`.
 
         Raises:
-            MrFlowError: `images` is not as above, or the model's result is not finite.
+            MrFlowError: `images` is not as above, or the model's result is not finite though the image is.
             MemoryError: The smallest tile does not fit into memory.
             Cancelled: `cancel` answered True.
         """
@@ -99,19 +108,54 @@ class ModelUpscaler:
         done: list[Tensor] = []
         for index in range(len(images)):
             image = images[index : index + 1].float()
-            result, side = self._fit_memory(image, side, cancel or self.cancel, say)
+            result, side = self._in_half_or_float32(image, side, cancel or self.cancel, say)
             done.append(result)
         return torch.cat(done).clamp_(0, 1)
+
+    def failure(self, sizes: Iterable[tuple[int, int]]) -> str | None:
+        """Try the model on small images.
+
+        Args:
+            sizes: Height and width of each in pixels.
+
+        Returns:
+            Why it fails, in the words of its error; None where it does not, or where memory is short.
+        """
+        for height, width in sizes:
+            ramp = torch.linspace(0, 1, 3 * height * width).view(1, 3, height, width)
+            try:
+                with torch.no_grad():
+                    self._piece(ramp)
+            except Exception as error:
+                return None if is_memory_error(error) else first_line(error)
+        return None
+
+    def to_float32(self) -> None:
+        """Let the model run in float32 from now on, read again from its file where the upscaler knows how."""
+        with torch.inference_mode(False):  # weights made inside inference mode could not be moved outside it
+            model = self.model if self.reload is None else self.reload()
+            self.model = place(model, self.device, torch.float32)
+
+    def _in_half_or_float32(self, image: Tensor, side: int, cancel: Cancel | None, say: Warn) -> tuple[Tensor, int]:
+        dtype = self.dtype
+        try:
+            return self._fit_memory(image, side, cancel, say)
+        except (RuntimeError, MrFlowError) as error:
+            if dtype == torch.float32:
+                raise
+            say(f"the upscaler {self._shown} failed in {str(dtype)[6:]} ({first_line(error)}), so it runs in float32.")
+        self.to_float32()
+        return self._fit_memory(image, side, cancel, say)
 
     def _first_side(self, longest: int, say: Warn) -> int:
         """The tile side to begin with; the image's own longest side means the whole image."""
         if self.tile is None or self.tile >= longest:
             return longest
         if self._tiling == "INTERNAL":
-            say(f"the upscaler {self.name} does its own tiling, so the limit of {self.tile} pixels was not applied.")
+            say(f"the upscaler {self._shown} does its own tiling, so the limit of {self.tile} pixels was not applied.")
             return longest
         if self._tiling == "DISCOURAGED":
-            say(f"the upscaler {self.name} looks at the whole image, so tiles of {self.tile} pixels may show.")
+            say(f"the upscaler {self._shown} looks at the whole image, so tiles of {self.tile} pixels may show.")
         return self.tile
 
     def _fit_memory(self, image: Tensor, side: int, cancel: Cancel | None, say: Warn) -> tuple[Tensor, int]:
@@ -123,11 +167,11 @@ class ModelUpscaler:
             smaller = [tile for tile in FALLBACK_TILES if tile < side]
             if not smaller or self._tiling == "INTERNAL":
                 raise MemoryError(
-                    f"memory ran out while the upscaler {self.name} upscaled {side}x{side} pixels at once; "
+                    f"memory ran out while the upscaler {self._shown} upscaled {side}x{side} pixels at once; "
                     "free memory, or choose a smaller size or upscaler."
                 )
             side = smaller[0]
-            say(f"memory ran out in the upscaler {self.name}; the image was upscaled in tiles of {side} pixels.")
+            say(f"memory ran out in the upscaler {self._shown}; the image was upscaled in tiles of {side} pixels.")
 
     def _attempt(self, image: Tensor, side: int, cancel: Cancel | None) -> Tensor | None:
         """The result in pieces of at most `side`, or None where memory ran out; its tensors are gone by then."""
@@ -162,16 +206,27 @@ class ModelUpscaler:
         return total / weight
 
     def _piece(self, image: Tensor) -> Tensor:
-        """One forward of the model, back on the image's device in float32."""
-        layout = torch.channels_last if self._id in CHANNELS_LAST else torch.contiguous_format
-        ready = image.to(self.device, self.dtype).contiguous(memory_format=layout)
-        result = self.model(ready).to(image.device, torch.float32)
-        if not bool(result.isfinite().all()):
-            raise MrFlowError(
-                f"the upscaler {self.name} returned NaN or infinity in {str(self.dtype)[6:]}; "
-                "load it with dtype='float32', or use another file."
-            )
+        """One image (1, 3, h, w) through the model, back on the image's device in float32."""
+        if self.model.input_channels == 1:
+            grey = (image * image.new_tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
+            result = self._forward(grey)
+            colours = functional.interpolate(image - grey, result.shape[-2:], mode="bicubic", align_corners=False)
+            result = result + colours
+        else:
+            result = self._forward(image)
+        if not bool(result.isfinite().all()) and bool(image.isfinite().all()):
+            raise MrFlowError(f"the upscaler {self._shown} returned NaN or infinity in {str(self.dtype)[6:]}.")
         return result
+
+    def _forward(self, image: Tensor) -> Tensor:
+        layout = torch.channels_last if self._id in CHANNELS_LAST else torch.contiguous_format
+        # A copy: some networks scale their input in place.
+        ready = image.to(self.device, self.dtype, copy=True, memory_format=layout)
+        return self.model(ready).to(image.device, torch.float32)
+
+    @property
+    def _shown(self) -> str:
+        return shown(self.name)
 
     @property
     def _tiling(self) -> str:
@@ -182,6 +237,26 @@ class ModelUpscaler:
         return str(self.model.architecture.id)
 
 
+def place(
+    model: ImageModelDescriptor[torch.nn.Module], device: torch.device, dtype: torch.dtype
+) -> ImageModelDescriptor[torch.nn.Module]:
+    """Make a model ready to run.
+
+    Args:
+        model: As spandrel reads it.
+        device: Where it is to run.
+        dtype: In which dtype.
+
+    Returns:
+        The same model, without gradients, in the memory layout that suits it.
+    """
+    model.to(device, dtype).eval()
+    if str(model.architecture.id) in CHANNELS_LAST:
+        model.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportUnknownMemberType]
+    model.model.requires_grad_(False)
+    return model
+
+
 def check_tile_and_overlap(tile: int | None, overlap: int) -> None:
     """Refuse tiles that are too small.
 
@@ -190,9 +265,11 @@ def check_tile_and_overlap(tile: int | None, overlap: int) -> None:
         overlap: Input pixels that two neighbouring tiles share.
 
     Raises:
-        MrFlowError: `tile` is below `MIN_TILE`, or `overlap` below 0.
+        MrFlowError: `tile` is no whole number of at least `MIN_TILE`, or `overlap` none of at least 0.
     """
-    if tile is not None and tile < MIN_TILE:
-        raise MrFlowError(f"tile must be {MIN_TILE} pixels or more, got {tile!r}; leave it out for the full frame.")
-    if overlap < 0:
-        raise MrFlowError(f"overlap must be 0 pixels or more, got {overlap!r}.")
+    if tile is not None and (type(tile) is not int or tile < MIN_TILE):
+        raise MrFlowError(
+            f"tile must be {MIN_TILE} pixels or more, got {shown(repr(tile))}; leave it out for the full frame."
+        )
+    if type(overlap) is not int or overlap < 0:
+        raise MrFlowError(f"overlap must be 0 pixels or more, got {shown(repr(overlap))}.")

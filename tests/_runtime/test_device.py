@@ -1,15 +1,15 @@
-"""The choice of a device, and how errors of others are quoted."""
+"""The choice of a device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 from typing import Any
 
 import pytest
 import torch
 
 from mrflow_sched._runtime.device import has_bfloat16, resolve_device
-from mrflow_sched._runtime.errors import first_line
+from mrflow_sched._runtime.errors import MrFlowError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -51,13 +51,23 @@ def test_device_words(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("cuda:3")
 
 
-def test_errors_are_told_in_one_line() -> None:
-    told: Sequence[tuple[Exception, str]] = (
-        (ValueError("first\nsecond"), "first"),
-        (KeyError(), "KeyError"),
-        (RuntimeError("Error(s) in loading state_dict for Net:\n\tsize mismatch for a."), "size mismatch for a"),
-        (ValueError("ends with a stop."), "ends with a stop"),
-        (ValueError("x" * 500), "x" * 160),
-    )
-    for error, line in told:
-        assert first_line(error) == line
+@pytest.mark.parametrize(
+    "word",
+    ["hpu", "privateuseone", "mps", "xpu", "mtia", "opengl", "vulkan", "xla", "cuda:99", "", "\x1b[31m", "x" * 5000],
+)
+def test_a_device_that_torch_lacks_ends_in_one_whole_sentence(word: str) -> None:
+    if word in ("mps", "xpu", "hpu") and getattr(torch, word, None) is not None and getattr(torch, word).is_available():
+        pytest.skip(f"this machine has {word}")
+    with pytest.raises(MrFlowError) as caught:
+        resolve_device(word)
+    said = str(caught.value)
+    assert re.fullmatch(r"device is .+, which .+; use auto(, cpu or cuda| or cpu)\.", said)
+    assert said.isprintable()
+    assert "..." not in said.replace("xxx...", "")
+    assert len(said) < 250
+
+
+@pytest.mark.parametrize("wrong", [None, ["cpu"], 1.5])
+def test_what_is_no_device_name(wrong: Any) -> None:
+    with pytest.raises(MrFlowError, match="not a device name"):
+        resolve_device(wrong)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +21,10 @@ from pipeline_tools import listening, network_of, snapshot
 from torch import Tensor
 
 from mrflow_sched import MrFlow
+from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.pipeline import MrFlowOutput
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+from mrflow_sched.sampler import Fault
 from mrflow_sched.upscaling.fit import upscale_to
 
 SIDE = 64
@@ -121,7 +126,7 @@ def test_what_comes_back_beside_the_images(flux: Any) -> None:
     result = run(flux, keep_stages=True, width=70)
     assert [stage.name for stage in result.stages] == ["stage 1", "stage 2 upscaled"]
     assert result.timings[0].name == "text"
-    assert any("70x64 is made at 64x64" in warning for warning in result.warnings)
+    assert any("70x64 is made at 80x64" in warning for warning in result.warnings)
     assert (result.plan.seed, result.plan.stages[1].sigmas) == (3, (0.12, 0.0))
     assert not result.cancelled
     assert MrFlow(flux).plan(128, 64, sigma=0.2).stages[1].sigmas == (0.2, 0.0)
@@ -149,10 +154,25 @@ def test_what_comes_back_beside_the_images(flux: Any) -> None:
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number of at least 1, got 0"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt must be one text or one per prompt, got 2 for 1 prompts"),
         ({"sigma": 1.5}, "sigma must lie between 0 and 1, got 1.5"),
-        ({"preset": "99+1"}, "preset '99\\+1' is not one of family 'flux1-dev'"),
+        ({"preset": "99+"}, "preset '99\\+' is not one of family 'flux1-dev'"),
         ({"image": "file.png"}, "image is str; give a PIL image, an array or a tensor"),
         ({"image": torch.full((3, 8, 8), 2.0)}, "image must hold floats from 0 to 1"),
-        ({"image": torch.rand(3, 8, 8), "strength": 1.5}, "start_sigma must be above 0 and at most 1, got 1.5"),
+        ({"image": torch.rand(3, 8, 8), "strength": 1.5}, "strength must be above 0 and at most 1, got 1.5"),
+        ({"image": torch.rand(3, 8, 8), "strength": 0.0}, "strength must be above 0 and at most 1, got 0.0"),
+        ({"image": torch.rand(3, 8, 8), "strength": float("nan")}, "strength must be above 0 and at most 1, got nan"),
+        ({"image": torch.rand(3, 8, 8), "strength": "0.5"}, "strength must be above 0 and at most 1, got '0.5'"),
+        ({"seed": None, "generator": 5}, "generator is int; give a torch.Generator, or a list of them"),
+        ({"seed": None, "generator": [5]}, "generator holds int; give a torch.Generator, or a list of them"),
+        ({"seed": 1.5}, "seed must be a whole number, or one per image"),
+        ({"seed": ["1"]}, "seed must be a whole number, or one per image"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt must be a whole number of at least 1, got 1.5"),
+        ({"prompt": 3}, "prompt must be a text"),
+        ({"refine_prompt": ["a", "b"]}, "refine_prompt must be one text or one per prompt, got 2 for 1 prompts"),
+        ({"refine_prompt": 3}, "refine_prompt must be a text or a list of texts, got int"),
+        ({"negative_prompt": 3}, "negative_prompt must be a text or a list of texts, got int"),
+        ({"refine_negative_prompt": ["a", "b"]}, "refine_negative_prompt must be one text or one per prompt, got 2"),
+        ({"refine_prompt": "a", "prompt_2": "b"}, "refine_prompt and prompt_2 are both given"),
+        ({"refine_lora_scale": "half"}, "refine_lora_scale must be a finite number; .* got 'half'"),
     ],
 )
 def test_arguments_that_do_not_fit_get_one_sentence(flux: Any, arguments: dict[str, Any], sentence: str) -> None:
@@ -236,7 +256,7 @@ def test_upscale_mode_refines_a_given_picture_at_the_plans_sigma(flux: Any) -> N
 @pytest.mark.parametrize("form", ["pil", "np", "pt"])
 def test_alpha_is_kept_by_resampling_it_apart(flux: Any, form: str) -> None:
     colour = torch.rand((3, 32, 32), generator=torch.Generator().manual_seed(4)).mul(255).round() / 255
-    alpha = torch.zeros((1, 32, 32))
+    alpha = torch.full((1, 32, 32), 51 / 255)
     alpha[:, 8:24, 8:24] = 1.0
     tensor = torch.cat([colour, alpha])
     array = (tensor * 255).to(torch.uint8).permute(1, 2, 0).numpy()
@@ -251,7 +271,51 @@ def test_alpha_is_kept_by_resampling_it_apart(flux: Any, form: str) -> None:
     assert found.shape == (1, 4, 64, 64)
     torch.testing.assert_close(found[:, :3], plain.images, rtol=0, atol=0.51 / 255)
     assert float(found[0, 3, 32, 32]) == pytest.approx(1.0, abs=0.01)
-    assert float(found[0, 3, 2, 2]) == pytest.approx(0.0, abs=0.01)
+    assert float(found[0, 3, 2, 2]) == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("upscaler", [None, Doubler()])
+def test_a_transparent_image_gets_no_fringe(flux: Any, upscaler: Any) -> None:
+    """A white disc on the transparent black that editors write stays white on white, as in viewers."""
+    y, x = np.mgrid[0:40, 0:48]
+    alpha = (np.clip(15.5 - np.hypot(y - 20, x - 24), 0, 1) * 255).astype(np.uint8)
+    array = np.concatenate([np.repeat(np.where(alpha > 2, 255, 0)[..., None], 3, -1), alpha[..., None]], -1)
+    logo = Image.fromarray(array.astype(np.uint8))
+    result = MrFlow(flux, upscaler=upscaler)("a", image=logo, seed=1, refine_steps=0).images[0]
+    made = np.asarray(result).astype(float)
+    on_white = made[..., :3] * made[..., 3:] / 255 + 255 - made[..., 3:]
+    assert result.size == (96, 80)
+    assert on_white.min() >= 253
+
+
+@pytest.mark.parametrize("refine_steps", [0, 1])
+def test_an_odd_size_comes_out_as_asked_with_its_transparency(flux: Any, refine_steps: int) -> None:
+    logo = torch.rand(4, 32, 32)
+    asked: dict[str, Any] = {"image": logo, "refine_steps": refine_steps, "output_type": "pt"}
+    odd = run(flux, width=61, height=58, **asked)
+    even = run(flux, width=64, height=64, **asked)
+    assert torch.equal(odd.images, even.images[..., 3:-3, 1:-2])
+    assert any("The requested 61x58 is made at 64x64" in warning for warning in odd.warnings)
+    latents = run(flux, width=61, height=58, **{**asked, "output_type": "latent"}).images
+    assert latents.shape == run(flux, width=64, height=64, **{**asked, "output_type": "latent"}).images.shape
+
+
+def test_what_was_cropped_guessed_or_overruled_is_told(flux: Any) -> None:
+    photo = Image.new("RGB", (24, 32), (200, 90, 30))
+    photo.getexif()[0x0112] = 6
+    photo.info["icc_profile"] = b"no profile"
+    result = run(flux, image=photo, width=64, height=64, refine_steps=0)
+    assert any("colour profile is damaged" in warning for warning in result.warnings)
+    assert (
+        "The image of 32x24 is not shaped like 64x64: it is upscaled to 85x64 and cropped at the centre, losing 24.7% "
+        "of the image."
+    ) in result.warnings
+    result = run(flux, image=torch.rand(3, 64, 64), strength=0.05, sigma=0.2, low_steps=2)
+    assert any("strength=0.05 is below the sigma 0.2 at which" in warning for warning in result.warnings)
+    result = run(flux, image=torch.rand(3, 32, 32), strength=0.5, low_steps=2)
+    assert not any("strength" in warning or "cropped" in warning for warning in result.warnings)
+    with pytest.raises(MrFlowError, match="image holds 2 images for 1 prompt"):
+        run(flux, image=torch.rand(2, 3, 32, 32))
 
 
 def test_image_and_strength_are_where_stage_1_begins(sd3: Any) -> None:
@@ -269,6 +333,184 @@ def test_image_and_strength_are_where_stage_1_begins(sd3: Any) -> None:
     pure = run(sd3, "blue", seed=8, low_steps=4, keep_stages=True)
     assert torch.equal(other.stages[0].image, pure.stages[0].image)  # all noise: nothing is left of the picture
     assert not torch.allclose(faint.stages[0].image, other.stages[0].image, atol=0.05)
+
+
+# ------------------------------------------------------------------------------------- other words in the later stages
+
+
+@pytest.mark.parametrize("name", ["flux1-dev", "sd3", "sdxl"])
+def test_later_stages_may_have_words_of_their_own(name: str) -> None:
+    """Stage 1 is that of the first prompt alone; the refine stage is what the other prompt refines from its image."""
+    pipe = tiny_pipelines.make(name)
+    plain = run(pipe, keep_stages=True)
+    other = run(pipe, keep_stages=True, refine_prompt="blue")
+    assert torch.equal(other.stages[0].image, plain.stages[0].image)
+    low = plain.stages[0].image
+    torch.testing.assert_close(other.images, run(pipe, "blue", image=low, seed=3).images, rtol=0, atol=1e-5)
+    assert float((other.images - plain.images).abs().max()) > 1e-4
+    assert torch.equal(run(pipe, refine_prompt="a cat").images, plain.images)
+    two = run(pipe, ["a cat", "red"], refine_prompt=["blue", "red"], num_images_per_prompt=2, seed=3)
+    torch.testing.assert_close(two.images[0], other.images[0], rtol=0, atol=1e-3)
+
+
+def test_later_stages_may_have_a_negative_prompt_of_their_own() -> None:
+    pipe = tiny_pipelines.make("sd3")
+    plain = run(pipe, keep_stages=True, guidance_scale=5.0)
+    other = run(pipe, keep_stages=True, guidance_scale=5.0, refine_negative_prompt="blue")
+    assert torch.equal(other.stages[0].image, plain.stages[0].image)
+    low = plain.stages[0].image
+    alone = run(pipe, image=low, guidance_scale=5.0, negative_prompt="blue").images
+    torch.testing.assert_close(other.images, alone, rtol=0, atol=1e-5)
+    assert float((other.images - plain.images).abs().max()) > 1e-4
+
+
+def test_texts_are_encoded_once_for_each_set_of_words(flux: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    usual = PipelineEngine.encode_text
+
+    def counted(self: PipelineEngine, prompts: Any, *rest: Any, **more: Any) -> Any:
+        asked.append(tuple(prompts))
+        return usual(self, prompts, *rest, **more)
+
+    monkeypatch.setattr(PipelineEngine, "encode_text", counted)
+    run(flux, stages=3, width=128, height=128, refine_prompt="blue")
+    assert asked == [("a cat",), ("blue",)]
+    asked.clear()
+    run(flux, refine_prompt="a cat")
+    run(flux, image=torch.rand(3, 32, 32), refine_prompt="blue")  # stage 1 is not run: nobody reads its words
+    assert asked == [("a cat",), ("blue",)]
+
+
+@pytest.mark.parametrize("name", ["flux1-dev", "sdxl"])
+def test_a_lora_may_have_another_scale_in_the_later_stages(name: str) -> None:
+    pytest.importorskip("peft")
+    pipe = tiny_pipelines.make(name)
+    torch.manual_seed(0)
+    network = network_of(pipe)
+    _lora(network)
+    argument = "joint_attention_kwargs" if name == "flux1-dev" else "cross_attention_kwargs"
+    full = run(pipe, keep_stages=True)
+    before = snapshot(pipe)
+    off = run(pipe, keep_stages=True, refine_lora_scale=0.0)
+    assert snapshot(pipe) == before
+    assert torch.equal(off.stages[0].image, full.stages[0].image)
+    low: dict[str, Any] = {"image": full.stages[0].image}
+    torch.testing.assert_close(off.images, run(pipe, **low, **{argument: {"scale": 0.0}}).images, rtol=0, atol=1e-5)
+    assert float((off.images - full.images).abs().max()) > 1e-4
+    given = {"scale": 0.0}
+    back = run(pipe, keep_stages=True, refine_lora_scale=1.0, **{argument: given})
+    torch.testing.assert_close(back.images, run(pipe, image=back.stages[0].image).images, rtol=0, atol=1e-5)
+    assert given == {"scale": 0.0}
+    assert torch.equal(run(pipe).images, full.images)  # nothing of it stays
+
+
+def test_a_lora_scale_that_can_do_nothing_is_told(flux: Any) -> None:
+    with pytest.warns(UserWarning, match="the pipeline has no LoRA loaded"):
+        made = run(flux, refine_lora_scale=0.5)
+    assert torch.equal(made.images, run(flux).images)
+    with pytest.raises(
+        ValueError, match=r"refine_lora_scale=0.5 cannot be used, as PipelineEngine takes no LoRA scale"
+    ):
+        run(tiny_pipelines.make("lumina"), refine_lora_scale=0.5)
+
+
+# -------------------------------------------------------------------------------------------------- what a result says
+
+
+def test_a_network_of_no_numbers_is_named_and_its_black_image_is_unfinished() -> None:
+    pipe = tiny_pipelines.make("flux1-dev")
+    torch.nn.init.constant_(pipe.transformer.proj_out.weight, float("nan"))
+    made = run(pipe, output_type="pil", num_images_per_prompt=2)
+    assert made.unfinished
+    assert made.faults == (Fault("network", 1, 1),) * 2
+    assert sum("the network returned NaN" in warning for warning in made.warnings) == 2
+    assert not any("upscaler" in warning for warning in made.warnings)
+    assert [image.getextrema() for image in made.images] == [((0, 0),) * 3] * 2
+    assert run(tiny_pipelines.make("flux1-dev")).faults == (None,)
+
+
+def test_a_text_encoder_of_no_numbers_is_named() -> None:
+    pipe = tiny_pipelines.make("flux1-dev")
+    for parameter in pipe.text_encoder_2.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    assert run(pipe).faults == (Fault("text", 1),)
+
+
+def test_a_vae_that_fails_in_the_last_stage_keeps_the_upscaled_image(
+    flux: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = run(flux, keep_stages=True)
+    usual = PipelineEngine.decode
+
+    def decode(self: PipelineEngine, latents: Tensor) -> Tensor:
+        images = usual(self, latents)
+        return images * float("nan") if images.shape[-1] == SIDE else images
+
+    monkeypatch.setattr(PipelineEngine, "decode", decode)
+    made = run(flux)
+    assert made.faults == (Fault("decode", 2),)
+    assert torch.equal(made.images, good.stages[1].image)
+    latents = run(flux, output_type="latent").images
+    engine = PipelineEngine(flux)
+    torch.testing.assert_close(latents, engine.layout.pack(engine.encode(made.images)))
+
+
+def test_images_that_the_safety_checker_made_black_are_told() -> None:
+    pipe = tiny_pipelines.make("sd15")
+    assert run(pipe).nsfw_content_detected is None
+    pipe.safety_checker = object()
+    pipe.run_safety_checker = lambda images, *_: (images, [False, True])
+    made = run(pipe, num_images_per_prompt=2, output_type="pil")
+    assert made.nsfw_content_detected == (False, True)
+    assert made.images[1].getextrema() == ((0, 0),) * 3
+    assert made.images[0].getextrema() != ((0, 0),) * 3
+    assert "Image 2 is black, as the pipeline's safety checker rejected it." in made.warnings
+
+
+class Tinting(Doubler):
+    """Doubles and makes all redder."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (super().__call__(images) + torch.tensor([0.06, 0.0, 0.0]).view(1, 3, 1, 1)).clamp(0, 1)
+
+
+def test_the_colour_guard_takes_back_a_cast_and_leaves_all_else(flux: Any) -> None:
+    asked: Any = {**NUMBERS, "seed": 3, "keep_stages": True, "refine_steps": 0}
+    tinted = MrFlow(flux, upscaler=Tinting())("a cat", **asked)
+    guarded = MrFlow(flux, upscaler=Tinting(), colour_guard=True)("a cat", **asked)
+    low = tinted.stages[0].image.mean((0, 2, 3))
+    assert float((tinted.images.mean((0, 2, 3)) - low)[0]) > 0.04
+    torch.testing.assert_close(guarded.images.mean((0, 2, 3)), low, rtol=0, atol=2 / 255)
+    plain = MrFlow(flux, upscaler=Doubler())("a cat", **asked)
+    same = MrFlow(flux, upscaler=Doubler(), colour_guard=True)("a cat", **asked)
+    assert torch.equal(plain.images, same.images)
+
+
+def test_a_run_tells_the_logger_what_it_tells_its_caller(flux: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="mrflow_sched"):
+        asked: Any = {**NUMBERS, "width": 70}
+        made = MrFlow(flux)("a cat", seed=3, **asked)
+    heard = [(record.levelname, record.getMessage()) for record in caplog.records if record.name.startswith("mrflow")]
+    assert ("INFO", f"plan {made.plan.to_string()}") in heard
+    assert any(level == "INFO" and "stage 2 decode" in said for level, said in heard)
+    assert any(level == "WARNING" and "Lanczos" in said for level, said in heard)
+    assert all(note in [said for _, said in heard] for note in made.plan.notes)
+
+
+def test_nothing_is_printed_by_a_program_that_sets_no_logging_up(tmp_path: Path) -> None:
+    code = "import mrflow_sched, logging; logging.getLogger('mrflow_sched.sampler').warning('x')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert (found.stdout, found.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("error", [MemoryError("mine"), RuntimeError("out of memory, I say")])
+def test_memory_that_runs_out_in_the_pipelines_callback_is_the_callers(flux: Any, error: Exception) -> None:
+    def fail(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run(flux, image=torch.rand(3, 32, 32), num_images_per_prompt=2, callback_on_step_end=fail)
+    assert caught.value is error
 
 
 # -------------------------------------------------------------------------------------------- what people use with them
@@ -530,6 +772,46 @@ def test_an_upscaler_file_is_read_once_and_early(flux: Any) -> None:
     assert made.images.shape == (1, 3, SIDE, SIDE)
     assert not any("Lanczos" in warning for warning in made.warnings)
     assert any("Lanczos" in warning for warning in MrFlow(flux)("a cat", seed=3, **NUMBERS).warnings)
+
+
+def test_an_upscaler_files_dtype_and_tile_are_options(flux: Any) -> None:
+    from mrflow_sched import demo
+
+    path = demo.upscaler_path()
+    mrflow = MrFlow(flux, upscaler=path, upscaler_dtype="float32", upscaler_tile=16)
+    tiled = mrflow("a cat", seed=3, **NUMBERS)
+    upscaler: Any = mrflow._upscaler
+    assert (upscaler.dtype, upscaler.tile) == (torch.float32, 16)
+    assert tiled.images.shape == (1, 3, SIDE, SIDE)
+    with pytest.raises(ValueError, match="dtype must be"):
+        MrFlow(flux, upscaler=path, upscaler_dtype="float8")
+    with pytest.raises(ValueError, match="tile must be 16 pixels or more"):
+        MrFlow(flux, upscaler=path, upscaler_tile=4)
+    for own in (None, Doubler()):
+        with pytest.raises(ValueError, match="upscaler_dtype and upscaler_tile are for an upscaler that is loaded"):
+            MrFlow(flux, upscaler=own, upscaler_dtype="float32")
+
+
+def test_lanczos_is_a_word_here_too(flux: Any) -> None:
+    said = MrFlow(flux, upscaler="lanczos")("a cat", seed=3, **NUMBERS)
+    assert torch.equal(said.images, MrFlow(flux)("a cat", seed=3, **NUMBERS).images)
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Identity(), 7, b"x2.pth", lambda images: images])
+def test_what_is_no_upscaler_is_refused_at_once(flux: Any, wrong: Any) -> None:
+    with pytest.raises(ValueError, match="upscaler is"):
+        MrFlow(flux, upscaler=wrong)
+
+
+def test_an_upscaler_that_fails_costs_the_detail(flux: Any) -> None:
+    class Broken(Doubler):
+        def __call__(self, images: Tensor) -> Tensor:
+            raise RuntimeError("boom")
+
+    made = MrFlow(flux, upscaler=Broken())("a cat", seed=3, **NUMBERS)
+    assert torch.equal(made.images, MrFlow(flux)("a cat", seed=3, **NUMBERS).images)
+    assert not made.unfinished
+    assert any("the upscaler doubler failed (RuntimeError: boom), so" in said for said in made.warnings)
 
 
 def test_images_pass_the_pipelines_own_last_step(sd3: Any) -> None:

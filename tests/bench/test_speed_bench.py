@@ -108,7 +108,7 @@ def test_the_upscaler_costs_what_it_is_said_to() -> None:
     found = count.upscale(256, 256)
     assert cost.UPSCALER_FLOP["x2"] * 256**2 == pytest.approx(found.flop, rel=0.01)
     assert pytest.approx(found.peak, rel=0.01) == cost._UPSCALER_ALIVE * 512**2
-    assert pytest.approx(found.weights, rel=0.01) == cost._UPSCALER_WEIGHTS * 2
+    assert pytest.approx(found.weights, rel=0.01) == cost._UPSCALER_WEIGHTS["x2"] * 2
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -16,6 +16,7 @@ from torch import Tensor
 from mrflow_sched import make_native_plan
 from mrflow_sched.engines.diffusers.layouts import Layout, find_layout
 from mrflow_sched.engines.diffusers.layouts.shift import shift_rule
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
 NAMES = tiny_pipelines.NAMES
 GENERIC = ("ovis-image", "prx", "krea2", "lumina")
@@ -457,7 +458,7 @@ def test_final_images_go_through_the_pipelines_safety_checker_and_watermark() ->
 
     images = noise(2, 3, 32, 32).sigmoid()
     pipe = copy.copy(tiny("sd15"))
-    assert torch.equal(find_layout(pipe).finish(images), images)
+    assert find_layout(pipe).finish(images) == (images, None)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(text_config=small, vision_config={**small, "patch_size": 112}, projection_dim=8)
     checker = StableDiffusionSafetyChecker(config)
@@ -465,10 +466,18 @@ def test_final_images_go_through_the_pipelines_safety_checker_and_watermark() ->
     for parts, kept in ((2.0, True), (-2.0, False)):  # a cosine is never above 2, and always above -2
         checker.concept_embeds_weights.data.fill_(parts)
         checker.special_care_embeds_weights.data.fill_(2.0)
-        assert torch.equal(find_layout(pipe).finish(images), images * kept)
+        finished, rejected = find_layout(pipe).finish(images)
+        assert torch.equal(finished, images * kept)
+        assert rejected == (not kept, not kept)
+        engine = PipelineEngine(pipe)
+        assert engine.rejected is None
+        assert torch.equal(engine.finish(images), finished)
+        assert engine.rejected == rejected
     marked = copy.copy(tiny("sdxl"))
     marked.watermark = SimpleNamespace(apply_watermark=lambda pixels: pixels.clamp(max=0.5))
-    torch.testing.assert_close(find_layout(marked).finish(images), images.clamp(max=0.75))
+    finished, rejected = find_layout(marked).finish(images)
+    torch.testing.assert_close(finished, images.clamp(max=0.75))
+    assert rejected is None
 
 
 def test_gradients_are_kept_where_they_are_asked_for() -> None:
@@ -597,3 +606,20 @@ def test_a_schedulers_own_list_ends_at_its_smallest_step() -> None:
     assert shift_rule(beta, None).beta == 0.6
     dynamic = tiny_pipelines.diffusers().FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     assert shift_rule(dynamic, None, even_list=False).sigma_min == 1e-3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_no_image_holds_is_not_clamped_into_one(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = copy.copy(tiny("flux1-dev"))
+    whole = pipe.vae.decode
+
+    def spoiled(latents: Tensor, return_dict: bool = True) -> Any:
+        image = whole(latents, return_dict=False)[0].clone()
+        image[0, 0, 0, 0] = value
+        return (image,)
+
+    monkeypatch.setattr(pipe.vae, "decode", spoiled)
+    layout = find_layout(pipe)
+    images = layout.decode(noise(2, *layout.latent_shape(32, 32)))
+    assert images[:, 0, 0, 0].isnan().all()
+    assert images[:, 1:].isfinite().all()

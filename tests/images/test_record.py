@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrflow_sched._runtime.errors import MrFlowError
@@ -78,6 +78,52 @@ def test_an_altered_record_is_refused(change: dict[str, Any]) -> None:
     for other in ("{", "[]", "null", "[" * 200_000):
         with pytest.raises(MrFlowError, match="altered"):
             RunRecord.from_json(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"prompt": "x" * 1_000_001}, {"negative": "x" * 10**6 + "yz"}, {"plan": "\x1b" * 2_000_000}, {"plan": 7}),
+        *({"model": "x" * 5000}, {"device": "\x1b[31m" * 1000}, {"versions": {"torch": "x" * 5000}}, {"seed": 10**400}),
+        *({"upscaler_sha256": "x" * 5000}, {"threads": 10**30}, {"seed": float("inf")}, {"seed": 1.0}),
+    ],
+)
+def test_what_is_longer_or_larger_than_any_record_is_refused_shortly(change: dict[str, Any]) -> None:
+    with pytest.raises(MrFlowError, match="the image's text was altered") as caught:
+        RunRecord.from_json(json.dumps(json.loads(RECORD.to_json()) | change))
+    assert len(str(caught.value)) < 300
+    assert str(caught.value).isprintable()
+    longest = replace(RECORD, prompt="x" * 1_000_000)
+    assert RunRecord.from_json(longest.to_json()) == longest
+    for text in (" " * 70_000_000 + "{}", '{"seed": ' + "9" * 5000 + "}"):
+        with pytest.raises(MrFlowError, match="the image's text was altered"):
+            RunRecord.from_json(text)
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(sorted(json.loads(RECORD.to_json()))), ANY).map(
+        lambda change: json.dumps(json.loads(RECORD.to_json()) | change)
+    )
+    | ANY.map(json.dumps)
+    | st.text()
+)
+def test_any_text_is_a_record_or_refused(text: str) -> None:
+    said = ""
+    try:
+        record = RunRecord.from_json(text)
+        assert RunRecord.from_json(record.to_json()) == record
+    except MrFlowError as error:
+        said = str(error)
+    assert said.isprintable()
+    assert len(said) < 400
 
 
 def test_versions_name_what_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:

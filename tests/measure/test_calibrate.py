@@ -196,7 +196,20 @@ def mrflow(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, s
 
 
 def test_the_command_writes_an_entry_that_plans_use(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    small = ("--size", "64x64", "--steps", "2", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path))
+    small = (
+        "--size",
+        "96x96",
+        "--factor",
+        "1.5",
+        "--steps",
+        "2",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--out",
+        str(tmp_path),
+    )
     code, out, err = mrflow(capsys, "calibrate", "a blue star over green hills", *small)
     assert code == 0
     assert "recommended: low steps" in out
@@ -211,11 +224,12 @@ def test_the_command_writes_an_entry_that_plans_use(capsys: pytest.CaptureFixtur
     # A picture of one's own, and nothing is written over.
     Image.effect_noise((80, 70), 60).convert("RGB").save(tmp_path / "own.png")
     words = ("calibrate", "--images", str(tmp_path / "own.png"), "--json", "--no-progress")
-    code, out, err = mrflow(capsys, *words, "--size", "64x64", "--device", "cpu", "--out", str(tmp_path))
-    assert (code, err) == (0, "")
+    code, out, err = mrflow(capsys, *words, "--size", "128x128", "--device", "cpu", "--out", str(tmp_path))
+    assert code == 0
+    assert "own.png is not shaped like 128x128: it is upscaled to 146x128 and cropped at the centre" in err
     assert json.loads(out)["file"] == str(tmp_path / "calibration-demo-2.json")
     assert Calibration.from_json(path.read_text()) == entry
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".mrflow-*"))
 
 
 @pytest.mark.parametrize(
@@ -266,8 +280,16 @@ def test_a_full_disk_leaves_no_half_entry(
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "fsync", full)
     code, _, err = mrflow(capsys, "calibrate", "--device", "cpu", "--out", str(tmp_path))
     assert code == 2
     assert "the disk is full" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_without_a_picture_in_it_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for size, tokens in (("1x1", "8x8, 1 token"), ("112x112", "56x56, 49 tokens")):
+        code, out, err = mrflow(capsys, "calibrate", "--size", size, "--out", str(tmp_path / "new"))
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert f"--size {size} makes stage 1 {tokens}" in err
+    assert not (tmp_path / "new").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from mrflow_sched.measure.compare import compare, native_plan_of, shortest
 from mrflow_sched.measure.runs import Comparison, Part, Run
 from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.sampler import StagedResult
+
+
+def field() -> GaussianFieldEngine:
+    """The exact engine under the embedded model's name, for its plans."""
+    return GaussianFieldEngine(family=replace(GaussianFieldEngine().family, name="demo"))
 
 
 def test_the_native_plan_shares_size_solver_guidance_and_seed() -> None:
@@ -86,7 +92,7 @@ def test_the_run_of_median_time_counts(
         now[0] += next(taken[path.name])
 
     plan = make_plan("demo", 32, 32, low_steps=2)
-    engine = GaussianFieldEngine()
+    engine = field()
     with monkeypatch.context() as patch:
         patch.setattr(time, "perf_counter", lambda: now[0])
         found = compare(engine, "", plan, tmp_path, native_plan=native_plan_of(plan, 2), save=save, repeats=repeats)
@@ -95,7 +101,7 @@ def test_the_run_of_median_time_counts(
 
 def test_the_sheet_keeps_the_prompt_as_text(tmp_path: Path) -> None:
     plan = make_plan("demo", 32, 32, low_steps=2)
-    found = compare(GaussianFieldEngine(), "海港の夜明け", plan, tmp_path, native_plan=native_plan_of(plan, 2))
+    found = compare(field(), "海港の夜明け", plan, tmp_path, native_plan=native_plan_of(plan, 2))
     assert read_png_text(found.sheet) == {"prompt": "海港の夜明け"}
 
 
@@ -121,7 +127,7 @@ def test_the_warm_up_saves_too_and_leaves_nothing_beside_the_pictures(tmp_path: 
         saved.append((result.plan.stages[0].steps, path.name))
         save_png(path, result.images[0])
 
-    engine = GaussianFieldEngine()
+    engine = field()
     found = compare(engine, "", plan, tmp_path, native_plan=native_plan_of(plan, 3), save=save)
     assert saved == [(1, "native.png"), (1, "staged.png"), (3, "native.png"), (2, "staged.png")]
     assert {path.name for path in tmp_path.iterdir()} == {"native.png", "staged.png", "compare.png"}
@@ -163,15 +169,15 @@ def test_a_broken_comparison_leaves_the_folder_as_it_was(
     if where == "second move":
         monkeypatch.setattr(os, "replace", move)
     with pytest.raises(type(error)):
-        compare(GaussianFieldEngine(), "", plan, tmp_path, native_plan=native_plan_of(plan, 3), save=save)
+        compare(field(), "", plan, tmp_path, native_plan=native_plan_of(plan, 3), save=save)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(older, b"older")
 
 
 def test_a_folder_that_cannot_take_the_pictures_is_refused_before_the_run(tmp_path: Path) -> None:
     plan = make_plan("demo", 32, 32, guidance=1.0)
     with pytest.raises(MissingFileError, match="does not exist; make it first"):
-        compare(GaussianFieldEngine(), "", plan, tmp_path / "none")
+        compare(field(), "", plan, tmp_path / "none")
     (tmp_path / "staged.png").mkdir()
     with pytest.raises(FileError, match=r"staged\.png.*a folder has that name"):
-        compare(GaussianFieldEngine(), "", plan, tmp_path)
+        compare(field(), "", plan, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["staged.png"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,12 @@ def test_a_healthy_installation(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(line.startswith("ok   ") for line in lines)
 
 
+def test_lanczos_is_an_upscaler_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = doctor(capsys, "--upscaler", "lanczos")
+    assert code == 0
+    assert found["upscaler lanczos"]["text"] == "resampling without a model, which adds no detail"
+
+
 def test_what_would_fail_is_said_and_makes_the_code_1(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, sd3_folder: Path
 ) -> None:
@@ -62,7 +70,7 @@ def test_what_would_fail_is_said_and_makes_the_code_1(
     assert (code, found["ok"]) == (1, False)
     text = found[f"model {folder}"]["text"]
     assert "text_encoder_2" in text
-    assert "vae/*.safetensors" in text
+    assert "vae/diffusion_pytorch_model.safetensors" in text
     assert not found[f"upscaler {no_upscaler}"]["good"]
     assert cli.main(["doctor", "--model", str(tmp_path / "nowhere")]) == 1
     assert "FAIL model" in capsys.readouterr().out
@@ -71,7 +79,10 @@ def test_what_would_fail_is_said_and_makes_the_code_1(
 def test_pipelines_that_cannot_be_run_are_named(sd3_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(sd3_folder, tmp_path / "model"))
     index = json.loads((folder / "model_index.json").read_text())
-    for kind, sentence in (("StableDiffusion3Img2ImgPipeline", "cannot be run"), ("NoSuchPipeline", "does not have")):
+    for kind, sentence in (
+        ("StableDiffusion3Img2ImgPipeline", "starts from an image"),
+        ("NoSuchPipeline", "does not have"),
+    ):
         (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
         last = list(examine(str(folder)))[-1]
         assert not last.good
@@ -110,6 +121,42 @@ def test_operators_that_clash_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> 
     found = {finding.name: finding for finding in examine()}
     assert not found["torchvision operators"].good
     assert "torchvision::nms" in found["torchvision operators"].text
+
+
+def test_what_a_program_without_our_repair_would_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import mrflow_sched.measure.doctor as room
+
+    def operators(torchvision: str) -> str:
+        (tmp_path / "torchvision").mkdir(exist_ok=True)
+        (tmp_path / "torchvision" / "__init__.py").write_text(torchvision)
+        room.own_import.cache_clear()
+        return {finding.name: finding for finding in examine()}["torchvision operators"].text
+
+    stub = tmp_path / "diffusers" / "pipelines" / "flux"
+    stub.mkdir(parents=True)
+    for folder in (stub, stub.parent, stub.parent.parent):
+        (folder / "__init__.py").touch()
+    (stub / "pipeline_flux.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # reaches the other process alone
+    try:
+        assert operators("") == "importable"
+        said = operators("raise RuntimeError('operator torchvision::nms\\x1b does not exist')")
+        assert said.startswith(
+            "works inside mrflow only; your own import of diffusers fails (operator torchvision::nms"
+        )
+        assert "install the torchvision that was made for torch" in said
+        assert said.isprintable()
+    finally:
+        room.own_import.cache_clear()
+
+
+def test_importing_mrflow_makes_diffusers_importable() -> None:
+    code = "from mrflow_sched import MrFlow; from diffusers import FluxPipeline; print(FluxPipeline.__name__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.strip() == "FluxPipeline", found.stderr[-2000:]
+    code = "import sys, mrflow_sched; print([name for name in ('torch', 'torchvision') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", tiny_pipelines.available())

@@ -72,7 +72,7 @@ def test_capabilities_are_what_the_engines_own_class_says() -> None:
     assert capabilities_of(Wrapper(engine)) == Capabilities()
     assert capabilities_of(GaussianFieldEngine()) == Capabilities(gradients=True)
     tiled = TiledEngine(engine, 64)
-    assert capabilities_of(tiled) == Capabilities(tiles=True, gradients=True)
+    assert capabilities_of(tiled) == Capabilities(tiles=True, gradients=True, lora_scale=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- methods

@@ -353,7 +353,24 @@ def test_a_family_of_ones_own_may_be_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("flux1_dev", "'flux1-dev'"), ("SDXL", "sdxl"), ("qqqq", "; known families are flux1-dev")]
+    ("name", "near"),
+    [
+        ("flux1_dev", "did you mean 'flux1-dev'"),
+        ("flux", "did you mean 'flux1-dev'"),
+        ("FLUX.1-dev", "did you mean 'flux1-dev'"),
+        ("flux.1 dev", "did you mean 'flux1-dev'"),
+        ("schnell", "did you mean 'flux1-schnell'"),
+        ("flux.2", "did you mean 'flux2-"),
+        ("SDXL", "did you mean 'sdxl'"),
+        ("sdxl 1.0", "did you mean 'sdxl'"),
+        ("Stable Diffusion 3.5", "did you mean 'sd35'"),
+        ("qwen", "did you mean 'qwen-image'"),
+        ("Z Image Turbo", "did you mean 'z-image-turbo'"),
+        ("auroflow", "did you mean 'auraflow'"),
+        ("qqqq", "; known families are flux1-dev"),
+        ("", "; known families are flux1-dev"),
+        ("!?", "; known families are flux1-dev"),
+    ],
 )
 def test_an_unknown_family_gets_one_sentence_with_the_names(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=near) as caught:
@@ -381,8 +398,36 @@ def test_every_family_has_a_preset_of_each_tier(family: str, fast: str, balanced
 
 
 def test_an_unknown_preset_gets_one_sentence_with_the_names() -> None:
-    with pytest.raises(ValueError, match=r"preset '99\+9'.*12\+1, 20\+1, text, 8\+1, fast, balanced, best"):
-        get_family("qwen-image").get_preset("99+9")
+    with pytest.raises(
+        ValueError, match=r"preset 'quick'.*12\+1, 20\+1, text, 8\+1, fast, balanced, best, or any .*10\+1"
+    ):
+        get_family("qwen-image").get_preset("quick")
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "sigma"),
+    [
+        ("10+1", (10, 1), 0.12),
+        ("16+2", (16, 2), 0.12),
+        ("010+01", (10, 1), 0.12),
+        ("1000+0", (1000, 0), 0.12),
+        ("20+1", (20, 1), 0.15),  # the family's own preset of that name
+        ("BEST", (20, 1), 0.15),
+        ("Text", (12, 1), 0.18),
+    ],
+)
+def test_any_step_counts_are_a_preset(name: str, steps: tuple[int, int], sigma: float) -> None:
+    preset = get_family("flux1-dev").get_preset(name)
+    assert ((preset.low_steps, preset.refine_steps), preset.sigma) == (steps, sigma)
+    assert preset.name == ("text" if name == "Text" else "{}+{}".format(*steps))
+
+
+@pytest.mark.parametrize(
+    "name", ["0+1", "1001+1", "1+1001", "12", "12+", "+1", "12+1 ", "12 + 1", "-1+1", "1.5+1", "١٢+١"]
+)
+def test_what_is_no_step_count_is_no_preset(name: str) -> None:
+    with pytest.raises(ValueError, match=r"is not one of family 'flux1-dev'; choose from 12\+1, .*best, or any"):
+        get_family("flux1-dev").get_preset(name)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan import schedule
 from mrflow_sched.plan.recipes import explicit_recipe, sigmas_from_recipe
 from mrflow_sched.plan.schedule import (
@@ -207,7 +209,7 @@ def test_scaled_linear_matches_stable_diffusion() -> None:
     assert table[-1] == pytest.approx(14.614647, abs=1e-5)
     # Trailing spacing of 30 steps in diffusers' EulerDiscreteScheduler
     assert [s / (1 - s) for s in scaled_linear_sigmas(30)[1:3]] == pytest.approx([12.017748, 9.917175], abs=1e-4)
-    with pytest.raises(ValueError, match="at most 1000"):
+    with pytest.raises(ValueError, match="steps must be a whole number from 1 to 1000, got 1001"):
         scaled_linear_sigmas(1001)
 
 
@@ -331,3 +333,64 @@ def test_the_empty_list_has_a_recipe() -> None:
 def test_bad_recipes_are_refused(recipe: str) -> None:
     with pytest.raises(ValueError):
         sigmas_from_recipe(recipe)
+
+
+def wrong(function: Any) -> Any:
+    """The same function without its types."""
+    return function
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: wrong(shift_sigma)(1, 1e-320), None),
+        (lambda: unshift_sigma(1, 1e308), None),
+        (lambda: wrong(shift_sigma)("0.5", 2), "sigma must lie between 0 and 1, got '0.5'"),
+        (lambda: wrong(shift_sigma)(0.5, 10**400), "shift must be a positive number, got 1000"),
+        (lambda: wrong(shift_sigma)(0.5, None), "shift must be a positive number, got None"),
+        (lambda: mu_for_tokens(10**400), "tokens must be a whole number from 1 to 2147483648"),
+        (lambda: mu_for_tokens(64, base_tokens=8, max_tokens=8), "max_tokens must differ from base_tokens, got 8"),
+        (lambda: mu_flux2(64, 1001), "steps must be a whole number from 1 to 1000, got 1001"),
+        (lambda: wrong(native_sigmas)(10**9), "steps must be a whole number from 1 to 1000, got 1000000000"),
+        (lambda: wrong(native_sigmas)(True), "steps must be a whole number from 1 to 1000, got True"),
+        (lambda: wrong(native_sigmas)(3, sigma_min="x"), "sigma_min must lie between 0 and 1, got 'x'"),
+        (lambda: wrong(beta_sigmas)(57_872), "steps must be a whole number from 1 to 1000, got 57872"),
+        (lambda: wrong(beta_sigmas)(9, alpha="x"), "alpha must be a number from 0.2 to 10, got 'x'"),
+        (lambda: wrong(refine_sigmas)("0.1", 2), "start_sigma must lie between 0 and 1, got '0.1'"),
+        (
+            lambda: wrong(refine_sigmas)(0.12, 126, "shifted"),
+            "refine_steps must be a whole number from 1 to 125, got 126",
+        ),
+        (
+            lambda: wrong(refine_sigmas)(0.12, 1000, "shifted"),
+            "refine_steps must be a whole number from 1 to 125, got 1000",
+        ),
+        (lambda: wrong(refine_sigmas)(0.12, 2, None), "refine_curve must be 'linear' or 'shifted', got None"),
+        (lambda: wrong(validate_sigmas)(3), "sigmas must be a list of numbers, got 3"),
+        (lambda: wrong(validate_sigmas)("10"), "sigmas must be a list of numbers, got '10'"),
+        (lambda: wrong(validate_sigmas)([1, True, 0]), "sigmas must be a list of numbers"),
+        (lambda: wrong(validate_sigmas)(iter([0.5] * 10**6)), "sigmas must hold at most 1001 numbers"),
+        (
+            lambda: validate_sigmas([1.0, 0.5, 0.5, 0.0]),
+            "sigmas must fall from each value to the next, got 0.5 after 0.5",
+        ),
+        (lambda: wrong(sigmas_from_recipe)(5), "recipe must be text"),
+        (lambda: wrong(sigmas_from_recipe)("native 12x mu=0.0"), "lacks its number of steps"),
+        (lambda: wrong(sigmas_from_recipe)("native 12"), "lacks mu"),
+        (lambda: wrong(sigmas_from_recipe)("native 12 mu=0.5 te\x1b=0.02"), r"do not take: 'te\\x1b'"),
+        (lambda: wrong(sigmas_from_recipe)("native 2 mu=0 a=1 b=2 c=3 d=4"), "has a number twice, or too many"),
+    ],
+)
+def test_numbers_that_no_schedule_has_end_in_a_sentence(call: Any, sentence: str | None) -> None:
+    if sentence is None:
+        assert call() == 1.0
+        return
+    with pytest.raises(MrFlowError, match=sentence.replace("+", "[+]")) as caught:
+        call()
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 12, 125])
+def test_the_shifted_curve_falls_up_to_its_limit(count: int) -> None:
+    sigmas = refine_sigmas(0.12, count, "shifted")
+    assert (len(sigmas), sigmas[0], sigmas[-1]) == (count + 1, 0.12, 0.0)

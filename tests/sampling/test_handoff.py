@@ -34,6 +34,7 @@ class Limited:
 
     def __init__(self, most: int = 100, error: BaseException | None = None) -> None:
         self.family, self.device = ENGINE.family, torch.device("cpu")
+        self.latent_shape = ENGINE.latent_shape
         self.most, self.error = most, error or torch.OutOfMemoryError("CUDA out of memory.")
         self.asked: list[tuple[int, str, Sequence[int] | None]] = []
 
@@ -163,3 +164,55 @@ def test_seeds_and_posterior_are_checked() -> None:
         handoff(ENGINE, pictures(), stage(), None, seeds=[1])
     with pytest.raises(ValueError, match="posterior must be 'mode' or 'sample', got 'mean'"):
         handoff(ENGINE, pictures(), stage(), None, seeds=[1, 2], posterior="mean")
+
+
+class Own:
+    """An upscaler of a user's."""
+
+    name, scale = "own", 2
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return self.result(images)
+
+
+def doubled(images: Tensor) -> Tensor:
+    return images.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (RuntimeError("shapes do not fit\nmore"), "the upscaler own failed (RuntimeError: shapes do not fit), so"),
+        (KeyError("a"), "the upscaler own failed (KeyError: 'a'), so"),
+        (lambda images: doubled(images) * float("nan"), "the upscaler own returned NaN or infinity, so"),
+        (lambda images: images, "asks for (2, 3, 32, 32), so"),
+        (lambda images: doubled(images) * 255, "instead of 0 to 1, so"),
+        (lambda images: None, "the upscaler own returned NoneType instead of a float tensor in [0, 1], so"),
+    ],
+)
+def test_an_upscaler_that_fails_costs_the_detail_and_not_the_run(result: Any, said: str) -> None:
+    made = handoff(ENGINE, pictures(), stage(), Own(result), seeds=[7, 8])
+    assert torch.equal(made.image, upscale_to(pictures(), 32, 32))
+    [sentence] = made.warnings
+    assert said in sentence
+    assert sentence.endswith("upscaled with Lanczos, which leaves fine detail soft; use another upscaler.")
+
+
+@pytest.mark.parametrize("error", [Cancelled(), MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_stopping_and_memory_are_not_the_upscalers_failures(error: Exception) -> None:
+    with pytest.raises((Cancelled, MemoryError)):
+        handoff(ENGINE, pictures(), stage(), Own(error), seeds=[7, 8])
+
+
+def test_a_picture_that_is_not_finite_is_not_the_upscalers_failure() -> None:
+    images = pictures()
+    images[1] = float("nan")
+    made = handoff(ENGINE, images, stage(sigmas=()), Own(doubled), seeds=[7, 8])
+    assert made.warnings == ()
+    assert torch.equal(made.image[0], doubled(images)[0])
+    assert bool(made.image[1].isnan().all())

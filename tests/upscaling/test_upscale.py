@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched._runtime.memory import free_memory, is_memory_error
 from mrflow_sched._runtime.torchvision_ops import ensure_ops
 from mrflow_sched.plan import tiles
-from mrflow_sched.upscaling import blend, fit, load
+from mrflow_sched.upscaling import blend, build, fit, load
 from mrflow_sched.upscaling import model as upscale
 from mrflow_sched.upscaling.fit import upscale_to
 from mrflow_sched.upscaling.lanczos import LanczosUpscaler, resize_lanczos
@@ -88,6 +89,7 @@ class Nearest:
         self.tiling = SimpleNamespace(name=tiling)
         self.size_requirements = SimpleNamespace(multiple_of=multiple)
         self.architecture = SimpleNamespace(id="Nearest")
+        self.input_channels = 3
         self.error: BaseException = torch.cuda.OutOfMemoryError("CUDA out of memory.")
         self.seen: list[tuple[int, int]] = []
 
@@ -182,11 +184,30 @@ def test_a_precision_that_is_asked_for() -> None:
             choose_dtype(CPU, False, False, dtype)
 
 
+class Overflowing(Nearest):
+    """Returns infinity in one value of every result."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        result = super().__call__(image)
+        result[..., 0, 0] = float("inf")
+        return result
+
+
 def test_a_model_that_overflows_is_named() -> None:
-    upscaler, model = nearest()
-    with pytest.raises(ValueError, match=r"double returned NaN or infinity in float32"):
-        upscaler(torch.full((1, 3, 4, 4), float("inf")))
+    model: Any = Overflowing()
+    with pytest.raises(MrFlowError, match=r"double returned NaN or infinity in float32"):
+        ModelUpscaler("double", model)(images(1, 4, 4))
     assert model.seen == [(4, 4)]
+
+
+def test_a_picture_that_is_not_finite_is_not_the_models_fault() -> None:
+    upscaler, model = nearest()
+    picture = images(2, 4, 4)
+    picture[1, 0, 0, 0] = float("nan")
+    result = upscaler(picture)
+    assert bool(result[0].isfinite().all())
+    assert bool(result[1].isnan().any())
+    assert len(model.seen) == 2
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (1, 4, 4, 4), (1, 1, 4, 4), (1, 3, 0, 4), (0, 3, 4, 4)])
@@ -225,14 +246,16 @@ def test_a_tile_larger_than_the_picture_changes_nothing() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 500), st.integers(16, 200), st.integers(0, 120), st.sampled_from([1, 2, 4, 8]))
+@given(st.integers(1, 500), st.integers(1, 200), st.integers(0, 300), st.integers(1, 130))
+@example(100, 64, 32, 128)
 def test_spans_cover_the_length(length: int, side: int, overlap: int, multiple: int) -> None:
     spans = tiles.spans(length, side, overlap, multiple)
     assert (spans[0][0], spans[-1][1]) == (0, length)
-    assert all(0 < stop - start <= side for start, stop in spans)
+    assert all(0 < stop - start <= max(side, multiple) for start, stop in spans)
     if len(spans) > 1:
         assert all(start % multiple == 0 for start, _ in spans)
-    wanted = min(overlap, side // multiple * multiple // 2)
+    longest = max(side // multiple, 1) * multiple
+    wanted = min(overlap, longest // 2, longest - multiple)
     for (start, stop), (after, _) in pairwise(spans):
         assert start < after <= stop
         assert stop - after > wanted - multiple
@@ -241,6 +264,12 @@ def test_spans_cover_the_length(length: int, side: int, overlap: int, multiple: 
         assert weight.min() >= 0
         total[start:stop] += weight
     assert total.min() > 0
+
+
+@pytest.mark.parametrize("wrong", [(-1, 8, 0, 1), (8, 0, 0, 1), (8, 4, -1, 1), (8, 4, 0, 0)])
+def test_spans_that_make_no_sense(wrong: tuple[int, int, int, int]) -> None:
+    with pytest.raises(MrFlowError, match="must be 1 or more"):
+        tiles.spans(*wrong)
 
 
 def test_ramps_sum_to_one_and_ignore_the_edge() -> None:
@@ -581,8 +610,7 @@ def test_a_wrong_suffix(tmp_path: Path) -> None:
 def test_empty_files_and_files_of_something_else(tmp_path: Path, suffix: str, content: bytes) -> None:
     (tmp_path / f"bad{suffix}").write_bytes(content)
     said = refused(tmp_path / f"bad{suffix}")
-    assert "cannot be read as" in said
-    assert not re.search(r"\(\d+\)", said)  # a number alone is no reason
+    assert re.search(r"cannot be used: it (is|holds) [a-z ,]{4,}; download it again", said)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -631,8 +659,7 @@ def test_hostile_pickles_are_not_executed(tmp_path: Path, write: Callable[[objec
     write({"model.0.weight": Hostile(target)}, path)
     sentence = refused(path)
     assert not target.exists()
-    assert "weights_only" not in sentence
-    if suffix != ".safetensors" and write is not write_tar:
+    if write is not write_tar:
         assert f"asks to run {os.mkdir.__module__}.mkdir, which was refused" in sentence
     if write is write_plain:  # the trap works: whoever reads it without care springs it
         pickle.loads(path.read_bytes())
@@ -661,17 +688,15 @@ def test_weights_inside_the_usual_wrappings(tmp_path: Path) -> None:
         assert load_upscaler(tmp_path / f"{key}.pth").scale == 2
 
 
-@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "kind"])
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape"])
 def test_weights_that_do_not_fit_together(tmp_path: Path, damage: str) -> None:
     table: dict[str, Any] = dict(rrdbnet(2).state_dict())
     if damage == "missing":
         del table["model.1.sub.0.RDB2.conv3.0.weight"]
     elif damage == "extra":
         table["model.1.sub.0.RDB2.conv3.0.scale"] = torch.zeros(1)
-    elif damage == "shape":
-        table["model.1.sub.0.RDB2.conv3.0.weight"] = torch.zeros(5, 5, 3, 3)
     else:
-        table["model.0.weight"] = "text"
+        table["model.1.sub.0.RDB2.conv3.0.weight"] = torch.zeros(5, 5, 3, 3)
     torch.save(table, tmp_path / "unfit.pth")
     assert "do not fit together" in refused(tmp_path / "unfit.pth")
 
@@ -684,43 +709,11 @@ def test_layer_numbers_that_would_build_without_end(tmp_path: Path, layer: str) 
     assert "names no layer" in refused(tmp_path / "deep.safetensors")
 
 
-def test_widths_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few kilobytes can ask for terabytes: found before anything is built for real."""
-    ensure_ops()
-    import spandrel
-
-    def built(*_: object) -> None:
-        raise AssertionError("built for real")
-
-    monkeypatch.setattr(spandrel.ModelLoader, "load_from_state_dict", built)
-    table = dict(rrdbnet(2).state_dict())
-    table["model.0.weight"] = torch.zeros(1).expand(300_000, 3, 3, 3)
-    torch.save(table, tmp_path / "wide.pth")
-    assert "size mismatch" in refused(tmp_path / "wide.pth")
-
-
-def test_a_model_that_cannot_be_rehearsed_is_built_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ensure_ops()
-    import spandrel
-
-    real = spandrel.MAIN_REGISTRY.load
-
-    def load(table: Any) -> Any:
-        if torch.empty(0).device.type == "meta":
-            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-        return real(table)
-
-    monkeypatch.setattr(spandrel.MAIN_REGISTRY, "load", load)
-    assert load_upscaler(save(rrdbnet(2), tmp_path / "x2.pth")).scale == 2
-
-
 def test_models_of_another_kind(tmp_path: Path) -> None:
-    assert "takes 1 and returns 1 channels" in refused(save(rrdbnet(2, channels=1), tmp_path / "grey.pth"))
+    assert "takes 4 and returns 4 channels" in refused(save(rrdbnet(2, channels=4), tmp_path / "alpha.pth"))
     inpainting: Any = SimpleNamespace(architecture=SimpleNamespace(name="LaMa"), purpose="Inpainting")
-    with pytest.raises(ValueError, match="LaMa model for Inpainting"):
-        load._checked_model(tmp_path / "lama.pth", inpainting)
+    with pytest.raises(MrFlowError, match="LaMa model for Inpainting"):
+        build._checked(inpainting)
 
 
 @pytest.mark.parametrize("settings", [{"tile": 0}, {"tile": 15}, {"tile": -3}, {"overlap": -1}])
@@ -749,7 +742,6 @@ def test_channels_come_last_only_where_that_is_known_to_be_safe(
         return all(weight.is_contiguous() for weight in weights), upscaler(images(1, 8, 8))
 
     last, one = results()
-    monkeypatch.setattr(load, "CHANNELS_LAST", frozenset())
     monkeypatch.setattr(upscale, "CHANNELS_LAST", frozenset())
     plain, other = results()
     assert (last, plain) == (False, True)

@@ -173,6 +173,37 @@ def test_a_reload_replaces_instead_of_adding(folder: Path) -> None:
     assert [entry.scaler for entry in entries if entry.name.endswith("(MrFlow)")] == [newer] * 3
 
 
+def test_files_whose_names_tell_nothing_are_not_read_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line of the log for each file that is left out, and the start goes on whatever lies in the folder."""
+    place = tmp_path / "ESRGAN"
+    (place / "more").mkdir(parents=True)
+    table = network(2).state_dict()
+    save_file(table, place / "fine.pth")  # by another name than its kind
+    torch.save(table, place / "more" / "also.pth")
+    torch.save(table, place / "also.pth")
+    save_file(network(8).state_dict(), place / "eightfold.safetensors")
+    (place / "bomb.pth").write_bytes(b"BZh9" + bytes(100))
+    (place / "\x1b[31mred.pth").write_bytes(b"<html>")
+    (place / "lost.pth").symlink_to(place / "lost.pth")
+    (place / "folder.pth").mkdir()
+    monkeypatch.setattr(upscaler, "load_upscaler", None)
+    with caplog.at_level("INFO", logger="mrflow"):
+        names = add_fast_upscalers(host_list(place), scaler(), UpscalerData)
+    assert names == ["also (MrFlow)", "fine (MrFlow)"]
+    said = {record.getMessage() for record in caplog.records}
+    assert len(said) == len(caplog.records) == 4
+    assert all(line.isprintable() and line.startswith("No (MrFlow) upscaler for ") for line in said)
+    for part in (
+        "it is a bzip2 archive",
+        "it is a web page",
+        "it is x8, and x2 and x4 are listed",
+        "its name is that of",
+    ):
+        assert sum(part in line for line in said) == 1
+
+
 def test_without_esrgan_files_nothing_is_added(tmp_path: Path) -> None:
     entries = [host_entry("None", None, SimpleNamespace(name="None"))]
     assert add_fast_upscalers(entries, scaler(), UpscalerData) == []
@@ -290,11 +321,17 @@ def test_half_precision_that_overflows_is_made_again_in_float32(folder: Path, tm
     path = tmp_path / "2x-Loud.safetensors"
     save_file(net.state_dict(), path)
     ours = scaler()
-    half = load_upscaler(path, device="cpu", dtype="float16")
-    assert isinstance(half, upscale.ModelUpscaler)
-    ours._kept = ((str(path), path.stat().st_mtime_ns, "cpu", "auto"), half)  # pyright: ignore[reportPrivateUsage]
+    loud = load_upscaler(path, device="cpu", dtype="float32")
+    assert isinstance(loud, upscale.ModelUpscaler)
+    loud.model.half()  # as the trial at loading leaves it where only larger images overflow
+    ours._kept = ((str(path), path.stat().st_mtime_ns, "cpu", "auto"), loud)  # pyright: ignore[reportPrivateUsage]
     ours.half = True
-    assert ours.upscale(picture(), 2.0, str(path)).size == (48, 32)
+    made = ours.upscale(picture(), 2.0, str(path))
+    assert made.size == (48, 32)
+    [sentence] = ours.take_sentences()
+    assert "failed in float16" in sentence
+    assert made.tobytes() == scaler().upscale(picture(), 2.0, str(path)).tobytes()
+    ours.upscale(picture(), 2.0, str(path))
     assert ours.take_sentences() == []
 
 

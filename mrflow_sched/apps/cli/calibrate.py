@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from mrflow_sched._runtime.errors import FileError, MrFlowError
 from mrflow_sched.apps.cli.console import DONE, counted, os_reason, print_json, say, saying_warnings, show, writable
-from mrflow_sched.apps.cli.load import find_upscaler, load_engine, plan_family
+from mrflow_sched.apps.cli.forecast import check_memory
+from mrflow_sched.apps.cli.load import check_packages, find_upscaler, load_engine, open_upscaler, plan_family
 from mrflow_sched.apps.cli.options import (
     Commands,
     ModelChoices,
@@ -22,18 +21,18 @@ from mrflow_sched.apps.cli.options import (
     default_size,
     model_options,
     output_options,
-    prompt_option,
-    size_option,
-    whole_number,
 )
+from mrflow_sched.apps.cli.parsing import prompt_option, size_option, whole_number
 from mrflow_sched.plan.checks import MAX_SEED
 from mrflow_sched.plan.families import get_family
-from mrflow_sched.plan.make import make_plan
+from mrflow_sched.plan.make import make_native_plan, make_plan
+from mrflow_sched.plan.notes import LEAST_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mrflow_sched.measure.calibrate import Calibration
+    from mrflow_sched.plan.stages import StagedPlan
 
 # Wide, detailed, lettered, smooth.
 _PROMPTS = (
@@ -135,18 +134,20 @@ def run(request: CalibrateRequest) -> int:
         FileError: The calibration file cannot be written.
     """
     from mrflow_sched.measure.calibrate import calibrate
-    from mrflow_sched.upscaling.load import load_upscaler
 
     named = plan_family(request.model)
     family = get_family(named) if isinstance(named, str) else named
     width, height = request.size or default_size(family, native=False)
-    make_plan(family, width, height, factor=request.factor)  # a bad size or factor is told before anything is loaded
+    plan = make_plan(family, width, height, factor=request.factor)
+    _check_size(plan)
     file = find_upscaler(request.model)
+    check_packages(request.model)
+    check_memory(request.model, family, plan, make_native_plan(family, width, height))
     images = _measured_images(request.images, width, height)
     output = request.output
     with writable(output.folder), saying_warnings():
+        upscaler = None if file is None else open_upscaler(request.model, file)
         engine = load_engine(request.model, request.model.dtype)
-        upscaler = None if file is None else load_upscaler(file, device=engine.device)
         found = calibrate(
             engine,
             upscaler,
@@ -165,6 +166,17 @@ def run(request: CalibrateRequest) -> int:
     else:
         show(*_lines(found), str(path))
     return DONE
+
+
+def _check_size(plan: StagedPlan) -> None:
+    """Refuse sizes at which stage 1 draws nothing that could be measured."""
+    low = plan.stages[0]
+    if low.tokens < LEAST_TOKENS:
+        raise MrFlowError(
+            f"--size {plan.requested_width}x{plan.requested_height} makes stage 1 {low.width}x{low.height}, "
+            f"{counted(low.tokens, 'token')}, in which there is nothing to measure; choose a size whose stage 1 has at "
+            f"least {LEAST_TOKENS}, best the one that you will use."
+        )
 
 
 def _measured_prompts(request: CalibrateRequest) -> tuple[str, ...]:
@@ -186,10 +198,20 @@ def _measured_images(files: tuple[Path, ...], width: int, height: int) -> Tensor
         return None
     import torch
 
+    return torch.cat([_fitted(file, width, height) for file in files])
+
+
+def _fitted(file: Path, width: int, height: int) -> Tensor:
+    """An image file filling the size, (1, 3, H, W); what the file left open and what is cropped is told."""
     from mrflow_sched.images.files import load_image
+    from mrflow_sched.plan.notes import fitting_note
     from mrflow_sched.upscaling.fit import upscale_to
 
-    return torch.cat([upscale_to(load_image(file)[None], width, height) for file in files])
+    image = load_image(file, lambda sentence: say(f"{file}: {sentence}"))
+    note = fitting_note(f"{file}", (image.shape[-1], image.shape[-2]), (width, height))
+    if note is not None:
+        say(note)
+    return upscale_to(image[None], width, height)
 
 
 def _lines(found: Calibration) -> Iterator[str]:
@@ -213,14 +235,10 @@ def _lines(found: Calibration) -> Iterator[str]:
 
 def _write_new(folder: Path, stem: str, text: str) -> Path:
     """Write `stem`.json in `folder`, whole or not at all and never over an old file, and return its path."""
-    names = (stem if count == 1 else f"{stem}-{count}" for count in range(1, 1_000_000))
-    path = next(path for name in names if not (path := folder / f"{name}.json").exists())
-    draft = path.with_suffix(".part")
+    from mrflow_sched._runtime.write import write_new
+
     try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, path)
+        return write_new(folder, stem, ".json", text.encode("utf-8"))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+        path = folder / f"{stem}.json"
         raise FileError(f"{str(path)!r} cannot be written ({os_reason(error)}); give another --out.") from error
-    return path

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrflow_sched.apps.cli.console import DONE, print_json, progress_bar, say, saying_warnings, show, writable
-from mrflow_sched.apps.cli.load import Job, find_upscaler, load, make_record, plan_family
+from mrflow_sched.apps.cli.forecast import check_memory
+from mrflow_sched.apps.cli.load import Job, check_packages, find_upscaler, load, make_record, plan_family
 from mrflow_sched.apps.cli.options import (
     Commands,
     ModelChoices,
@@ -19,15 +20,19 @@ from mrflow_sched.apps.cli.options import (
     model_options,
     output_options,
     plan_options,
-    prompt_option,
-    whole_number,
 )
+from mrflow_sched.apps.cli.parsing import prompt_option, text_option, whole_number
+from mrflow_sched.apps.cli.stopping import current
+from mrflow_sched.images.parameters import PARAMETERS, parameters_text
 from mrflow_sched.images.record import KEY
 from mrflow_sched.plan.options import PlanOptions
 
 if TYPE_CHECKING:
     from mrflow_sched.measure.runs import Comparison, Part
+    from mrflow_sched.plan.families import Family
+    from mrflow_sched.plan.stages import StagedPlan
     from mrflow_sched.sampler import StagedResult
+    from mrflow_sched.sampling.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class CompareRequest:
 
     Attributes:
         prompt: What the image shows.
+        negative: What it should not show, or None.
         choices: Options of the staged plan, "euler" as its solver unless --solver was given.
         native_steps: Steps of the native run; None takes the family's own number.
         repeats: Runs of each kind, 1 to 100; the one of median time counts.
@@ -44,6 +50,7 @@ class CompareRequest:
     """
 
     prompt: str
+    negative: str | None
     choices: PlanChoices
     native_steps: int | None
     repeats: int
@@ -65,7 +72,9 @@ class CompareRequest:
         options: PlanOptions = {"solver": "euler", **choices.options}
         options.pop("steps", None)
         model, output = ModelChoices.from_args(args), OutputChoices.from_args(args)
-        return cls(args.prompt, replace(choices, options=options), args.steps, args.repeats, model, output)
+        return cls(
+            args.prompt, args.negative, replace(choices, options=options), args.steps, args.repeats, model, output
+        )
 
 
 def add_parser(commands: Commands) -> None:
@@ -81,6 +90,9 @@ def add_parser(commands: Commands) -> None:
         help="measure native and staged sampling",
     )
     parser.add_argument("prompt", type=prompt_option, metavar="PROMPT")
+    parser.add_argument(
+        "--negative", type=text_option, metavar="TEXT", help="what the image should not show, for models that use it"
+    )
     parser.add_argument(
         "--repeats",
         type=whole_number(1, 100),
@@ -103,14 +115,18 @@ def run(request: CompareRequest) -> int:
     Raises:
         MrFlowError: The plan, the model, the upscaler or the output folder cannot be used.
     """
-    plan = request.choices.make_plan(plan_family(request.model))
+    family = plan_family(request.model)
+    plan = request.choices.make_plan(family)
     from mrflow_sched.measure.compare import compare, native_plan_of
 
     file = find_upscaler(request.model)
-    job = Job(plan, request.prompt)
+    job = Job(plan, request.prompt, request.negative)
+    native = native_plan_of(plan, request.native_steps, family=None if isinstance(family, str) else family)
+    check_packages(request.model)
+    check_memory(request.model, family, plan, native)
     with writable(request.output.folder), saying_warnings():
         loaded = load(request.model, job, file)
-        for note in plan.notes:
+        for note in (*plan.notes, *_solver_note(request.choices, plan, family)):
             say(note)
         record = make_record(request.model, job, loaded)
 
@@ -118,7 +134,13 @@ def run(request: CompareRequest) -> int:
             from mrflow_sched.images.files import save_png
 
             one = replace(record, plan=result.plan.to_string())
-            save_png(path, result.images[0], {KEY: one.to_json()})
+            save_png(path, result.images[0], {PARAMETERS: parameters_text(one), KEY: one.to_json()})
+
+        stop = current()
+
+        def follow(name: str, step: Progress) -> None:
+            stop.check()
+            bar(name, step)
 
         with progress_bar(request.output.progress) as bar:
             found = compare(
@@ -126,11 +148,12 @@ def run(request: CompareRequest) -> int:
                 request.prompt,
                 plan,
                 request.output.folder,
+                negative_prompt=request.negative,
                 native_plan=native_plan_of(plan, request.native_steps, family=loaded.engine.family),
                 upscaler=loaded.upscaler,
                 save=save,
                 repeats=request.repeats,
-                callback=bar,
+                callback=follow,
             )
     for note in dict.fromkeys(found.notes):
         say(note)
@@ -139,6 +162,15 @@ def run(request: CompareRequest) -> int:
     else:
         show(*_lines(found))
     return DONE
+
+
+def _solver_note(choices: PlanChoices, plan: StagedPlan, family: str | Family) -> Iterator[str]:
+    """Say where `mrflow generate` would make another image than this comparison, because of the solver."""
+    options: PlanOptions = {**choices.options}
+    options.pop("solver", None)
+    used, usual = (each.stages[0].solver for each in (plan, replace(choices, options=options).make_plan(family)))
+    if used != usual:
+        yield f"Both ways use the solver {used}, as native pipelines do; mrflow generate uses {usual} (see --solver)."
 
 
 def _lines(found: Comparison) -> Iterator[str]:

@@ -6,29 +6,28 @@ import contextlib
 import errno
 import json
 import os
-import signal
 import sys
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import mrflow_sched
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, shown
+from mrflow_sched.apps.cli.stopping import current
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from mrflow_sched.sampling.progress import Progress
 
-DONE, UNHEALTHY, REFUSED, FAULT, STOPPED = 0, 1, 2, 70, 130
-"""Exit codes: done; `doctor` found what would fail; a refusal; a fault (EX_SOFTWARE of sysexits.h); Ctrl-C."""
+DONE, UNHEALTHY, REFUSED, FAULT = 0, 1, 2, 70
+"""Exit codes: done; `doctor` found what would fail; a refusal; a fault (EX_SOFTWARE of sysexits.h)."""
 
 FAULT_SENTENCE = (
     "this is a fault of mrflow or of a library it uses, not of your input; please report it with the lines above."
 )
+_LONGEST = 600
+"""Most letters of a refusal."""
 MEMORY_SENTENCE = "there is not enough memory for this size or batch; make the image or the batch smaller."
 
 # --- what is said ------------------------------------------------------------------------------
@@ -48,12 +47,40 @@ def counted(number: int, thing: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print a sentence for the user on standard error.
+    """Print a sentence for the user on standard error, above the progress bar if there is one.
 
     Args:
         text: The sentence; "mrflow: " is put before it.
     """
-    print(f"mrflow: {text}", file=sys.stderr)
+    with _telling():
+        bars = sys.modules.get("tqdm")
+        write: Callable[..., object] = print if bars is None else bars.tqdm.write
+        write(f"mrflow: {text}", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def say_new(sentences: Iterable[str], told: list[str]) -> None:
+    """Print sentences for the user that were not told yet.
+
+    Args:
+        sentences: The sentences.
+        told: Those that were told, to which the new ones are added.
+    """
+    for sentence in sentences:
+        if sentence not in told:
+            told.append(sentence)
+            say(sentence)
+
+
+@contextlib.contextmanager
+def _telling() -> Generator[None, None, None]:
+    """Run a block that writes to standard error; where that takes nothing, nobody is told, and the work goes on."""
+    try:
+        if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]  # it was closed before Python began
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # print would take standard output in its place
+        yield
+    except (OSError, ValueError):  # disk full, reader gone; closed
+        _forget(sys.stderr)
 
 
 def show(*lines: str) -> None:
@@ -77,25 +104,35 @@ def print_json(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def saying_warnings() -> Generator[None, None, None]:
-    """Print this package's warnings as sentences, each once, and those of libraries as usual, when the block ends.
+def saying_warnings(told: list[str] | None = None) -> Generator[None, None, None]:
+    """Print this package's warnings as sentences when they come, each once, and those of libraries as usual.
 
-    After an exception nothing is printed but what the exception says.
+    Args:
+        told: Sentences that were told already, to which each one is added.
 
     Yields:
-        Nothing; warnings are collected while the block runs.
+        Nothing; the usual way is back when the block ends.
     """
     home = str(Path(mrflow_sched.__file__).parent)
-    with warnings.catch_warnings(record=True) as caught:
-        try:
-            yield
-        finally:
-            found = list(caught)
-    for sentence in dict.fromkeys(str(each.message) for each in found if each.filename.startswith(home)):
-        say(sentence)
-    for each in found:
-        if not each.filename.startswith(home):
-            warnings.showwarning(each.message, each.category, each.filename, each.lineno, each.file, each.line)
+    sentences = [] if told is None else told
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show_warning(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if filename.startswith(home):
+                say_new([str(message)], sentences)
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show_warning
+        yield
 
 
 @contextlib.contextmanager
@@ -108,7 +145,10 @@ def progress_bar(wanted: bool | None) -> Generator[Callable[[str, Progress], Non
     Yields:
         A function (run name, progress) that moves the bar, or does nothing where no bar is wanted.
     """
-    if not (sys.stderr.isatty() if wanted is None else wanted):
+    with _telling():
+        sys.stderr.flush()
+        wanted = sys.stderr.isatty() if wanted is None else wanted
+    if not wanted:
         yield lambda _name, _step: None
         return
     from tqdm import tqdm
@@ -116,18 +156,24 @@ def progress_bar(wanted: bool | None) -> Generator[Callable[[str, Progress], Non
     # A percentage, not a step count: the fraction is weighted by cost, so the bar moves evenly in time.
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     make_bar: Any = tqdm
+    stop = current()
     with make_bar(total=1.0, bar_format=layout, file=sys.stderr, leave=False) as bar:
         last = [""]
 
         def show(name: str, step: Progress) -> None:
-            if name != last[0]:
-                last[0] = name
-                bar.reset(total=1.0)
-            bar.set_description_str(f"{name}: {step.name}" if name else step.name, refresh=False)
-            bar.update(step.fraction - bar.n)
-            bar.refresh()
+            with _telling():
+                if name != last[0]:
+                    last[0] = name
+                    bar.reset(total=1.0)
+                bar.set_description_str(f"{name}: {step.name}" if name else step.name, refresh=False)
+                bar.update(step.fraction - bar.n)
+                bar.refresh()
 
-        yield show
+        stop.on_bar = True
+        try:
+            yield show
+        finally:
+            stop.on_bar = False
 
 
 # --- around a command --------------------------------------------------------------------------
@@ -154,51 +200,20 @@ def writable(folder: Path) -> Generator[None, None, None]:
         which = "that" if there == folder else repr(str(there))
         raise MrFlowError(f"--out is {str(folder)!r}, but {which} is not a folder; give another.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"mrflow")
-    except OSError as error:
-        raise MrFlowError(
-            f"--out is {str(folder)!r}, where no file can be written ({os_reason(error)}); give another."
-        ) from error
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"mrflow")
+        except OSError as error:
+            raise MrFlowError(
+                f"--out is {str(folder)!r}, where no file can be written ({os_reason(error)}); give another."
+            ) from error
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # rmdir takes only empty folders
-            for place in missing:
+        for place in missing:
+            with contextlib.suppress(OSError):  # rmdir takes only empty folders
                 place.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def ctrl_c() -> Generator[Callable[[], bool], None, None]:
-    """Turn the first Ctrl-C into a request to stop; the second one stops at once.
-
-    The previous handler is put back at the end. Outside the main thread, where Python takes no handlers, nothing is
-    changed.
-
-    Yields:
-        A function that returns whether Ctrl-C was pressed.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C was pressed a second time.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop.is_set
-        return
-
-    def press(_number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        say("Stopping and keeping the best image so far (Ctrl-C again stops at once).")
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield stop.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # --- how a command ends ------------------------------------------------------------------------
@@ -219,12 +234,18 @@ def refusal_of(error: BaseException) -> str | None:
     if _out_of_memory(error):
         return MEMORY_SENTENCE
     if isinstance(error, MrFlowError):
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = _short(" ".join(str(error).split())) or type(error).__name__
         return text if text.endswith((".", "!", "?")) else text + "."
     if isinstance(error, OSError) and error.errno is not None:
         where = f" at {error.filename}" if error.filename else ""
-        return f"{os_reason(error)}{where}; free some space or give another folder or file."
+        return _short(f"{os_reason(error)}{where}; free some space or give another folder or file.")
     return None
+
+
+def _short(text: str) -> str:
+    """A sentence that may quote foreign text: without control characters, its middle cut where it is long."""
+    text = shown(text, 10 * len(text) + 4)  # an escape has up to 10 letters
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
 
 
 def os_reason(error: OSError) -> str:
@@ -252,7 +273,13 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def forget_output() -> None:
     """Point standard output at nothing, so that Python's flush at exit does not fail again, with a traceback."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _forget(sys.stdout)
+
+
+def _forget(stream: TextIO | None) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a stream that is no file
+        if stream is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def flush_output() -> None:

@@ -14,12 +14,14 @@ class DoctorRequest:
     """What to check besides the installation.
 
     Attributes:
-        model: A diffusers folder, or None.
+        model: A diffusers folder or a single file, or None.
+        config: For a single file: the diffusers folder that describes it, or None.
         upscaler: An ESRGAN-type file, or None.
         json: Print the findings as JSON.
     """
 
     model: str | None
+    config: str | None
     upscaler: str | None
     json: bool
 
@@ -33,7 +35,7 @@ class DoctorRequest:
         Returns:
             The request.
         """
-        return cls(args.model, args.upscaler, args.json)
+        return cls(args.model, args.model_config, args.upscaler, args.json)
 
 
 def add_parser(commands: Commands) -> None:
@@ -48,7 +50,8 @@ def add_parser(commands: Commands) -> None:
         allow_abbrev=False,
         help="check what is installed, what would run and what would fail",
     )
-    parser.add_argument("--model", metavar="DIR", help="a local diffusers folder to check; no weights are read")
+    parser.add_argument("--model", metavar="PATH", help="a local model to check, as for generate; no weights are read")
+    parser.add_argument("--model-config", metavar="DIR", help="for a single file: the folder that describes it")
     parser.add_argument("--upscaler", metavar="FILE", help="an ESRGAN-type file to check")
     parser.set_defaults(from_args=DoctorRequest.from_args, run=run)
 
@@ -64,7 +67,7 @@ def run(request: DoctorRequest) -> int:
     """
     from mrflow_sched.measure.doctor import examine
 
-    findings = list(examine(request.model, request.upscaler))
+    findings = list(examine(request.model, request.upscaler, config=request.config))
     healthy = all(finding.good for finding in findings)
     if request.json:
         print_json({"ok": healthy, "findings": [asdict(finding) for finding in findings]})

@@ -1,10 +1,9 @@
-"""`mrflow generate`: make images from a prompt, or repeat the run of a saved image."""
+"""`mrflow generate`: make images from prompts or an image, or repeat the run of a saved image."""
 
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,20 +12,20 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.console import (
     DONE,
     REFUSED,
-    STOPPED,
-    ctrl_c,
     print_json,
     progress_bar,
     say,
+    say_new,
     saying_warnings,
     show,
     writable,
 )
+from mrflow_sched.apps.cli.forecast import check_memory
+from mrflow_sched.apps.cli.inputs import read_prompts, read_start
 from mrflow_sched.apps.cli.load import (
-    EMBEDDED,
-    UPSCALER,
     Job,
     Loaded,
+    check_packages,
     find_upscaler,
     load,
     make_record,
@@ -43,54 +42,73 @@ from mrflow_sched.apps.cli.options import (
     option_name,
     output_options,
     plan_options,
-    prompt_option,
-    text_option,
-    whole_number,
 )
-from mrflow_sched.images.record import KEY, MAX_BATCH, RunRecord
+from mrflow_sched.apps.cli.parsing import number_option, path_option, prompt_option, text_option, whole_number
+from mrflow_sched.apps.cli.repeat import check_weights, recorded_loras, repeated_job, say_differences
+from mrflow_sched.apps.cli.results import Results, check_format
+from mrflow_sched.apps.cli.stopping import Stop, Stopped, current
+from mrflow_sched.images.record import MAX_BATCH
 from mrflow_sched.plan.options import OPTIONS
-from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mrflow_sched.sampler import StagedResult
     from mrflow_sched.sampling.progress import Progress
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Images to make from a prompt.
+    """Images to make.
 
     Attributes:
-        prompt: What the images show.
+        prompts: What the images show; each makes its own, with the same plan and the same seeds.
         negative: What they should not show, or None.
-        batch: How many images, 1 to `images.record.MAX_BATCH`; image i has the plan's seed plus i.
+        refine_prompt: What the stages after the first show instead, or None.
+        refine_negative: What those should not show instead, or None.
+        batch: How many images of each prompt, 1 to `images.record.MAX_BATCH`; image i has the plan's seed plus i.
         choices: Options of the plan.
+        image: An image file to start from, or None.
+        strength: The sigma at which stage 1 starts from it; None: it takes the place of stage 1.
         model: The model and the upscaler.
         save_stages: Save the image of each stage too.
+        suffix: Ending of the image files, which decides their format.
         output: Where the results go.
     """
 
-    prompt: str
+    prompts: tuple[str, ...]
     negative: str | None
+    refine_prompt: str | None
+    refine_negative: str | None
     batch: int
     choices: PlanChoices
+    image: Path | None
+    strength: float | None
     model: ModelChoices
     save_stages: bool
+    suffix: str
     output: OutputChoices
 
-    def job(self) -> Job:
-        """Plan the run.
+    def jobs(self) -> tuple[Job, ...]:
+        """Plan the runs.
 
         Returns:
-            The job, all of whose images are saved.
+            A job for each prompt, all of whose images are saved.
 
         Raises:
-            MrFlowError: The options make no plan, or the model's folder cannot be used.
+            MrFlowError: The options make no plan, or the image or the model's folder cannot be used.
         """
-        plan = self.choices.make_plan(plan_family(self.model))
-        return Job(plan, self.prompt, self.negative, self.batch, tuple(range(self.batch)))
+        start = None if self.image is None else read_start(self.image, self.strength)
+        plan = self.choices.make_plan(plan_family(self.model), start)
+        first = Job(
+            plan,
+            self.prompts[0],
+            self.negative,
+            self.batch,
+            tuple(range(self.batch)),
+            start=start,
+            refine_prompt=self.refine_prompt,
+            refine_negative=self.refine_negative,
+        )
+        return tuple(replace(first, prompt=prompt) for prompt in self.prompts)
 
 
 @dataclass(frozen=True)
@@ -98,37 +116,31 @@ class RepeatRequest:
     """The run of a saved image, to be repeated.
 
     Attributes:
-        source: A PNG with a record.
-        model: The model and the upscaler, which must be those of the record.
+        source: An image file with a record, or with the texts of A1111 or ComfyUI.
+        image: The image file that the run started from, or None.
+        model: The model, the upscaler and the LoRAs, which must be those of the record.
         save_stages: Save the image of each stage too.
+        suffix: Ending of the image files, which decides their format.
         output: Where the results go.
     """
 
     source: Path
+    image: Path | None
     model: ModelChoices
     save_stages: bool
+    suffix: str
     output: OutputChoices
 
-    def job(self) -> Job:
-        """Read the recorded run. The whole batch runs again, because the last bits depend on the batch's size.
+    def jobs(self) -> tuple[Job, ...]:
+        """Read the run.
 
         Returns:
-            The job, of whose images only the recorded one is saved.
+            One job, of whose images only that of the file is saved.
 
         Raises:
-            MrFlowError: The file has no readable record, or was made with another model than `model` names.
+            MrFlowError: The file has no readable record, or was made with other files than those given.
         """
-        record = _read_record(self.source)
-        if record.model != EMBEDDED and self.model.model is None:
-            raise MrFlowError(
-                f"{self.source} was made with the model folder {record.model!r}; name it with --model DIR."
-            )
-        if record.model == EMBEDDED and self.model.model is not None:
-            raise MrFlowError(f"{self.source} was made with the embedded model; leave out --model.")
-        if record.unfinished:
-            say(f"{self.source} is an unfinished image; its run is now completed.")
-        plan = StagedPlan.from_string(record.plan)
-        return Job(plan, record.prompt, record.negative, record.batch, (record.image,), record)
+        return (repeated_job(self.source, self.model, self.image),)
 
 
 def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
@@ -145,22 +157,60 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
     """
     model, output = ModelChoices.from_args(args), OutputChoices.from_args(args)
     if args.source is None:
-        if args.prompt is None:
-            raise MrFlowError(
-                'the prompt is missing; say what the image shows, as in mrflow generate "a blue star" --out DIR.'
-            )
         choices = PlanChoices.from_args(args)
-        if args.native and args.upscaler is not None:
-            raise MrFlowError("--native samples in one stage, so --upscaler has no meaning; leave one out.")
-        return GenerateRequest(args.prompt, args.negative, args.batch or 1, choices, model, args.save_stages, output)
-    recorded = (*OPTIONS, "size", "prompt", "negative", "family", "calibration", "batch")
+        _check_together(args)
+        return GenerateRequest(
+            (args.prompt,) if args.prompts is None else read_prompts(args.prompts),
+            args.negative,
+            args.refine_prompt,
+            args.refine_negative,
+            args.batch or 1,
+            choices,
+            args.image,
+            args.strength,
+            model,
+            args.save_stages,
+            f".{args.format}",
+            output,
+        )
+    recorded = (
+        *OPTIONS,
+        "size",
+        "prompt",
+        "prompts",
+        "negative",
+        "strength",
+        "refine_prompt",
+        "refine_negative",
+        "family",
+        "calibration",
+        "batch",
+    )
     given = [word for word in recorded if getattr(args, word) is not None]
     if given:
         name = "a prompt" if given[0] == "prompt" else option_name(given[0])
         raise MrFlowError(
             f"--from takes the prompt and all numbers from the image's record, so {name} has no meaning; leave one out."
         )
-    return RepeatRequest(args.source, model, args.save_stages, output)
+    return RepeatRequest(args.source, args.image, model, args.save_stages, f".{args.format}", output)
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Refuse options of a new run that do not go together."""
+    if args.prompt is None and args.prompts is None:
+        raise MrFlowError(
+            'the prompt is missing; say what the image shows, as in mrflow generate "a blue star" --out DIR.'
+        )
+    if args.prompt is not None and args.prompts is not None:
+        raise MrFlowError("--prompts gives all prompts, so a prompt beside it has no meaning; leave one out.")
+    if args.strength is not None and args.image is None:
+        raise MrFlowError("--strength says how far to start from an image; give --image FILE too, or leave it out.")
+    if args.native and args.image is not None and args.strength is None:
+        raise MrFlowError("--image takes the place of stage 1, which is all that --native has; give --strength too.")
+    if args.native and (args.refine_prompt is not None or args.refine_negative is not None):
+        raise MrFlowError("--native samples in one stage, so a prompt of the later ones has no meaning; leave it out.")
+    if args.native and args.upscaler is not None:
+        raise MrFlowError("--native samples in one stage, so --upscaler has no meaning; leave one out.")
 
 
 def add_parser(commands: Commands) -> None:
@@ -177,11 +227,34 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("prompt", nargs="?", type=prompt_option, metavar="PROMPT")
     parser.add_argument(
+        "--prompts", type=path_option, metavar="FILE", help="a prompt on each line, for images of its own"
+    )
+    parser.add_argument(
         "--negative", type=text_option, metavar="TEXT", help="what the image should not show, for models that use it"
     )
+    parser.add_argument(
+        "--refine-prompt", type=prompt_option, metavar="TEXT", help="the prompt of the later stages (default: PROMPT)"
+    )
+    parser.add_argument(
+        "--refine-negative", type=text_option, metavar="TEXT", help="the negative prompt of the later stages"
+    )
+    parser.add_argument(
+        "--image", type=path_option, metavar="FILE", help="an image to upscale and refine, in place of stage 1"
+    )
+    parser.add_argument(
+        "--strength",
+        type=number_option,
+        metavar="S",
+        help="start stage 1 from --image at this sigma, above 0 (keep it) and at most 1 (ignore it)",
+    )
     parser.add_argument("--batch", type=whole_number(1, MAX_BATCH), metavar="N", help="number of images (default 1)")
+    parser.add_argument(
+        "--format", choices=("png", "jpg", "webp"), default="png", help="of the saved images (default png, lossless)"
+    )
     parser.add_argument("--save-stages", action="store_true", help="save the image of every stage too")
-    parser.add_argument("--from", dest="source", type=Path, metavar="IMAGE.png", help="repeat the run of a saved image")
+    parser.add_argument(
+        "--from", dest="source", type=path_option, metavar="IMAGE", help="repeat the run of a saved image"
+    )
     parser.set_defaults(from_args=request_of, run=run)
 
 
@@ -192,155 +265,97 @@ def run(request: GenerateRequest | RepeatRequest) -> int:
         request: What to make or to repeat.
 
     Returns:
-        0; 130 where Ctrl-C stopped the run and the best image so far was saved; 2 where an image was left out because
-        it contains NaN or infinity, or is unfinished.
+        0; 2 where an image was left out because it contains NaN or infinity, or is unfinished.
 
     Raises:
-        MrFlowError: The plan, the model, the upscaler, the record or the output folder cannot be used, or no image is
-            left to save.
+        Stopped: A signal came before there was an image to keep, or Ctrl-C was pressed twice.
+        MrFlowError: The plan, a file, the model, the upscaler, the record or the output folder cannot be used, or no
+            image is left to save.
     """
-    job, output = request.job(), request.output
-    if request.save_stages and len(job.plan.stages) == 1:
+    results, json = Results(), request.output.json
+    try:
+        _make_all(request, results)
+    except BaseException as error:
+        if results.images or (json and isinstance(error, Stopped)):
+            _print(results, json)
+        raise
+    _print(results, json)
+    return REFUSED if results.lost or results.unfinished else DONE
+
+
+def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> None:
+    """Plan, check, load, sample and save; files that are named are looked at before a model is loaded."""
+    jobs, output, model = request.jobs(), request.output, request.model
+    source = jobs[0].source
+    results.plan = jobs[0].plan
+    if request.save_stages and len(jobs[0].plan.stages) == 1:
         raise MrFlowError("--save-stages has no meaning for a native run, which has one stage; leave it out.")
-    file = find_upscaler(request.model, job.source)
-    with writable(output.folder), saying_warnings(), threads_of(job.source):
-        loaded = load(request.model, job, file)
-        record = make_record(request.model, job, loaded)
-        _check_repeatable(job.source, record)
-        for note in job.plan.notes:
-            say(note)
-        with progress_bar(output.progress) as bar, ctrl_c() as stopped:
-            result = _sample(loaded, job, lambda step: bar("", step), stopped, request.save_stages)
-        for note in dict.fromkeys(result.warnings):
-            say(note)
-        paths, lost = _save_images(output.folder, job, replace(record, unfinished=result.unfinished), result)
-    if result.cancelled:
-        say(f"Stopped; the best image so far is {paths[0]}.")
-    if output.json:
-        print_json(_result_json(job, result, paths))
-    else:
-        show(*(str(path) for path in paths))
-    return STOPPED if result.cancelled else REFUSED if lost or result.unfinished else DONE
-
-
-def _result_json(job: Job, result: StagedResult, paths: list[Path]) -> dict[str, object]:
-    return {
-        "images": [str(path) for path in paths],
-        "stages": [{"name": timing.name, "seconds": timing.seconds} for timing in result.timings],
-        "plan": job.plan.to_string(),
-        "seed": job.plan.seed,
-    }
+    check_format(request.suffix, jobs[0].plan)
+    file = find_upscaler(model, source)
+    if source is not None:
+        check_weights(model, file, source)
+        model = recorded_loras(model, source)
+    family = plan_family(model)
+    check_packages(model)
+    check_memory(model, family, jobs[0].plan, batch=jobs[0].batch)
+    with writable(output.folder), saying_warnings(results.notes), threads_of(source):
+        loaded = load(model, jobs[0], file)
+        results.upscaler = None if loaded.upscaler is None else loaded.upscaler.name
+        record = make_record(model, jobs[0], loaded)
+        if source is not None:
+            say_differences(source, record)
+        say_new(jobs[0].notes, results.notes)
+        with current().keeping() as stop, progress_bar(output.progress) as bar:
+            for number, job in enumerate(jobs, 1):
+                name = "" if len(jobs) == 1 else f"{number} of {len(jobs)}"
+                result = _sample(loaded, job, lambda step, name=name: bar(name, step), stop, request.save_stages)
+                if result.cancelled and result.forwards == 0 and job.start is None:
+                    break  # nothing was made yet: the image is grey
+                say_new(result.warnings, results.notes)
+                results.add_timings(result.timings)
+                results.save(output.folder, request.suffix, job, replace(record, prompt=job.prompt), result)
+                if stop.requested:
+                    break
+        if stop.requested and not results.images:
+            raise Stopped
+        results.tell_lost()
+        if stop.requested:
+            best = f"the best image so far is {results.images[-1].path}"
+            say(f"Stopped; {best if results.unfinished else 'what was finished is saved'}.")
 
 
 def _sample(
-    loaded: Loaded, job: Job, callback: Callable[[Progress], None], cancel: Callable[[], bool], keep_stages: bool
+    loaded: Loaded, job: Job, callback: Callable[[Progress], None], stop: Stop, keep_stages: bool
 ) -> StagedResult:
     from mrflow_sched.sampler import sample_staged
+
+    def cancel() -> bool:
+        if stop.at_once:  # the exception of the second Ctrl-C was lost
+            stop.check()
+        return stop.requested
 
     return sample_staged(
         loaded.engine,
         job.plan,
         job.prompt,
         negative_prompt=job.negative,
+        refine_prompt=job.refine_prompt,
+        refine_negative_prompt=job.refine_negative,
         batch=job.batch,
         upscaler=loaded.upscaler,
         callback=callback,
         cancel=cancel,
         keep_stages=keep_stages,
+        image=None if job.start is None else job.start.pixels,
+        start_sigma=None if job.start is None else job.start.strength,
     )
 
 
-# --- repeating ---------------------------------------------------------------------------------
-
-
-def _read_record(path: Path) -> RunRecord:
-    from mrflow_sched.images.files import read_png_text
-
-    text = read_png_text(path).get(KEY)
-    if text is None:
-        raise MrFlowError(f"--from is {str(path)!r}, which has no mrflow record; give a PNG that mrflow made.")
-    return RunRecord.from_json(text)
-
-
-def _check_repeatable(old: RunRecord | None, new: RunRecord) -> None:
-    """Refuse to repeat a run with another model or upscaler; say what else may change the last bits."""
-    if old is None:
-        return
-    if old.model_fingerprint != new.model_fingerprint:
-        raise MrFlowError(
-            f"the image was made with other weights of {old.model!r} than those found; "
-            "give --model the folder that it was made with."
-        )
-    if old.upscaler_sha256 != new.upscaler_sha256:
-        advice = "leave out --upscaler" if old.upscaler_sha256 is None else "give that file with --upscaler"
-        raise MrFlowError(f"the image was made with the upscaler {old.upscaler!r}, not {new.upscaler!r}; {advice}.")
-    moved = [f"{name} {before!r} is now {now!r}" for name, before, now in _arithmetic(old, new) if before != now]
-    if moved:
-        say(f"The image may differ from the original in its last bits: {', '.join(moved)}.")
-
-
-def _arithmetic(old: RunRecord, new: RunRecord) -> Iterator[tuple[str, object, object]]:
-    """Yield (name, then, now) of everything besides the weights on which the last bits depend."""
-    yield "device", old.device, new.device
-    for part in dict.fromkeys((*new.dtypes, *old.dtypes)):
-        before = old.dtype_of(part)
-        if before is not None or part != UPSCALER:  # an older version did not record the upscaler's
-            yield f"dtype of {part}", before, new.dtype_of(part)
-    yield "threads", old.threads, new.threads
-    for name, value in new.versions.items():
-        yield name, old.versions.get(name), value
-
-
-# --- saving ------------------------------------------------------------------------------------
-
-
-def _save_images(folder: Path, job: Job, record: RunRecord, result: StagedResult) -> tuple[list[Path], list[str]]:
-    """Write the wanted images of a result, and its stages where kept, each with its record; never over an old file.
-
-    Returns:
-        The paths of the images, and the names of those left out because they contain NaN or infinity, which the user is
-        told.
-
-    Raises:
-        MrFlowError: No image is left.
-    """
-    from mrflow_sched.images.files import save_png
-
-    lost: list[str] = []
-
-    def put(path: Path, image: Tensor, text: dict[str, str]) -> bool:
-        good = bool(image.isfinite().all())
-        if good:
-            save_png(path, image, text)
+def _print(results: Results, json: bool) -> None:
+    """Print the paths, or all of the results as JSON."""
+    stop = current()
+    with stop.whole():
+        if json:
+            print_json(results.to_json(cancelled=stop.requested))
         else:
-            lost.append(path.name)
-        return good
-
-    ending = "-unfinished" if record.unfinished else ""
-    paths: list[Path] = []
-    for number in job.images:
-        text = {KEY: replace(record, image=number).to_json()}
-        stem = _free_stem(folder, f"mrflow-{job.plan.seed + number}{ending}")
-        for step, stage in enumerate(result.stages, 1):
-            name = re.sub(r"[^a-z0-9]+", "-", stage.name.lower()).strip("-")
-            put(folder / f"{stem}-part{step}-{name}.png", _one(stage.image, number), text)
-        path = folder / f"{stem}.png"
-        if put(path, _one(result.images, number), text):
-            paths.append(path)
-    if lost:
-        sentence = f"not saved, because of NaN or infinity in the image: {', '.join(lost)}; try --dtype float32."
-        if not paths:
-            raise MrFlowError(sentence)
-        say(sentence)
-    return paths, lost
-
-
-def _one(images: Tensor, number: int) -> Tensor:
-    return images if images.ndim == 3 else images[number]
-
-
-def _free_stem(folder: Path, stem: str) -> str:
-    """Return `stem`, or `stem-2`, `stem-3` ... where an image of that name, or of its stages, is already there."""
-    names = (stem if count == 1 else f"{stem}-{count}" for count in range(1, 1_000_000))
-    taken = ("{}.png", "{}-part*.png")
-    return next(name for name in names if not any(any(folder.glob(each.format(name))) for each in taken))
+            show(*(str(image.path) for image in results.images))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -12,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.console import say
+from mrflow_sched.apps.cli.inputs import StartImage, hash_of
+from mrflow_sched.apps.cli.lora import add_loras
 from mrflow_sched.apps.cli.options import LANCZOS, ModelChoices
-from mrflow_sched.images.record import RunRecord, library_versions
+from mrflow_sched.apps.cli.stopping import current
+from mrflow_sched.images.record import RecordedLora, RunRecord, library_versions
 from mrflow_sched.plan.families import FAMILIES
+from mrflow_sched.plan.families.base import NetworkCost
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ class Job:
         batch: How many images are sampled together.
         images: Which of the batch are saved, counted from 0.
         source: The record that is repeated, or None.
+        start: The image that the run starts from, or None.
+        refine_prompt: The prompt of the stages after the first; None: `prompt`.
+        refine_negative: Their negative prompt; None: `negative`.
     """
 
     plan: StagedPlan
@@ -48,6 +54,14 @@ class Job:
     batch: int = 1
     images: tuple[int, ...] = (0,)
     source: RunRecord | None = None
+    start: StartImage | None = None
+    refine_prompt: str | None = None
+    refine_negative: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the plan has to say to the user."""
+        return self.plan.notes if self.start is None else self.start.notes(self.plan)
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ def plan_family(model: ModelChoices) -> str | Family:
         model: The model that was asked for.
 
     Returns:
-        "demo" for the embedded model, else the family of the folder.
+        "demo" for the embedded model, else the family of the folder, with the size of the network that lies there.
 
     Raises:
         MrFlowError: --family does not fit the embedded model, or the folder is no model that can be sampled.
@@ -94,7 +108,11 @@ def plan_family(model: ModelChoices) -> str | Family:
         return "demo"
     from mrflow_sched.engines.diffusers.folder import read_layout
 
-    return read_layout(model.model, model.family).family
+    layout = read_layout(model.model, model.family, config=model.config)
+    family, network = layout.family, layout.network
+    weights, counted = sum(each.numel() for each in network.parameters()), family.network_cost
+    alive = 0.0 if counted is None else counted.alive * min(1.0, weights / counted.weights)
+    return replace(family, network_cost=NetworkCost(weights, alive))
 
 
 def find_upscaler(model: ModelChoices, source: RunRecord | None = None) -> Path | None:
@@ -127,11 +145,31 @@ def find_upscaler(model: ModelChoices, source: RunRecord | None = None) -> Path 
     return path
 
 
+def check_packages(model: ModelChoices) -> None:
+    """Look for the packages that --offload and --lora need; on a CPU nothing is offloaded.
+
+    Args:
+        model: What was asked for.
+
+    Raises:
+        MrFlowError: A package is missing.
+    """
+    from mrflow_sched._runtime.device import resolve_device
+
+    device = resolve_device(model.device)
+    offloads = model.offload is not None and model.model is not None and device.type != "cpu"
+    needed = {"accelerate": f"--offload {model.offload}"} if offloads else {}
+    needed |= {"peft": "--lora"} if model.loras else {}
+    for package, option in needed.items():
+        if find_spec(package) is None:
+            raise MrFlowError(f"{option} needs the package {package}, which is not installed; pip install {package}.")
+
+
 # --- loading -----------------------------------------------------------------------------------
 
 
 def load(model: ModelChoices, job: Job, file: Path | None) -> Loaded:
-    """Load the engine and the upscaler for a job.
+    """Load the upscaler and the engine for a job, in this order: a wrong file is told before gigabytes are read.
 
     A repeated run gets the device and, part by part, the dtypes of its record, unless `model` names others.
 
@@ -144,62 +182,92 @@ def load(model: ModelChoices, job: Job, file: Path | None) -> Loaded:
         Engine and upscaler, on one device.
 
     Raises:
-        MrFlowError: The model or the upscaler cannot be used, or --offload-text lacks the package that it needs.
+        MrFlowError: The model or the upscaler cannot be used.
     """
-    from mrflow_sched.upscaling.load import load_upscaler
-
-    _check_offload(model)
     source = job.source
     device = _device_of(source) if source is not None and model.device == "auto" else model.device
     dtypes: str | Mapping[str, str] = model.dtype
-    own = "auto"
+    own = model.upscaler_dtype
     if source is not None and model.dtype == "auto":
         dtypes = source.part_dtypes()
+    if source is not None and own == "auto":
         own = source.dtype_of(UPSCALER) or own
     family = model.family if source is None else job.plan.family
-    engine = load_engine(replace(model, device=device, family=family), dtypes)
-    if len(job.plan.stages) == 1:
-        return Loaded(engine, None, None)
-    return Loaded(engine, load_upscaler(file, device=engine.device, dtype=own), file)
+    chosen = replace(model, device=device, family=family, upscaler_dtype=own)
+    upscaler = None if len(job.plan.stages) == 1 else open_upscaler(chosen, file)
+    return Loaded(load_engine(chosen, dtypes), upscaler, None if upscaler is None else file)
 
 
-def _check_offload(model: ModelChoices) -> None:
-    """Refuse --offload-text where the package that it needs is missing; on a CPU nothing is offloaded."""
+def open_upscaler(model: ModelChoices, file: Path | None) -> PixelUpscaler:
+    """Load the upscaler.
+
+    Args:
+        model: Its dtype and tile, and the device.
+        file: The file from `find_upscaler`; None means Lanczos.
+
+    Returns:
+        The upscaler, on the model's device.
+
+    Raises:
+        MrFlowError: The file is no upscaler, or the device cannot be used.
+    """
     from mrflow_sched._runtime.device import resolve_device
+    from mrflow_sched.upscaling.load import load_upscaler
 
-    if not model.offload or model.model is None or find_spec("accelerate") is not None:
-        return
-    if resolve_device(model.device).type != "cpu":
-        raise MrFlowError(
-            "--offload-text needs the package accelerate, which is not installed; pip install accelerate."
-        )
+    device = resolve_device(model.device)
+    upscaler = load_upscaler(file, device=device, dtype=model.upscaler_dtype, tile=model.upscaler_tile)
+    current().check()
+    return upscaler
 
 
 def load_engine(model: ModelChoices, dtypes: str | Mapping[str, str]) -> PipelineEngine:
-    """Load the engine of the embedded model or of a folder.
+    """Load the engine of the embedded model or of a folder, with the LoRAs that were asked for.
 
     Args:
-        model: The model and the device that were asked for.
+        model: The model, its LoRAs and the device that were asked for.
         dtypes: One dtype name for all parts, or a name for each; "auto" is allowed.
 
     Returns:
         The engine.
 
     Raises:
-        MrFlowError: The folder, the family, the device or a dtype cannot be used.
+        MrFlowError: The folder, the family, the device, a dtype or a LoRA cannot be used.
     """
+    engine = _bare_engine(model, dtypes)
+    current().check()
+    if model.loras:
+        add_loras(engine.pipe, model.loras)
+        current().check()
+    return engine
+
+
+def _bare_engine(model: ModelChoices, dtypes: str | Mapping[str, str]) -> PipelineEngine:
+    from mrflow_sched._runtime.device import resolve_device
+
     if model.model is None:
         from mrflow_sched import demo
 
         if model.offload:
-            say("--offload-text has no effect on the embedded model, which is small.")
+            say("--offload has no effect on the embedded model, which is small.")
         return demo.load_engine(device=model.device, dtype=dtypes)
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
+    device = resolve_device(model.device)
+    layers = model.offload == "layers" and device.type != "cpu"
+    if model.offload and device.type == "cpu":
+        say("--offload has no effect on a CPU, where all parts are already.")
     known = model.family if model.family in FAMILIES else None  # a family read from a configuration is read again
-    return PipelineEngine.from_folder(
-        model.model, device=model.device, dtype=dtypes, family=known, offload=model.offload
+    engine = PipelineEngine.from_folder(
+        model.model,
+        device="cpu" if layers else device,
+        dtype=dtypes,
+        family=known,
+        offload=model.offload == "model",
+        config=model.config,
     )
+    if layers:
+        engine.pipe.enable_sequential_cpu_offload(device=device)
+    return engine
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -255,7 +323,7 @@ def make_record(model: ModelChoices, job: Job, loaded: Loaded) -> RunRecord:
     """
     import torch
 
-    engine, upscaler = loaded.engine, loaded.upscaler
+    engine, upscaler, start = loaded.engine, loaded.upscaler, job.start
     return RunRecord(
         plan=job.plan.to_string(),
         prompt=job.prompt,
@@ -266,19 +334,17 @@ def make_record(model: ModelChoices, job: Job, loaded: Loaded) -> RunRecord:
         model=EMBEDDED if model.model is None else engine.name,
         model_fingerprint=engine.fingerprint,
         upscaler="none" if upscaler is None else upscaler.name,
-        upscaler_sha256=None if upscaler is None or loaded.file is None else _sha256(loaded.file),
+        upscaler_sha256=None if upscaler is None or loaded.file is None else hash_of(loaded.file),
         device=engine.device.type,
         dtype=_dtype_name(engine.dtype),
         vae_dtype=_dtype_name(engine.vae_dtype),
         threads=torch.get_num_threads(),
         versions=library_versions(),
         dtypes=loaded.dtypes,
+        start=None if start is None else start.file.name,
+        start_sha256=None if start is None else start.sha256,
+        strength=None if start is None else start.strength,
+        refine_prompt=job.refine_prompt,
+        refine_negative=job.refine_negative,
+        loras=tuple(RecordedLora(each.file.name, hash_of(each.file), each.scale) for each in model.loras),
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

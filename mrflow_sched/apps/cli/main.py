@@ -2,7 +2,7 @@
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done; 1 (`doctor` only) something would
 fail; 2 a refusal, whose one sentence says why and what to do; 70 a fault of mrflow or of a library, with its traceback;
-130 stopped by Ctrl-C. `plan` runs without torch, so torch is imported late.
+130, 143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP. `plan` and `families` run without torch, which is imported late.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import mrflow_sched
-from mrflow_sched.apps.cli import calibrate, compare, doctor, generate, plan
+from mrflow_sched.apps.cli import calibrate, compare, doctor, families, generate, plan
 from mrflow_sched.apps.cli.console import (
     FAULT,
     FAULT_SENTENCE,
     REFUSED,
-    STOPPED,
     flush_output,
     forget_output,
     refusal_of,
     say,
 )
 from mrflow_sched.apps.cli.options import Commands, Parser
+from mrflow_sched.apps.cli.stopping import STOPPED, Stop, Stopped, watching
 
 
 class Command(Protocol):
@@ -43,7 +43,9 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: tuple[Command, ...] = (plan, generate, compare, calibrate, doctor)
+_ABOUT = "Make images with text-to-image flow models: few steps at low resolution, upscaling, one step at full size."
+
+COMMANDS: tuple[Command, ...] = (plan, families, generate, compare, calibrate, doctor)
 """All commands, in the order of the help."""
 
 
@@ -56,7 +58,7 @@ def build_parser(commands: Sequence[Command] = COMMANDS) -> Parser:
     Returns:
         A parser whose result has `command` (None where none was given) and the defaults that the command set.
     """
-    parser = Parser(prog="mrflow", description=(__doc__ or "").partition("\n\n")[0], allow_abbrev=False)
+    parser = Parser(prog="mrflow", description=_ABOUT, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"mrflow {mrflow_sched.__version__}")
     found = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command in commands:
@@ -72,10 +74,20 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         commands: The subcommands to offer.
 
     Returns:
-        The exit code: 0, 1, 2, 70 or 130, as in the module's docstring.
+        The exit code: 0, 1, 2, 70, 129, 130 or 143, as in the module's docstring.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(commands)
+    with watching() as stop:
+        try:
+            code = _run(words, build_parser(commands), stop)
+        except KeyboardInterrupt:
+            say("Stopped.")
+            code = STOPPED
+        return stop.finish(code)
+
+
+def _run(words: list[str], parser: Parser, stop: Stop) -> int:
+    """Run a command line and return its exit code; only a stop leaves this function as an exception."""
     try:
         args = parser.parse_args(words)
         if args.command is None:
@@ -84,13 +96,12 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         code = int(args.run(args.from_args(args)))
         flush_output()
         return code
-    except KeyboardInterrupt:
-        say("Stopped.")
-        return STOPPED
     except BrokenPipeError:
         forget_output()  # the reader went away (a pager, head)
         return 0
     except Exception as error:
+        if stop.raised:  # a library turned the stop into an error of its own
+            raise Stopped from error
         return _report_error(error, debug="--debug" in words)
 
 

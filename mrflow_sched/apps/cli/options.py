@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage
+from mrflow_sched.apps.cli.parsing import lora_option, path_option, size_option, whole_number
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.options import OPTIONS, Option, PlanOptions
@@ -36,6 +39,26 @@ class Parser(argparse.ArgumentParser):
         """
         raise MrFlowError(f"{message.strip().rstrip('.')} (see {self.prog} --help).")
 
+    def parse_known_args(  # type: ignore[override]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        """Parse arguments, as argparse does.
+
+        Args:
+            args: The arguments; None takes those of the process.
+            namespace: Where the values go.
+
+        Returns:
+            (values, arguments that are left).
+
+        Raises:
+            MrFlowError: An option has the value "--", which argparse takes for the end of the options.
+        """
+        for word in args or ():
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: '--' is no value")
+        return super().parse_known_args(args, namespace)
+
 
 class Commands(Protocol):
     """Where a command adds its parser."""
@@ -51,88 +74,6 @@ class Commands(Protocol):
             The new parser.
         """
         ...
-
-
-# --- how an option is read ---------------------------------------------------------------------
-
-
-def size_option(text: str) -> tuple[int, int]:
-    """Parse the value of --size.
-
-    Args:
-        text: "WIDTHxHEIGHT" in pixels, each of 1 to 6 digits.
-
-    Returns:
-        (width, height), each 1 or more.
-
-    Raises:
-        ArgumentTypeError: The text is no size.
-    """
-    found = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
-    size = (int(found[1]), int(found[2])) if found else (0, 0)
-    if min(size) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT in pixels, for example 1024x768")
-    return size
-
-
-def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """Make a parser of whole numbers within limits.
-
-    Args:
-        low: The least number allowed.
-        high: The largest; None: no limit.
-
-    Returns:
-        A function for argparse's `type=`.
-    """
-
-    def parse(text: str) -> int:
-        span = f"from {low} up" if high is None else f"from {low} to {high}"
-        try:
-            number = int(text)
-        except ValueError:
-            number = low - 1
-        if number < low or (high is not None and number > high):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {span}")
-        return number
-
-    return parse
-
-
-def text_option(text: str) -> str:
-    """Check text, which may be empty.
-
-    Args:
-        text: An argument as the system handed it over.
-
-    Returns:
-        The same text.
-
-    Raises:
-        ArgumentTypeError: It contains bytes that are not UTF-8.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("it contains bytes that are not UTF-8; type the text again") from None
-    return text
-
-
-def prompt_option(text: str) -> str:
-    """Check a prompt.
-
-    Args:
-        text: An argument as the system handed it over.
-
-    Returns:
-        The same text.
-
-    Raises:
-        ArgumentTypeError: It is empty, or contains bytes that are not UTF-8.
-    """
-    if not text_option(text).strip():
-        raise argparse.ArgumentTypeError("it is empty; say what the image shows")
-    return text
 
 
 # --- every command -----------------------------------------------------------------------------
@@ -176,7 +117,7 @@ def plan_options(*, native: bool = True) -> Parser:
             group.add_argument("--native", action="store_true", default=None, help=option.help)
     group.add_argument(
         "--calibration",
-        type=Path,
+        type=path_option,
         metavar="FILE",
         help="a file written by `mrflow calibrate`: its preset is the default",
     )
@@ -254,11 +195,12 @@ class PlanChoices:
         """
         return cls(args.size, _given_options(args), args.calibration)
 
-    def make_plan(self, family: str | Family) -> StagedPlan:
+    def make_plan(self, family: str | Family, start: StartImage | None = None) -> StagedPlan:
         """Make the plan that the options ask for; what was not given is left to `plan.make.make_plan`.
 
         Args:
             family: The model's family, or its name.
+            start: The image that the run starts from, whose size decides where --size is left out; or None.
 
         Returns:
             The plan.
@@ -269,8 +211,16 @@ class PlanChoices:
         native = bool(self.options.get("native"))
         _check_meaning(self.options, native)
         known = self._calibrated(get_family(family) if isinstance(family, str) else family)
-        width, height = self.size or default_size(known, native=native)
+        usual = default_size(known, native=native) if start is None else start.size(self._factor(known))
+        width, height = self.size or usual
         return make_plan(known, width, height, **self.options)
+
+    def _factor(self, family: Family) -> float:
+        """Return the side of the final image over that of stage 1."""
+        factors = self.options.get("factors")
+        if factors:
+            return math.prod(factors)
+        return float(self.options.get("factor") or family.factor) ** ((self.options.get("stages") or 2) - 1)
 
     def _calibrated(self, family: Family) -> Family:
         """Return `family` with the preset of --calibration, where that is given."""
@@ -349,8 +299,13 @@ def model_options() -> Parser:
     group = parser.add_argument_group("the model and the machine")
     group.add_argument(
         "--model",
+        metavar="PATH",
+        help="local diffusers folder or .safetensors file of a text-to-image model (default: the embedded model)",
+    )
+    group.add_argument(
+        "--model-config",
         metavar="DIR",
-        help="local folder of a diffusers text-to-image pipeline (default: the embedded model)",
+        help="for a single file: the diffusers folder that describes it (default: one of its name beside it)",
     )
     group.add_argument(
         "--family", metavar="NAME", help="family of --model, where the folder does not tell (flux1-krea)"
@@ -365,7 +320,35 @@ def model_options() -> Parser:
         default="auto",
         help="dtype of the model; auto is bfloat16 where the hardware multiplies it, else float32",
     )
-    group.add_argument("--offload-text", action="store_true", help="keep parts on the CPU while they are idle")
+    group.add_argument(
+        "--offload",
+        choices=("model", "layers"),
+        help="keep parts on the CPU while they are idle (model), or every layer: least memory, slow (layers)",
+    )
+    group.add_argument(
+        "--offload-text", dest="offload", action="store_const", const="model", help="the same as --offload model"
+    )
+    group.add_argument(
+        "--lora",
+        type=lora_option,
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA in a .safetensors file to put on the model; may be repeated",
+    )
+    group.add_argument(
+        "--upscaler-dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of the upscaler; auto is half precision where that is as good and faster",
+    )
+    group.add_argument(
+        "--upscaler-tile",
+        type=whole_number(16),
+        metavar="PIXELS",
+        help="largest side that the upscaler is given at once (default: the whole image, tiles where memory is short)",
+    )
+    group.add_argument("--force", action="store_true", help="run although the forecast says that memory will not do")
     return parser
 
 
@@ -374,12 +357,17 @@ class ModelChoices:
     """Which model and upscaler to load, and how.
 
     Attributes:
-        model: Folder of a diffusers pipeline; None: the embedded model.
+        model: Folder of a diffusers pipeline, or a single file; None: the embedded model.
         family: Name of the model's family; None: the folder tells.
         upscaler: An ESRGAN-type file or "lanczos"; None: the embedded model's own, Lanczos for a folder.
         device: "auto" or a torch device.
         dtype: "auto" or a dtype name, for all parts.
-        offload: Keep parts on the CPU while they are idle.
+        offload: "model" keeps parts on the CPU while they are idle, "layers" every layer; None: neither.
+        loras: LoRA weights to put on the model, in this order.
+        upscaler_dtype: "auto" or a dtype name.
+        upscaler_tile: Largest side in input pixels that the upscaler is given at once; None: the whole image.
+        force: Run although the forecast says that memory will not do.
+        config: For a single file: the diffusers folder that describes it; None: one of its name beside it.
     """
 
     model: str | None = None
@@ -387,7 +375,12 @@ class ModelChoices:
     upscaler: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    offload: bool = False
+    offload: str | None = None
+    loras: tuple[LoraChoice, ...] = ()
+    upscaler_dtype: str = "auto"
+    upscaler_tile: int | None = None
+    force: bool = False
+    config: str | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelChoices:
@@ -399,7 +392,19 @@ class ModelChoices:
         Returns:
             The choices.
         """
-        return cls(args.model, args.family, args.upscaler, args.device, args.dtype, args.offload_text)
+        return cls(
+            args.model,
+            args.family,
+            args.upscaler,
+            args.device,
+            args.dtype,
+            args.offload,
+            tuple(args.lora),
+            args.upscaler_dtype,
+            args.upscaler_tile,
+            args.force,
+            args.model_config,
+        )
 
 
 # --- what comes out ----------------------------------------------------------------------------
@@ -414,7 +419,7 @@ def output_options() -> Parser:
     parser = Parser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("the output")
     group.add_argument(
-        "--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default out)"
+        "--out", type=path_option, default=Path("out"), metavar="DIR", help="folder for the results (default out)"
     )
     group.add_argument(
         "--progress",

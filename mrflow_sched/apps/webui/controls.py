@@ -6,14 +6,13 @@ The order of the fields is the order of the API's positional arguments: new ones
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, cast
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.plan.families import FAMILIES, TIERS
 
 __all__ = ["AUTOMATIC", "CHOICES", "FIELDS", "LABELS", "LIMITS", "Controls"]
@@ -21,6 +20,7 @@ __all__ = ["AUTOMATIC", "CHOICES", "FIELDS", "LABELS", "LIMITS", "Controls"]
 AUTOMATIC = "automatic"
 """The preset, or the upscaler, that suits the loaded model."""
 
+_LONGEST_NAME = 300
 _STEPS_NAME = re.compile(r"([0-9]{1,3})\+([0-9]{1,2})")
 
 
@@ -143,6 +143,8 @@ class Controls:
         Raises:
             MrFlowError: A name is unknown, there are too many values, or a value is not allowed.
         """
+        if not isinstance(cast("object", args), (list, tuple)):
+            raise MrFlowError(f"args must be a list of values or one dict, got {quoted(args)}.")
         if args and isinstance(args[0], Mapping):
             given = cast("Mapping[Any, Any]", args[0])
             _check_names(given)
@@ -175,7 +177,7 @@ def _checked(name: str, value: Any, kind: type) -> Any:
     """Check the value of field `name` and convert it to `kind`."""
     if kind is bool:
         if not isinstance(value, bool):
-            raise MrFlowError(f"{name} must be true or false, got {value!r}.")
+            raise MrFlowError(f"{name} must be true or false, got {quoted(value)}.")
         return value
     if name == "preset":
         return _checked_preset(value)
@@ -186,18 +188,18 @@ def _checked(name: str, value: Any, kind: type) -> Any:
 
 def _checked_text(name: str, value: Any) -> str:
     choices = CHOICES.get(name)
-    if choices is not None and value not in choices:
-        raise MrFlowError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")
-    if not isinstance(value, str) or not value.strip():
-        raise MrFlowError(f"{name} must be {AUTOMATIC!r} or the name of an upscaler, got {value!r}.")
+    if choices is not None and not (isinstance(value, str) and value in choices):
+        raise MrFlowError(f"{name} must be {' or '.join(map(repr, choices))}, got {quoted(value)}.")
+    if not isinstance(value, str) or not value.strip() or len(value) > _LONGEST_NAME:
+        raise MrFlowError(f"{name} must be {AUTOMATIC!r} or the name of an upscaler, got {quoted(value)}.")
     return value
 
 
 def _checked_preset(value: Any) -> str:
     if isinstance(value, str):
         match = _STEPS_NAME.fullmatch(value)
-        if match is None and value in CHOICES["preset"]:
-            return value
+        if match is None and value.lower() in CHOICES["preset"]:
+            return value.lower()
         if match is not None:
             low, refine = int(match[1]), int(match[2])
             if 1 <= low <= LIMITS["low_steps"][1] and 1 <= refine <= LIMITS["refine_steps"][1]:
@@ -205,26 +207,26 @@ def _checked_preset(value: Any) -> str:
     named = ", ".join(map(repr, (AUTOMATIC, *TIERS)))
     raise MrFlowError(
         f"preset must be {named}, 'text', or low + refine steps such as '12+1' (at most "
-        f"{LIMITS['low_steps'][1]:g}+{LIMITS['refine_steps'][1]:g}), got {value!r}."
+        f"{LIMITS['low_steps'][1]:g}+{LIMITS['refine_steps'][1]:g}), got {quoted(value)}."
     )
 
 
 def _checked_number(name: str, value: Any, kind: type) -> int | float:
     low, high, _ = LIMITS[name]
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if usable and kind is int:
         usable = value == int(value)
-    if usable and low <= value <= high and (name != "sigma" or value == 0 or value >= MIN_SIGMA):
+    if usable and (name != "sigma" or value == 0 or value >= MIN_SIGMA):
         return int(value) if kind is int else float(value)
     wanted = "a whole number" if kind is int else "a number"
     span = f"{MIN_SIGMA:g} to {high:g}" if name == "sigma" else f"{low:g} to {high:g}"
     zero = "; 0 uses the preset's" if low == 0 else ""
-    raise MrFlowError(f"{name} must be {wanted} from {span}, got {value!r}{zero}.")
+    raise MrFlowError(f"{name} must be {wanted} from {span}, got {quoted(value)}{zero}.")
 
 
 def _check_names(given: Mapping[Any, Any]) -> None:
     for name in given:
         if name not in FIELDS:
-            near = difflib.get_close_matches(str(name), FIELDS, n=1)
+            near = difflib.get_close_matches(quoted(name), FIELDS, n=1)
             hint = f"did you mean {near[0]!r}? Known names are" if near else "known names are"
-            raise MrFlowError(f"{name!r} is not a setting of MrFlow; {hint} {', '.join(FIELDS)}.")
+            raise MrFlowError(f"{quoted(name)} is not a setting of MrFlow; {hint} {', '.join(FIELDS)}.")

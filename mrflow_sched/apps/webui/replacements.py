@@ -23,14 +23,11 @@ from mrflow_sched.apps.webui.encode import steady_encoding
 from mrflow_sched.apps.webui.job import Run, answer, release_sampler, say, tidy
 from mrflow_sched.apps.webui.recipe import Recipe
 from mrflow_sched.sampling.solvers import get_solver
+from mrflow_sched.upscaling.colours import colour_shift
 
 __all__ = ["hr_conds", "prepare_first_pass", "prepare_refine", "sample", "sample_hr_pass", "target_resolution"]
 
 logger = logging.getLogger("mrflow")
-
-DRIFT = 3 / 255, 0.15
-"""The colour guard acts where the largest shift of a channel's mean is between these (values in [0, 1]): a smaller one
-cannot be seen, and a larger one is no colour cast but another image."""
 
 # "[a:b:10]" and "[a|b]" change with the step; the passes have different steps.
 _EDITED_PROMPT = re.compile(r"\[[^\]]*[:|]")
@@ -151,16 +148,10 @@ def _guard_colours(before: Tensor, after: list[Any], *, unit_range: bool) -> Non
     if not unit_range or float(low.min()) < -0.01:
         low = (low + 1.0) / 2.0
     for i, image in enumerate(after[: low.shape[0]]):
-        drift = _means((image.float() + 1.0) / 2.0) - _means(low[i])
-        worst = float(drift.abs().max())
-        if DRIFT[0] < worst < DRIFT[1]:
-            after[i] = image - (2.0 * drift).reshape(3, 1, 1).to(image)
-            logger.info("colour guard: means moved by %s", [f"{-float(value):+.3f}" for value in drift])
-
-
-def _means(image: Tensor) -> Tensor:
-    """Return the mean of each channel (3,) of (..., 3, H, W) on the CPU, values outside [0, 1] clipped."""
-    return image.clamp(0.0, 1.0).movedim(-3, 0).flatten(1).mean(dim=1).cpu()
+        shift = colour_shift(low[i], (image.float() + 1.0) / 2.0)
+        if bool(shift.any()):
+            after[i] = image - (2.0 * shift).reshape(3, 1, 1).to(image)
+            logger.info("colour guard: means moved by %s", [f"{-float(value):+.3f}" for value in shift])
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers

@@ -9,6 +9,7 @@ job ends.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,15 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mrflow_sched._runtime.cancel import Cancelled
-from mrflow_sched._runtime.errors import MrFlowError, first_line
-from mrflow_sched.images.convert import pixels_of, to_pil
+from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
+from mrflow_sched.images.alpha import split_alpha
+from mrflow_sched.images.convert import to_pil
+from mrflow_sched.images.pixels import read_pixels
 from mrflow_sched.upscaling.fit import upscale_to
-from mrflow_sched.upscaling.load import SUFFIXES, load_upscaler
+from mrflow_sched.upscaling.load import SUFFIXES, load_upscaler, read_scale
 from mrflow_sched.upscaling.model import ModelUpscaler
 
 __all__ = ["MARK", "FastScaler", "add_fast_upscalers", "pick_automatic", "register", "scale_in_name"]
@@ -135,7 +139,7 @@ class FastScaler:
         `take_sentences` says why.
 
         Args:
-            img: The image; it is converted to RGB.
+            img: The image, of any mode; its transparency is dropped.
             scale: Output side over input side; 0 takes the model's own.
             selected_model: Path of the model's file.
 
@@ -148,7 +152,7 @@ class FastScaler:
         """Upscale an image by the model's own scale.
 
         Args:
-            img: The image; it is converted to RGB.
+            img: The image, of any mode; its transparency is dropped.
             selected_model: Path of the model's file.
 
         Returns:
@@ -164,63 +168,12 @@ class FastScaler:
 
         Returns:
             The model, in half precision where `half` is set and the device and the model profit, else in float32.
+            Where half precision fails later, it stays in float32.
 
         Raises:
             MrFlowError: The file holds no model that can be used.
         """
-        return self._load(path, "auto" if self.half else "float32")
-
-    def take_sentences(self) -> list[str]:
-        """Return and forget what the user should know since the last call.
-
-        Returns:
-            Sentences, such as that tiles were needed or that a file could not be used.
-        """
-        said, self.sentences[:] = list(self.sentences), []
-        return said
-
-    def _upscale(self, img: Image.Image, path: str, scale: float | None) -> Image.Image:
-        image = img.convert("RGB")
-        try:
-            model = self.load_model(path)
-            return self._run(image, scale or model.scale, model, path)
-        except Cancelled:
-            return img
-        except Exception as error:
-            if isinstance(error, (MrFlowError, OSError, MemoryError)):
-                reason = str(error)
-            else:
-                logger.exception("The upscaler %s failed.", path)
-                reason = f"the upscaler {Path(path).stem} failed ({type(error).__name__}: {first_line(error)})."
-            self._say(f"{reason[:1].upper()}{reason[1:]} The image was upscaled with Lanczos instead.")
-        size = _size(image, scale or scale_in_name(Path(path).stem) or 2)
-        return image.resize(size, Image.Resampling.LANCZOS)
-
-    def _run(self, image: Image.Image, scale: float, model: ModelUpscaler, path: str) -> Image.Image:
-        try:
-            return self._on_device(image, scale, model)
-        except MrFlowError:  # half precision overflowed; float32 does not
-            if model.dtype == torch.float32:
-                raise
-        return self._on_device(image, scale, self._load(path, "float32"))
-
-    def _on_device(self, image: Image.Image, scale: float, model: ModelUpscaler) -> Image.Image:
-        device = self.device()
-        width, height = _size(image, scale)
-        self.make_room()
-        try:
-            _move(model, device)
-            pixels = (pixels_of(image, torch.uint8, 3).float() / 255)[None].to(device)
-            with torch.inference_mode():
-                result = upscale_to(pixels, width, height, model, cancel=self.cancelled, warn=self._say)
-            return to_pil(result[0])
-        finally:
-            _move(model, torch.device("cpu"))
-            self.tidy()
-
-    def _load(self, path: str, dtype: str) -> ModelUpscaler:
-        file = Path(path)
-        device = self.device()
+        file, device, dtype = Path(path), self.device(), "auto" if self.half else "float32"
         key = (str(file), file.stat().st_mtime_ns if file.exists() else None, device.type, dtype)
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
@@ -233,6 +186,45 @@ class FastScaler:
         self._kept = (key, upscaler)
         return upscaler
 
+    def take_sentences(self) -> list[str]:
+        """Return and forget what the user should know since the last call.
+
+        Returns:
+            Sentences, such as that tiles were needed or that a file could not be used.
+        """
+        said, self.sentences[:] = list(self.sentences), []
+        return said
+
+    def _upscale(self, img: Image.Image, path: str, scale: float | None) -> Image.Image:
+        pixels = split_alpha(read_pixels(img, self._say)[None])[0]
+        try:
+            model = self.load_model(path)
+            return self._on_device(pixels, scale or model.scale, model)
+        except Cancelled:
+            return img
+        except Exception as error:
+            if isinstance(error, (MrFlowError, OSError, MemoryError)):
+                reason = str(error)
+            else:
+                logger.exception("The upscaler %s failed.", path)
+                reason = f"the upscaler {shown(Path(path).stem)} failed ({type(error).__name__}: {first_line(error)})."
+            self._say(f"{reason[:1].upper()}{reason[1:]} The image was upscaled with Lanczos instead.")
+        size = _size(pixels, scale or scale_in_name(Path(path).stem) or 2)
+        return to_pil(pixels[0]).resize(size, Image.Resampling.LANCZOS)
+
+    def _on_device(self, pixels: Tensor, scale: float, model: ModelUpscaler) -> Image.Image:
+        device = self.device()
+        width, height = _size(pixels, scale)
+        self.make_room()
+        try:
+            _move(model, device)
+            with torch.inference_mode():
+                result = upscale_to(pixels.to(device), width, height, model, cancel=self.cancelled, warn=self._say)
+            return to_pil(result[0])
+        finally:
+            _move(model, torch.device("cpu"))
+            self.tidy()
+
     def _say(self, sentence: str) -> None:
         logger.warning("%s", sentence)
         self.sentences.append(sentence)
@@ -244,8 +236,8 @@ def _move(model: ModelUpscaler, device: torch.device) -> None:
         model.model.to(device)
 
 
-def _size(image: Image.Image, scale: float) -> tuple[int, int]:
-    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+def _size(pixels: Tensor, scale: float) -> tuple[int, int]:
+    return max(1, round(pixels.shape[-1] * scale)), max(1, round(pixels.shape[-2] * scale))
 
 
 # ---------------------------------------------------------------------------------------------------------- registering
@@ -277,6 +269,8 @@ def _make_room() -> Callable[[], object]:
 def add_fast_upscalers(entries: list[Any], scaler: FastScaler, make_entry: Callable[..., Any]) -> list[str]:
     """Add an entry to the host's list for each x2 or x4 file that it knows or has in its ESRGAN folders.
 
+    No file is read whole. One that cannot be used is left out, and the log says why.
+
     Entries of an earlier call are replaced. `scaler` is no subclass of the host's `Upscaler`: A1111 and Forge would
     build one more of it by themselves, Forge Neo none.
 
@@ -289,20 +283,28 @@ def add_fast_upscalers(entries: list[Any], scaler: FastScaler, make_entry: Calla
         The names added.
     """
     entries[:] = [entry for entry in entries if not str(entry.name).endswith(MARK)]
-    added: list[str] = []
+    added: dict[str, Path] = {}
     for name, file in _files(entries):
-        scale = scale_in_name(name) or scale_in_name(file.stem) or _scale_in_file(file)
         title = f"{name}{MARK}"
-        if scale in _SCALES and title not in added:
-            scaler.scalers.append(make_entry(title, str(file), upscaler=scaler, scale=scale))
-            added.append(title)
+        try:
+            scale = scale_in_name(name) or scale_in_name(file.stem) or read_scale(file)
+            reason = f"it is x{scale}, and x2 and x4 are listed" if scale not in _SCALES else None
+        except Exception as error:  # somebody else's file must not cost the start: it stays with the host
+            scale, reason = 0, str(error)
+        if title in added:
+            reason = f"its name is that of {added[title]}"
+        if reason is not None:
+            logger.warning("No (MrFlow) upscaler for %s: %s", shown(file, 200), shown(reason, 400))
+            continue
+        scaler.scalers.append(make_entry(title, str(file), upscaler=scaler, scale=scale))
+        added[title] = file
     entries.extend(scaler.scalers)
-    return added
+    return list(added)
 
 
 def _files(entries: Sequence[Any]) -> Iterator[tuple[str, Path]]:
     """Yield name and path of each ESRGAN-type file: those in the list, then the others in the same folders."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     folders: dict[Path, None] = {}
     for entry in entries:
         if not _is_esrgan(entry):
@@ -311,14 +313,20 @@ def _files(entries: Sequence[Any]) -> Iterator[tuple[str, Path]]:
             if folder:
                 folders[Path(folder)] = None
         file = _local_file(entry)
-        if file is not None and file.resolve() not in seen:
-            seen.add(file.resolve())
+        if file is not None and os.path.realpath(file) not in seen:
+            seen.add(os.path.realpath(file))
             yield str(entry.name), file
     for folder in folders:
-        for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            if file.suffix.lower() in SUFFIXES and file.is_file() and file.resolve() not in seen:
-                seen.add(file.resolve())
+        for file in _model_files(folder):
+            if os.path.realpath(file) not in seen:
+                seen.add(os.path.realpath(file))
                 yield file.stem, file
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Return the files of a folder and below with the name of a model, sorted; what cannot be looked into is left."""
+    found = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
+    return sorted(file for file in found if file.suffix.lower() in SUFFIXES and os.path.isfile(file))
 
 
 def _is_esrgan(entry: Any) -> bool:
@@ -332,15 +340,6 @@ def _local_file(entry: Any) -> Path | None:
     for path in (getattr(entry, "local_data_path", None), entry.data_path):
         if path and not str(path).startswith("http"):
             file = Path(path)
-            if file.suffix.lower() in SUFFIXES and file.is_file():
+            if file.suffix.lower() in SUFFIXES and os.path.isfile(file):
                 return file
     return None
-
-
-def _scale_in_file(file: Path) -> int | None:
-    """Return the scale of the model in a file whose name tells none; None where it is no model that can be used."""
-    try:
-        return load_upscaler(file, device="cpu", dtype="float32").scale
-    except Exception as error:  # somebody else's file: it stays with the host's own upscalers
-        logger.debug("%s is left to the host: %s", file, error)
-        return None

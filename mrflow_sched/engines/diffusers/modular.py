@@ -13,15 +13,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
+
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched._runtime.torchvision_ops import ensure_ops
-
-ensure_ops()  # modular pipelines import transformers, and that torchvision
-
-from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks  # noqa: E402
-from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam  # noqa: E402
-
-from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler  # noqa: E402
+from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
 
 __all__ = ["StageTimesteps"]
 

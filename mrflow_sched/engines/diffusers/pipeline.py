@@ -16,19 +16,22 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.memory import callers_own
 from mrflow_sched.engines.diffusers.compiled import COMPILE_STEPS, NetworkCompiler
-from mrflow_sched.engines.diffusers.folder import folder_fingerprint, load_pipeline
+from mrflow_sched.engines.diffusers.files import folder_fingerprint
+from mrflow_sched.engines.diffusers.folder import load_pipeline
 from mrflow_sched.engines.diffusers.layouts import Layout, find_layout
-from mrflow_sched.engines.diffusers.layouts.base import parameter_names
+from mrflow_sched.engines.diffusers.layouts.base import SCALE_ARGUMENTS, parameter_names
+from mrflow_sched.engines.diffusers.layouts.shift import sampler_note
 from mrflow_sched.engines.diffusers.seam import NetworkSeam, guided_per_step, shell_of
 from mrflow_sched.engines.diffusers.view import (
     HINT,
@@ -63,10 +66,12 @@ class PipelineText:
     Attributes:
         arguments: Keyword arguments of the pipeline's call, with embeddings made once.
         batch: Number of images.
+        options: Arguments of the pipeline's call that take the place of the engine's own.
     """
 
     arguments: Mapping[str, Any]
     batch: int
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __len__(self) -> int:
         return self.batch
@@ -100,6 +105,7 @@ class PipelineEngine:
     Attributes:
         name: What records call the model.
         fingerprint: Identifies its weights; empty where unknown.
+        rejected: Which images of the last `finish` the pipeline's safety checker made black; None where it has none.
     """
 
     def __init__(
@@ -140,6 +146,7 @@ class PipelineEngine:
         self._was_interrupted = interrupted(pipe)
         self.name = name
         self.fingerprint = fingerprint
+        self.rejected: tuple[bool, ...] | None = None
 
     @classmethod
     def from_folder(
@@ -150,27 +157,30 @@ class PipelineEngine:
         dtype: str | torch.dtype | Mapping[str, str] = "auto",
         family: str | None = None,
         offload: bool = False,
+        config: str | Path | None = None,
     ) -> PipelineEngine:
-        """Load any text-to-image folder of diffusers.
+        """Load any text-to-image folder of diffusers, or a single-file checkpoint.
 
         Args:
-            path: The folder that holds model_index.json.
+            path: The folder that holds model_index.json, or a .safetensors.
             device: "auto" (CUDA if available), or as torch spells it.
             dtype: As in `load_pipeline`.
             family: Name of the family; None: what the folder says (`_mrflow_family` in its model_index.json), else what
                 its class and configurations imply.
             offload: Keep parts on the CPU while they are idle.
+            config: For a single file: the diffusers folder that describes it; None: one of the file's name beside it,
+                else the folder it lies in.
 
         Returns:
-            The engine, named after the folder.
+            The engine, named after the folder or file.
 
         Raises:
             MrFlowError: A folder that is missing, incomplete, damaged or of no supported pipeline.
         """
-        pipe = load_pipeline(path, device=device, dtype=dtype, offload=offload)
+        pipe = load_pipeline(path, device=device, dtype=dtype, offload=offload, config=config)
         pipe.set_progress_bar_config(disable=True)
-        folder = Path(path)
-        return cls(pipe, family=family, name=folder.resolve().name, fingerprint=folder_fingerprint(folder))
+        model = Path(path)
+        return cls(pipe, family=family, name=model.resolve().name, fingerprint=folder_fingerprint(model))
 
     @property
     def capabilities(self) -> Capabilities:
@@ -184,6 +194,7 @@ class PipelineEngine:
             token_subsets=whole and self._layout.tokens is not None,
             tiles=True,
             gradients=True,
+            lora_scale=whole and self._lora_argument is not None,
         )
 
     @property
@@ -200,6 +211,12 @@ class PipelineEngine:
     def family(self) -> Family:
         """The family that plans for this pipeline, with the shift rule of its own scheduler."""
         return self._layout.family
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for whoever runs this pipeline: where its own sampler is replaced by another kind."""
+        note = sampler_note(self._layout.pipe.scheduler)
+        return () if note is None else (note,)
 
     @property
     def device(self) -> torch.device:
@@ -234,6 +251,13 @@ class PipelineEngine:
         """The attribute that holds the pipeline's network."""
         return "unet" if getattr(self._layout.pipe, "transformer", None) is None else "transformer"
 
+    @property
+    def _lora_argument(self) -> str | None:
+        """The argument of the pipeline's call that hands its network the scale of LoRAs; None where there is none."""
+        kind = cast("Any", type(getattr(self.network, "_orig_mod", self.network)))  # inside torch.compile's
+        known = self._layout.call_names & parameter_names(kind.forward)
+        return next((name for name in SCALE_ARGUMENTS if name in known), None)
+
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """Shape of one image's latents.
 
@@ -251,14 +275,23 @@ class PipelineEngine:
 
     # ---------------------------------------------------------------------------------------------------------- text
 
-    def encode_text(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None) -> PipelineText:
+    def encode_text(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None = None,
+        *,
+        lora_scale: float | None = None,
+    ) -> PipelineText:
         """Embeddings for a batch of images; embeddings among the engine's arguments are used in their place.
 
-        Warns about text that has no effect: a negative prompt where none is used, the end of a long prompt.
+        Warns about text that has no effect: a negative prompt where none is used, the end of a long prompt; and with
+        the engine's own `notes`.
 
         Args:
             prompts: One text per image.
             negative_prompts: As many, or None.
+            lora_scale: Scale of all LoRAs of text encoders and network wherever this text is used; None: the scale
+                among the engine's arguments, else 1.
 
         Returns:
             The conditioning, for `denoise` and `sample_stage`.
@@ -268,12 +301,16 @@ class PipelineEngine:
         """
         longest = self._layout.text_length
         own = self._arguments if longest is None else {"max_sequence_length": longest, **self._arguments}
+        options = self._lora_options(lora_scale)
+        own = {**own, **options}
         given = given_embeddings(own)
         if given and len(prompts) % given:
             raise MrFlowError(f"prompt_embeds holds {given} prompts, which do not make {len(prompts)} images.")
         negatives = negative_prompts
         if given and negatives is not None:
             negatives = negatives[:: len(prompts) // given]
+        for note in self.notes:
+            warnings.warn(note, stacklevel=2)
         self._warn_of_text(() if given else prompts, negatives, own)
         try:
             with TOKENIZER_LOCK:
@@ -283,7 +320,17 @@ class PipelineEngine:
                 text = self._layout.select_text(text, [row * given // len(prompts) for row in range(len(prompts))])
         finally:
             self._free()
-        return PipelineText(text, len(prompts))
+        return PipelineText(text, len(prompts), options)
+
+    def _lora_options(self, scale: float | None) -> dict[str, Any]:
+        """The argument of the pipeline's call that scales its LoRAs; empty for None."""
+        name = self._lora_argument
+        if scale is None or name is None:
+            return {}
+        if not any(getattr(part, "peft_config", None) for part in self._pipe.components.values()):
+            warnings.warn("the pipeline has no LoRA loaded: the scale of LoRAs changes nothing.", stacklevel=3)
+            return {}
+        return {name: {**(self._arguments.get(name) or {}), "scale": scale}}
 
     def _warn_of_text(self, prompts: Sequence[str], negatives: Sequence[str] | None, own: Mapping[str, Any]) -> None:
         """Warn about text that has no effect: a negative prompt where none is used, the end of a long prompt."""
@@ -339,10 +386,11 @@ class PipelineEngine:
             images: (B, 3, H, W) in [0, 1].
 
         Returns:
-            In the same shape and range.
+            In the same shape and range. Rejected images are black; `rejected` says which.
         """
         try:
-            return self._layout.finish(images)
+            finished, self.rejected = self._layout.finish(images)
+            return finished
         finally:
             self._free()
 
@@ -564,7 +612,9 @@ class PipelineEngine:
         layout, batch = self._layout, len(asked.text)
         encoded = parameter_names(layout.pipe.encode_prompt)  # part of the embeddings already
         own = {
-            name: value for name, value in self._arguments.items() if name not in encoded and not _is_embedding(name)
+            name: value
+            for name, value in {**self._arguments, **asked.text.options}.items()
+            if name not in encoded and not _is_embedding(name)
         }
         if own.get(HINT) is not None:
             own[HINT] = hint_for_stage(own[HINT], width, height, range(batch)[asked.rows], batch)
@@ -575,7 +625,7 @@ class PipelineEngine:
         if callback is not None and asked.callbacks:
             if hasattr(callback, "tensor_inputs"):  # diffusers' own callback classes declare theirs
                 own["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
-            own["callback_on_step_end"] = follow_last_change(callback, scheduler)
+            own["callback_on_step_end"] = follow_last_change(callers_own(callback), scheduler)
         return copy_dicts(own)
 
     def _pixels(self, latents: Tensor) -> tuple[int, int]:

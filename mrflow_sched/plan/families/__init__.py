@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.plan.families import (
     auraflow,
     chroma,
@@ -119,12 +119,36 @@ def get_family(name: str, families: Mapping[str, Family] = FAMILIES) -> Family:
     Raises:
         MrFlowError: The name is unknown; the sentence has the nearest known name and all names.
     """
-    family = families.get(name)
+    family = families.get(name) if isinstance(cast("object", name), str) else None
     if family is None:
-        near = difflib.get_close_matches(str(name), families, n=1)
-        hint = f"did you mean {near[0]!r}? Known families are" if near else "known families are"
-        raise MrFlowError(f"family {name!r} is unknown; {hint} {', '.join(families)}.")
+        near = _nearest(name, families) if isinstance(cast("object", name), str) else None
+        hint = f"did you mean {near!r}? Known families are" if near else "known families are"
+        raise MrFlowError(f"family {quoted(name)} is unknown; {hint} {', '.join(families)}.")
     return family
+
+
+def _nearest(name: str, families: Mapping[str, Family]) -> str | None:
+    """The family that a person most likely means, by its name, its title or a part of them; None for no idea."""
+    wanted = _letters(name[:100])
+    known = {_letters(text): family.name for family in families.values() for text in (family.name, family.title)}
+    if not wanted:
+        return None
+    likeness: tuple[Callable[[str], bool], ...] = (
+        lambda text: text == wanted,
+        lambda text: text.startswith(wanted),
+        lambda text: wanted.startswith(text),
+        lambda text: len(wanted) > 2 and wanted in text,
+    )
+    for alike in likeness:
+        found = [text for text in known if alike(text)]
+        if found:
+            return known[found[0]]
+    near = difflib.get_close_matches(wanted, known, n=1)
+    return known[near[0]] if near else None
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def family_of_pipeline(pipe: Any, families: Mapping[str, Family] = FAMILIES) -> Family | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
+from mrflow_sched.plan.checks import MAX_STEPS
 from mrflow_sched.plan.schedule import scaled_linear_ve, validate_sigmas
 
 __all__ = [
@@ -98,6 +100,21 @@ class Preset:
     refine_steps: int
     sigma: float
     source: str
+
+
+def steps_in(name: str) -> tuple[int, ...]:
+    """The step counts that a preset's name spells out.
+
+    Args:
+        name: "10+1", or "10+1+2" with a count for every later stage.
+
+    Returns:
+        The counts, that of stage 1 from 1 and the others from 0 to `MAX_STEPS`; () for any other name.
+    """
+    if not re.fullmatch(r"[0-9]{1,4}(\+[0-9]{1,4}){1,7}", name):
+        return ()
+    steps = tuple(map(int, name.split("+")))
+    return steps if steps[0] > 0 and max(steps) <= MAX_STEPS else ()
 
 
 # --------------------------------------------------------------------------------------------------------------- cost
@@ -310,7 +327,8 @@ class Family:
 
         Args:
             name: A preset's name, or one of `TIERS`: "fast" is the family's preset of fewest low steps, "best" that of
-                most; None or "balanced": the default.
+                most; None or "balanced": the default. Or "N+M", the steps of stage 1 and of the later ones, with the
+                default preset's sigma unless the family has a preset of that name. Upper case is the same as lower.
 
         Returns:
             The preset.
@@ -318,16 +336,24 @@ class Family:
         Raises:
             MrFlowError: The name is unknown; the sentence lists those that exist.
         """
-        wanted = self.default_preset if name in (None, "balanced") else name
-        if wanted in TIERS:
+        text = cast("object", self.default_preset if name is None else name)
+        wanted = text.lower() if isinstance(text, str) else ""
+        if wanted in ("fast", "best"):
             choose = min if wanted == "fast" else max
             return choose(self.presets, key=lambda preset: preset.low_steps)
+        if wanted == "balanced":
+            wanted = self.default_preset
         for preset in self.presets:
             if preset.name == wanted:
                 return preset
+        steps = steps_in(wanted)
+        if len(steps) == 2:
+            low, refine = steps
+            return Preset(f"{low}+{refine}", low, refine, self.get_preset().sigma, "step counts of the user")
         known = ", ".join((*(preset.name for preset in self.presets), *TIERS))
         raise MrFlowError(
-            f"preset {name!r} is not one of family {self.name!r}; choose from {known}, or set the step counts yourself."
+            f"preset {quoted(name)} is not one of family {self.name!r}; choose from {known}, or any low-size steps + "
+            f"full-size steps such as 10+1, up to {MAX_STEPS} each."
         )
 
     def forward_cost(self, tokens: int) -> float:

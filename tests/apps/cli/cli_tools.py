@@ -11,8 +11,27 @@ import pytest
 from PIL import Image
 
 from mrflow_sched.apps.cli import load
+from mrflow_sched.images.record import RunRecord
 
 SMALL = ("--size", "32x32", "--low-steps", "3", "--refine-steps", "1", "--dtype", "float32", "--device", "cpu")
+
+RECORD = RunRecord(
+    plan="p",
+    prompt="a star",
+    negative=None,
+    seed=1,
+    batch=1,
+    image=0,
+    model="embedded",
+    model_fingerprint="f",
+    upscaler="lanczos",
+    upscaler_sha256=None,
+    device="cpu",
+    dtype="float32",
+    vae_dtype="float32",
+    threads=1,
+    versions={},
+)
 
 
 def pixels(path: Path | str) -> Any:

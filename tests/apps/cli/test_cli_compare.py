@@ -44,8 +44,12 @@ def test_compare_measures_both_and_draws_them(mrflow: Any, tmp_path: Path) -> No
 
 
 def test_compare_in_words_and_its_pictures_repeat(mrflow: Any, tmp_path: Path) -> None:
-    code, out, _ = mrflow("compare", "a red star", *SMALL, "--steps", "2", "--solver", "heun", "--out", str(tmp_path))
+    words = (*SMALL, "--steps", "2", "--solver", "heun", "--negative", "blur")
+    code, out, err = mrflow("compare", "a red star", *words, "--out", str(tmp_path))
     assert code == 0
+    assert "has no negative prompt" in err
+    assert "Both ways use the solver heun, as native pipelines do; mrflow generate uses multistep" in err
+    assert RunRecord.from_json(read_png_text(tmp_path / "staged.png")["mrflow"]).negative == "blur"
     assert "x as fast" in out
     assert f"image: {tmp_path / 'compare.png'}" in out
     code, out, _ = mrflow("generate", "--from", str(tmp_path / "staged.png"), "--out", str(tmp_path / "again"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.util
 import io
 import json
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +20,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cli_tools import SMALL, watch_network
+import torch
+from cli_tools import RECORD, SMALL, watch_network
 
 import mrflow_sched
 from mrflow_sched._runtime.errors import MissingFileError, MrFlowError
+from mrflow_sched.apps.cli.console import saying_warnings
+from mrflow_sched.apps.cli.load import Job
 from mrflow_sched.apps.cli.main import COMMANDS, main
 from mrflow_sched.apps.cli.options import Commands, common_options
+from mrflow_sched.apps.cli.results import Results
 from mrflow_sched.images.files import load_image, read_png_text, save_png
 from mrflow_sched.images.record import RunRecord
+from mrflow_sched.plan.make import make_plan
 
 BAD = {
     "size 0": ["generate", "p", "--size", "0"],
@@ -38,7 +45,7 @@ BAD = {
     "sigma word": ["generate", "p", "--sigma", "much"],
     "unknown family": ["plan", "--family", "flux9", "--size", "64x64"],
     "family of the embedded model": ["generate", "p", "--family", "sdxl"],
-    "unknown preset": ["generate", "p", "--preset", "99+1"],
+    "unknown preset": ["generate", "p", "--preset", "12-1"],
     "unknown solver": ["generate", "p", "--solver", "rk45"],
     "missing file": ["generate", "p", "--upscaler", "nothing.pth"],
     "empty prompt": ["generate", " "],
@@ -74,6 +81,17 @@ BAD = {
     "device": ["generate", "p", "--device", "quantum"],
     "device without numbers": ["generate", "p", "--device", "meta"],
     "too large for the schedule": ["plan", "--family", "flux1-dev", "--size", "32768x32768"],
+    "out is --": ["generate", "p", "--out=--"],
+    "size is --": ["plan", "--family", "demo", "--size=--"],
+    "out is empty": ["generate", "p", "--out="],
+    "out with NUL": ["generate", "p", "--out", "a\0b"],
+    "escapes": ["generate", "p", "--seed", "\x1b[31m5"],
+    "escapes of a name": ["generate", "p", "--frob\x1b[31m\u202e"],
+    "a long value": ["generate", "p", "--size", "x" * 5000],
+    "long unknown words": ["generate", "p", "y" * 5000],
+    "upscaler tile": ["generate", "p", "--upscaler-tile", "4"],
+    "a LoRA that is no file": ["generate", "p", "--lora", "nothing.safetensors"],
+    "format": ["generate", "p", "--format", "gif"],
     "from and family": ["generate", "--from", "nothing.png", "--family", "flux1-dev"],
 }
 
@@ -92,6 +110,8 @@ def test_a_bad_argument_is_one_sentence_and_code_2(
     assert err.startswith("mrflow: ")
     assert len(err.strip().splitlines()) == 1
     assert err.strip()[-1] in ".)?!"
+    assert err.strip().isprintable()
+    assert len(err) < 800
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 
@@ -339,3 +359,103 @@ def test_paths_of_any_letters_are_printed_whatever_the_encoding(mrflow: Any, tmp
     shown = mrflow("generate", "p", *SMALL, "--out", str(tmp_path / "a \udcff"))
     assert shown[0] == 0
     assert "\\udcff" in shown[1]
+
+
+@pytest.mark.parametrize("words", [("--upscaler", "FILE"), ("--from", "PICTURE")])
+def test_files_are_looked_at_before_a_model_is_loaded(
+    mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    picture = mrflow("generate", "p", *SMALL, "--out", str(tmp_path))[1].strip()
+    file = tmp_path / "x2.safetensors"
+    file.write_bytes(b"no weights")
+    if words[0] == "--from":
+        record = replace(RunRecord.from_json(read_png_text(picture)["mrflow"]), upscaler="x2", upscaler_sha256="0" * 64)
+        save_png(picture, load_image(picture), {"mrflow": record.to_json()})
+        words = ("--from", picture, "--upscaler", str(file))
+    else:
+        words = ("p", *SMALL, "--upscaler", str(file))
+
+    def load_engine(*_given: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("mrflow_sched.apps.cli.load.load_engine", load_engine)
+    code, _, err = mrflow("generate", *words, "--out", str(tmp_path / "o"))
+    assert (code, err.count("\n")) == (2, 1)
+    if words[0] == "--from":
+        digest = hashlib.sha256(b"no weights").hexdigest()
+        assert f"'x2' (SHA-256 000000000000...), not 'x2' (SHA-256 {digest[:12]}...)" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_parallel_runs_into_one_folder_lose_nothing(mrflow: Any, tmp_path: Path, tiny_folder: Path) -> None:
+    """Their pictures are finished at the same moment; each path that is told holds its own."""
+    prompts = [f"a star {number}" for number in range(8)]
+    paths: dict[str, str] = {}
+    gate = threading.Barrier(len(prompts))
+
+    def save(prompt: str) -> None:
+        results = Results()
+        plan = make_plan("demo", 32, 32)
+        image = torch.full((1, 3, 8, 8), 0.5)
+        record = replace(RECORD, plan=plan.to_string(), prompt=prompt)
+        made: Any = SimpleNamespace(images=image, stages=(), unfinished_images=(False,))
+        gate.wait()
+        results.save(tmp_path / "o", ".png", Job(plan, prompt), record, made)
+        paths[prompt] = str(results.images[0].path)
+
+    threads = [threading.Thread(target=save, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == sorted(
+        Path(path).name for path in paths.values()
+    )
+    assert len(set(paths.values())) == len(prompts)
+    for prompt, path in paths.items():
+        assert RunRecord.from_json(read_png_text(path)["mrflow"]).prompt == prompt
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_run_does_not_need_somebody_who_listens(tmp_path: Path, tiny_folder: Path) -> None:
+    words = ["generate", "a star ☃", *SMALL, "--model", str(tiny_folder), "--progress", "--out", str(tmp_path / "☃")]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "mrflow_sched", *words],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            check=False,
+        )
+    assert found.returncode == 0
+    assert found.stdout.decode("ascii") == f"{tmp_path}/\\u2603/mrflow-0.png\n"
+    assert [path.name for path in (tmp_path / "☃").iterdir()] == ["mrflow-0.png"]
+
+
+def test_warnings_are_told_even_where_the_block_raises(capsys: pytest.CaptureFixture[str]) -> None:
+    home = str(Path(mrflow_sched.__file__).parent / "sampler.py")
+
+    def fail() -> None:
+        for _ in range(2):
+            warnings.warn_explicit("ours", UserWarning, home, 1)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), saying_warnings():
+        fail()
+    assert capsys.readouterr().err == "mrflow: ours\n"
+
+
+def test_text_that_the_locale_cannot_read_is_utf_8() -> None:
+    """What Python makes of an argument in UTF-8 where LANG=C and nothing helps."""
+    code = "import sys; from mrflow_sched.apps.cli.parsing import prompt_option as p; print(ascii(p(sys.argv[1])))"
+    env = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    found = subprocess.run([sys.executable, "-c", code, "ünï ☃"], capture_output=True, check=True, env=env)
+    assert found.stdout == b"'\\xfcn\\xef \\u2603'\n"
+
+
+def test_plan_needs_no_torch() -> None:
+    code = "import sys; from mrflow_sched.__main__ import main; code = main(); sys.exit(code or 'torch' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code, "plan", "--family", "demo"], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stderr) == (0, "")

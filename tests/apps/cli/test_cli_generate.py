@@ -32,8 +32,15 @@ def test_generate_prints_json_alone_and_repeats_bit_for_bit(mrflow: Any, tmp_pat
     code, out, err = mrflow("generate", *words)
     found = json.loads(out)
     assert code == 0
-    assert set(found) == {"images", "stages", "plan", "seed"}
-    assert found["seed"] == 5
+    assert set(found) == {
+        *("images", "details", "lost", "stages", "plan", "seed", "upscaler", "notes", "cancelled", "unfinished"),
+    }
+    assert (found["seed"], found["upscaler"], found["lost"]) == (5, "Lanczos", [])
+    assert (found["cancelled"], found["unfinished"]) == (False, False)
+    assert [(each["path"], each["seed"], each["prompt"], each["stages"]) for each in found["details"]] == [
+        (path, seed, "a red star", []) for path, seed in zip(found["images"], (5, 6), strict=True)
+    ]
+    assert [f"mrflow: {note}" for note in found["notes"]] == err.splitlines()
     assert [Path(path).name for path in found["images"]] == ["mrflow-5.png", "mrflow-6.png"]
     assert [stage["name"] for stage in found["stages"]][:2] == ["text", "stage 1 sample"]
     assert all(stage["seconds"] >= 0 for stage in found["stages"])
@@ -66,7 +73,12 @@ def test_generate_writes_over_nothing_and_saves_stages(mrflow: Any, tmp_path: Pa
     assert pixels(tmp_path / names[0]).shape == (16, 16, 3)
     assert pixels(tmp_path / names[1]).shape == (32, 32, 3)
     (tmp_path / "mrflow-0-2.png").unlink()
-    assert mrflow("generate", *words)[1].strip().endswith("mrflow-0-3.png")
+    found = json.loads(mrflow("generate", *words, "--json")[1])
+    assert [Path(path).name for path in found["images"]] == ["mrflow-0-2.png"]
+    assert [Path(path).name for path in found["details"][0]["stages"]] == [
+        *("mrflow-0-2-part1-stage-1-2.png", "mrflow-0-2-part2-stage-2-upscaled-2.png"),
+    ]
+    assert pixels(tmp_path / names[0]).shape == (16, 16, 3)
 
 
 def test_generate_says_a_thing_once(mrflow: Any, tmp_path: Path) -> None:
@@ -107,26 +119,42 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *numbers: int, width: int = 32) -> No
     change_engines(monkeypatch, change)
 
 
-def test_one_bad_picture_does_not_lose_the_others(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_goes_bad_in_the_last_stage_is_saved_as_it_was_before(
+    mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ("a star", *SMALL, "--batch", "3", "--out", str(tmp_path / "o"))
     with monkeypatch.context() as patch:
         spoil(patch, 1)
         code, out, err = mrflow("generate", *words, "--json")
     assert code == 2
+    names = [Path(path).name for path in json.loads(out)["images"]]
+    assert names == ["mrflow-0.png", "mrflow-1-unfinished.png", "mrflow-2.png"]
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == names
+    marked = [RunRecord.from_json(read_png_text(tmp_path / "o" / name)["mrflow"]).unfinished for name in names]
+    assert marked == [False, True, False]
+    assert "Image 2: the VAE's decoder returned NaN" in err
+
+
+def test_one_bad_picture_does_not_lose_the_others(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("a star", *SMALL, "--batch", "3", "--out", str(tmp_path / "o"))
+    with monkeypatch.context() as patch:
+        spoil(patch, 1, width=16)
+        code, out, err = mrflow("generate", *words, "--json")
+    assert code == 2
     assert [Path(path).name for path in json.loads(out)["images"]] == ["mrflow-0.png", "mrflow-2.png"]
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["mrflow-0.png", "mrflow-2.png"]
     assert [line for line in err.splitlines() if "mrflow-" in line] == [
-        "mrflow: not saved, because of NaN or infinity in the image: mrflow-1.png; try --dtype float32."
+        "mrflow: not saved, because of NaN or infinity in the image: mrflow-1-unfinished.png; try --dtype float32."
     ]
 
 
 def test_where_every_picture_is_bad_nothing_is_left(
     mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil(monkeypatch, 0)
+    spoil(monkeypatch, 0, width=16)
     code, out, err = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path / "o"), "--json")
     assert (code, out) == (2, "")
-    assert "not saved, because of NaN or infinity in the image: mrflow-0.png" in err
+    assert "not saved, because of NaN or infinity in the image: mrflow-0-unfinished.png" in err
     assert not (tmp_path / "o").exists()
 
 
@@ -173,7 +201,7 @@ def test_the_embedded_model_is_the_default(
     assert np.array_equal(pixels(path), pixels(out.strip()))
     code, _, err = mrflow("generate", "a star", *SMALL, "--offload-text", "--out", str(tmp_path / "o"), model=None)
     assert code == 0
-    assert "--offload-text has no effect on the embedded model" in err
+    assert "--offload has no effect on the embedded model" in err
     code, _, err = mrflow("generate", "--from", path, "--out", str(tmp_path / "again"))
     assert code == 2
     assert "leave out --model" in err
@@ -202,4 +230,4 @@ def test_offloading_without_its_library_is_a_refusal(
     monkeypatch.setattr("mrflow_sched.apps.cli.load.find_spec", lambda _name: None)
     code, out, err = mrflow("generate", "a star", "--offload-text", "--out", str(tmp_path / "o"))
     assert (code, out) == (2, "")
-    assert "--offload-text needs the package accelerate, which is not installed" in err
+    assert "--offload model needs the package accelerate, which is not installed" in err

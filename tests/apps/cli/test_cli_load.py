@@ -7,29 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_tools import RECORD
 
 from mrflow_sched import demo
 from mrflow_sched.apps.cli.load import find_upscaler, threads_of
 from mrflow_sched.apps.cli.options import ModelChoices
-from mrflow_sched.images.record import RunRecord
-
-RECORD = RunRecord(
-    plan="p",
-    prompt="a star",
-    negative=None,
-    seed=1,
-    batch=1,
-    image=0,
-    model="embedded",
-    model_fingerprint="f",
-    upscaler="lanczos",
-    upscaler_sha256=None,
-    device="cpu",
-    dtype="float32",
-    vae_dtype="float32",
-    threads=1,
-    versions={},
-)
 
 
 def test_the_embedded_model_brings_its_upscaler_unless_the_record_was_made_without() -> None:

@@ -73,12 +73,15 @@ def test_plan_predicts_seconds_from_a_comparison(mrflow: Any, tmp_path: Path) ->
         "{}",
         "[" * 100_000,
         '{"plan": "x", "stages": []}',
-        far,
-        far.replace("1000000000.0", "NaN"),
     ):
         file.write_text(text)
         code, _, err = mrflow("plan", "--family", "flux1-dev", "--timings", str(file))
         assert (code, "cannot be read" in err, err.count("\n")) == (2, True, 1)
+    for number in ("1000000000.0", "NaN", "-1", '"1"', "null", "9" * 400):
+        file.write_text(far.replace("1000000000.0", number))
+        code, _, err = mrflow("plan", "--family", "flux1-dev", "--timings", str(file))
+        assert (code, "seconds['text'] must be a number from 0 to 1e+07" in err, err.count("\n")) == (2, True, 1)
+        assert len(err) < 400
     file.write_text(far.replace("1000000000.0", "1"))
     code, _, err = mrflow("plan", "--family", "flux1-dev", "--timings", str(file))
     assert (code, "--timings is" in err, "has no 'stage 1 sample'" in err, err.count("\n")) == (2, True, True, 1)

@@ -28,7 +28,7 @@ def test_from_takes_family_and_device_from_the_picture(
     text = read_png_text(out.strip())["mrflow"]
     plan = StagedPlan.from_string(RunRecord.from_json(text).plan)
     altered = json.dumps(json.loads(text) | {"device": "quantum", "plan": replace(plan, family="sdxl").to_string()})
-    monkeypatch.setattr("mrflow_sched.images.files.read_png_text", lambda _path: {"mrflow": altered})
+    monkeypatch.setattr("mrflow_sched.images.files.read_text", lambda _path: {"mrflow": altered})
     code, _, err = mrflow("generate", "--from", out.strip(), "--out", str(tmp_path))
     assert code == 2
     assert "'sdxl'" in err
@@ -150,3 +150,29 @@ def test_an_altered_record_is_one_sentence(mrflow: Any, tmp_path: Path, change: 
     save_png(tmp_path / "altered.png", load_image(out.strip()), {"mrflow": text})
     code, out, err = mrflow("generate", "--from", str(tmp_path / "altered.png"), "--out", str(tmp_path / "again"))
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_from_takes_what_another_program_wrote_and_says_what_not(mrflow: Any, tmp_path: Path) -> None:
+    text = "a red star\nNegative prompt: blur\nSteps: 30, Sampler: Euler, CFG scale: 7, Seed: 41, Size: 64x32, Model: x"
+    save_png(tmp_path / "a1111.png", load_image_of(tmp_path), {"parameters": text})
+    code, out, err = mrflow("generate", "--from", str(tmp_path / "a1111.png"), "--out", str(tmp_path / "o"))
+    assert code == 0
+    assert "made by A1111. Taken from it: the prompt, the negative prompt, the seed, the size. Not taken: model" in err
+    path = Path(out.strip())
+    assert path.name == "mrflow-41.png"
+    assert pixels(path).shape == (32, 64, 3)
+    record = records(tmp_path / "o")
+    assert (record.prompt, record.negative, record.seed) == ("a red star", "blur", 41)
+    # What we write, other programs read: and so do we, where our record was lost.
+    parameters = read_png_text(path)["parameters"]
+    assert parameters.startswith("a red star\nNegative prompt: blur\nSteps: ")
+    assert "Seed: 41, Size: 64x32" in parameters
+    save_png(tmp_path / "lost.png", load_image(path), {"parameters": parameters})
+    code, out, _ = mrflow("generate", "--from", str(tmp_path / "lost.png"), "--out", str(tmp_path / "again"))
+    assert code == 0
+    assert np.array_equal(pixels(path), pixels(out.strip()))
+
+
+def load_image_of(folder: Path) -> Any:
+    Image.new("RGB", (8, 8)).save(folder / "small.png")
+    return load_image(folder / "small.png")

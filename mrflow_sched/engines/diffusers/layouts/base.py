@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,33 +27,53 @@ from mrflow_sched.sampling.network import TokenInputs, rows_of
 
 __all__ = ["Layout", "parameter_defaults", "parameter_names"]
 
+_NO_IMAGE = 1000.0
+"""Values beyond this, where an image's lie between 0 and 1, mean that the VAE failed."""
+
 # A VAE that overflows in float16 is float32 while it runs, as in diffusers; a second thread must not turn it back.
 _UPCAST = threading.Lock()
+
+
+SCALE_ARGUMENTS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
+"""Arguments of a pipeline's call whose entry "scale" is that of all its LoRAs."""
 
 
 def parameter_names(function: Any) -> frozenset[str]:
     """The parameters that a function accepts.
 
     Args:
-        function: Any callable with a signature.
+        function: Any callable with a signature; a method that passes `**kwargs` on to its parents has theirs too.
 
     Returns:
         Their names.
     """
-    return frozenset(inspect.signature(function).parameters)
+    return frozenset(_parameters(function))
 
 
 def parameter_defaults(function: Any) -> dict[str, Any]:
     """The defaults of a function's parameters.
 
     Args:
-        function: Any callable with a signature.
+        function: As in `parameter_names`.
 
     Returns:
         Default by name; parameters without one are left out.
     """
-    found = inspect.signature(function).parameters.values()
-    return {each.name: each.default for each in found if each.default is not inspect.Parameter.empty}
+    found = _parameters(function).items()
+    return {name: each.default for name, each in found if each.default is not inspect.Parameter.empty}
+
+
+def _parameters(function: Any) -> dict[str, inspect.Parameter]:
+    """Named parameters of a function; of a method with `**kwargs`, those of the methods that it overrides as well."""
+    layers = [inspect.signature(function).parameters]
+    for base in type(getattr(function, "__self__", None)).__mro__:
+        if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in layers[-1].values()):
+            break
+        overridden = vars(base).get(getattr(function, "__name__", ""))
+        layers += [] if overridden is None else [inspect.signature(overridden).parameters]
+    merged = {name: each for layer in reversed(layers) for name, each in layer.items() if name != "self"}
+    unnamed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: each for name, each in merged.items() if each.kind not in unnamed}
 
 
 @dataclass(frozen=True)
@@ -84,7 +105,8 @@ class Layout:
     tokens: ClassVar[TokenInputs | None] = None
 
     @property
-    def _network(self) -> Any:
+    def network(self) -> Any:
+        """The pipeline's network: its transformer, else its U-Net."""
         transformer = getattr(self.pipe, "transformer", None)
         return self.pipe.unet if transformer is None else transformer
 
@@ -96,7 +118,7 @@ class Layout:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the network."""
-        return self._network.dtype
+        return self.network.dtype
 
     def cut_prompt(self, prompts: Sequence[str], options: Mapping[str, Any]) -> tuple[int, int] | None:
         """Whether the end of a prompt is cut off.
@@ -179,7 +201,7 @@ class Layout:
             Mostly, but not always, packed; in the network's dtype where the pipeline does not convert them itself.
         """
         packed = self.pack(latents)
-        return packed if self.casts_latents else packed.to(self._network.dtype)
+        return packed if self.casts_latents else packed.to(self.network.dtype)
 
     def view_attributes(self, guidance: float, width: int, height: int) -> dict[str, Any]:
         """Attributes that a stage's own copy of the pipeline needs in addition to its scheduler; mostly none.
@@ -239,26 +261,30 @@ class Layout:
             latents: (B, C, h, w).
 
         Returns:
-            (B, 3, H, W), float32 in [0, 1], on the device of `latents`.
+            (B, 3, H, W), float32 in [0, 1], on the device of `latents`; NaN where the VAE returned what no
+            image holds.
         """
         images: list[Tensor] = []
         with _gradient_of(latents), self._vae() as (vae, device, dtype):
             for latent in latents:
                 values = self._denormalise(latent[None].float().to(device)).to(dtype)
                 pixels = self._from_vae_image(vae.decode(values, return_dict=False)[0])
-                images.append((pixels.float() / 2 + 0.5).clamp(0, 1).to(latents.device))
+                values = pixels.float() / 2 + 0.5
+                values = values.where(values.abs() < _NO_IMAGE, math.nan)  # clamping alone would make an image of it
+                images.append(values.clamp(0, 1).to(latents.device))
         return torch.cat(images)
 
-    def finish(self, images: Tensor) -> Tensor:
+    def finish(self, images: Tensor) -> tuple[Tensor, tuple[bool, ...] | None]:
         """Apply what the pipeline does to its own final images: safety checker, watermark.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
 
         Returns:
-            In the same shape and range.
+            Images in the same shape and range, and which of them a safety checker rejected (they are black); None where
+            there is no checker.
         """
-        return images
+        return images, None
 
     def _normalise(self, latents: Tensor) -> Tensor:
         """Latents as the VAE returns them (float32) -> as the network takes them."""
@@ -496,7 +522,7 @@ def _input_device(pipe: Any, module: Any) -> torch.device:
 
 def _lora_scale(options: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
     """Pipelines take the scale of the text encoders' LoRA from the network's keyword arguments."""
-    for name in ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"):
+    for name in SCALE_ARGUMENTS:
         said: dict[str, Any] = options.get(name) or {}
         scale = said.get("scale")
         if scale is not None and "lora_scale" in known:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.engines.diffusers.layouts import per_family
 from mrflow_sched.engines.diffusers.layouts.base import Layout, parameter_names
 from mrflow_sched.engines.diffusers.layouts.generic import generic_layout
@@ -15,6 +15,10 @@ from mrflow_sched.engines.diffusers.layouts.shift import is_flow, shift_rule, ve
 from mrflow_sched.plan.families import Family, Prediction, ShiftRule, family_of_pipeline, get_family
 
 __all__ = ["find_layout"]
+
+_LARGEST_FACTOR = 256
+_STARTS_FROM_AN_IMAGE = frozenset({"strength", "mask_image", "control_mask"})
+"""Arguments of image-to-image and inpainting calls, ControlNet's among them."""
 
 
 def find_layout(pipe: Any, family: str | None = None) -> Layout:
@@ -38,8 +42,8 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
     if told is None or told.pipeline is None:
         if not is_flow(pipe.scheduler):
             raise MrFlowError(
-                f"pipe is {type(pipe).__name__} with {type(pipe.scheduler).__name__}, which is not a flow "
-                f"scheduler; use a flow model, Stable Diffusion 1.5 or XL."
+                f"pipe is {type(pipe).__name__} with {type(pipe.scheduler).__name__}, which is not a flow scheduler; "
+                "use a flow model, or StableDiffusionPipeline or StableDiffusionXLPipeline with a model of theirs."
             )
         return generic_layout(pipe, family)
     found = told if family is None else _named(pipe, family)
@@ -86,6 +90,10 @@ def _measured(pipe: Any, family: Family, rule: ShiftRule) -> Family:
     # Where the VAE tells by itself: FluxPipeline's number was twice as large up to diffusers 0.31.
     plain = type(pipe.vae).__name__ == "AutoencoderKL"
     factor = 2 ** (len(config.block_out_channels) - 1) if plain else int(pipe.vae_scale_factor)
+    if not 1 <= factor <= _LARGEST_FACTOR:
+        raise MrFlowError(
+            f"pipe.vae makes latents of 1/{shown(factor)} of a side, which no model does; download the model again."
+        )
     channels = int(getattr(config, "latent_channels", None) or getattr(config, "z_dim", None) or family.latent_channels)
     own = replace(family, shift=rule, vae_factor=factor, grid=factor * family.patch, latent_channels=channels)
     if own == family:
@@ -103,13 +111,14 @@ def _check_pipeline(pipe: Any) -> None:
     name = type(pipe).__name__
     if not callable(pipe) or not hasattr(pipe, "components"):
         raise MrFlowError(f"pipe is {name}; give a loaded diffusers text-to-image pipeline.")
-    for part in ("vae", "scheduler"):
-        if getattr(pipe, part, None) is None:
-            raise MrFlowError(f"pipe is {name} without {part}; load it with all of its components.")
-    if getattr(pipe, "transformer", None) is None and getattr(pipe, "unet", None) is None:
-        raise MrFlowError(f"pipe is {name} without transformer or unet; load it with all of its components.")
+    for parts in (("vae",), ("scheduler",), ("transformer", "unet")):
+        if any(getattr(pipe, part, None) is not None for part in parts):
+            continue
+        taken = parameter_names(type(pipe).__init__) & set(parts)
+        advice = "load it with all of its components" if taken else "pipelines of its kind cannot be run in stages"
+        raise MrFlowError(f"pipe is {name} without {' or '.join(parts)}; {advice}.")
     known = parameter_names(pipe.__call__)
-    if known & {"strength", "mask_image"} or "Edit" in name:
+    if known & _STARTS_FROM_AN_IMAGE or "Edit" in name or "Inpaint" in name:
         raise MrFlowError(f"pipe is {name}, which starts from an image; give the family's text-to-image pipeline.")
     for argument in ("latents", "width", "height", "prompt", "num_inference_steps"):
         if argument not in known:

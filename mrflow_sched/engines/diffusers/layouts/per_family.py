@@ -356,13 +356,14 @@ class StableDiffusionLayout(Layout):
     """Stable Diffusion 1.5 and similar models: a variance-exploding U-Net, used at equal signal-to-noise ratio."""
 
     @override
-    def finish(self, images: Tensor) -> Tensor:
+    def finish(self, images: Tensor) -> tuple[Tensor, tuple[bool, ...] | None]:
         # Images that the pipeline's safety checker rejects become black.
         if getattr(self.pipe, "safety_checker", None) is None:
-            return images
+            return images, None
         with torch.no_grad():
             found = self.pipe.run_safety_checker(2 * images - 1, self.device, self.pipe.unet.dtype)[1]
-        return torch.stack([image * (not bad) for image, bad in zip(images, found, strict=True)])
+        rejected = tuple(bool(bad) for bad in found)
+        return torch.stack([image * (not bad) for image, bad in zip(images, rejected, strict=True)]), rejected
 
     def _normalise(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
@@ -386,10 +387,10 @@ class StableDiffusionXLLayout(StableDiffusionLayout):
     """Stable Diffusion XL."""
 
     @override
-    def finish(self, images: Tensor) -> Tensor:
+    def finish(self, images: Tensor) -> tuple[Tensor, tuple[bool, ...] | None]:
         # The pipeline's invisible watermark, where it has one.
         watermark = getattr(self.pipe, "watermark", None)
         if watermark is None:
-            return images
+            return images, None
         marked: Tensor = watermark.apply_watermark(2 * images.cpu() - 1)
-        return (marked.to(images) / 2 + 0.5).clamp(0, 1)
+        return (marked.to(images) / 2 + 0.5).clamp(0, 1), None

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.plan.families import ShiftRule
 from mrflow_sched.plan.schedule import shift_sigma
 
-__all__ = ["is_flow", "shift_rule", "ve_rule"]
+__all__ = ["is_flow", "sampler_note", "shift_rule", "ve_rule"]
 
 _REFUSED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas")
 
@@ -87,8 +87,52 @@ def ve_rule(scheduler: Any, known: ShiftRule) -> ShiftRule:
 
     Returns:
         `known`, or the rule "zero-snr" where the betas are rescaled to zero terminal signal-to-noise ratio.
+
+    Raises:
+        MrFlowError: The scheduler's noise levels are not those of Stable Diffusion, which the plan's are.
     """
-    return ShiftRule("zero-snr") if _config(scheduler).get("rescale_betas_zero_snr") else known
+    config, name = _config(scheduler), type(scheduler).__name__
+    if "beta_start" not in config:
+        raise MrFlowError(
+            f"pipe.scheduler is {name}, for a network that is told its noise in another way (EDM); no plan can follow "
+            "that, use the pipeline by itself."
+        )
+    for option, value in _SD_BETAS.items():
+        if config.get(option, value) != value:
+            raise MrFlowError(
+                f"pipe.scheduler has {option}={shown(repr(config[option]))}, while plans for such models have "
+                f"{value!r}; give the model's own scheduler, or use the pipeline by itself."
+            )
+    return ShiftRule("zero-snr") if config.get("rescale_betas_zero_snr") else known
+
+
+_SD_BETAS: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+}
+"""Noise levels of training of Stable Diffusion 1.5 and XL (Rombach et al. 2022), which `scaled_linear_ve` has."""
+
+
+def sampler_note(scheduler: Any) -> str | None:
+    """What is lost where our solvers stand in for a pipeline's own sampler.
+
+    Args:
+        scheduler: The pipeline's.
+
+    Returns:
+        A sentence for the user; None where both solve the same equation.
+    """
+    config, name = _config(scheduler), type(scheduler).__name__
+    noisy = bool(config.get("stochastic_sampling")) or str(config.get("algorithm_type", "")).startswith("sde")
+    if not noisy and not any(word in name for word in ("LCM", "TCD", "Ancestral", "SDE")):
+        return None
+    return (
+        f"The pipeline's own sampler, {name}, adds noise at every step; stages are sampled without, so images differ "
+        "from its own, and those of a model distilled for it may lose detail."
+    )
 
 
 def _static(shift: float, terminal: float | None, sigma_min: float | None, beta: float | None = None) -> ShiftRule:

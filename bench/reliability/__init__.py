@@ -1,0 +1,1 @@
+"""What hostile input, faults and signals do to the package, as counts."""

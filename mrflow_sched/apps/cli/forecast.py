@@ -1,0 +1,62 @@
+"""Whether a run fits into memory, told before anything is loaded."""
+
+from __future__ import annotations
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.cli.console import counted
+from mrflow_sched.apps.cli.options import ModelChoices
+from mrflow_sched.plan.cost import peak_memory
+from mrflow_sched.plan.families import FAMILIES, Family
+from mrflow_sched.plan.stages import StagedPlan
+
+LEAST_TILE = 512
+"""Side in pixels of the tiles that VAE and upscaler fall back to where a GPU's memory runs out."""
+
+
+def check_memory(model: ModelChoices, family: str | Family, *plans: StagedPlan, batch: int = 1) -> None:
+    """Refuse a run that needs more memory than is free, unless --force was given.
+
+    A CPU's memory runs out without an error that could be caught (the system ends the process), so whole images count
+    there; on a GPU parts go on in tiles, so tiles count.
+
+    Args:
+        model: The device, the dtype and --force.
+        family: The model's family, or its name.
+        *plans: What is run, one after the other.
+        batch: Images that are made at once.
+
+    Raises:
+        MrFlowError: It does not fit; the sentence says what it needs and what is free.
+    """
+    from mrflow_sched._runtime.device import has_bfloat16, resolve_device
+    from mrflow_sched._runtime.memory import free_bytes
+
+    device = resolve_device(model.device)
+    offloads = model.offload is not None and device.type != "cpu"
+    if model.force or (offloads and model.offload == "layers"):  # a layer at a time: what it needs was not counted
+        return
+    free = free_bytes(device)
+    wide = model.dtype == "float32" or (model.dtype == "auto" and not has_bfloat16(device))
+    tile = None if device.type == "cpu" else LEAST_TILE
+    known = FAMILIES.get(family) if isinstance(family, str) else family
+    offer = "" if device.type == "cpu" or offloads else ", or --offload model"
+    for plan in plans:
+        peak = peak_memory(
+            plan,
+            known,
+            batch=batch,
+            value_bytes=4 if wide else 2,
+            offload=offloads,
+            vae_tile=tile,
+            upscaler_tile=tile,
+        )
+        if peak is not None and free is not None and peak.total > free:
+            what = f"{counted(batch, 'image')} of {plan.width}x{plan.height}"
+            raise MrFlowError(
+                f"the run needs about {_gigabytes(peak.total)} of memory for {what}, in {peak.name}, and "
+                f"{_gigabytes(free)} are free on {device}; choose a smaller size or batch{offer}, or add --force."
+            )
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.3g} GB"

@@ -1,0 +1,185 @@
+"""Files that a run starts from (prompts, an image, LoRA weights), read before a model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.cli.console import os_reason, say
+from mrflow_sched.images.record import MAX_LORA_SCALE, MAX_PROMPT
+from mrflow_sched.plan.notes import image_notes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mrflow_sched.plan.stages import StagedPlan
+
+_MOST_BYTES = 16 * 2**20
+"""Largest file of prompts."""
+
+
+@dataclass(frozen=True)
+class StartImage:
+    """An image that a run starts from.
+
+    Attributes:
+        file: Where it was read.
+        sha256: Hash of the file.
+        pixels: (3, H, W), float32 in [0, 1].
+        strength: The sigma at which stage 1 starts from it; None: it takes the place of stage 1.
+    """
+
+    file: Path
+    sha256: str
+    pixels: Tensor
+    strength: float | None
+
+    def size(self, factor: float) -> tuple[int, int]:
+        """The size of the final image where none was asked for.
+
+        Args:
+            factor: Side of the final image over that of stage 1.
+
+        Returns:
+            (width, height) in pixels: the image's own where it is started from, else `factor` times that.
+        """
+        rows, columns = self.pixels.shape[-2:]
+        scale = 1.0 if self.strength is not None else factor
+        return round(columns * scale), round(rows * scale)
+
+    def notes(self, plan: StagedPlan) -> tuple[str, ...]:
+        """The notes of a plan that hold for a run from this image.
+
+        Args:
+            plan: The plan of the run.
+
+        Returns:
+            Its notes, without those on a stage 1 that is left out; and what becomes of an image of another shape.
+        """
+        kept = (note for note in plan.notes if self.strength is not None or not note.startswith("Stage 1 at"))
+        rows, columns = self.pixels.shape[-2:]
+        return (*kept, *image_notes(plan, columns, rows, self.strength))
+
+
+def read_start(file: Path, strength: float | None) -> StartImage:
+    """Read the image of --image.
+
+    Args:
+        file: An image file.
+        strength: The value of --strength, above 0 and at most 1; or None.
+
+    Returns:
+        The image and its hash.
+
+    Raises:
+        MrFlowError: The file cannot be read, or the strength is out of range.
+    """
+    if strength is not None and not 0.0 < strength <= 1.0:
+        raise MrFlowError(
+            f"--strength is {strength:g}; give a number above 0 and at most 1: the sigma at which stage 1 starts."
+        )
+    from mrflow_sched.images.files import load_image
+
+    pixels = load_image(file, warn=say)
+    return StartImage(file, hash_of(file), pixels, strength)
+
+
+def read_prompts(file: Path) -> tuple[str, ...]:
+    """Read a file of prompts: one a line, UTF-8. Blank lines and lines that begin with # are skipped.
+
+    Args:
+        file: The file of --prompts.
+
+    Returns:
+        The prompts in their order, without white space at their ends.
+
+    Raises:
+        MrFlowError: The file cannot be read, holds no prompt, or a line is no text.
+    """
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise MrFlowError(f"--prompts is {str(file)!r}, which cannot be read ({os_reason(error)}).") from error
+    if len(data) > _MOST_BYTES:
+        raise MrFlowError(
+            f"--prompts is {str(file)!r}, which is larger than {_MOST_BYTES >> 20} MiB; give a text file."
+        )
+    prompts: list[str] = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            raise MrFlowError(f"line {number} of {str(file)!r} is not UTF-8; save the file as UTF-8 text.") from None
+        if any(ord(letter) < 32 and letter != "\t" for letter in text):
+            raise MrFlowError(f"line {number} of {str(file)!r} has control characters; give a text file.")
+        if len(text) > MAX_PROMPT:
+            raise MrFlowError(f"line {number} of {str(file)!r} has more than {MAX_PROMPT} letters; shorten it.")
+        if text and not text.startswith("#"):
+            prompts.append(text)
+    if not prompts:
+        raise MrFlowError(f"--prompts is {str(file)!r}, which holds no prompt; write one a line.")
+    return tuple(prompts)
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """A LoRA to put on the model.
+
+    Attributes:
+        file: A .safetensors file.
+        scale: How strongly it acts; 1 is as it was trained.
+    """
+
+    file: Path
+    scale: float = 1.0
+
+    @classmethod
+    def from_text(cls, text: str) -> LoraChoice:
+        """Read a value of --lora.
+
+        Args:
+            text: FILE or FILE:SCALE.
+
+        Returns:
+            The choice.
+
+        Raises:
+            MrFlowError: The scale is not a finite number, or the file is missing or of another kind.
+        """
+        name, colon, tail = text.rpartition(":")
+        scale = _number(tail) if colon else None
+        file = Path(text if scale is None else name)
+        if scale is not None and not abs(scale) <= MAX_LORA_SCALE:
+            raise MrFlowError(f"--lora has the scale {tail!r}; at most {MAX_LORA_SCALE:g} of either sign is allowed.")
+        if file.suffix.lower() != ".safetensors":
+            raise MrFlowError(f"--lora is {text!r}; give a .safetensors file, or FILE:SCALE.")
+        if not file.is_file():
+            raise MrFlowError(f"--lora is {str(file)!r}, which is not a file; check the path.")
+        return cls(file, 1.0 if scale is None else scale)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def hash_of(path: Path) -> str:
+    """The hash by which a record knows a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its SHA-256, 64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

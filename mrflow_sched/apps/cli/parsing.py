@@ -1,0 +1,153 @@
+"""How the value of an option is read: one function for each kind."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.cli.inputs import LoraChoice
+from mrflow_sched.images.record import MAX_PROMPT
+
+
+def size_option(text: str) -> tuple[int, int]:
+    """Parse the value of --size.
+
+    Args:
+        text: "WIDTHxHEIGHT" in pixels, each of 1 to 6 digits.
+
+    Returns:
+        (width, height), each 1 or more.
+
+    Raises:
+        ArgumentTypeError: The text is no size.
+    """
+    found = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip())
+    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    if min(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT in pixels, for example 1024x768")
+    return size
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Make a parser of whole numbers within limits.
+
+    Args:
+        low: The least number allowed.
+        high: The largest; None: no limit.
+
+    Returns:
+        A function for argparse's `type=`.
+    """
+
+    def parse(text: str) -> int:
+        span = f"from {low} up" if high is None else f"from {low} to {high}"
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {span}")
+        return number
+
+    return parse
+
+
+def text_option(text: str) -> str:
+    """Check text, which may be empty.
+
+    Args:
+        text: An argument as the system handed it over.
+
+    Returns:
+        The same text; where the locale could not read its bytes as text (LANG=C), what they are in UTF-8.
+
+    Raises:
+        ArgumentTypeError: It contains bytes that are not UTF-8, or more letters than a record holds.
+    """
+    try:
+        found = text.encode(sys.getfilesystemencoding(), "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError("it contains bytes that are not UTF-8; type the text again") from None
+    if len(found) > MAX_PROMPT:
+        raise argparse.ArgumentTypeError(f"it has {len(found)} letters; at most {MAX_PROMPT} are allowed")
+    return found
+
+
+def prompt_option(text: str) -> str:
+    """Check a prompt.
+
+    Args:
+        text: An argument as the system handed it over.
+
+    Returns:
+        The text, as `text_option` reads it.
+
+    Raises:
+        ArgumentTypeError: It is empty, or `text_option` refuses it.
+    """
+    prompt = text_option(text)
+    if not prompt.strip():
+        raise argparse.ArgumentTypeError("it is empty; say what the image shows")
+    return prompt
+
+
+def path_option(text: str) -> Path:
+    """Check the path of a file or folder.
+
+    Args:
+        text: An argument as the system handed it over.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArgumentTypeError: It is empty, or contains a NUL character, which no path has.
+    """
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("it is empty; give a path" if not text else "a path has no NUL character")
+    return Path(text)
+
+
+def lora_option(text: str) -> LoraChoice:
+    """Read a value of --lora.
+
+    Args:
+        text: FILE or FILE:SCALE.
+
+    Returns:
+        The choice.
+
+    Raises:
+        ArgumentTypeError: The file or the scale cannot be used.
+    """
+    try:
+        path_option(text)
+        return LoraChoice.from_text(text)
+    except MrFlowError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+
+
+def number_option(text: str) -> float:
+    """Read a finite number.
+
+    Args:
+        text: An argument.
+
+    Returns:
+        The number.
+
+    Raises:
+        ArgumentTypeError: It is no number, or not finite.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return number

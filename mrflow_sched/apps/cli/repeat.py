@@ -1,0 +1,168 @@
+"""What a saved image says of its run, and whether that can be repeated here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.cli.console import say
+from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage, hash_of, read_start
+from mrflow_sched.apps.cli.load import EMBEDDED, UPSCALER, Job, plan_family
+from mrflow_sched.apps.cli.options import ModelChoices, PlanChoices
+from mrflow_sched.images.record import KEY, RunRecord
+from mrflow_sched.plan.options import PlanOptions
+from mrflow_sched.plan.stages import StagedPlan
+
+
+def repeated_job(file: Path, model: ModelChoices, image: Path | None) -> Job:
+    """Read what an image says of its run: our record, or the texts of A1111 and ComfyUI.
+
+    Args:
+        file: An image file.
+        model: The model that was asked for.
+        image: The file of --image, or None.
+
+    Returns:
+        The job: the recorded run, of whose images only the recorded one is saved; or a new run with the prompts, the
+        seed and the size of another program's image.
+
+    Raises:
+        MrFlowError: The file says nothing that can be read, or was made with other files than those given.
+    """
+    from mrflow_sched.images.files import read_text
+    from mrflow_sched.images.foreign import read_foreign
+
+    texts = read_text(file)
+    if KEY in texts:
+        return _recorded_job(file, RunRecord.from_json(texts[KEY]), model, image)
+    foreign = read_foreign(texts)
+    if foreign is None or image is not None:
+        raise MrFlowError(
+            f"--from is {str(file)!r}, which has no mrflow record; give an image that mrflow, A1111 or ComfyUI made."
+        )
+    size = None if foreign.width is None or foreign.height is None else (foreign.width, foreign.height)
+    options: PlanOptions = {} if foreign.seed is None else {"seed": foreign.seed}
+    plan = PlanChoices(size, options, None).make_plan(plan_family(model))
+    parts = {"the prompt": True, "the negative prompt": foreign.negative, "the seed": options, "the size": size}
+    taken = ", ".join(name for name, value in parts.items() if value)
+    say(
+        f"{str(file)!r} was made by {foreign.program}. Taken from it: {taken}. Not taken: model, sampler, steps, "
+        "guidance; so this is a new image, not a repeated one."
+    )
+    return Job(plan, foreign.prompt, foreign.negative)
+
+
+def _recorded_job(file: Path, record: RunRecord, model: ModelChoices, image: Path | None) -> Job:
+    """Make the job of a record. The whole batch runs again, because the last bits depend on the batch's size."""
+    if record.model != EMBEDDED and model.model is None:
+        raise MrFlowError(f"{str(file)!r} was made with the model {record.model!r}; name it with --model DIR.")
+    if record.model == EMBEDDED and model.model is not None:
+        raise MrFlowError(f"{str(file)!r} was made with the embedded model; leave out --model.")
+    start = _recorded_start(file, record, image)
+    if record.unfinished:
+        say(f"{str(file)!r} is an unfinished image; its run is now completed.")
+    plan = StagedPlan.from_string(record.plan)
+    later = record.refine_prompt, record.refine_negative
+    return Job(plan, record.prompt, record.negative, record.batch, (record.image,), record, start, *later)
+
+
+def _recorded_start(file: Path, record: RunRecord, image: Path | None) -> StartImage | None:
+    """Read the image that a recorded run started from."""
+    if record.start_sha256 is None:
+        if image is not None:
+            raise MrFlowError(f"{str(file)!r} was made from noise; leave out --image.")
+        return None
+    if image is None:
+        raise MrFlowError(f"{str(file)!r} was made from the image {record.start!r}; give that file with --image.")
+    start = read_start(image, record.strength)
+    if start.sha256 != record.start_sha256:
+        raise MrFlowError(
+            f"{str(file)!r} was made from the image {_named(record.start, record.start_sha256)}, "
+            f"not {_named(image.name, start.sha256)}; give that file with --image."
+        )
+    return start
+
+
+def recorded_loras(model: ModelChoices, record: RunRecord) -> ModelChoices:
+    """Give the LoRAs of a repeated run their recorded order and scales.
+
+    Args:
+        model: The model and the files of --lora, in any order.
+        record: The record that is repeated.
+
+    Returns:
+        The same choices, with the record's LoRAs.
+
+    Raises:
+        MrFlowError: A file is missing, or one was given that the run did not have.
+    """
+    given = {hash_of(choice.file): choice.file for choice in model.loras}
+    for lora in record.loras:
+        if lora.sha256 not in given:
+            raise MrFlowError(
+                f"the image was made with the LoRA {_named(lora.file, lora.sha256)}; give that file with --lora."
+            )
+    extra = [file for digest, file in given.items() if digest not in {lora.sha256 for lora in record.loras}]
+    if extra:
+        raise MrFlowError(f"the image was made without the LoRA {extra[0].name!r}; leave it out.")
+    return replace(model, loras=tuple(LoraChoice(given[lora.sha256], lora.scale) for lora in record.loras))
+
+
+def check_weights(model: ModelChoices, file: Path | None, record: RunRecord) -> None:
+    """Refuse to repeat a run with another model or upscaler. Hashes tell; nothing is loaded.
+
+    Args:
+        model: The model that was asked for.
+        file: The upscaler's file; None means Lanczos.
+        record: The record that is repeated.
+
+    Raises:
+        MrFlowError: The weights are others than those of the record.
+    """
+    from mrflow_sched import demo
+    from mrflow_sched.engines.diffusers.files import folder_fingerprint
+
+    if folder_fingerprint(model.model or demo.weights_path()) != record.model_fingerprint:
+        raise MrFlowError(
+            f"the image was made with other weights of {record.model!r} than those found; "
+            "give --model the folder that it was made with."
+        )
+    digest = None if file is None else hash_of(file)
+    if record.upscaler != "none" and digest != record.upscaler_sha256:
+        advice = "leave out --upscaler" if record.upscaler_sha256 is None else "give that file with --upscaler"
+        found = "Lanczos" if file is None else file.stem
+        raise MrFlowError(
+            f"the image was made with the upscaler {_named(record.upscaler, record.upscaler_sha256)}, "
+            f"not {_named(found, digest)}; {advice}."
+        )
+
+
+def _named(name: str | None, digest: str | None) -> str:
+    """A file's name with the first digits of its hash, which tell two files of one name apart."""
+    return repr(name) if digest is None else f"{name!r} (SHA-256 {digest[:12]}...)"
+
+
+def say_differences(old: RunRecord, new: RunRecord) -> None:
+    """Say what may change the last bits of a repeated image.
+
+    Args:
+        old: The record that is repeated.
+        new: What is loaded now.
+    """
+    moved = [f"{name} {before!r} is now {now!r}" for name, before, now in _arithmetic(old, new) if before != now]
+    if moved:
+        say(f"The image may differ from the original in its last bits: {', '.join(moved)}.")
+
+
+def _arithmetic(old: RunRecord, new: RunRecord) -> Iterator[tuple[str, object, object]]:
+    """Yield (name, then, now) of everything besides the weights on which the last bits depend."""
+    yield "device", old.device, new.device
+    for part in dict.fromkeys((*new.dtypes, *old.dtypes)):
+        before = old.dtype_of(part)
+        if before is not None or part != UPSCALER:  # an older version did not record the upscaler's
+            yield f"dtype of {part}", before, new.dtype_of(part)
+    yield "threads", old.threads, new.threads
+    for name, value in new.versions.items():
+        yield name, old.versions.get(name), value

@@ -1,0 +1,187 @@
+"""What `mrflow generate` leaves: images with their records, and a JSON value that says all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.cli.console import say
+from mrflow_sched.apps.cli.load import Job
+from mrflow_sched.apps.cli.stopping import current
+from mrflow_sched.images.parameters import PARAMETERS, parameters_text
+from mrflow_sched.images.record import KEY, RunRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mrflow_sched.plan.stages import StagedPlan
+    from mrflow_sched.sampler import StagedResult
+    from mrflow_sched.sampling.progress import StageTiming
+
+
+@dataclass(frozen=True)
+class SavedImage:
+    """An image that was saved.
+
+    Attributes:
+        path: Its file.
+        prompt: What it shows.
+        seed: Its own seed: that of the run plus its number in the batch.
+        unfinished: A later stage is missing.
+        stages: Files of the stages' images, in their order; empty unless --save-stages was given.
+    """
+
+    path: Path
+    prompt: str
+    seed: int
+    unfinished: bool
+    stages: tuple[Path, ...]
+
+
+@dataclass
+class Results:
+    """What a command has made so far.
+
+    Attributes:
+        images: The saved images.
+        lost: Names of those that were not saved because they contain NaN or infinity.
+        timings: Parts of the runs and their seconds, those of several prompts added up.
+        plan: The plan of the runs; None: there is none yet.
+        upscaler: Name of the upscaler; None: a native run has none.
+        notes: What the user was told.
+    """
+
+    images: list[SavedImage] = field(default_factory=list[SavedImage])
+    lost: list[str] = field(default_factory=list[str])
+    timings: dict[str, float] = field(default_factory=dict[str, float])
+    plan: StagedPlan | None = None
+    upscaler: str | None = None
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether an image is unfinished."""
+        return any(image.unfinished for image in self.images)
+
+    def add_timings(self, timings: Iterable[StageTiming]) -> None:
+        """Add the seconds of a run.
+
+        Args:
+            timings: Its parts.
+        """
+        for timing in timings:
+            self.timings[timing.name] = self.timings.get(timing.name, 0.0) + timing.seconds
+
+    def save(self, folder: Path, suffix: str, job: Job, record: RunRecord, result: StagedResult) -> None:
+        """Write the wanted images of a run, and its stages where kept, each with its record; never over another file.
+
+        Images with NaN or infinity are left out. Once Ctrl-C was pressed twice, no further image is begun.
+
+        Args:
+            folder: Where they go; it is made again if another run, which failed, removed it.
+            suffix: Ending of the files, which decides their format.
+            job: The run.
+            record: Its record; number and flags of each image are filled in.
+            result: What it made.
+
+        Raises:
+            FileError: A file cannot be written.
+        """
+        stop = current()
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in job.images:
+            if stop.at_once:
+                break
+            with stop.whole():
+                own = replace(record, image=number, unfinished=result.unfinished_images[number])
+                self._save_one(folder, suffix, job, own, result)
+
+    def tell_lost(self) -> None:
+        """Tell the user which images were left out because they contain NaN or infinity.
+
+        Raises:
+            MrFlowError: No other image was saved.
+        """
+        if self.lost:
+            names = ", ".join(self.lost)
+            sentence = f"not saved, because of NaN or infinity in the image: {names}; try --dtype float32."
+            if not self.images:
+                raise MrFlowError(sentence)
+            say(sentence)
+
+    def _save_one(self, folder: Path, suffix: str, job: Job, record: RunRecord, result: StagedResult) -> None:
+        """Write one image and its stages; the stages take the name that the image got."""
+        seed, number = job.plan.seed + record.image, record.image
+        stem = f"mrflow-{seed}{'-unfinished' if record.unfinished else ''}"
+        text = {PARAMETERS: parameters_text(record), KEY: record.to_json()}
+        path = self._put(folder, stem, suffix, _one(result.images, number), text)
+        stages: list[Path | None] = []
+        for step, stage in enumerate(result.stages, 1):
+            name = re.sub(r"[^a-z0-9]+", "-", stage.name.lower()).strip("-")
+            own = f"{stem if path is None else path.stem}-part{step}-{name}"
+            stages.append(self._put(folder, own, suffix, _one(stage.image, number), text))
+        if path is not None:
+            kept = tuple(stage for stage in stages if stage is not None)
+            self.images.append(SavedImage(path, record.prompt, seed, record.unfinished, kept))
+
+    def _put(self, folder: Path, stem: str, suffix: str, image: Tensor, text: dict[str, str]) -> Path | None:
+        from mrflow_sched.images.files import save_new
+
+        if bool(image.isfinite().all()):
+            return save_new(folder, stem, image, text, suffix)
+        self.lost.append(stem + suffix)
+        return None
+
+    def to_json(self, *, cancelled: bool) -> dict[str, Any]:
+        """What the command made, for `json.dumps`.
+
+        Args:
+            cancelled: A signal stopped the command.
+
+        Returns:
+            The value that docs/cli.md describes.
+        """
+        return {
+            "images": [str(image.path) for image in self.images],
+            "details": [
+                {
+                    "path": str(image.path),
+                    "prompt": image.prompt,
+                    "seed": image.seed,
+                    "unfinished": image.unfinished,
+                    "stages": [str(path) for path in image.stages],
+                }
+                for image in self.images
+            ],
+            "lost": self.lost,
+            "stages": [{"name": name, "seconds": seconds} for name, seconds in self.timings.items()],
+            "plan": None if self.plan is None else self.plan.to_string(),
+            "seed": None if self.plan is None else self.plan.seed,
+            "upscaler": self.upscaler,
+            "notes": self.notes,
+            "cancelled": cancelled,
+            "unfinished": self.unfinished,
+        }
+
+
+def _one(images: Tensor, number: int) -> Tensor:
+    return images if images.ndim == 3 else images[number]
+
+
+def check_format(suffix: str, plan: StagedPlan) -> None:
+    """Refuse a format that cannot hold the images of a plan.
+
+    Args:
+        suffix: Ending of the image files.
+        plan: The plan.
+
+    Raises:
+        MrFlowError: The final image is too large for the format.
+    """
+    from mrflow_sched.images.formats import check_writable
+
+    check_writable(suffix, plan.width, plan.height)

@@ -1,0 +1,60 @@
+"""The `parameters` text that other programs show of an image: prompt, negative prompt, and a line of `Name: value`.
+
+The layout is that of AUTOMATIC1111's PNG info, which WebUIs, image viewers and model sites read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING
+
+from mrflow_sched.plan.solver_table import SOLVERS
+from mrflow_sched.plan.stages import StagedPlan
+
+if TYPE_CHECKING:
+    from mrflow_sched.images.record import RunRecord
+
+PARAMETERS = "parameters"
+"""Key of the text in an image file."""
+
+
+def parameters_text(record: RunRecord) -> str:
+    """What a record says, as the text for the key `parameters`.
+
+    Args:
+        record: How the image was made.
+
+    Returns:
+        The prompt; a line "Negative prompt: ..." where there is one; and a line with steps and solver of stage 1,
+        guidance, the seed that makes this image alone, the final size, the model's name and what MrFlow did.
+
+    Raises:
+        MrFlowError: The record's plan cannot be read.
+    """
+    plan = StagedPlan.from_string(record.plan)
+    first = plan.stages[0]
+    values = {
+        "Steps": str(first.steps),
+        "Sampler": SOLVERS[first.solver].title if first.solver in SOLVERS else first.solver,
+        "CFG scale": f"{first.guidance:g}",
+        "Seed": str(record.seed + record.image),
+        "Size": f"{plan.width}x{plan.height}",
+        "Model": PureWindowsPath(PurePosixPath(record.model).name).name,
+    }
+    if len(plan.stages) > 1:
+        values["Refine steps"] = "+".join(str(stage.steps) for stage in plan.stages[1:])
+        values["Refine sigma"] = " ".join(f"{stage.start_sigma:g}" for stage in plan.stages[1:])
+        values["Upscaler"] = record.upscaler
+    if "mrflow-sched" in record.versions:
+        values["Version"] = f"mrflow-sched {record.versions['mrflow-sched']}"
+    lines = [record.prompt]
+    if record.negative:
+        lines.append(f"Negative prompt: {record.negative}")
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in values.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """A value as it stands in the line: quoted where it holds what separates values."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',\n:"') else value

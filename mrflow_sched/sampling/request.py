@@ -1,0 +1,344 @@
+"""What a caller asks of a run, checked before anything is made: one sentence for each thing that does not fit."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.recipes import explicit_recipe
+from mrflow_sched.plan.stages import StagedPlan
+from mrflow_sched.sampling.engine import capabilities_of
+from mrflow_sched.sampling.noise import stage_seed
+from mrflow_sched.sampling.solvers import solver_forwards
+
+if TYPE_CHECKING:
+    from mrflow_sched.plan.stages import Stage
+    from mrflow_sched.sampling.engine import Engine
+
+__all__ = ["Request", "check_parts", "request_of", "text_items"]
+
+# img2img: sigmas of stage 1's schedule closer to the start than this factor are left out.
+_SHORTEST_STEP = 0.98
+_ENGINE = ("family", "device", "encode_text", "latent_shape", "denoise", "encode", "decode")
+_METHOD = ("gradients", "start", "stage", "handoff")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a stage is told to show.
+
+    Attributes:
+        prompts: One per image.
+        negatives: As many, or None.
+        lora_scale: The scale of all LoRAs; None: as the engine is set.
+    """
+
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...] | None
+    lora_scale: float | None = None
+
+    def encoded(self, engine: Engine) -> Any:
+        """The conditioning that the engine makes of them.
+
+        Args:
+            engine: Encodes.
+
+        Returns:
+            What its `encode_text` returns.
+        """
+        negatives = None if self.negatives is None else list(self.negatives)
+        able: Any = engine
+        more = {} if self.lora_scale is None else {"lora_scale": self.lora_scale}
+        return able.encode_text(list(self.prompts), negatives, **more)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run as it was asked for, checked.
+
+    Attributes:
+        texts: What each stage is told to show.
+        stages: The stages, the first of them cut where it starts from an image.
+        costs: The network's cost of each, in any unit.
+        image: (B, 3, H, W), float32 in [0, 1], or None.
+        first: The first stage that is run, from 0: 1 where `image` replaces stage 1.
+        seeds: The caller's own, or None.
+    """
+
+    texts: tuple[Texts, ...]
+    stages: tuple[Stage, ...]
+    costs: tuple[float, ...]
+    image: Tensor | None
+    first: int
+    seeds: tuple[int, ...] | None
+
+    @property
+    def batch(self) -> int:
+        """Number of images."""
+        return len(self.texts[0].prompts)
+
+    def encoded_texts(self, engine: Engine) -> list[Any]:
+        """The conditioning of every stage, each text encoded once; None for a stage that is not run.
+
+        Args:
+            engine: Encodes.
+
+        Returns:
+            As many as stages.
+        """
+        made = {each: each.encoded(engine) for each in dict.fromkeys(self.texts[self.first :])}
+        return [made.get(each) for each in self.texts]
+
+    def noise_seeds(self, plan: StagedPlan, stage: int) -> tuple[int, ...]:
+        """Noise seeds of a stage.
+
+        Args:
+            plan: Its seed and seed rule count.
+            stage: From 0.
+
+        Returns:
+            One per image.
+        """
+        if self.seeds is not None:
+            return tuple(stage_seed(seed, 0, stage, plan.seed_rule) for seed in self.seeds)
+        return tuple(stage_seed(plan.seed, image, stage, plan.seed_rule) for image in range(self.batch))
+
+
+def request_of(
+    engine: Engine,
+    plan: StagedPlan,
+    prompt: object,
+    negative_prompt: object,
+    refine: tuple[object, object, object],
+    batch: object,
+    image: object,
+    start_sigma: object,
+    seeds: object,
+) -> Request:
+    """The arguments of `sample_staged` that say what is to be made, checked.
+
+    Args:
+        engine: Made sure of by `check_parts`.
+        plan: Likewise.
+        prompt: As in `sample_staged`, as all that follow.
+        negative_prompt: None for none.
+        refine: Prompt, negative prompt and LoRA scale of the stages after the first; None: those of stage 1.
+        batch: Number of images.
+        image: None for none.
+        start_sigma: None for none.
+        seeds: None: those of the plan.
+
+    Returns:
+        The request.
+
+    Raises:
+        MrFlowError: One of them does not fit.
+    """
+    prompts = _prompts(prompt, batch)
+    count = len(prompts)
+    negatives = None if negative_prompt is None else _per_image(negative_prompt, count, "negative_prompt")
+    first = Texts(prompts, negatives)
+    later = _later_texts(first, refine, engine, plan)
+    given = None if image is None else _start_images(image, engine, count)
+    stages, costs = _stages_of(plan, start_sigma, given)
+    return Request(
+        texts=(first, *[later] * (len(stages) - 1)),
+        stages=stages,
+        costs=costs,
+        image=given,
+        first=0 if given is None or start_sigma is not None else 1,
+        seeds=_checked_seeds(seeds, count),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+
+
+def check_parts(engine: object, plan: object, method: object | None, callback: object, cancel: object) -> None:
+    """Refuse an engine, plan, method or function that is none, and a plan for another family than the engine's.
+
+    Args:
+        engine: An `Engine`.
+        plan: A `StagedPlan`.
+        method: A `Method`, or None.
+        callback: A function, or None.
+        cancel: Likewise.
+
+    Raises:
+        MrFlowError: One of them is not.
+    """
+    _check_role(engine, "engine", _ENGINE, "give an engine (mrflow_sched.engines), or call MrFlow with a pipeline")
+    if method is not None:
+        _check_role(method, "method", _METHOD, "give a method (mrflow_sched.methods), or leave it out")
+    if not isinstance(plan, StagedPlan):
+        raise MrFlowError(f"plan is {_kind(plan)}; give what make_plan or StagedPlan.from_string returns.")
+    for name, function in (("callback", callback), ("cancel", cancel)):
+        if function is not None and not callable(function):
+            raise MrFlowError(f"{name} is {_kind(function)}; give a function, or leave it out.")
+    family = cast("Engine", engine).family
+    if plan.family != family.name:
+        raise MrFlowError(
+            f"the plan is for family {plan.family!r} but the engine is {family.name!r}, whose sizes, sigmas and "
+            "guidance differ; plan with make_plan(engine.family, ...)."
+        )
+
+
+def _check_role(value: object, name: str, wanted: Sequence[str], advice: str) -> None:
+    lacking = next((each for each in wanted if not hasattr(value, each)), None)
+    if lacking is not None:
+        raise MrFlowError(f"{name} is {_kind(value)}, which has no {lacking}; {advice}.")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------ the texts
+
+
+def _prompts(prompt: object, batch: object) -> tuple[str, ...]:
+    """One prompt per image. Raises MrFlowError where counts or types do not fit, or nothing is asked for."""
+    try:
+        count = operator.index(cast("int", batch))
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise MrFlowError(f"batch must be 1 or more, got {batch!r}; it is the number of images.")
+    items = text_items(prompt, "prompt")
+    one_each = not isinstance(prompt, str) and count == 1 and len(items) > 0
+    return _per_image(prompt, len(items) if one_each else count, "prompt")
+
+
+def _per_image(text: object, batch: int, name: str) -> tuple[str, ...]:
+    """One text per image. Raises MrFlowError where counts or types do not fit."""
+    items = text_items(text, name)
+    if isinstance(text, str):
+        return tuple(items) * batch
+    if len(items) != batch:
+        raise MrFlowError(f"{name} must be one text or one per image, got {len(items)} for a batch of {batch}.")
+    return tuple(items)
+
+
+def text_items(text: object, name: str) -> list[str]:
+    """The texts in an argument that is one text or several.
+
+    Args:
+        text: A text, or anything that holds texts.
+        name: Of the argument.
+
+    Returns:
+        The texts; may be empty.
+
+    Raises:
+        MrFlowError: There is something else than texts.
+    """
+    if text is None:
+        raise MrFlowError(f"{name} is None; give a text, which may be empty, or one per image.")
+    items: list[object] = [text]
+    if isinstance(text, Iterable) and not isinstance(text, (str, bytes)):
+        items = list(cast("Iterable[object]", text))
+    wrong = [item for item in items if not isinstance(item, str)]
+    if wrong:
+        raise MrFlowError(f"{name} must be a text or a list of texts, got {_kind(wrong[0])}.")
+    return cast("list[str]", items)
+
+
+def _later_texts(first: Texts, refine: tuple[object, object, object], engine: Engine, plan: StagedPlan) -> Texts:
+    """What the stages after the first are told to show; `first` where nothing else is given. Raises MrFlowError."""
+    prompt, negative, lora_scale = refine
+    given = {"refine_prompt": prompt, "refine_negative_prompt": negative, "refine_lora_scale": lora_scale}
+    asked = next((name for name, value in given.items() if value is not None), None)
+    if asked is None:
+        return first
+    if len(plan.stages) < 2:
+        raise MrFlowError(f"{asked} is for the stages after the first, but the plan has one stage; leave it out.")
+    batch = len(first.prompts)
+    prompts = first.prompts if prompt is None else _per_image(prompt, batch, "refine_prompt")
+    negatives = first.negatives if negative is None else _per_image(negative, batch, "refine_negative_prompt")
+    scale: float | None = None
+    if lora_scale is not None:
+        scale = _number(lora_scale, "refine_lora_scale", "a finite number; 1 is a LoRA as it was loaded")
+        if not capabilities_of(engine).lora_scale:
+            raise MrFlowError(
+                f"refine_lora_scale={scale!r} cannot be used, as {type(engine).__name__} takes no LoRA scale for a "
+                "stage; leave it out."
+            )
+    return Texts(prompts, negatives, scale)
+
+
+def _number(value: object, name: str, allowed: str) -> float:
+    """A finite number. Raises MrFlowError."""
+    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else torch.nan
+    if not abs(number) < torch.inf:
+        raise MrFlowError(f"{name} must be {allowed}, got {value!r}.")
+    return number
+
+
+def _checked_seeds(seeds: object, batch: int) -> tuple[int, ...] | None:
+    """The caller's own seeds, or None. Raises MrFlowError."""
+    if seeds is None:
+        return None
+    try:
+        values = tuple(operator.index(seed) for seed in cast("Sequence[int]", seeds))
+    except TypeError as error:
+        raise MrFlowError(f"seeds must hold one whole number per image ({error}).") from error
+    if len(values) != batch:
+        raise MrFlowError(f"seeds must hold one seed per image, got {len(values)} for a batch of {batch}.")
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------------- the images
+
+
+def _start_images(image: object, engine: Engine, batch: int) -> Tensor:
+    """The image that replaces stage 1, or that it starts from, as (B, 3, H, W) on the device. Raises MrFlowError."""
+    if not isinstance(image, Tensor):
+        raise MrFlowError(
+            f"image is {_kind(image)}; give a tensor (3, H, W) of floats from 0 to 1, as mrflow_sched.images makes it: "
+            "load_image of a file, from_pictures of a PIL image or array."
+        )
+    shape = tuple(image.shape)
+    if image.ndim not in (3, 4) or shape[-3] != 3 or 0 in shape:
+        advice = "drop the alpha channel" if len(shape) in (3, 4) and shape[-3] == 4 else "RGB comes first"
+        raise MrFlowError(f"image must be (3, H, W) or ({batch}, 3, H, W), got {shape}; {advice}.")
+    images = image if image.ndim == 4 else image[None]
+    if len(images) not in (1, batch):
+        prompts = "1 prompt" if batch == 1 else f"{batch} prompts"
+        raise MrFlowError(
+            f"image holds {len(images)} images for {prompts}; give one prompt per image, as a list, or one image."
+        )
+    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+        raise MrFlowError(f"image must hold floats from 0 to 1, got {image.dtype}; divide 8-bit values by 255.")
+    return images.to(engine.device, torch.float32).expand(batch, -1, -1, -1)
+
+
+def _stages_of(
+    plan: StagedPlan, start_sigma: object, image: Tensor | None
+) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
+    """The stages that are run and their costs: the plan's, the first starting at `start_sigma` if one is given."""
+    stages, costs = plan.stages, plan.stage_costs()
+    if start_sigma is None:
+        if image is not None and len(stages) < 2:
+            raise MrFlowError("image needs a plan of two stages or more, got one stage; plan with stages=2.")
+        return stages, costs
+    if image is None:
+        raise MrFlowError(f"start_sigma={start_sigma!r} needs an image to start from; give image too, or leave it out.")
+    allowed = "above 0 and at most 1"
+    start = _number(start_sigma, "start_sigma", allowed)
+    if not 0.0 < start <= 1.0:
+        raise MrFlowError(f"start_sigma must be {allowed}, got {start_sigma!r}; it is the fraction of noise.")
+    first = stages[0]
+    # A first step of almost no length would cost a forward and change nothing.
+    below = tuple(sigma for sigma in first.sigmas if sigma < _SHORTEST_STEP * start)
+    sigmas = (start, *below) if start < 1.0 else first.sigmas
+    share = solver_forwards(first.solver, len(sigmas) - 1) / solver_forwards(first.solver, first.steps)
+    begun = replace(
+        first, sigmas=sigmas, forwards=round(first.forwards * share), recipe=explicit_recipe(sigmas), mu=None
+    )
+    return (begun, *stages[1:]), (costs[0] * share, *costs[1:])

@@ -1,0 +1,266 @@
+"""Prompts from a file, images and LoRAs that a run starts from, formats; in the record, and with --from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_tools import SMALL, change_engines, pixels
+from PIL import Image
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.cli.inputs import LoraChoice, read_prompts
+from mrflow_sched.apps.cli.options import PlanChoices
+from mrflow_sched.images.files import read_text
+from mrflow_sched.images.record import RunRecord
+
+DEVICE = ("--dtype", "float32", "--device", "cpu")
+
+
+def record_of(path: str | Path) -> RunRecord:
+    return RunRecord.from_json(read_text(path)["mrflow"])
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """An image of 24x16 with a ramp in it."""
+    values = np.linspace(0, 255, 24 * 16 * 3).reshape(16, 24, 3).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "start.png")
+    return tmp_path / "start.png"
+
+
+# --- an image ----------------------------------------------------------------------------------
+
+
+def test_an_image_is_upscaled_and_its_run_repeats_with_that_file_alone(
+    mrflow: Any, tmp_path: Path, start: Path
+) -> None:
+    words = ("a star", "--image", str(start), *DEVICE, "--refine-steps", "1", "--sigma", "0.1")
+    code, out, err = mrflow("generate", *words, "--out", str(tmp_path / "o"))
+    assert code == 0
+    assert "Stage 1 at" not in err
+    path = out.strip()
+    assert pixels(path).shape == (32, 48, 3)  # twice its size
+    kept = mrflow("generate", *words[:7], "--refine-steps", "0", "--out", str(tmp_path / "kept"))[1].strip()
+    small = np.asarray(Image.fromarray(pixels(kept)).resize((24, 16), Image.Resampling.BOX), dtype=float)
+    assert np.abs(small - pixels(start)).mean() < 2
+    assert not np.array_equal(pixels(kept), pixels(path))
+    record = record_of(path)
+    assert (record.start, record.strength) == ("start.png", None)
+
+    code, _, err = mrflow("generate", "--from", path, "--out", str(tmp_path / "p"))
+    assert code == 2
+    assert "was made from the image 'start.png'; give that file with --image" in err
+    Image.new("RGB", (24, 16)).save(tmp_path / "other.png")
+    code, _, err = mrflow("generate", "--from", path, "--image", str(tmp_path / "other.png"))
+    assert code == 2
+    assert f"'start.png' (SHA-256 {record.start_sha256[:12]}...), not 'other.png'" in err  # type: ignore[index]
+    code, out, _ = mrflow("generate", "--from", path, "--image", str(start), "--out", str(tmp_path / "again"))
+    assert code == 0
+    assert np.array_equal(pixels(path), pixels(out.strip()))
+    assert record_of(out.strip()) == record
+
+
+def test_strength_starts_stage_1_from_the_image_at_its_own_size(mrflow: Any, tmp_path: Path, start: Path) -> None:
+    words = ("a star", "--image", str(start), "--strength", "0.4", "--low-steps", "3", *DEVICE)
+    code, out, _ = mrflow("generate", *words, "--out", str(tmp_path / "o"))
+    assert code == 0
+    path = out.strip()
+    assert pixels(path).shape == (16, 24, 3)
+    assert record_of(path).strength == 0.4
+    code, out, _ = mrflow("generate", "--from", path, "--image", str(start), "--out", str(tmp_path / "again"))
+    assert code == 0
+    assert np.array_equal(pixels(path), pixels(out.strip()))
+    native = (*words[:5], "--native", "--steps", "3", "--size", "32x32", *DEVICE)
+    code, out, _ = mrflow("generate", *native, "--out", str(tmp_path / "n"))
+    assert code == 0
+    assert pixels(out.strip()).shape == (32, 32, 3)
+
+
+def test_the_size_from_an_image_follows_the_factors(start: Path) -> None:
+    from mrflow_sched.apps.cli.inputs import read_start
+
+    image = read_start(start, None)
+    for options, size in (({}, (48, 32)), ({"factors": (2.0, 2.0)}, (96, 64)), ({"stages": 3}, (96, 64))):
+        plan = PlanChoices(None, options, None).make_plan("demo", image)  # type: ignore[arg-type]
+        assert (plan.width, plan.height) == size
+    assert PlanChoices((64, 64), {}, None).make_plan("demo", image).width == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--strength", "0.5"), "give --image FILE too"),
+        (("--image", "START", "--strength", "1.5"), "above 0 and at most 1"),
+        (("--image", "START", "--strength", "nan"), "not a number"),
+        (("--image", "START", "--native"), "give --strength too"),
+        (("--image", "nothing.png"), "there is no image file 'nothing.png'"),
+    ],
+)
+def test_an_image_that_cannot_be_used_is_one_sentence(
+    mrflow: Any, start: Path, words: tuple[str, ...], sentence: str
+) -> None:
+    words = tuple(str(start) if word == "START" else word for word in words)
+    code, out, err = mrflow("generate", "a star", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert sentence in err
+
+
+# --- prompts -----------------------------------------------------------------------------------
+
+
+def test_a_file_of_prompts_loads_the_model_once(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    change_engines(monkeypatch, loaded.append)
+    (tmp_path / "list.txt").write_bytes("\ufeffa red star\r\n\r\n# a note\n  a blue star \nünï ☃\n".encode())
+    words = ("--prompts", str(tmp_path / "list.txt"), *SMALL, "--seed", "4", "--out", str(tmp_path / "o"))
+    code, out, _ = mrflow("generate", *words, "--batch", "2", "--json")
+    assert code == 0
+    assert len(loaded) == 1
+    found = json.loads(out)["details"]
+    assert [(each["prompt"], each["seed"]) for each in found] == [
+        (prompt, seed) for prompt in ("a red star", "a blue star", "ünï ☃") for seed in (4, 5)
+    ]
+    assert [Path(each["path"]).name for each in found][:3] == ["mrflow-4.png", "mrflow-5.png", "mrflow-4-2.png"]
+    assert [record_of(each["path"]).prompt for each in found] == [each["prompt"] for each in found]
+    single = mrflow("generate", "a blue star", *SMALL, "--seed", "4", "--batch", "2", "--out", str(tmp_path / "s"))[1]
+    assert np.array_equal(pixels(single.splitlines()[0]), pixels(found[2]["path"]))
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"a star\n\nb\xff\xfe\n", "line 3 of"),
+        ("a star".encode("utf-16"), "line 1 of"),
+        (b"a star\na\x00b", "line 2 of"),
+        (b"# only\n\n", "holds no prompt"),
+        (b"", "holds no prompt"),
+        (b"a" * (16 * 2**20 + 1), "larger than 16 MiB"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_one_sentence(tmp_path: Path, data: bytes, sentence: str) -> None:
+    (tmp_path / "list.txt").write_bytes(data)
+    with pytest.raises(MrFlowError, match=sentence):
+        read_prompts(tmp_path / "list.txt")
+    with pytest.raises(MrFlowError, match="cannot be read"):
+        read_prompts(tmp_path)
+
+
+def test_later_stages_may_have_words_of_their_own_and_repeat(mrflow: Any, tmp_path: Path) -> None:
+    words = ("a red star", *SMALL, "--out", str(tmp_path))
+    plain = mrflow("generate", *words)[1].strip()
+    code, out, _ = mrflow("generate", *words, "--refine-prompt", "a blue circle over hills")
+    assert code == 0
+    own = out.strip()
+    assert not np.array_equal(pixels(plain), pixels(own))
+    assert record_of(own).refine_prompt == "a blue circle over hills"
+    code, out, _ = mrflow("generate", "--from", own, "--out", str(tmp_path / "again"))
+    assert code == 0
+    assert np.array_equal(pixels(own), pixels(out.strip()))
+    code, _, err = mrflow("generate", "a star", "--native", "--refine-negative", "blur")
+    assert code == 2
+    assert "has no meaning" in err
+
+
+def test_prompts_and_a_prompt_do_not_go_together(mrflow: Any, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a star")
+    code, _, err = mrflow("generate", "a star", "--prompts", str(tmp_path / "list.txt"))
+    assert code == 2
+    assert "leave one out" in err
+
+
+# --- LoRA --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    """A LoRA for the attention of the tiny folder's network."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        f"transformer.single_transformer_blocks.0.attn.{name}.{side}.weight": torch.randn(shape, generator=generator)
+        for name in ("to_q", "to_k", "to_v")
+        for side, shape in (("lora_A", (2, 16)), ("lora_B", (16, 2)))
+    }
+    save_file(weights, tmp_path / "style.safetensors")
+    return tmp_path / "style.safetensors"
+
+
+def test_a_lora_changes_the_picture_by_its_scale_and_is_recorded(mrflow: Any, tmp_path: Path, lora: Path) -> None:
+    pytest.importorskip("peft")
+
+    def run(*words: str, out: str) -> Any:
+        code, printed, err = mrflow("generate", *words, *DEVICE, "--out", str(tmp_path / out))
+        assert code == 0, err
+        return printed.strip()
+
+    prompt = ("a star", "--size", "32x32", "--low-steps", "3")
+    plain, full = run(*prompt, out="plain"), run(*prompt, "--lora", str(lora), out="full")
+    off, half = run(*prompt, "--lora", f"{lora}:0", out="off"), run(*prompt, "--lora", f"{lora}:0.5", out="half")
+    assert np.array_equal(pixels(plain), pixels(off))
+    assert not np.array_equal(pixels(plain), pixels(full))
+    assert not np.array_equal(pixels(half), pixels(full))
+    [recorded] = record_of(half).loras
+    assert (recorded.file, recorded.scale) == ("style.safetensors", 0.5)
+    code, _, err = mrflow("generate", "--from", half, "--out", str(tmp_path / "again"))
+    assert code == 2
+    assert "give that file with --lora" in err
+    code, _, err = mrflow("generate", "--from", plain, "--lora", str(lora), "--out", str(tmp_path / "again"))
+    assert code == 2
+    assert "made without the LoRA 'style.safetensors'" in err
+    code, out, _ = mrflow("generate", "--from", half, "--lora", str(lora), "--out", str(tmp_path / "again"))
+    assert code == 0
+    assert np.array_equal(pixels(half), pixels(out.strip()))
+
+
+def test_a_lora_that_does_not_fit_is_one_sentence(
+    mrflow: Any, tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    from safetensors.torch import save_file
+
+    save_file({"foo.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "foreign.safetensors")
+    wide = {f"transformer.single_transformer_blocks.0.attn.to_q.lora_{side}.weight": torch.zeros(9, 9) for side in "AB"}
+    save_file(wide, tmp_path / "wide.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    for name in ("foreign", "wide", "broken"):
+        words = ("--lora", str(tmp_path / f"{name}.safetensors"), "--out", str(tmp_path / "o"))
+        code, out, err = mrflow("generate", "a star", *SMALL, *words)
+        assert (code, out, "Traceback" in err) == (2, "", False)
+        assert "give a LoRA made for it" in err
+    monkeypatch.setattr("mrflow_sched.apps.cli.load.find_spec", lambda _name: None)
+    code, _, err = mrflow("generate", "a star", *SMALL, "--lora", str(lora), "--out", str(tmp_path / "o"))
+    assert code == 2
+    assert "--lora needs the package peft" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_value_of_lora_is_a_file_and_a_scale(lora: Path) -> None:
+    assert LoraChoice.from_text(str(lora)) == LoraChoice(lora, 1.0)
+    assert LoraChoice.from_text(f"{lora}:-0.5") == LoraChoice(lora, -0.5)
+    for text in (f"{lora}:nan", f"{lora}:1e9", f"{lora}:", "x.pt", "x.safetensors", f"{lora.parent}:1"):
+        with pytest.raises(MrFlowError, match="--lora"):
+            LoraChoice.from_text(text)
+
+
+# --- formats -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [("jpg", "JPEG"), ("webp", "WEBP")])
+def test_other_formats_keep_the_record(mrflow: Any, tmp_path: Path, name: str, kind: str) -> None:
+    code, out, _ = mrflow("generate", "a star ☃", *SMALL, "--format", name, "--out", str(tmp_path))
+    assert code == 0
+    path = Path(out.strip())
+    assert path.name == f"mrflow-0.{name}"
+    with Image.open(path) as image:
+        assert (image.format, image.size) == (kind, (32, 32))
+    code, out, _ = mrflow("generate", "--from", str(path), "--out", str(tmp_path / "again"))
+    assert code == 0
+    record = record_of(out.strip())
+    assert record.prompt == "a star ☃"
+    assert record == record_of(path)

@@ -1,0 +1,135 @@
+"""Which pipelines are taken: their samplers, noise levels, subclasses, and what their refusals say."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from typing import Any, ClassVar
+
+import pytest
+import tiny_pipelines
+import torch
+
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.engines.diffusers.layouts import find_layout
+from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+
+
+@functools.cache
+def tiny(name: str) -> Any:
+    """One pipeline of each name for all tests: none of them may change it."""
+    return tiny_pipelines.make(name)
+
+
+def with_scheduler(name: str, kind: str, **config: Any) -> Any:
+    pipe = copy.copy(tiny(name))
+    pipe.scheduler = getattr(tiny_pipelines.diffusers(), kind)(**config)
+    return pipe
+
+
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "config", "noted"),
+    [
+        ("sd15", "LCMScheduler", BETAS, True),
+        ("sdxl", "TCDScheduler", BETAS, True),
+        ("sdxl", "EulerAncestralDiscreteScheduler", BETAS, True),
+        ("sdxl", "DPMSolverMultistepScheduler", {**BETAS, "algorithm_type": "sde-dpmsolver++"}, True),
+        ("sdxl", "DPMSolverMultistepScheduler", BETAS, False),
+        ("sd15", "DDIMScheduler", BETAS, False),
+        ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, False),
+        ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "stochastic_sampling": True}, True),
+        ("sd3", "FlowMatchLCMScheduler", {"shift": 3.0}, True),
+    ],
+)
+def test_a_sampler_of_another_kind_is_told_of(name: str, kind: str, config: dict[str, Any], noted: bool) -> None:
+    if not hasattr(tiny_pipelines.diffusers(), kind):
+        pytest.skip(f"the installed diffusers has no {kind}")
+    try:
+        pipe = with_scheduler(name, kind, **config)
+    except TypeError:
+        pytest.skip(f"the installed {kind} lacks an option of {sorted(config)}")
+    engine = PipelineEngine(pipe)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.encode_text(["a cat"])
+    said = [str(each.message) for each in caught if "adds noise at every step" in str(each.message)]
+    assert tuple(said) == engine.notes
+    assert [kind in note for note in engine.notes] == [True] * noted
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "sentence"),
+    [
+        ("EDMDPMSolverMultistepScheduler", {}, "EDMDPMSolverMultistepScheduler, for a network that is told its noise"),
+        ("EDMEulerScheduler", {}, "EDMEulerScheduler, for a network that is told its noise"),
+        ("DDIMScheduler", {**BETAS, "beta_schedule": "linear"}, "beta_schedule='linear', while plans"),
+        ("DDIMScheduler", {**BETAS, "beta_end": 0.02}, "beta_end=0.02, while plans"),
+        ("DDIMScheduler", {**BETAS, "trained_betas": [0.01] * 1000}, "has trained_betas="),
+        ("DDIMScheduler", {**BETAS, "num_train_timesteps": 500}, "num_train_timesteps=500, while plans"),
+    ],
+)
+def test_other_noise_levels_are_refused_at_once(kind: str, config: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(MrFlowError) as caught:
+        find_layout(with_scheduler("sdxl", kind, **config))
+    assert sentence in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_zero_terminal_snr_starts_at_the_last_training_step() -> None:
+    pipe = with_scheduler(
+        "sdxl", "EulerDiscreteScheduler", **BETAS, rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    )
+    layout = find_layout(pipe)
+    assert (layout.family.prediction, layout.family.shift.kind) == ("v", "zero-snr")
+
+
+def test_a_subclass_that_passes_everything_on_is_read_through() -> None:
+    kind: Any = type(tiny("flux1-dev"))
+
+    class Mine(kind):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+        def encode_prompt(self, *args: Any, **others: Any) -> Any:
+            return super().encode_prompt(*args, **others)
+
+    pipe = copy.copy(tiny("flux1-dev"))
+    pipe.__class__ = Mine
+    mine, plain = find_layout(pipe), find_layout(tiny("flux1-dev"))
+    assert mine.call_names == plain.call_names
+    assert not {"args", "kwargs", "self"} & mine.call_names
+    ours, theirs = mine.encode_text(["a cat"]), plain.encode_text(["a cat"])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_inpainting_by_a_control_mask_starts_from_an_image() -> None:
+    kind: Any = type(tiny("sd3"))
+
+    class Masked(kind):
+        def __call__(self, prompt: Any = None, control_mask: Any = None, **kwargs: Any) -> Any:
+            raise NotImplementedError
+
+    pipe = copy.copy(tiny("sd3"))
+    pipe.__class__ = Masked
+    with pytest.raises(MrFlowError, match="Masked, which starts from an image"):
+        find_layout(pipe)
+
+
+def test_a_missing_part_is_asked_for_only_where_there_is_one() -> None:
+    pipe = copy.copy(tiny("sd3"))
+    pipe.vae = None
+    with pytest.raises(MrFlowError, match="without vae; load it with all of its components"):
+        find_layout(pipe)
+
+    class Pixels:
+        components: ClassVar[dict[str, Any]] = {}
+        scheduler = transformer = object()
+
+        def __call__(self, prompt: str) -> None: ...
+
+    with pytest.raises(MrFlowError, match="without vae; pipelines of its kind cannot be run in stages"):
+        find_layout(Pixels())
