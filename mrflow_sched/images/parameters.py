@@ -39,7 +39,7 @@ def parameters_text(record: RunRecord) -> str:
         "Sampler": SOLVERS[first.solver].title if first.solver in SOLVERS else first.solver,
         "CFG scale": f"{first.guidance:g}",
         "Seed": str(record.seed + record.image),
-        "Size": f"{plan.width}x{plan.height}",
+        "Size": f"{plan.requested_width}x{plan.requested_height}",
         "Model": PureWindowsPath(PurePosixPath(record.model).name).name,
     }
     if len(plan.stages) > 1:
