@@ -8,7 +8,6 @@ import logging
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -497,9 +496,9 @@ def test_a_run_tells_the_logger_what_it_tells_its_caller(flux: Any, caplog: pyte
     assert all(note in [said for _, said in heard] for note in made.plan.notes)
 
 
-def test_nothing_is_printed_by_a_program_that_sets_no_logging_up(tmp_path: Path) -> None:
+def test_nothing_is_printed_by_a_program_that_sets_no_logging_up() -> None:
     code = "import mrflow_sched, logging; logging.getLogger('mrflow_sched.sampler').warning('x')"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (found.stdout, found.stderr) == ("", "")
 
 

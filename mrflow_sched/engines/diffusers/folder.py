@@ -24,6 +24,7 @@ from mrflow_sched.engines.diffusers.files import (
     weights_of,
 )
 from mrflow_sched.engines.diffusers.layouts import Layout, find_layout
+from mrflow_sched.engines.diffusers.layouts.find import check_from_text
 from mrflow_sched.engines.diffusers.parts import (
     check_size,
     is_model,
@@ -148,6 +149,7 @@ def read_layout(path: str | Path, family: str | None = None, *, config: str | Pa
     folder = config_folder(Path(path), config) if is_single_file(Path(path)) else Path(path)
     index = read_index(folder)
     check_files(folder, index)
+    check_from_text(pipeline_class(folder, index))
 
     def build(name: str, kind: Any) -> Any:
         if not hasattr(kind, "load_config"):  # a part of transformers: a text encoder, a tokenizer

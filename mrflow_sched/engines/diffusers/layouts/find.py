@@ -107,6 +107,20 @@ def _measured(pipe: Any, family: Family, rule: ShiftRule) -> Family:
     return replace(own, sources=MappingProxyType(sources))
 
 
+def check_from_text(kind: type[Any]) -> None:
+    """Refuse a pipeline class that starts from an image.
+
+    Args:
+        kind: A pipeline's class.
+
+    Raises:
+        MrFlowError: It does.
+    """
+    name, known = kind.__name__, parameter_names(kind.__call__)
+    if known & _STARTS_FROM_AN_IMAGE or "Edit" in name or "Inpaint" in name:
+        raise MrFlowError(f"pipe is {name}, which starts from an image; give the family's text-to-image pipeline.")
+
+
 def _check_pipeline(pipe: Any) -> None:
     name = type(pipe).__name__
     if not callable(pipe) or not hasattr(pipe, "components"):
@@ -118,8 +132,7 @@ def _check_pipeline(pipe: Any) -> None:
         advice = "load it with all of its components" if taken else "pipelines of its kind cannot be run in stages"
         raise MrFlowError(f"pipe is {name} without {' or '.join(parts)}; {advice}.")
     known = parameter_names(pipe.__call__)
-    if known & _STARTS_FROM_AN_IMAGE or "Edit" in name or "Inpaint" in name:
-        raise MrFlowError(f"pipe is {name}, which starts from an image; give the family's text-to-image pipeline.")
+    check_from_text(type(pipe))
     for argument in ("latents", "width", "height", "prompt", "num_inference_steps"):
         if argument not in known:
             raise MrFlowError(f"pipe is {name}, whose call takes no {argument}; stages cannot be run with it.")
