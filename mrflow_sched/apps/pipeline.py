@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from mrflow_sched.images.convert import from_pictures, to_pil
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.notes import image_notes
 from mrflow_sched.plan.options import CallOptions
-from mrflow_sched.plan.sizes import fit_box
+from mrflow_sched.plan.sizes import fit_box, size_step
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.lanczos import resize_lanczos
 from mrflow_sched.upscaling.load import load_upscaler
@@ -182,7 +181,7 @@ class MrFlow:
             offload: Keep each part on the CPU until it is used (on a GPU only).
             config: For a single file: the diffusers folder that describes it; None: one of the file's name beside it,
                 else the folder it lies in.
-            **options: Of `MrFlow`: upscaler, family, compile_mode.
+            **options: Of `MrFlow`.
 
         Returns:
             The pipeline, ready to be called.
@@ -214,7 +213,7 @@ class MrFlow:
         Args:
             width: Of the final image in pixels; None: the family's usual.
             height: Likewise.
-            preset: "12+1" (low-resolution + refine steps), "fast", "balanced" or "best"; None: the family's default.
+            preset: Any "N+M" (low-resolution + refine steps), "fast", "balanced" or "best"; None: the family's default.
             **options: As in `make_plan`.
 
         Returns:
@@ -258,7 +257,7 @@ class MrFlow:
             prompt: One, or a list.
             width: Of the final image in pixels; None: the family's usual, or what follows from `image`.
             height: Likewise.
-            preset: "12+1" (low-resolution + refine steps), "fast", "balanced" or "best"; None: the family's default.
+            preset: Any "N+M" (low-resolution + refine steps), "fast", "balanced" or "best"; None: the family's default.
             negative_prompt: One, or one per prompt.
             refine_prompt: Likewise, for the stages after the first; None: `prompt`.
             refine_negative_prompt: Likewise; None: `negative_prompt`.
@@ -306,7 +305,6 @@ class MrFlow:
         _check_image(self.pipe, image, arguments)
         said: list[str] = []
         pixels, alpha = (None, None) if image is None else split_alpha(from_pictures(image, said.append))
-        _check_counts(pixels, len(prompts))
         two = _guided_by_two(layout, arguments, negatives)
         if two:
             layout = layout.guided_by_two()
@@ -320,7 +318,7 @@ class MrFlow:
                 "1 starts."
             )
         if pixels is not None and (width is None or height is None):
-            factor = 1.0 if strength is not None else _total_factor(layout.family, numbers)
+            factor = 1.0 if strength is not None else size_step(layout.family, numbers)
             width, height = _image_size(pixels, width, height, factor)
         wide, high = _size(layout.family, width, height)
         scale = _guidance(layout, guidance_scale, arguments)
@@ -355,9 +353,9 @@ class MrFlow:
             seeds=seeds,
             method=method,
         )
-        notes = _notes(plan, pixels is not None and strength is None)
+        notes = plan.notes
         if pixels is not None:
-            said.extend(image_notes(plan, pixels.shape[-1], pixels.shape[-2], strength))
+            notes = image_notes(plan, pixels.shape[-1], pixels.shape[-2], strength)
         images = _formatted(result, alpha, output_type, engine)
         blackened = tuple(
             f"Image {number} is black, as the pipeline's safety checker rejected it."
@@ -460,14 +458,6 @@ def _guidance(layout: Layout, scale: float | None, arguments: dict[str, Any]) ->
     return layout.plan_guidance(scale)
 
 
-def _total_factor(family: Family, numbers: Mapping[str, Any]) -> float:
-    """Final side over the side of the first stage."""
-    if numbers.get("factors"):
-        return math.prod(numbers["factors"])
-    steps = (numbers.get("stages") or 2) - 1
-    return float(numbers.get("factor") or family.factor) ** steps
-
-
 def _image_size(image: Tensor, width: int | None, height: int | None, factor: float) -> tuple[int, int]:
     """Width and height of an image upscaled by `factor`, or fitted to the one side that is given."""
     rows, columns = image.shape[-2:]
@@ -478,21 +468,7 @@ def _image_size(image: Tensor, width: int | None, height: int | None, factor: fl
     return width, round(rows * width / columns)
 
 
-def _notes(plan: StagedPlan, upscaling: bool) -> tuple[str, ...]:
-    """The plan's notes; an upscaled image has no stage 1 to note."""
-    return tuple(note for note in plan.notes if not (upscaling and note.startswith("Stage 1 at")))
-
-
 # -------------------------------------------------------------------------------------------------------- what is given
-
-
-def _check_counts(images: Tensor | None, batch: int) -> None:
-    """Refuse several images that are neither one nor as many as the prompts."""
-    if images is not None and len(images) not in (1, batch):
-        raise MrFlowError(
-            f"image holds {len(images)} images for {batch} prompt{'s' if batch > 1 else ''} (after "
-            "num_images_per_prompt); give one image, or one per prompt."
-        )
 
 
 def _formatted(result: StagedResult, alpha: Tensor | None, output_type: str, engine: PipelineEngine) -> Any:

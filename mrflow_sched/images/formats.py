@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Mapping
 from types import MappingProxyType
 from typing import Any, BinaryIO, cast
 
-import psutil
+import torch
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -25,7 +25,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched._runtime.errors import MrFlowError, first_line, quoted
+from mrflow_sched._runtime.memory import free_bytes
 
 READABLE = "PNG, JPEG, WebP, TIFF, BMP or GIF"
 
@@ -103,8 +104,8 @@ def check_room(width: int, height: int) -> None:
     Raises:
         MrFlowError: The image needs more memory than is free.
     """
-    needed, free = width * height * BYTES_PER_PIXEL, psutil.virtual_memory().available
-    if needed > free:
+    needed, free = width * height * BYTES_PER_PIXEL, free_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
         raise MrFlowError(
             f"{width}x{height} pixels need {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; "
             "make the image smaller first."
@@ -123,7 +124,7 @@ def check_writable(suffix: str, width: int, height: int) -> None:
         MrFlowError: `suffix` is none of `SUFFIXES`, or the format's sides end earlier.
     """
     if suffix not in SUFFIXES:
-        raise MrFlowError(f"the suffix of an image must be one of {', '.join(SUFFIXES)}, got {suffix!a:.80}.")
+        raise MrFlowError(f"the suffix of an image must be one of {', '.join(SUFFIXES)}, got {quoted(suffix)}.")
     most = _LARGEST_SIDE.get(suffix)
     if most is not None and max(width, height) > most:
         raise MrFlowError(f"{width}x{height} pixels do not fit into a {suffix} file (at most {most} a side); use .png.")
@@ -153,7 +154,7 @@ def encode(image: Image.Image, suffix: str, text: Mapping[str, str]) -> bytes:
     check_writable(suffix, *image.size)
     for keyword in text:
         if not 1 <= len(keyword) <= 79 or not all(" " <= letter <= "ÿ" for letter in keyword):
-            raise MrFlowError(f"text has the keyword {keyword!a:.99}; PNG allows 1 to 79 printable Latin-1 letters.")
+            raise MrFlowError(f"text has the keyword {quoted(keyword)}; PNG allows 1 to 79 printable Latin-1 letters.")
     stream = io.BytesIO()
     if suffix == ".png":
         chunks = PngImagePlugin.PngInfo()

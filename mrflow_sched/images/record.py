@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any, cast
 
-from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched._runtime.errors import MrFlowError, first_line, quoted
 
 KEY = "mrflow"
 """PNG text key that holds the record."""
@@ -153,7 +153,7 @@ class RunRecord:
         known: dict[str, Any] = {name: values.get(name) for name in _KINDS}
         wrong = next((name for name, fits in _KINDS.items() if not fits(known[name])), None)
         if wrong is not None:
-            raise MrFlowError(f"the mrflow record has {wrong} = {known[wrong]!a:.80}; the image's text was altered.")
+            raise MrFlowError(f"the mrflow record has {wrong} = {quoted(known[wrong])}; the image's text was altered.")
         known["loras"] = tuple(RecordedLora(**{name: each[name] for name in _LORA_KINDS}) for each in known["loras"])
         record = cls(**known)
         if record.image >= record.batch:

@@ -62,7 +62,7 @@ def plan_notes(
 
 
 def image_notes(plan: StagedPlan, width: int, height: int, strength: float | None = None) -> tuple[str, ...]:
-    """What a user should know about an image that a plan starts from.
+    """The notes of a plan that hold for a run from an image, and what becomes of the image.
 
     Args:
         plan: The plan.
@@ -76,7 +76,8 @@ def image_notes(plan: StagedPlan, width: int, height: int, strength: float | Non
     stages = plan.stages
     target = stages[0] if strength is not None else stages[min(1, len(stages) - 1)]
     crop = fitting_note(f"The image of {width}x{height}", (width, height), (target.width, target.height))
-    notes = [] if crop is None else [crop]
+    kept = [note for note in plan.notes if strength is not None or not note.startswith("Stage 1 at")]
+    notes = [*kept, *([] if crop is None else [crop])]
     refined = stages[1].start_sigma if len(stages) > 1 and stages[1].sigmas else 0.0
     if strength is not None and strength < refined:
         notes.append(

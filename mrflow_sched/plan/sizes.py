@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.plan.checks import MAX_STAGES, check_side, check_whole
@@ -133,3 +134,19 @@ def handoff_factors(
         check_whole(len(factors), "the count of factors", 1, MAX_STAGES - 1)
         return tuple(factors)
     return (family.factor if factor is None else factor,) * ((2 if stages is None else stages) - 1)
+
+
+def size_step(family: Family, options: Mapping[str, Any]) -> float:
+    """How many times larger the final image is than stage 1's.
+
+    Args:
+        family: Its `factor` is the default.
+        options: Options of a plan; `factor`, `factors` and `stages` count.
+
+    Returns:
+        Final side over the side of stage 1.
+
+    Raises:
+        MrFlowError: As in `handoff_factors`.
+    """
+    return math.prod(handoff_factors(family, options.get("factor"), options.get("factors"), options.get("stages")))

@@ -51,6 +51,7 @@ from mrflow_sched.images.record import MAX_BATCH
 from mrflow_sched.plan.options import OPTIONS
 
 if TYPE_CHECKING:
+    from mrflow_sched.plan.families import Family
     from mrflow_sched.sampler import StagedResult
     from mrflow_sched.sampling.progress import Progress
 
@@ -87,8 +88,11 @@ class GenerateRequest:
     suffix: str
     output: OutputChoices
 
-    def jobs(self) -> tuple[Job, ...]:
+    def jobs(self, family: str | Family) -> tuple[Job, ...]:
         """Plan the runs.
+
+        Args:
+            family: The model's, from `plan_family`.
 
         Returns:
             A job for each prompt, all of whose images are saved.
@@ -97,7 +101,7 @@ class GenerateRequest:
             MrFlowError: The options make no plan, or the image or the model's folder cannot be used.
         """
         start = None if self.image is None else read_start(self.image, self.strength)
-        plan = self.choices.make_plan(plan_family(self.model), start)
+        plan = self.choices.make_plan(family, start)
         first = Job(
             plan,
             self.prompts[0],
@@ -131,8 +135,11 @@ class RepeatRequest:
     suffix: str
     output: OutputChoices
 
-    def jobs(self) -> tuple[Job, ...]:
+    def jobs(self, family: str | Family) -> tuple[Job, ...]:
         """Read the run.
+
+        Args:
+            family: The model's, from `plan_family`.
 
         Returns:
             One job, of whose images only that of the file is saved.
@@ -140,7 +147,7 @@ class RepeatRequest:
         Raises:
             MrFlowError: The file has no readable record, or was made with other files than those given.
         """
-        return (repeated_job(self.source, self.model, self.image),)
+        return (repeated_job(self.source, self.model, self.image, family),)
 
 
 def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
@@ -285,7 +292,9 @@ def run(request: GenerateRequest | RepeatRequest) -> int:
 
 def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> None:
     """Plan, check, load, sample and save; files that are named are looked at before a model is loaded."""
-    jobs, output, model = request.jobs(), request.output, request.model
+    output, model = request.output, request.model
+    family = plan_family(model)
+    jobs = request.jobs(family)
     source = jobs[0].source
     results.plan = jobs[0].plan
     if request.save_stages and len(jobs[0].plan.stages) == 1:
@@ -295,7 +304,6 @@ def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> Non
     if source is not None:
         check_weights(model, file, source)
         model = recorded_loras(model, source)
-    family = plan_family(model)
     check_packages(model)
     check_memory(model, family, jobs[0].plan, batch=jobs[0].batch)
     with writable(output.folder), saying_warnings(results.notes), threads_of(source):

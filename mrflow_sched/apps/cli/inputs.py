@@ -59,9 +59,8 @@ class StartImage:
         Returns:
             Its notes, without those on a stage 1 that is left out; and what becomes of an image of another shape.
         """
-        kept = (note for note in plan.notes if self.strength is not None or not note.startswith("Stage 1 at"))
         rows, columns = self.pixels.shape[-2:]
-        return (*kept, *image_notes(plan, columns, rows, self.strength))
+        return image_notes(plan, columns, rows, self.strength)
 
 
 def read_start(file: Path, strength: float | None) -> StartImage:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from mrflow_sched.apps.cli.parsing import lora_option, path_option, size_option,
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.options import OPTIONS, Option, PlanOptions
+from mrflow_sched.plan.sizes import size_step
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
@@ -211,16 +211,9 @@ class PlanChoices:
         native = bool(self.options.get("native"))
         _check_meaning(self.options, native)
         known = self._calibrated(get_family(family) if isinstance(family, str) else family)
-        usual = default_size(known, native=native) if start is None else start.size(self._factor(known))
+        usual = default_size(known, native=native) if start is None else start.size(size_step(known, self.options))
         width, height = self.size or usual
         return make_plan(known, width, height, **self.options)
-
-    def _factor(self, family: Family) -> float:
-        """Return the side of the final image over that of stage 1."""
-        factors = self.options.get("factors")
-        if factors:
-            return math.prod(factors)
-        return float(self.options.get("factor") or family.factor) ** ((self.options.get("stages") or 2) - 1)
 
     def _calibrated(self, family: Family) -> Family:
         """Return `family` with the preset of --calibration, where that is given."""

@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.console import say
 from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage, hash_of, read_start
-from mrflow_sched.apps.cli.load import EMBEDDED, UPSCALER, Job, plan_family
+from mrflow_sched.apps.cli.load import EMBEDDED, UPSCALER, Job
 from mrflow_sched.apps.cli.options import ModelChoices, PlanChoices
 from mrflow_sched.images.record import KEY, RunRecord
 from mrflow_sched.plan.options import PlanOptions
 from mrflow_sched.plan.stages import StagedPlan
 
+if TYPE_CHECKING:
+    from mrflow_sched.plan.families import Family
 
-def repeated_job(file: Path, model: ModelChoices, image: Path | None) -> Job:
+
+def repeated_job(file: Path, model: ModelChoices, image: Path | None, family: str | Family) -> Job:
     """Read what an image says of its run: our record, or the texts of A1111 and ComfyUI.
 
     Args:
         file: An image file.
         model: The model that was asked for.
         image: The file of --image, or None.
+        family: The model's, from `plan_family`.
 
     Returns:
         The job: the recorded run, of whose images only the recorded one is saved; or a new run with the prompts, the
@@ -44,7 +49,7 @@ def repeated_job(file: Path, model: ModelChoices, image: Path | None) -> Job:
         )
     size = None if foreign.width is None or foreign.height is None else (foreign.width, foreign.height)
     options: PlanOptions = {} if foreign.seed is None else {"seed": foreign.seed}
-    plan = PlanChoices(size, options, None).make_plan(plan_family(model))
+    plan = PlanChoices(size, options, None).make_plan(family)
     parts = {"the prompt": True, "the negative prompt": foreign.negative, "the seed": options, "the size": size}
     taken = ", ".join(name for name, value in parts.items() if value)
     say(

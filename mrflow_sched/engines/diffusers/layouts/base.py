@@ -23,12 +23,10 @@ from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.families import Family
+from mrflow_sched.sampling.faults import LARGEST
 from mrflow_sched.sampling.network import TokenInputs, rows_of
 
 __all__ = ["Layout", "parameter_defaults", "parameter_names"]
-
-_NO_IMAGE = 1000.0
-"""Values beyond this, where an image's lie between 0 and 1, mean that the VAE failed."""
 
 # A VAE that overflows in float16 is float32 while it runs, as in diffusers; a second thread must not turn it back.
 _UPCAST = threading.Lock()
@@ -270,7 +268,7 @@ class Layout:
                 values = self._denormalise(latent[None].float().to(device)).to(dtype)
                 pixels = self._from_vae_image(vae.decode(values, return_dict=False)[0])
                 values = pixels.float() / 2 + 0.5
-                values = values.where(values.abs() < _NO_IMAGE, math.nan)  # clamping alone would make an image of it
+                values = values.where(values.abs() <= LARGEST, math.nan)  # clamping alone would make an image of it
                 images.append(values.clamp(0, 1).to(latents.device))
         return torch.cat(images)
 
