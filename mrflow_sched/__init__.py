@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless the user's program asks to see it
 
 if TYPE_CHECKING:
+    from mrflow_sched._runtime.errors import MrFlowError
     from mrflow_sched.apps.pipeline import MrFlow, MrFlowOutput
     from mrflow_sched.engines import Engine, MrFlowScheduler
     from mrflow_sched.plan.families import FAMILIES, Family, Preset, ShiftRule, get_family
@@ -42,6 +43,7 @@ _ROOMS = {
     "refine_sigmas": "plan.schedule",
     "Engine": "engines",
     "MrFlow": "apps.pipeline",
+    "MrFlowError": "_runtime.errors",
     "MrFlowOutput": "apps.pipeline",
     "MrFlowScheduler": "engines",
     "load_upscaler": "upscaling",
@@ -54,6 +56,7 @@ __all__ = [
     "Engine",
     "Family",
     "MrFlow",
+    "MrFlowError",
     "MrFlowOutput",
     "MrFlowScheduler",
     "Preset",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _T = TypeVar("_T")
-_UNSHIFTED = ("scaled-linear", "zero-snr")
+_UNSHIFTED = ("scaled-linear", "zero-snr", "edm")
 
 # ------------------------------------------------------------------------------------------------------------- making
 
@@ -380,6 +380,9 @@ def _mu_of(rule: ShiftRule, tokens: int, steps: int) -> float | None:
 
 
 def _first_recipe(rule: ShiftRule, steps: int, mu: float | None) -> str:
+    if rule.kind == "edm":
+        spacing = "" if rule.rho is None else f" rho={rule.rho!r}"
+        return f"edm {steps} max={rule.sigma_max!r} min={rule.sigma_min!r}{spacing}"
     if rule.kind in _UNSHIFTED:
         return f"{rule.kind} {steps}"
     words = ["beta" if rule.kind == "beta" else "native", str(steps), f"mu={mu!r}"]

@@ -12,6 +12,7 @@ from mrflow_sched.plan.checks import MAX_STEPS
 from mrflow_sched.plan.schedule import (
     Sigmas,
     beta_sigmas,
+    edm_sigmas,
     native_sigmas,
     refine_sigmas,
     scaled_linear_sigmas,
@@ -30,6 +31,7 @@ def sigmas_from_recipe(recipe: str) -> Sigmas:
     "native 12 mu=0.63 [terminal= min= beta=]"  `native_sigmas`
     "beta 12 mu=0.0"                            `beta_sigmas` with 0.6 and 0.6
     "scaled-linear 30", "zero-snr 30"           `scaled_linear_sigmas`
+    "edm 25 max=160.0 min=0.004 [rho=]"         `edm_sigmas`
     "linear 1 start=0.12", "shifted ..."        `refine_sigmas`
     "list 1.0 0.5 0.0"                          these very values
     "none"                                      the empty schedule: a stage without steps
@@ -88,10 +90,14 @@ def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
         return beta_sigmas(steps, mu=numbers.pop("mu"))
     if kind in ("scaled-linear", "zero-snr"):
         return scaled_linear_sigmas(steps, zero_snr=kind == "zero-snr")
+    if kind == "edm":
+        ends = {"largest": numbers.pop("max"), "smallest": numbers.pop("min")}
+        return edm_sigmas(steps, **ends, rho=numbers.pop("rho", None))
     if kind in ("linear", "shifted"):
         return refine_sigmas(numbers.pop("start"), steps, kind)
     raise MrFlowError(
-        f"recipe must begin with native, beta, scaled-linear, zero-snr, linear, shifted, list or none: {quoted(kind)}."
+        "recipe must begin with native, beta, scaled-linear, zero-snr, edm, linear, shifted, list or none: "
+        f"{quoted(kind)}."
     )
 
 

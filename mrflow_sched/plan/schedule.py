@@ -3,11 +3,10 @@
 A schedule is a tuple of N + 1 noise fractions for N solver steps. It falls strictly and ends in exactly 0.0.
 
 * Schedules of stage 1 start at exactly 1.0 (pure noise). They follow the model's own schedule: `native_sigmas`,
-  `beta_sigmas` and, for variance-exploding models, `scaled_linear_sigmas`. Their `shift` is always an explicit
-      argument.
-* Refine schedules start at a chosen `start_sigma` below 1: `refine_sigmas`. Nothing ever shifts them. Schedulers that
-do
-  (docs/method.md, section 1.5) run FLUX.1's 0.12 at 0.301 and Qwen-Image's 0.12 at 0.020.
+  `beta_sigmas` and, for variance-exploding models, `scaled_linear_sigmas` and `edm_sigmas`. Their `shift` is always an
+  explicit argument.
+* Refine schedules start at a chosen `start_sigma` below 1: `refine_sigmas`. Nothing ever shifts them. Schedulers
+  that do (docs/method.md, section 1.5) run FLUX.1's 0.12 at 0.301 and Qwen-Image's 0.12 at 0.020.
 
 `recipes` has the short texts that stand for schedules. Nothing here needs torch.
 """
@@ -26,6 +25,7 @@ from mrflow_sched.plan.checks import MAX_STEPS, check_choice, check_whole, check
 
 __all__ = [
     "beta_sigmas",
+    "edm_sigmas",
     "mu_flux2",
     "mu_for_tokens",
     "native_sigmas",
@@ -328,6 +328,53 @@ def scaled_linear_sigmas(steps: int, *, zero_snr: bool = False) -> Sigmas:
         raise MrFlowError(f"steps must be at most {len(table)} for this schedule, got {steps!r}; ask for fewer steps.")
     picked = [table[step] for step in trailing_steps(len(table), steps)[1:]]
     return validate_sigmas([1.0, *(ve / (1.0 + ve) for ve in picked), 0.0], "sigmas")
+
+
+def edm_sigmas(steps: int, *, largest: float, smallest: float, rho: float | None = 7.0) -> Sigmas:
+    """The schedule of EDM models (Playground 2.5, CosXL) in flow sigma, as in `scaled_linear_sigmas`.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), equation 5.
+
+    Args:
+        steps: 1 to 1000.
+        largest: The sigma_ve of pure noise, up to 1e6, for data of standard deviation 1: EDM's sigma_max / sigma_data.
+        smallest: The sigma_ve before 0, at least 1e-6 and below `largest`: sigma_min / sigma_data.
+        rho: Roots of this order are evenly spaced, 1 to 100; None: logarithms are.
+
+    Returns:
+        steps + 1 floats from exactly 1.0 to exactly 0.0.
+
+    Raises:
+        MrFlowError: A number is out of its range.
+    """
+    check_whole(steps, "steps", 1, MAX_STEPS)
+    checked_number(largest, "largest", 1e-6, 1e6, "the published value is 160")
+    checked_number(smallest, "smallest", 1e-6, 1e6, "the published value is 0.004")
+    if smallest >= largest:
+        raise MrFlowError(f"smallest must be below largest, got {smallest!r} and {largest!r}.")
+    picked = spaced_by_rho(largest, smallest, steps, rho)[1:]
+    return validate_sigmas([1.0, *(ve / (1.0 + ve) for ve in picked), 0.0], "sigmas")
+
+
+def spaced_by_rho(largest: float, smallest: float, count: int, rho: float | None) -> list[float]:
+    """Falling values between two ends, the roots of which are evenly spaced (Karras et al. 2022, equation 5).
+
+    Args:
+        largest: The first.
+        smallest: The last, above 0.
+        count: How many, 1 or more.
+        rho: Order of the roots, 1 to 100; None: the logarithms are evenly spaced.
+
+    Returns:
+        `count` values.
+
+    Raises:
+        MrFlowError: `rho` is out of its range.
+    """
+    if rho is None:
+        return [math.exp(exponent) for exponent in evenly(math.log(largest), math.log(smallest), count)]
+    checked_number(rho, "rho", 1.0, 100.0, "the published value is 7")
+    return [root**rho for root in evenly(largest ** (1.0 / rho), smallest ** (1.0 / rho), count)]
 
 
 def trailing_steps(training: int, count: int) -> list[int]:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.checks import checked_number
 from mrflow_sched.plan.schedule import (
     Sigmas,
     evenly,
     scaled_linear_betas,
     shift_sigma,
     spaced_by_beta,
+    spaced_by_rho,
     stretched,
     trailing_steps,
     ve_of_betas,
@@ -122,10 +125,8 @@ def _converted(options: Mapping[str, Any], sigmas: Sequence[float]) -> list[floa
     count = len(sigmas)
     top = float(options.get("sigma_max") or sigmas[0])
     bottom = float(options.get("sigma_min") or sigmas[-1])
-    if options["use_karras_sigmas"]:  # Karras et al. 2022, eq. 5, rho = 7
-        return [root**7 for root in evenly(top ** (1 / 7), bottom ** (1 / 7), count)]
-    if options["use_exponential_sigmas"]:
-        return [math.exp(exponent) for exponent in evenly(math.log(top), math.log(bottom), count)]
+    if not options["use_beta_sigmas"]:
+        return spaced_by_rho(top, bottom, count, 7.0 if options["use_karras_sigmas"] else None)
     return spaced_by_beta([top, *sigmas[1:-1], bottom] if count > 1 else [top])
 
 
@@ -135,6 +136,80 @@ def _ended(sigmas: Sequence[float]) -> Sigmas:
 
 
 # ----------------------------------------------------------------------------------------- variance-exploding schedules
+
+
+@dataclass(frozen=True, slots=True)
+class EdmLevels:
+    """Noise levels of an EDM model (Karras et al. 2022), for data of standard deviation 1.
+
+    Attributes:
+        data: Standard deviation of the model's own latents, above 0; a pipeline's state is this times ours.
+        largest: The sigma_ve of pure noise.
+        smallest: The sigma_ve of the last step before 0.
+        rho: Spacing, as in `spaced_by_rho`.
+    """
+
+    data: float
+    largest: float
+    smallest: float
+    rho: float | None
+
+    def time(self, sigma: float) -> float:
+        """What the network is told for a sigma_ve: a quarter of the logarithm of the noise in its own latents.
+
+        Args:
+            sigma: Above 0.
+
+        Returns:
+            The time, often negative.
+        """
+        return 0.25 * math.log(sigma * self.data)
+
+    def spaced(self, count: int) -> Sigmas:
+        """A schedule of EDMEulerScheduler.
+
+        Args:
+            count: Number of steps.
+
+        Returns:
+            The sigma_ve of each step, with a final 0.
+        """
+        return (*spaced_by_rho(self.largest, self.smallest, count, self.rho), 0.0)
+
+    def told(self, times: Sequence[float]) -> Sigmas:
+        """The schedule at which the network is told given times.
+
+        Args:
+            times: As of `time`, falling.
+
+        Returns:
+            The sigma_ve of each, with a final 0.
+        """
+        return (*(math.exp(4.0 * float(time)) / self.data for time in times), 0.0)
+
+
+def edm_levels(options: Mapping[str, Any]) -> EdmLevels | None:
+    """The noise levels in the configuration of EDMEulerScheduler or EDMDPMSolverMultistepScheduler.
+
+    Args:
+        options: The scheduler's configuration.
+
+    Returns:
+        The levels; None where it is no EDM model's.
+
+    Raises:
+        MrFlowError: Values that no model has.
+    """
+    if options.get("sigma_data") is None:
+        return None
+    data, largest, smallest = (
+        checked_number(options.get(name), name, 1e-4, 1e4, "as in the model's own scheduler")
+        for name in ("sigma_data", "sigma_max", "sigma_min")
+    )
+    if smallest >= largest:
+        raise MrFlowError(f"sigma_min must be below sigma_max, got {smallest!r} and {largest!r}.")
+    rho = None if options.get("sigma_schedule") == "exponential" else float(options.get("rho") or 7.0)
+    return EdmLevels(data, largest / data, smallest / data, rho)
 
 
 def training_sigmas(options: Mapping[str, Any]) -> Sigmas:

@@ -1,13 +1,14 @@
 """Noise: how it is drawn and added, and how a network's output becomes a clean estimate.
 
-Three kinds of network output meet here (`prediction`):
+Four kinds of network output meet here (`prediction`):
 
 * "flow": x = (1 - sigma) x0 + sigma noise, output velocity = noise - x0.
-* "epsilon" and "v" (variance exploding, SD1.5 and SDXL): x = x0 + sigma_ve noise, in k-diffusion's scaling.
+* "epsilon", "v" and "edm" (variance exploding: SD1.5, SDXL, Playground 2.5): x = x0 + sigma_ve noise, in k-diffusion's
+  scaling, with x0 of standard deviation 1.
 
 A plan always holds flow sigmas. The sigma_ve with the same signal-to-noise ratio is sigma_ve = sigma / (1 - sigma).
 `add_noise` takes the plan's sigma and converts; `to_denoised` takes what the engine was called with, which is sigma_ve
-for "epsilon" and "v" (`model_sigmas` converts a whole schedule).
+for all but "flow" (`model_sigmas` converts a whole schedule).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def ve_to_sigma(sigma_ve: Sigma) -> Sigma:
 
 
 def model_sigmas(sigmas: Sequence[float], prediction: Prediction, largest: float | None = None) -> tuple[float, ...]:
-    """A plan's sigmas in the units of the model: unchanged for "flow", sigma_ve for "epsilon" and "v".
+    """A plan's sigmas in the units of the model: unchanged for "flow", sigma_ve for the others.
 
     Args:
         sigmas: Flow sigmas in [0, 1].
@@ -115,7 +116,7 @@ def add_noise(
 ) -> Tensor:
     """Clean latents with noise added at the plan's flow sigma.
 
-    "flow": (1 - sigma) x0 + sigma noise. "epsilon", "v": x0 + sigma_ve noise at equal signal-to-noise ratio
+    "flow": (1 - sigma) x0 + sigma noise. Others: x0 + sigma_ve noise at equal signal-to-noise ratio
     (docs/method.md, section 1.1).
 
     Args:
@@ -149,7 +150,8 @@ def to_denoised(output: Tensor, x: Tensor, sigma: float | Tensor, prediction: Pr
     """The clean estimate that a network's raw output stands for.
 
     "flow": x - sigma v. "epsilon": x - sigma_ve eps. "v": x / (s^2 + 1) - v s / sqrt(s^2 + 1) with s = sigma_ve
-    (Salimans and Ho 2022, in variance-exploding scaling).
+    (Salimans and Ho 2022, in variance-exploding scaling). "edm": the same with the other sign of the output (Karras et
+    al. 2022, table 1, for data of standard deviation 1).
 
     Args:
         output: What the network returned, (B, ...).
@@ -166,9 +168,10 @@ def to_denoised(output: Tensor, x: Tensor, sigma: float | Tensor, prediction: Pr
     _check_prediction(prediction)
     state = _state(x)
     s, raw = _broadcast(sigma, state), output.to(state)
-    if prediction == "v":
+    if prediction in ("v", "edm"):
         power = s**2 + 1.0
-        return state / power - raw * s / power.sqrt()
+        slope = raw * s / power.sqrt()
+        return state / power + (slope if prediction == "edm" else -slope)
     return state - s * raw
 
 
@@ -283,5 +286,5 @@ def _broadcast(sigma: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _check_prediction(prediction: str) -> None:
-    if prediction not in ("flow", "epsilon", "v"):
-        raise MrFlowError(f"prediction must be 'flow', 'epsilon' or 'v', got {prediction!r}.")
+    if prediction not in get_args(Prediction):
+        raise MrFlowError(f"prediction must be one of {', '.join(get_args(Prediction))}, got {prediction!r}.")

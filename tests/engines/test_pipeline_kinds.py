@@ -64,8 +64,8 @@ def test_a_sampler_of_another_kind_is_told_of(name: str, kind: str, config: dict
 @pytest.mark.parametrize(
     ("kind", "config", "sentence"),
     [
-        ("EDMDPMSolverMultistepScheduler", {}, "EDMDPMSolverMultistepScheduler, for a network that is told its noise"),
-        ("EDMEulerScheduler", {}, "EDMEulerScheduler, for a network that is told its noise"),
+        ("EDMEulerScheduler", {"sigma_data": 1e-9}, "sigma_data must be a number from 0.0001"),
+        ("ScoreSdeVeScheduler", {}, "ScoreSdeVeScheduler, whose noise levels no plan can follow"),
         ("DDIMScheduler", {**BETAS, "beta_schedule": "linear"}, "beta_schedule='linear', while plans"),
         ("DDIMScheduler", {**BETAS, "beta_end": 0.02}, "beta_end=0.02, while plans"),
         ("DDIMScheduler", {**BETAS, "trained_betas": [0.01] * 1000}, "has trained_betas="),

@@ -9,7 +9,8 @@ output to `step`. Here `step` turns that output into a denoised estimate and sen
 * `MrFlowScheduler.for_stage(…)` walks exactly one given schedule, whatever the pipeline asks for: a stage of a plan.
 
 The state stays float32 from the first step to `final_state`, whatever the pipeline rounds its copy to. For
-variance-exploding models (SD1.5, SDXL) it is x0 + sigma_ve · noise, as in diffusers' EulerDiscreteScheduler.
+variance-exploding models (SD1.5, SDXL) it is x0 + sigma_ve · noise, as in diffusers' EulerDiscreteScheduler, and for
+EDM models (Playground 2.5, CosXL) x0 + sigma_data · sigma_ve · noise, as in diffusers' EDMEulerScheduler.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mrflow_sched.plan.families import Prediction
 from mrflow_sched.plan.schedule import Sigmas, refine_sigmas, shift_sigma, unshift_sigma
 from mrflow_sched.plan.scheduler_config import (
     CONVERSIONS,
+    edm_levels,
     flow_sigmas,
     shift_in_force,
     step_count,
@@ -49,6 +51,7 @@ _PREDICTIONS: Mapping[str, Prediction] = {
     "epsilon": "epsilon",
     "v_prediction": "v",
     "v": "v",
+    "edm": "edm",
 }
 # Options that only shape a schedule or add noise: a stage whose schedule is given does not use them.
 _GIVEN_SCHEDULE: Mapping[str, Any] = {
@@ -81,9 +84,9 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
     """A diffusers scheduler that walks our schedules with our solvers, for flow and for variance-exploding models.
 
     All arguments but the last four are named and meant as in FlowMatchEulerDiscreteScheduler, in the `use_flow_sigmas`
-    mode of DPMSolverMultistepScheduler, and in EulerDiscreteScheduler (from `beta_start` to `timestep_type`), so that
-    their configurations can be taken over. Betas without a `prediction_type` mean "epsilon", neither means flow.
-    Schedules always end at 0.
+    mode of DPMSolverMultistepScheduler, in EulerDiscreteScheduler (from `beta_start` to `timestep_type`), and in
+    EDMEulerScheduler (from `sigma_min` to `sigma_schedule`), so that their configurations can be taken over. Betas
+    without a `prediction_type` mean "epsilon", neither means flow. Schedules always end at 0.
 
     Args:
         num_train_timesteps: Training steps; a flow model is told sigma times this as the time.
@@ -107,13 +110,19 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         beta_end: Last beta.
         beta_schedule: "linear", "scaled_linear" (linear in the root) or "squaredcos_cap_v2".
         trained_betas: All betas, in place of the three above.
-        prediction_type: "flow", "flow_prediction", "epsilon", "v" or "v_prediction"; None: see above.
+        prediction_type: "flow", "flow_prediction", "epsilon", "v", "v_prediction" or "edm", which is what "epsilon"
+            means with `sigma_data`; None: see above.
         timestep_spacing: "linspace", "leading" or "trailing": Lin et al. 2023, table 2.
         steps_offset: Added to the training steps of "leading" spacing.
         rescale_betas_zero_snr: Rescale the betas to zero terminal signal-to-noise ratio.
         final_sigmas_type: Only "zero".
         interpolation_type: Only "linear".
         timestep_type: Only "discrete".
+        sigma_min: Last sigma before 0 where the schedule is spaced anew, or of an EDM model; None: the schedule's own.
+        sigma_max: Its first sigma; None: the schedule's own.
+        sigma_data: Standard deviation of an EDM model's latents; None: it is no EDM model. Sigma is counted in it.
+        rho: Roots of this order are evenly spaced in an EDM model's schedule.
+        sigma_schedule: "karras", or "exponential", which spaces it evenly in log sigma.
         solver: A name in `mrflow_sched.sampling.solvers.SOLVERS`.
         stage: "sample" makes the schedule that diffusers' Euler scheduler for such a model would make of the same
             configuration; "refine" makes `refine_sigmas(sigma, steps, refine_curve)`, which nothing shifts.
@@ -157,6 +166,11 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         final_sigmas_type: str = "zero",
         interpolation_type: str = "linear",
         timestep_type: str = "discrete",
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sigma_data: float | None = None,
+        rho: float = 7.0,
+        sigma_schedule: str = "karras",
         solver: str = "multistep",
         stage: Literal["sample", "refine"] = "sample",
         sigma: float = 0.12,
@@ -165,10 +179,13 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         get_solver(solver)
         options = self._options
         _check_options(options)
-        has_betas = beta_start is not None or trained_betas is not None
-        self.prediction: Prediction = _PREDICTIONS[prediction_type or ("epsilon" if has_betas else "flow")]
-        # sigma_ve of every training step, rising; empty for flow models.
-        self._table = () if self.prediction == "flow" else training_sigmas(options)
+        exploding = beta_start is not None or trained_betas is not None or sigma_data is not None
+        self.prediction: Prediction = _PREDICTIONS[prediction_type or ("epsilon" if exploding else "flow")]
+        self._edm = edm_levels(options)
+        if self._edm is not None and self.prediction == "epsilon":
+            self.prediction = "edm"
+        # sigma_ve of every training step, rising; empty for flow and EDM models.
+        self._table = () if self.prediction == "flow" or self._edm is not None else training_sigmas(options)
         # Read where a schedule is made from a step count alone; settable, as some pipelines set it.
         static = self.prediction == "flow" and not use_dynamic_shifting
         self.sigma_min = shift_sigma(1.0 / num_train_timesteps, shift) if static else 1.0 / num_train_timesteps
@@ -256,6 +273,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         """What a pipeline multiplies unit noise with: 1, or the first sigma_ve where this class made the schedule."""
         if self.prediction == "flow" or self._fixed is not None or self._options["stage"] == "refine":
             return 1.0
+        if self._edm is not None:
+            return self._edm.data * self._schedule[0]
         largest = self._schedule[0]
         # Leading spacing stops short of the last training step, so the image is still in what the first step sees.
         return math.hypot(largest, 1.0) if self._options["timestep_spacing"] == "leading" else largest
@@ -342,10 +361,12 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
             count = step_count(num_inference_steps, sigmas, timesteps)
             if options["stage"] == "refine":
                 refine = refine_sigmas(options["sigma"], count, options["refine_curve"])
-                schedule = model_sigmas(refine, self.prediction)
+                schedule = model_sigmas(refine, self.prediction, None if self._edm is None else self._edm.largest)
             elif self.prediction == "flow":
                 schedule = flow_sigmas(options, count, sigmas, timesteps, mu, self.sigma_min)
                 times = {} if timesteps is None else dict(zip(schedule, map(float, timesteps), strict=False))
+            elif self._edm is not None and sigmas is None:
+                schedule = self._edm.spaced(count) if timesteps is None else self._edm.told(timesteps)
             else:
                 schedule, times = ve_sigmas(options, self._table, count, sigmas, timesteps)
         if timesteps is not None and self.prediction == "flow" and not times:
@@ -383,10 +404,14 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def _time(self, sigma: float) -> float:
         """What the network is told for a sigma: the training step it belongs to, fractions included."""
+        if self._edm is not None:
+            return self._edm.time(sigma)
         return time_of(sigma, self._table) if self._table else sigma * len(self)
 
     def _training_sigmas(self) -> Sigmas:
         """Every sigma of training, for callers that add noise before a schedule is made."""
+        if self._edm is not None:
+            return self._edm.spaced(len(self))
         if self._table:
             return (*reversed(self._table), 0.0)
         count, shift = len(self), self._options["shift"] if not self._options["use_dynamic_shifting"] else 1.0
@@ -395,7 +420,9 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
     # --- the loop
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The state as the network takes it: unchanged for flow models, x / sqrt(sigma_ve² + 1) for the others.
+        """The state as the network takes it: unchanged for flow models, else of about unit deviation.
+
+        x / sqrt(sigma_ve² + 1), and for EDM models this divided by `sigma_data`.
 
         Args:
             sample: The state (B, ...).
@@ -406,7 +433,12 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         if self.prediction == "flow":
             return sample
-        return sample / math.hypot(self._evaluations[self._index(timestep)], 1.0)
+        return sample / (math.hypot(self._evaluations[self._index(timestep)], 1.0) * self._deviation)
+
+    @property
+    def _deviation(self) -> float:
+        """Standard deviation of clean latents, which sigma_ve is counted in."""
+        return 1.0 if self._edm is None else self._edm.data
 
     def step(
         self,
@@ -452,7 +484,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         else:
             self._walk.follow(sample)
         x, sigma = self._walk.state, self._evaluations[index]
-        denoised = to_denoised(model_output, x, sigma, self.prediction)
+        output = model_output if self._edm is None else model_output.float() * self._edm.data
+        denoised = to_denoised(output, x, sigma, self.prediction)
         if self._on_evaluation is not None:
             self._on_evaluation({"i": begun, "sigma": sigma, "x": x, "denoised": denoised})
         self._walk.push(denoised)
@@ -520,7 +553,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor | None = None) -> Tensor:
         """Add noise to clean latents at the sigma of a timestep.
 
-        Flow: (1 - sigma) · sample + sigma · noise; else sample + sigma_ve · noise. In a run, or after
+        Flow: (1 - sigma) · sample + sigma · noise; else sample + sigma_ve · noise, and for EDM models the noise times
+        `sigma_data`. In a run, or after
         `set_begin_index`, the sigma of the next evaluation is used instead.
 
         Args:
@@ -545,7 +579,7 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         sigma = torch.tensor([schedule[index] for index in indices], device=sample.device)
         sigma = sigma.reshape(-1, *([1] * (sample.ndim - 1)))
         keep = 1.0 - sigma if self.prediction == "flow" else 1.0
-        return (keep * sample.float() + sigma * noise.to(sample.device).float()).to(sample.dtype)
+        return (keep * sample.float() + sigma * self._deviation * noise.to(sample.device).float()).to(sample.dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Tensor) -> Tensor:
         """`scale_noise` under the name and with the argument order that variance-exploding pipelines use.
@@ -578,6 +612,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
             )
     if sum(bool(options[name]) for name in CONVERSIONS) > 1:
         raise MrFlowError(f"only one of {', '.join(CONVERSIONS)} can be in force; turn the others off.")
+    if options["prediction_type"] == "edm" and options["sigma_data"] is None:
+        raise MrFlowError("prediction_type is 'edm', which needs sigma_data, sigma_min and sigma_max; give all three.")
     if options["stage"] == "refine":
         refine_sigmas(options["sigma"], 1, options["refine_curve"])
 
@@ -593,4 +629,5 @@ _ALLOWED: Mapping[str, tuple[Any, ...]] = {
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "prediction_type": (None, *_PREDICTIONS),
     "stage": ("sample", "refine"),
+    "sigma_schedule": ("karras", "exponential"),
 }

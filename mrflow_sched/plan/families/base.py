@@ -25,9 +25,9 @@ __all__ = [
     "VaeCost",
 ]
 
-Prediction = Literal["flow", "epsilon", "v"]
+Prediction = Literal["flow", "epsilon", "v", "edm"]
 GuidanceKind = Literal["embedded", "cfg", "none"]
-ShiftKind = Literal["none", "static", "exponential", "flux2", "beta", "scaled-linear", "zero-snr", "list"]
+ShiftKind = Literal["none", "static", "exponential", "flux2", "beta", "scaled-linear", "zero-snr", "edm", "list"]
 
 TIERS = ("fast", "balanced", "best")
 """Names that every family has a preset for; "balanced" is its default."""
@@ -44,19 +44,23 @@ class ShiftRule:
         kind: "none" evenly spaced; "static" a fixed `shift` >= 1; "exponential" exp(mu) with mu on a line through
             (`base_tokens`, `base_shift`) and (`max_tokens`, `max_shift`); "flux2" its empirical mu of tokens and steps;
             "beta" Beta(0.6, 0.6) quantiles, then the static `shift`; "scaled-linear" the training betas of SD1.5 and
-            SDXL; "zero-snr" the same, rescaled to zero terminal SNR; "list" a distilled model's own sigmas.
+            SDXL; "zero-snr" the same, rescaled to zero terminal SNR; "edm" from the sigma_ve `sigma_max` to
+            `sigma_min`, spaced by `rho`; "list" a distilled model's own sigmas.
         shift: The fixed shift of "static" and "beta"; 1 is no shift.
         base_tokens: Image tokens at the first point of the line of "exponential".
         max_tokens: Image tokens at its second point.
         base_shift: Value of mu at the first point.
         max_shift: Value of mu at the second point.
         terminal: The schedule is stretched so that its last sigma above 0 is this one; None: it is not stretched.
-        sigma_min: The last sigma before the shift; None: 1/steps.
+        sigma_min: The last sigma before the shift; None: 1/steps. For "edm" the last sigma_ve.
+        sigma_max: The first sigma_ve of "edm".
+        rho: Roots of this order are evenly spaced in "edm"; None: logarithms are.
         beta: The finished schedule is spaced anew between its ends, at quantiles of Beta(beta, beta); None: it is not.
         lists: The schedules of "list", each from 1 to 0; the step count selects one.
 
     Raises:
-        MrFlowError: `lists` is given for another kind, is missing for "list", or does not start at 1.
+        MrFlowError: `lists` is given for another kind, is missing for "list", or does not start at 1; likewise
+            `sigma_max` and `sigma_min` for "edm".
     """
 
     kind: ShiftKind
@@ -68,16 +72,22 @@ class ShiftRule:
     terminal: float | None = None
     sigma_min: float | None = None
     beta: float | None = None
+    sigma_max: float | None = None
+    rho: float | None = None
     lists: tuple[tuple[float, ...], ...] = ()
 
     @property
     def largest_ve(self) -> float:
-        """The sigma_ve at which variance-exploding models are given pure noise: 14.6, or 4096."""
+        """The sigma_ve at which variance-exploding models are given pure noise: 14.6, 4096, or `sigma_max`."""
+        if self.sigma_max is not None:
+            return self.sigma_max
         return scaled_linear_ve(self.kind == "zero-snr")[-1]
 
     def __post_init__(self) -> None:
         if (self.kind == "list") != bool(self.lists):
             raise MrFlowError(f"lists must be given for the shift rule 'list' and no other, got {self.lists!r}.")
+        if (self.kind == "edm") != (self.sigma_max is not None) or (self.kind == "edm" and self.sigma_min is None):
+            raise MrFlowError(f"sigma_max and sigma_min must be given for the shift rule 'edm', got {self!r}.")
         for sigmas in self.lists:
             if validate_sigmas(sigmas, "lists")[0] != 1.0:
                 raise MrFlowError(f"lists must start at 1, which is pure noise, got {sigmas!r}.")
@@ -273,7 +283,8 @@ class Family:
         text_tokens: Text tokens that share the network's sequence (0 where text enters by cross attention).
         native_steps: Usual number of steps.
         presets: Its presets, the default one among them.
-        prediction: What the network predicts: velocity ("flow"), noise ("epsilon") or "v".
+        prediction: What the network predicts: velocity ("flow"), noise ("epsilon"), "v", or as in EDM
+            ("edm").
         grid: `vae_factor` x `patch`: sides must be multiples of it and one token covers grid x grid pixels.
         vae_factor: Pixels per latent pixel along a side.
         patch: Latent pixels per token along a side.

@@ -76,7 +76,8 @@ def _named(pipe: Any, name: str) -> Family:
 def _prediction(pipe: Any) -> Prediction:
     """What a U-Net of a variance-exploding model predicts, by its scheduler."""
     said = pipe.scheduler.config.get("prediction_type", "epsilon")
-    kinds: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v"}
+    edm = pipe.scheduler.config.get("sigma_data") is not None
+    kinds: dict[str, Prediction] = {"epsilon": "edm" if edm else "epsilon", "v_prediction": "v"}
     if said not in kinds:
         raise MrFlowError(
             f"pipe.scheduler has prediction_type={said!r}; staged sampling supports {', '.join(kinds)} and flow."

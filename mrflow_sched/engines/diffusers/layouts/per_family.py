@@ -365,13 +365,27 @@ class StableDiffusionLayout(Layout):
         rejected = tuple(bool(bad) for bad in found)
         return torch.stack([image * (not bad) for image, bad in zip(images, rejected, strict=True)]), rejected
 
+    # EDM models (Playground 2.5) have latents of another standard deviation than 1, which sigma is counted in.
+
+    @override
+    def pack(self, latents: Tensor) -> Tensor:
+        return latents * self._deviation
+
+    @override
+    def unpack(self, state: Tensor, width: int, height: int) -> Tensor:
+        return state / self._deviation
+
+    @property
+    def _deviation(self) -> float:
+        return float(self.pipe.scheduler.config.get("sigma_data") or 1.0)
+
     def _normalise(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
-        return (latents - mean) * self.pipe.vae.config.scaling_factor / std
+        return (latents - mean) * (self.pipe.vae.config.scaling_factor / self._deviation) / std
 
     def _denormalise(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
-        return latents * std / self.pipe.vae.config.scaling_factor + mean
+        return latents * std / (self.pipe.vae.config.scaling_factor / self._deviation) + mean
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Per channel, where a VAE has them (Playground 2.5); 0 and 1 elsewhere."""

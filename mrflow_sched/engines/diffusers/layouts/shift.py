@@ -9,6 +9,7 @@ from typing import Any
 from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.plan.families import ShiftRule
 from mrflow_sched.plan.schedule import shift_sigma
+from mrflow_sched.plan.scheduler_config import edm_levels
 
 __all__ = ["is_flow", "sampler_note", "shift_rule", "ve_rule"]
 
@@ -86,16 +87,19 @@ def ve_rule(scheduler: Any, known: ShiftRule) -> ShiftRule:
         known: The family's own rule.
 
     Returns:
-        `known`, or the rule "zero-snr" where the betas are rescaled to zero terminal signal-to-noise ratio.
+        `known`, the rule "zero-snr" where the betas are rescaled to zero terminal signal-to-noise ratio, or the rule
+        "edm" of an EDM model (Playground 2.5, CosXL).
 
     Raises:
         MrFlowError: The scheduler's noise levels are not those of Stable Diffusion, which the plan's are.
     """
     config, name = _config(scheduler), type(scheduler).__name__
+    edm = edm_levels(config)
+    if edm is not None:
+        return ShiftRule("edm", sigma_max=edm.largest, sigma_min=edm.smallest, rho=edm.rho)
     if "beta_start" not in config:
         raise MrFlowError(
-            f"pipe.scheduler is {name}, for a network that is told its noise in another way (EDM); no plan can follow "
-            "that, use the pipeline by itself."
+            f"pipe.scheduler is {name}, whose noise levels no plan can follow; use the pipeline by itself."
         )
     for option, value in _SD_BETAS.items():
         if config.get(option, value) != value:
