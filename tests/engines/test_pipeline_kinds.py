@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import warnings
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts import find_layout
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+from mrflow_sched.sampling.noise import draw_noise
 
 
 @functools.cache
@@ -133,3 +136,53 @@ def test_a_missing_part_is_asked_for_only_where_there_is_one() -> None:
 
     with pytest.raises(MrFlowError, match="without vae; pipelines of its kind cannot be run in stages"):
         find_layout(Pixels())
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("scheduler", "shift", "\x1b[31mred"),
+        ("scheduler", "shift", 0.0),
+        ("scheduler", "base_shift", float("nan")),
+        ("scheduler", "base_image_seq_len", 10**400),
+        ("scheduler", "num_train_timesteps", -1),
+        ("scheduler", "shift_terminal", True),
+        ("vae", "scaling_factor", "nan"),
+        ("vae", "shift_factor", [0.1]),
+        ("vae", "latents_mean", "0.1"),
+        ("vae", "latents_std", [1.0]),
+    ],
+)
+def test_numbers_that_no_model_has_get_one_sentence(part: str, name: str, value: Any) -> None:
+    pipe = copy.copy(tiny("flux1-dev"))
+    altered = copy.deepcopy(getattr(pipe, part))
+    altered.register_to_config(**{name: value})
+    object.__setattr__(pipe, part, altered)
+    with pytest.raises(MrFlowError) as caught:
+        find_layout(pipe)
+    assert f"pipe.{part}.config.{name} must" in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_base_shift_of_none_is_the_default() -> None:
+    pipe = tiny_pipelines.make("flux1-dev")
+    images = [_image(pipe)]
+    pipe.scheduler.register_to_config(base_shift=None, max_shift=None)
+    images.append(_image(pipe))
+    assert torch.equal(*images)
+
+
+def test_a_tokenizer_without_a_length_is_named(tmp_path: Path) -> None:
+    tiny("flux1-dev").save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 10**30}))
+    engine = PipelineEngine.from_folder(tmp_path, device="cpu", dtype="float32")
+    with pytest.raises(MrFlowError, match=r"model_max_length in the model's tokenizer_config\.json"):
+        engine.encode_text(["a cat"])
+
+
+def _image(pipe: Any) -> torch.Tensor:
+    engine = PipelineEngine(pipe)
+    noise = draw_noise(engine.latent_shape(64, 64), [1])
+    return engine.sample_stage("euler", noise, (1.0, 0.5, 0.0), engine.encode_text(["a cat"]), guidance=3.5)

@@ -253,7 +253,7 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         overrides: dict[str, Any] = {**_GIVEN_SCHEDULE, "solver": solver, "prediction_type": prediction}
         # Names that this class does not take would cause a warning at every stage.
         names = inspect.signature(cls.__init__).parameters
-        known = {name: value for name, value in config.items() if name in names}
+        known = {name: value for name, value in config.items() if name in names and value is not None}
         made: MrFlowScheduler = cls.from_config(known, False, **overrides)
         made._start = start
         made._on_evaluation = on_evaluation

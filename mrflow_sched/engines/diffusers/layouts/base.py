@@ -377,7 +377,13 @@ class Layout:
         }
         if self._guided and negatives is not None:
             arguments["negative_prompt"] = negatives
-        found = self.pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in known})
+        try:
+            found = self.pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in known})
+        except OverflowError as error:  # of a tokenizer whose configuration has no length, or one beyond all texts
+            raise MrFlowError(
+                "the length of texts is more than a tokenizer can count; give model_max_length in the model's "
+                "tokenizer_config.json (77 for CLIP), or max_sequence_length."
+            ) from error
         return self._named(found)
 
     def _named(self, found: Any) -> dict[str, Any]:

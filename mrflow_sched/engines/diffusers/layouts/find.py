@@ -11,6 +11,7 @@ from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.engines.diffusers.layouts import per_family
 from mrflow_sched.engines.diffusers.layouts.base import Layout, parameter_names
 from mrflow_sched.engines.diffusers.layouts.generic import generic_layout
+from mrflow_sched.engines.diffusers.layouts.numbers import check_numbers
 from mrflow_sched.engines.diffusers.layouts.shift import is_flow, shift_rule, ve_rule
 from mrflow_sched.plan.families import Family, Prediction, ShiftRule, family_of_pipeline, get_family
 
@@ -34,9 +35,11 @@ def find_layout(pipe: Any, family: str | None = None) -> Layout:
         The layout.
 
     Raises:
-        MrFlowError: It is no such pipeline, lacks a component, or has a scheduler that no plan can follow.
+        MrFlowError: It is no such pipeline, lacks a component, has numbers that no model has, or a scheduler that no
+            plan can follow.
     """
     _check_pipeline(pipe)
+    check_numbers(pipe)
     family = family or pipe.config.get("_mrflow_family")
     told = family_of_pipeline(pipe)
     if told is None or told.pipeline is None:
