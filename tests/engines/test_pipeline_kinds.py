@@ -182,6 +182,18 @@ def test_a_tokenizer_without_a_length_is_named(tmp_path: Path) -> None:
         engine.encode_text(["a cat"])
 
 
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("flux1-dev", ["text_encoder"]), ("flux1-dev", ["tokenizer_2"]), ("sdxl", ["text_encoder", "text_encoder_2"])],
+)
+def test_components_that_a_prompt_needs_are_named(name: str, missing: list[str]) -> None:
+    pipe = tiny_pipelines.make(name)
+    for part in missing:
+        setattr(pipe, part, None)
+    with pytest.raises(MrFlowError, match=f"has no {missing[-1]}|and no {missing[-1]}"):
+        PipelineEngine(pipe).encode_text(["a cat"])
+
+
 def _image(pipe: Any) -> torch.Tensor:
     engine = PipelineEngine(pipe)
     noise = draw_noise(engine.latent_shape(64, 64), [1])

@@ -384,6 +384,15 @@ class Layout:
                 "the length of texts is more than a tokenizer can count; give model_max_length in the model's "
                 "tokenizer_config.json (77 for CLIP), or max_sequence_length."
             ) from error
+        except (AttributeError, TypeError) as error:
+            names = [name for name in self.pipe.components if name.startswith(("text_encoder", "tokenizer"))]
+            missing = [name for name in names if getattr(self.pipe, name) is None]
+            if not missing:
+                raise
+            raise MrFlowError(
+                f"{type(self.pipe).__name__} has no {' and no '.join(missing)}, so it cannot read a prompt; load the "
+                "model with all of its components, or give prompt_embeds."
+            ) from error
         return self._named(found)
 
     def _named(self, found: Any) -> dict[str, Any]:
