@@ -74,6 +74,8 @@ def _command(words: list[str]) -> object:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         code = subjects.command(words)
     text = said.getvalue()
+    if any(ord(letter) < 32 and letter not in "\t\r\n" for letter in text):
+        raise AssertionError(f"control characters: {ascii(text)[-200:]}")
     if code not in (0, 2):
         last = text.strip().splitlines()[-3:]
         raise AssertionError(f"exit code {code}: {' '.join(last)}")

@@ -27,12 +27,43 @@ _WORDS = st.sampled_from(
         *("--factor", "--factors", "--stages", "--refine-curve", "shifted", "--shift-tokens", "low", "--sigmas", "1,0"),
         *("--guidance", "--refine-guidance", "--seed", "--seed-rule", "--guidance-interval", "0.3-0.9", "--tile"),
         *("--posterior", "mode", "--calibration", "--native", "--steps", "--timings", "--json", "--out=--", "--", "0"),
+        *(
+            "--batch",
+            "--image",
+            "--strength",
+            "--prompts",
+            "--lora",
+            "--from",
+            "--format",
+            "webp",
+            "--upscaler",
+            "lanczos",
+        ),
+        *(
+            "--negative",
+            "--refine-prompt",
+            "--device",
+            "cpu",
+            "--dtype",
+            "--offload",
+            "--force",
+            "--repeats",
+            "a cat",
+            ".",
+        ),
         *("-1", "1e400", "9" * 500, "\x1b[31mred", "\n", "", "=", "--debug=1", "nan", "0.12", "None", "٣", "\udcff"),
     )
 )
-"""What a command line is made of; none of it loads a model."""
-COMMAND_LINES = st.lists(_WORDS | st.text(max_size=8).filter(lambda word: "\0" not in word), max_size=9).map(
-    lambda words: ["plan", *words]
+"""What a command line is made of."""
+_NO_MODEL = ("--model", "no such folder")
+_COMMANDS = st.sampled_from(
+    (("plan",), ("families",), *((name, *_NO_MODEL) for name in ("generate", "compare", "calibrate")))
+)
+"""How it begins: none loads a model, since all else is checked before one is looked for."""
+COMMAND_LINES = st.builds(
+    lambda command, words: [*command, *words],
+    _COMMANDS,
+    st.lists(_WORDS | st.text(max_size=8).filter(lambda word: "\0" not in word), max_size=9),
 )
 
 DOORS: dict[str, st.SearchStrategy[Any]] = {
