@@ -24,7 +24,7 @@ DONE, UNHEALTHY, REFUSED, FAULT = 0, 1, 2, 70
 """Exit codes: done; `doctor` found what would fail; a refusal; a fault (EX_SOFTWARE of sysexits.h)."""
 
 FAULT_SENTENCE = (
-    "this is a fault of mrflow or of a library it uses, not of your input; please report it with the lines above."
+    "this is a fault of mrflow, or of a library or model that it uses; please report it with the lines above."
 )
 _LONGEST = 600
 """Most letters of a refusal."""

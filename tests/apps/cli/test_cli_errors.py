@@ -287,7 +287,7 @@ def test_any_other_exception_is_a_fault_with_a_traceback(error: Exception, capsy
     assert "Traceback" in err
     assert str(error) in err
     assert err.splitlines()[-1] == (
-        "mrflow: this is a fault of mrflow or of a library it uses, not of your input; "
+        "mrflow: this is a fault of mrflow, or of a library or model that it uses; "
         "please report it with the lines above."
     )
 
