@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import diffusers
@@ -193,16 +194,30 @@ def lying_folders() -> Iterator[tuple[str, Change]]:
     )
 
 
+_WILD: tuple[Any, ...] = (None, 0, -1, 10**7, 10**400, 0.5, ESCAPE, [], {}, True, [1, 2, 3], "../../x", {"a": {"b": 1}})
+
+
+def wild_folders(random: Random) -> Iterator[tuple[str, Change]]:
+    """One wild value for each name in each file of configuration."""
+    for path in sorted(demo.weights_path().rglob("*.json")):
+        name = str(path.relative_to(demo.weights_path()))
+        if path.name != "vocab.json":
+            for key in json.loads(path.read_text()):
+                value = random.choice(_WILD)
+                yield f"wild {name}: {key} = {ascii(value)[:40]}", edit(name, **{key: value})
+
+
 def cases(bench: Bench) -> Iterator[Case]:
     """Every folder through `doctor` and `generate`; the folder they run in holds a module to be imported."""
     module = f"open({str(bench.mark)!r}, 'w').write('executed')\nclass Evil:\n    pass\n"
     (bench.folder / "evil_here.py").write_text(module)
-    found = list(code_in_folders(bench.mark)) + list(lying_folders())
+    found = [*code_in_folders(bench.mark), *lying_folders(), *wild_folders(bench.random)]
     for number, (name, change) in enumerate(found[1::4] if bench.quick else found):
         folder = Path(shutil.copytree(demo.weights_path(), bench.folder / "folders" / str(number)))
         change(folder)
         size = ["--size", "64x64", "--low-steps", "1", "--no-progress", "--out", str(bench.folder / "out")]
-        for words in (["doctor"], ["generate", "a blue star", *size]):
+        generate = ["generate", "a blue star", *size]
+        for words in [generate] if name.startswith("wild ") else [["doctor"], generate]:
             arguments = {"arguments": [*words, "--model", str(folder)]}
             yield Case(f"{name}: {words[0]}", "command", arguments, need=_NEED, seconds=30)
         shutil.rmtree(folder)
