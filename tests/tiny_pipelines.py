@@ -131,15 +131,15 @@ def tokenizer(length: int, *, bos: bool = False, eos: bool = True, side: str = "
 # -------------------------------------------------------------------------------------------------------- text encoders
 
 
-def _clip(projected: bool = False, length: int = 77) -> Any:
+def _clip(projected: bool = False, length: int = 77, width: int = 16) -> Any:
     config = _transformers().CLIPTextConfig(
         vocab_size=VOCABULARY,
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=length,
-        projection_dim=16,
+        projection_dim=width,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
@@ -271,9 +271,9 @@ def _sd3() -> Any:
         vae=_kl(16, 1.5305, 0.0609),
         text_encoder=_clip(projected=True),
         tokenizer=tokenizer(77, bos=True),
-        text_encoder_2=_clip(projected=True),
+        text_encoder_2=_clip(projected=True, width=24),
         tokenizer_2=tokenizer(77, bos=True),
-        text_encoder_3=_t5(32),
+        text_encoder_3=_t5(40),
         tokenizer_3=tokenizer(512),
         transformer=library.SD3Transformer2DModel(
             sample_size=128,
@@ -283,9 +283,9 @@ def _sd3() -> Any:
             num_layers=2,
             attention_head_dim=8,
             num_attention_heads=2,
-            joint_attention_dim=32,
+            joint_attention_dim=40,
             caption_projection_dim=16,
-            pooled_projection_dim=32,
+            pooled_projection_dim=40,
             pos_embed_max_size=192,
         ),
     )
@@ -462,14 +462,14 @@ def _sdxl() -> Any:
         vae=_kl(4, 0.13025, None, quant=True),
         text_encoder=_clip(),
         tokenizer=tokenizer(77, bos=True),
-        text_encoder_2=_clip(projected=True),
+        text_encoder_2=_clip(projected=True, width=24),
         tokenizer_2=tokenizer(77, bos=True),
         unet=_unet(
-            32,
+            40,
             sample_size=128,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=16 + 6 * 8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
         ),
         add_watermarker=False,
     )

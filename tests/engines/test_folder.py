@@ -162,6 +162,27 @@ def test_sharded_weights_load(tiny_copy: Path, tiny_engine: PipelineEngine) -> N
         PipelineEngine.from_folder(tiny_copy, device="cpu")
 
 
+@pytest.mark.parametrize("shards", ["10GB", "40KB"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_a_folder_with_files_of_a_variant_alone(tmp_path: Path, name: str, shards: str) -> None:
+    pipe = tiny_pipelines.make(name).to(torch.float16)
+    pipe.save_pretrained(tmp_path, variant="fp16", max_shard_size=shards)
+    part = "unet" if name == "sdxl" else "transformer"
+    files = sorted(file.name for file in (tmp_path / part).glob("*.safetensors"))
+    assert files
+    assert all("fp16" in file for file in files)
+    # The list of the plain shards comes along where all .json files are downloaded.
+    shards_of = {"weight_map": {"conv_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    (tmp_path / part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(shards_of))
+    loaded = load_pipeline(tmp_path, device="cpu", dtype="float16")
+    for each in (part, "vae", "text_encoder"):
+        ours, theirs = getattr(loaded, each).state_dict(), getattr(pipe, each).state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    (tmp_path / part / files[-1]).unlink()
+    with pytest.raises(MrFlowError, match=r"lacks .*diffusion_pytorch_model-00001-of-00002\.safetensors"):
+        load_pipeline(tmp_path, device="cpu")
+
+
 def _drop(name: str) -> Any:
     def damage(folder: Path) -> None:
         target = folder / name

@@ -92,7 +92,9 @@ def test_a_network_alone_takes_the_other_parts_from_the_folder(folder: Path, che
 
 @pytest.mark.usefixtures("offline")
 def test_the_folder_beside_a_file_describes_it(folder: Path, checkpoint: Path) -> None:
-    with pytest.raises(MrFlowError, match=r"a single file, which lacks the settings of its pipeline.*--model-config"):
+    with pytest.raises(
+        MrFlowError, match=r"a single file of Z-Image, which lacks the settings of its pipeline.*--model-config"
+    ):
         check_model(checkpoint)
     shutil.copytree(folder, checkpoint.with_suffix(""))
     assert check_model(checkpoint)["_class_name"] == "ZImagePipeline"
@@ -113,20 +115,20 @@ def test_what_a_file_cannot_be(folder: Path, checkpoint: Path, tmp_path: Path) -
     assert "does not exist" in said(tmp_path / "absent.safetensors")
     pickled = tmp_path / "model.ckpt"
     pickled.write_bytes(b"PK")
-    assert "not a .safetensors file; convert it" in said(pickled)
+    assert "does not end in .safetensors; convert it" in said(pickled)
     assert "has no model_index.json" in said(checkpoint, tmp_path / "nowhere")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(checkpoint.read_bytes()[:-64])
     assert "cannot be read" in said(broken)
     other = tmp_path / "other.safetensors"
     save_file({"model.diffusion_model.a": torch.zeros(2**20)}, other)
-    assert "not a checkpoint of ZImagePipeline" in said(other)
+    assert "holds 1,048,576 weights of the transformer" in said(other)
     small = tmp_path / "small.safetensors"
     save_file({"model.diffusion_model.a": torch.zeros(4)}, small)
     assert "holds 4 weights" in said(small) or "more layers" in said(small)
     lean = Path(shutil.copytree(folder, tmp_path / "lean"))
     (lean / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "holds the network alone" in said(checkpoint, lean)
+    assert "holds no vae, and" in said(checkpoint, lean)
     (lean / "vae" / "evil.py").write_text("raise SystemExit('ran')")
     assert "holds code (vae/evil.py)" in said(checkpoint, lean)
 

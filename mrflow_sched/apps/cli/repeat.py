@@ -127,9 +127,9 @@ def check_weights(model: ModelChoices, file: Path | None, record: RunRecord) -> 
         MrFlowError: The weights are others than those of the record.
     """
     from mrflow_sched import demo
-    from mrflow_sched.engines.diffusers.files import folder_fingerprint
+    from mrflow_sched.engines.diffusers.folder import model_fingerprint
 
-    if folder_fingerprint(model.model or demo.weights_path()) != record.model_fingerprint:
+    if model_fingerprint(model.model or demo.weights_path(), model.config) != record.model_fingerprint:
         raise MrFlowError(
             f"the image was made with other weights of {record.model!r} than those found; "
             "give --model the folder that it was made with."

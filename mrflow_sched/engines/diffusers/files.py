@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,7 @@ __all__ = [
     "read_object",
     "refuse",
     "tensor_shapes",
+    "variant_of",
     "weights_of",
 ]
 
@@ -47,6 +48,9 @@ _LARGEST_TEXT = 256 * 2**20
 
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 """How both libraries name weight files."""
+
+_VARIANTS = ("fp16", "bf16")
+"""Marks of weight files that repositories hold beside the plain ones, or instead of them."""
 
 _CODE = (".py", ".pyc", ".pyw", ".pyd", ".so", ".dll", ".dylib")
 _TABLES = ("tokenizer.json", "vocab.json")
@@ -323,7 +327,7 @@ def weights_of(folder: Path, name: str, stem: str) -> Weights:
         MrFlowError: A file that is not safetensors, is cut, or lacks a tensor that the list of shards puts in it.
     """
     numbers, tensors = 0, 0
-    placed = _placed(folder, folder / name, stem)
+    placed = _placed(folder, folder / name, stem, variant_of(folder, name, stem))
     for file in _weight_files(folder, folder / name, stem):
         try:
             shapes = tensor_shapes(file)
@@ -353,17 +357,45 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
 
 
+def variant_of(folder: Path, name: str, stem: str) -> str | None:
+    """The mark of a part's weight files, where those without one are not all there.
+
+    Args:
+        folder: The model's.
+        name: Of the part.
+        stem: Of the files, by the library that reads them.
+
+    Returns:
+        "fp16" or "bf16", as loaders take it; None where files without a mark will do, or none are complete.
+
+    Raises:
+        MrFlowError: A list of shards that cannot be read or names a file outside the part.
+    """
+    for each in (None, *_VARIANTS):
+        if all(file.is_file() for file in _files_of_variant(folder, folder / name, stem, each)):
+            return each
+    return None
+
+
 def _weight_files(folder: Path, part: Path, stem: str) -> list[Path]:
     """The files that hold a part's weights: its shards where it lists them, else the one that there must be."""
-    single = part / f"{stem}.safetensors"
+    return _files_of_variant(folder, part, stem, variant_of(folder, part.name, stem))
+
+
+def _files_of_variant(folder: Path, part: Path, stem: str, variant: str | None) -> list[Path]:
+    single = part / f"{stem}{_mark(variant)}.safetensors"
     if stem == TRANSFORMERS_STEM and single.is_file():  # diffusers looks for the list first
         return [single]
-    return [part / shard for shard in sorted(set(_placed(folder, part, stem).values()))] or [single]
+    return [part / shard for shard in sorted(set(_placed(folder, part, stem, variant).values()))] or [single]
 
 
-def _placed(folder: Path, part: Path, stem: str) -> dict[str, str]:
+def _mark(variant: str | None) -> str:
+    return "" if variant is None else f".{variant}"
+
+
+def _placed(folder: Path, part: Path, stem: str, variant: str | None) -> dict[str, str]:
     """In which file a part's list of shards puts each tensor; empty without a list."""
-    file = part / f"{stem}.safetensors.index.json"
+    file = part / f"{stem}.safetensors.index{_mark(variant)}.json"
     if not file.is_file():
         return {}
     listed = read_object(folder, file).get("weight_map")
@@ -383,7 +415,7 @@ def _placed(folder: Path, part: Path, stem: str) -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------------- fingerprint
 
 
-def folder_fingerprint(folder: str | Path) -> str:
+def folder_fingerprint(folder: str | Path, without: Collection[str] = ()) -> str:
     """A fingerprint that changes with the configuration or weights of a folder's parts, without reading gigabytes.
 
     Hashes every .json and .txt whole and, of each .safetensors, its size, first and last 64 KiB. Parts are the folders
@@ -391,6 +423,7 @@ def folder_fingerprint(folder: str | Path) -> str:
 
     Args:
         folder: The folder that holds model_index.json, or a single file.
+        without: Parts of the folder that do not count.
 
     Returns:
         16 hexadecimal digits (SHA-256, shortened).
@@ -402,7 +435,7 @@ def folder_fingerprint(folder: str | Path) -> str:
     if root.is_file():
         _add_file(digest, "", root)
         return digest.hexdigest()[:16]
-    there = set(part_names(read_index(root))) - {"scheduler"}
+    there = set(part_names(read_index(root))) - {"scheduler", *without}
     for part in (*(name for name in _PRINTED if name in there), *sorted(there - set(_PRINTED))):
         for file in sorted(
             path for path in (root / part).glob("*") if path.suffix in (".json", ".txt", ".safetensors")

@@ -6,6 +6,7 @@ Python of a folder is run, whatever its model_index.json names.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 
 from mrflow_sched._runtime.device import has_bfloat16, resolve_device
 from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
+from mrflow_sched.engines.diffusers.checkpoint import read_checkpoint
 from mrflow_sched.engines.diffusers.files import (
     check_files,
+    folder_fingerprint,
     missing_files,
     part_names,
     read_index,
@@ -36,13 +39,15 @@ from mrflow_sched.engines.diffusers.parts import (
     stem_of,
 )
 from mrflow_sched.engines.diffusers.single_file import (
+    as_trained,
     check_single_file,
     config_folder,
+    held_parts,
     is_single_file,
     load_single_file,
 )
 
-__all__ = ["check_model", "load_pipeline", "read_layout", "resolve_dtype"]
+__all__ = ["check_model", "load_pipeline", "model_fingerprint", "read_layout", "resolve_dtype"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FAMILY = "_mrflow_family"
@@ -146,7 +151,8 @@ def read_layout(path: str | Path, family: str | None = None, *, config: str | Pa
     Raises:
         MrFlowError: A folder that holds no supported pipeline, or would run code.
     """
-    folder = config_folder(Path(path), config) if is_single_file(Path(path)) else Path(path)
+    alone = is_single_file(Path(path))
+    folder = config_folder(Path(path), config) if alone else Path(path)
     index = read_index(folder)
     check_files(folder, index)
     check_from_text(pipeline_class(folder, index))
@@ -154,9 +160,33 @@ def read_layout(path: str | Path, family: str | None = None, *, config: str | Pa
     def build(name: str, kind: Any) -> Any:
         if not hasattr(kind, "load_config"):  # a part of transformers: a text encoder, a tokenizer
             return None
-        return skeleton(folder, name, kind, None) if is_model(kind) else load_part(folder, name, kind, None)
+        if is_model(kind):
+            return skeleton(folder, name, kind, None)
+        part = load_part(folder, name, kind, None)
+        return as_trained(part, read_checkpoint(Path(path))) if alone and name == "scheduler" else part
 
     return find_layout(_assembled(folder, index, build), family or (str(index[_FAMILY]) if _FAMILY in index else None))
+
+
+def model_fingerprint(path: str | Path, config: str | Path | None = None) -> str:
+    """A fingerprint of all weights and settings that a model is loaded from, as `folder_fingerprint` makes it.
+
+    Args:
+        path: The folder that holds model_index.json, or a single-file checkpoint.
+        config: For a single file: as in `config_folder`.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        MrFlowError: There is no such model.
+    """
+    model = Path(path)
+    if not is_single_file(model):
+        return folder_fingerprint(model)
+    folder = config_folder(model, config)
+    prints = folder_fingerprint(model) + folder_fingerprint(folder, held_parts(model, folder))
+    return hashlib.sha256(prints.encode()).hexdigest()[:16]
 
 
 def _assembled(folder: Path, index: Mapping[str, Any], part: Callable[[str, Any], Any]) -> Any:

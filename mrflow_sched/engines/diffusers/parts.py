@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
-from mrflow_sched.engines.diffusers.files import DIFFUSERS_STEM, TRANSFORMERS_STEM, Weights, refuse
+from mrflow_sched.engines.diffusers.files import DIFFUSERS_STEM, TRANSFORMERS_STEM, Weights, refuse, variant_of
 
 __all__ = [
     "check_size",
@@ -124,6 +124,7 @@ def load_part(folder: Path, name: str, kind: Any, dtype: torch.dtype | None) -> 
     more: dict[str, Any] = {}
     if is_model(kind):
         more = {"use_safetensors": True, "output_loading_info": True, dtype_argument(_library_of(kind)): dtype}
+        more["variant"] = variant_of(folder, name, stem_of(kind))
     try:
         loaded = kind.from_pretrained(folder / name, local_files_only=True, **more)
     except Exception as error:  # whatever a reader of a damaged file may raise: several libraries are involved

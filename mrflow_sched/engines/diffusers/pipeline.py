@@ -27,8 +27,7 @@ from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched._runtime.memory import callers_own
 from mrflow_sched.engines.diffusers.compiled import COMPILE_STEPS, NetworkCompiler
-from mrflow_sched.engines.diffusers.files import folder_fingerprint
-from mrflow_sched.engines.diffusers.folder import load_pipeline
+from mrflow_sched.engines.diffusers.folder import load_pipeline, model_fingerprint
 from mrflow_sched.engines.diffusers.layouts import Layout, find_layout
 from mrflow_sched.engines.diffusers.layouts.base import SCALE_ARGUMENTS, parameter_names
 from mrflow_sched.engines.diffusers.layouts.shift import sampler_note
@@ -180,7 +179,7 @@ class PipelineEngine:
         pipe = load_pipeline(path, device=device, dtype=dtype, offload=offload, config=config)
         pipe.set_progress_bar_config(disable=True)
         model = Path(path)
-        return cls(pipe, family=family, name=model.resolve().name, fingerprint=folder_fingerprint(model))
+        return cls(pipe, family=family, name=model.resolve().name, fingerprint=model_fingerprint(model, config))
 
     @property
     def capabilities(self) -> Capabilities:
