@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mrflow_sched import MrFlow
+from mrflow_sched import MrFlow, ShiftRule
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers import single_file
 from mrflow_sched.engines.diffusers.folder import check_model, load_pipeline, model_fingerprint, read_layout
@@ -294,6 +294,25 @@ def test_marks_of_v_prediction_and_zero_snr_are_heeded(
     assert find_layout(pipe).family == family
 
 
+def test_an_edm_model_says_its_noise(models: Path, tmp_path: Path) -> None:
+    ends = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
+    file = changed(models, "sdxl", tmp_path / "cosxl.safetensors", lambda table: table | ends)
+    family = read_layout(file, config=models / "sdxl-settings").family
+    assert (family.prediction, family.shift.kind) == ("v", "edm")
+    assert (family.shift.sigma_max, family.shift.rho) == (120.0, None)
+    pipe = loaded(file, models / "sdxl-settings")
+    assert find_layout(pipe).family == family
+    shutil.copytree(models / "sdxl-settings", tmp_path / "playground")
+    played = tmp_path / "playground" / "scheduler" / "scheduler_config.json"
+    played.write_text(json.dumps({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}))
+    index = tmp_path / "playground" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": ["diffusers", "EDMEulerScheduler"]}))
+    marks = {"edm_mean": torch.ones(4), "edm_std": torch.ones(4)}
+    file = changed(models, "sdxl", tmp_path / "played.safetensors", lambda table: table | marks)
+    pipe = loaded(file, tmp_path / "playground")
+    assert find_layout(pipe).family.shift == ShiftRule("edm", sigma_max=160.0, sigma_min=0.004, rho=7.0)
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -363,7 +382,8 @@ def test_text_encoders_under_unread_names(models: Path, tmp_path: Path) -> None:
         ({"scaled_fp8": torch.zeros(2)}, "quantised"),
         ({"model.diffusion_model.out.2.scale_weight": torch.ones(1)}, "quantised"),
         ({"model.diffusion_model.out.2.weight": torch.ones(4, 9, dtype=torch.uint8)}, "quantised"),
-        ({"edm_vpred.sigma_max": torch.ones(1)}, "EDM"),
+        ({"edm_mean": torch.ones(4), "edm_std": torch.ones(4)}, "an EDM model such as Playground 2.5; give the config"),
+        ({"edm_vpred.sigma_max": torch.ones(3), "edm_vpred.sigma_min": torch.ones(1)}, "one number each"),
         ({"lora_unet_mid_block.lora_up.weight": torch.ones(1)}, "a LoRA"),
         ({"control_model.time_embed.0.weight": torch.ones(1)}, "a ControlNet"),
     ],

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+from safetensors import safe_open
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
 from mrflow_sched.engines.diffusers.files import Weights, tensor_shapes
@@ -136,11 +138,6 @@ _OTHERS = (
         "the refiner of Stable Diffusion XL, which starts from an image",
         "give the base model",
     ),
-    _Other(
-        r"^edm_",
-        "a model that is told its noise in another way (EDM)",
-        "no plan can follow that, use it by itself",
-    ),
 )
 _OTHERS_WITHOUT_NETWORK = (
     _Other(
@@ -182,6 +179,26 @@ class Checkpoint:
     def zero_snr(self) -> bool:
         """Whether its author marked it as trained with zero terminal signal-to-noise ratio."""
         return "ztsnr" in self.shapes
+
+    @property
+    def edm_ends(self) -> tuple[float, float] | None:
+        """Least and largest noise of an EDM model that says them (CosXL); None: it says none.
+
+        Raises:
+            MrFlowError: They are no numbers.
+        """
+        names = ("edm_vpred.sigma_min", "edm_vpred.sigma_max")
+        if not self.shapes.keys() >= set(names):
+            return None
+        if any(math.prod(self.shapes[name]) != 1 for name in names):
+            raise MrFlowError(f"model is {named(self.file)}, whose {' and '.join(names)} must be one number each.")
+        with cast("Any", safe_open)(self.file, "pt") as stored:  # its types are partial
+            return float(stored.get_tensor(names[0])), float(stored.get_tensor(names[1]))
+
+    @property
+    def edm(self) -> bool:
+        """Whether its author marked it as an EDM model (Playground 2.5, CosXL)."""
+        return any(key.startswith("edm_") for key in self.shapes)
 
     @property
     def whole(self) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
 from mrflow_sched.engines.diffusers.checkpoint import Checkpoint, named, read_checkpoint
@@ -261,8 +262,19 @@ def as_trained(scheduler: Any, checkpoint: Checkpoint) -> Any:
         checkpoint: The file.
 
     Returns:
-        A scheduler of the same class.
+        A scheduler of the same class, or of an EDM model.
+
+    Raises:
+        MrFlowError: It is an EDM model that does not say its noise, and `scheduler` is none of such models.
     """
+    if checkpoint.edm and scheduler.config.get("sigma_data") is None:
+        if checkpoint.edm_ends is None:
+            raise MrFlowError(
+                f"model is {named(checkpoint.file)}, an EDM model such as Playground 2.5; give the config of its own "
+                "diffusers folder (for example: hf download playgroundai/playground-v2.5-1024px-aesthetic)."
+            )
+        low, high = checkpoint.edm_ends
+        return EDMEulerScheduler(low, high, 1.0, "exponential", prediction_type="v_prediction")
     said: dict[str, Any] = {"prediction_type": "v_prediction"} if checkpoint.v_prediction else {}
     if checkpoint.zero_snr:
         said["rescale_betas_zero_snr"] = True
