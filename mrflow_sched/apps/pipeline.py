@@ -35,9 +35,9 @@ from mrflow_sched.images.convert import from_pictures, to_pil
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.notes import image_notes
 from mrflow_sched.plan.options import CallOptions
-from mrflow_sched.plan.sizes import fit_box, size_step
+from mrflow_sched.plan.sizes import size_step
 from mrflow_sched.sampler import sample_staged
-from mrflow_sched.upscaling.lanczos import resize_lanczos
+from mrflow_sched.upscaling.fit import fit_like
 from mrflow_sched.upscaling.load import load_upscaler
 from mrflow_sched.upscaling.model import ModelUpscaler
 from mrflow_sched.upscaling.role import check_upscaler
@@ -478,7 +478,9 @@ def _formatted(result: StagedResult, alpha: Tensor | None, output_type: str, eng
         return engine.layout.pack(latents).to(engine.dtype)
     images = engine.finish(result.images.nan_to_num())
     if alpha is not None:
-        images = torch.cat([images, _fit(alpha.to(images), images, result.plan).expand(len(images), -1, -1, -1)], dim=1)
+        images = torch.cat(
+            [images, fit_like(alpha.to(images), images, result.plan).expand(len(images), -1, -1, -1)], dim=1
+        )
     if output_type == "pt":
         return images
     if output_type == "np":
@@ -494,14 +496,3 @@ def _on_grid(result: StagedResult) -> Tensor:
         return images
     edges = (columns.start, plan.width - columns.stop, rows.start, plan.height - rows.stop)
     return torch.nn.functional.pad(images, edges, mode="replicate")
-
-
-def _fit(channel: Tensor, images: Tensor, plan: StagedPlan) -> Tensor:
-    """`channel` resized as the images were: filled and cropped at the centre, never stretched."""
-    area = plan.asked_area
-    height, width = images.shape[-2:]
-    final = (height, width) == tuple(side.stop - side.start for side in area)
-    width, height = (plan.width, plan.height) if final else (width, height)
-    wide, high, left, top = fit_box(channel.shape[-1], channel.shape[-2], width, height)
-    fitted = resize_lanczos(channel, wide, high)[..., top : top + height, left : left + width].clamp(0, 1)
-    return fitted[(..., *area)] if final else fitted

@@ -87,15 +87,15 @@ def to_8_bit(image: Tensor) -> Tensor:
     """An image as 8-bit values on the CPU, rounded to the nearest value.
 
     Args:
-        image: (3, H, W) float; values outside [0, 1] are clamped.
+        image: (3, H, W) or, with alpha, (4, H, W) float; values outside [0, 1] are clamped.
 
     Returns:
-        (H, W, 3) uint8.
+        (H, W, 3) or (H, W, 4) uint8.
 
     Raises:
         MrFlowError: `image` has another shape or dtype, or contains NaN or infinity.
     """
-    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape or not image.is_floating_point():
+    if image.ndim != 3 or image.shape[0] not in (3, 4) or 0 in image.shape or not image.is_floating_point():
         raise MrFlowError(f"image must be a float tensor (3, H, W), got {image.dtype} of shape {tuple(image.shape)}.")
     exact = image.detach().float()
     if not bool(exact.isfinite().all()):

@@ -27,14 +27,14 @@ _HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header,
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str] | None = None) -> None:
-    """Write an image as an 8-bit RGB PNG. The file appears whole or not at all.
+    """Write an image as an 8-bit PNG. The file appears whole or not at all.
 
     Values are rounded to the nearest of 256, not truncated, so the mean brightness does not fall by half a step. The
     file is written beside its target and renamed.
 
     Args:
         path: The file to write; an older file there is replaced.
-        image: (3, H, W), float in [0, 1]; values outside are clamped.
+        image: (3, H, W) or, with alpha, (4, H, W), float in [0, 1]; values outside are clamped.
         text: PNG text chunks, keyword -> text (any Unicode; keywords of 1 to 79 Latin-1 letters, as PNG requires).
 
     Raises:
@@ -66,7 +66,7 @@ def save_new(
     Args:
         folder: An existing folder.
         stem: Name of the file without suffix.
-        image: (3, H, W), float in [0, 1]; values outside are clamped.
+        image: (3, H, W) or, with alpha and no JPEG, (4, H, W), float in [0, 1]; values outside are clamped.
         text: As in `save_png`.
         suffix: ".png", ".jpg", ".jpeg" or ".webp", which decides the format (`formats.encode`). Ask
             `formats.check_writable` before a long run whether the format can hold the size.
@@ -218,8 +218,9 @@ def _opened(file: BinaryIO, path: str | os.PathLike[str], *, own: bool = False) 
 
 def _encoded(image: Tensor, suffix: str, text: Mapping[str, str] | None) -> bytes:
     pixels = to_8_bit(image)
-    height, width = pixels.shape[:2]
-    return encode(Image.frombytes("RGB", (width, height), pixels.numpy().tobytes()), suffix, text or {})
+    height, width, channels = pixels.shape
+    mode = "RGB" if channels == 3 else "RGBA"
+    return encode(Image.frombytes(mode, (width, height), pixels.numpy().tobytes()), suffix, text or {})
 
 
 def _refuse_write(target: Path, error: OSError) -> NoReturn:

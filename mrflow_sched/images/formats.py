@@ -39,6 +39,9 @@ BYTES_PER_PIXEL = 24
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """Endings of the files that can be written."""
 
+OPAQUE = (".jpg", ".jpeg")
+"""Those of them that hold no transparency."""
+
 _READERS: tuple[tuple[tuple[bytes, ...], Callable[[BinaryIO], ImageFile.ImageFile]], ...] = (
     ((b"\x89PNG\r\n\x1a\n",), PngImagePlugin.PngImageFile),
     ((b"\xff\xd8\xff",), JpegImagePlugin.JpegImageFile),
@@ -141,7 +144,7 @@ def encode(image: Image.Image, suffix: str, text: Mapping[str, str]) -> bytes:
     in EXIF's UserComment too, where other programs look for it.
 
     Args:
-        image: An RGB image.
+        image: An RGB image, or RGBA where the format is none of `OPAQUE`.
         suffix: One of `SUFFIXES`.
         text: Keyword -> text; keywords of 1 to 79 printable Latin-1 letters.
 
@@ -152,6 +155,8 @@ def encode(image: Image.Image, suffix: str, text: Mapping[str, str]) -> bytes:
         MrFlowError: A keyword is not as above, or the format cannot hold the image.
     """
     check_writable(suffix, *image.size)
+    if suffix in OPAQUE and image.mode == "RGBA":
+        raise MrFlowError(f"a {suffix} file holds no transparency; use .png or .webp, or leave alpha out.")
     for keyword in text:
         if not 1 <= len(keyword) <= 79 or not all(" " <= letter <= "ÿ" for letter in keyword):
             raise MrFlowError(f"text has the keyword {quoted(keyword)}; PNG allows 1 to 79 printable Latin-1 letters.")

@@ -26,14 +26,16 @@ def parameters_text(record: RunRecord) -> str:
         record: How the image was made.
 
     Returns:
-        The prompt; a line "Negative prompt: ..." where there is one; and a line with steps and solver of stage 1,
-        guidance, the seed that makes this image alone, the final size, the model's name and what MrFlow did.
+        The prompt; a line "Negative prompt: ..." where there is one; and a line with steps, solver and guidance of the
+        first stage that ran, the seed that makes this image alone, the final size, the model's name, the image that the
+        run started from with the fraction of noise that it was given, and what MrFlow did.
 
     Raises:
         MrFlowError: The record's plan cannot be read.
     """
     plan = StagedPlan.from_string(record.plan)
-    first = plan.stages[0]
+    enlarged = record.start is not None and record.strength is None
+    first, *later = plan.stages[enlarged:] or plan.stages
     values = {
         "Steps": str(first.steps),
         "Sampler": SOLVERS[first.solver].title if first.solver in SOLVERS else first.solver,
@@ -42,9 +44,13 @@ def parameters_text(record: RunRecord) -> str:
         "Size": f"{plan.requested_width}x{plan.requested_height}",
         "Model": PureWindowsPath(PurePosixPath(record.model).name).name,
     }
+    if record.start is not None:
+        values["Denoising strength"] = f"{first.start_sigma if record.strength is None else record.strength:g}"
+        values["Source image"] = record.start
+    if later:
+        values["Refine steps"] = "+".join(str(stage.steps) for stage in later)
+        values["Refine sigma"] = " ".join(f"{stage.start_sigma:g}" for stage in later)
     if len(plan.stages) > 1:
-        values["Refine steps"] = "+".join(str(stage.steps) for stage in plan.stages[1:])
-        values["Refine sigma"] = " ".join(f"{stage.start_sigma:g}" for stage in plan.stages[1:])
         values["Upscaler"] = record.upscaler
     if "mrflow-sched" in record.versions:
         values["Version"] = f"mrflow-sched {record.versions['mrflow-sched']}"

@@ -12,6 +12,7 @@ from mrflow_sched._runtime.cancel import Cancel, Warn, ignore, stop_if
 from mrflow_sched._runtime.errors import shown
 from mrflow_sched._runtime.memory import free_memory, is_memory_error
 from mrflow_sched.plan.sizes import fit_box
+from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.upscaling.lanczos import LanczosUpscaler, resize_lanczos
 from mrflow_sched.upscaling.model import ModelUpscaler
 from mrflow_sched.upscaling.role import PixelUpscaler, check_images, check_result, check_upscaler
@@ -80,6 +81,26 @@ def upscale_to(
             result = _apply(upscaler, result, cancel, say)
         result = _resize_bicubic(result, wide, high)
     return result[..., top : top + height, left : left + width].clamp(0, 1).contiguous()
+
+
+def fit_like(channel: Tensor, images: Tensor, plan: StagedPlan) -> Tensor:
+    """Another channel of an image that a run started from, resized as the run's images were.
+
+    Args:
+        channel: (B, 1, h, w) float in [0, 1], at the size of the image that was given.
+        images: (B, 3, H, W), what came out: of the size that was asked for, or of an earlier stage.
+        plan: The run's plan.
+
+    Returns:
+        (B, 1, H, W) in [0, 1]: filled and cropped at the centre, never stretched.
+    """
+    area = plan.asked_area
+    height, width = images.shape[-2:]
+    final = (height, width) == tuple(side.stop - side.start for side in area)
+    width, height = (plan.width, plan.height) if final else (width, height)
+    wide, high, left, top = fit_box(channel.shape[-1], channel.shape[-2], width, height)
+    fitted = resize_lanczos(channel, wide, high)[..., top : top + height, left : left + width].clamp(0, 1)
+    return fitted[(..., *area)] if final else fitted
 
 
 def _apply(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None, say: Warn) -> Tensor:

@@ -78,7 +78,7 @@ def test_keywords_that_png_does_not_allow(tmp_path: Path, keyword: str) -> None:
     [
         torch.zeros(4, 4),
         torch.zeros(1, 3, 4, 4),
-        torch.zeros(4, 4, 3),
+        torch.zeros(5, 4, 3),
         torch.zeros(3, 0, 4),
         torch.zeros(3, 4, 4, dtype=torch.uint8),
     ],
@@ -86,6 +86,17 @@ def test_keywords_that_png_does_not_allow(tmp_path: Path, keyword: str) -> None:
 def test_what_is_no_image_is_refused(tmp_path: Path, image: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="image must be a float tensor"):
         save_png(tmp_path / "a.png", image)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+def test_transparency_is_written_where_the_format_holds_it(tmp_path: Path, suffix: str) -> None:
+    image = torch.linspace(0, 1, 4 * 6 * 5).reshape(4, 6, 5)
+    if suffix == ".jpg":
+        with pytest.raises(ValueError, match=r"a \.jpg file holds no transparency; use \.png"):
+            save_new(tmp_path, "a", image, None, suffix)
+        return
+    path = save_new(tmp_path, "a", image, None, suffix)
+    torch.testing.assert_close(load_image(path, alpha=True), (image * 255).round() / 255)
 
 
 def test_values_that_are_not_numbers_are_refused(tmp_path: Path) -> None:

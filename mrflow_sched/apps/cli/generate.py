@@ -45,7 +45,7 @@ from mrflow_sched.apps.cli.options import (
 )
 from mrflow_sched.apps.cli.parsing import number_option, path_option, prompt_option, text_option, whole_number
 from mrflow_sched.apps.cli.repeat import check_weights, recorded_loras, repeated_job, say_differences
-from mrflow_sched.apps.cli.results import Results, check_format
+from mrflow_sched.apps.cli.results import Results, check_format, holds_alpha
 from mrflow_sched.apps.cli.stopping import Stop, Stopped, current
 from mrflow_sched.images.record import MAX_BATCH
 from mrflow_sched.plan.options import OPTIONS
@@ -313,6 +313,8 @@ def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> Non
         if source is not None:
             say_differences(source, record)
         say_new(jobs[0].notes, results.notes)
+        if jobs[0].start is not None and jobs[0].start.alpha is not None and not holds_alpha(request.suffix):
+            say_new((f"{request.suffix} holds no transparency, so that of the image is lost; use png.",), results.notes)
         with current().keeping() as stop, progress_bar(output.progress) as bar:
             for number, job in enumerate(jobs, 1):
                 name = "" if len(jobs) == 1 else f"{number} of {len(jobs)}"

@@ -30,12 +30,14 @@ class StartImage:
         sha256: Hash of the file.
         pixels: (3, H, W), float32 in [0, 1].
         strength: The sigma at which stage 1 starts from it; None: it takes the place of stage 1.
+        alpha: (1, H, W), its transparency, where it has some; the colours that it hides are filled in.
     """
 
     file: Path
     sha256: str
     pixels: Tensor
     strength: float | None
+    alpha: Tensor | None = None
 
     def size(self, factor: float) -> tuple[int, int]:
         """The size of the final image where none was asked for.
@@ -80,10 +82,11 @@ def read_start(file: Path, strength: float | None) -> StartImage:
         raise MrFlowError(
             f"--strength is {strength:g}; give a number above 0 and at most 1: the sigma at which stage 1 starts."
         )
+    from mrflow_sched.images.alpha import split_alpha
     from mrflow_sched.images.files import load_image
 
-    pixels = load_image(file, warn=say)
-    return StartImage(file, hash_of(file), pixels, strength)
+    pixels, alpha = split_alpha(load_image(file, warn=say, alpha=True)[None])
+    return StartImage(file, hash_of(file), pixels[0], strength, None if alpha is None else alpha[0])
 
 
 def read_prompts(file: Path) -> tuple[str, ...]:

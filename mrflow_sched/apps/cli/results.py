@@ -118,7 +118,8 @@ class Results:
         seed, number = job.plan.seed + record.image, record.image
         stem = f"mrflow-{seed}{'-unfinished' if record.unfinished else ''}"
         text = {PARAMETERS: parameters_text(record), KEY: record.to_json()}
-        path = self._put(folder, stem, suffix, _one(result.images, number), text)
+        image = _with_alpha(_one(result.images, number), job, suffix)
+        path = self._put(folder, stem, suffix, image, text)
         stages: list[Path | None] = []
         for step, stage in enumerate(result.stages, 1):
             name = re.sub(r"[^a-z0-9]+", "-", stage.name.lower()).strip("-")
@@ -170,6 +171,31 @@ class Results:
 
 def _one(images: Tensor, number: int) -> Tensor:
     return images if images.ndim == 3 else images[number]
+
+
+def _with_alpha(image: Tensor, job: Job, suffix: str) -> Tensor:
+    """An image with the transparency of the one that the run started from, where the format holds it."""
+    if job.start is None or job.start.alpha is None or not holds_alpha(suffix):
+        return image
+    import torch
+
+    from mrflow_sched.upscaling.fit import fit_like
+
+    return torch.cat([image, fit_like(job.start.alpha[None].to(image), image[None], job.plan)[0]])
+
+
+def holds_alpha(suffix: str) -> bool:
+    """Whether the files of a format can be transparent.
+
+    Args:
+        suffix: Ending of the files.
+
+    Returns:
+        False for JPEG.
+    """
+    from mrflow_sched.images.formats import OPAQUE
+
+    return suffix not in OPAQUE
 
 
 def check_format(suffix: str, plan: StagedPlan) -> None:

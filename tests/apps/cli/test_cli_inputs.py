@@ -65,6 +65,43 @@ def test_an_image_is_upscaled_and_its_run_repeats_with_that_file_alone(
     assert record_of(out.strip()) == record
 
 
+def test_a_transparent_image_stays_transparent(mrflow: Any, tmp_path: Path) -> None:
+    values = np.zeros((16, 24, 4), np.uint8)
+    values[:, :12] = (200, 40, 40, 255)  # opaque on the left; black that nobody sees on the right
+    Image.fromarray(values).save(tmp_path / "cut.png")
+    words = ("a star", "--image", str(tmp_path / "cut.png"), "--refine-steps", "0", *DEVICE)
+    code, out, err = mrflow("generate", *words, "--out", str(tmp_path / "o"))
+    assert (code, "transparency" in err) == (0, False)
+    made = np.asarray(Image.open(out.strip())).astype(int)
+    assert made.shape == (32, 48, 4)
+    assert made[:, :22, 3].min() > 240
+    assert made[:, 26:, 3].max() < 16
+    assert made[:, 26:, 0].min() > 100  # no black behind the edge
+    again = mrflow("generate", "--from", out.strip(), "--image", words[2], "--out", str(tmp_path / "again"))[1].strip()
+    assert np.array_equal(np.asarray(Image.open(again)), np.asarray(Image.open(out.strip())))
+    code, out, err = mrflow("generate", *words, "--format", "jpg", "--out", str(tmp_path / "j"))
+    assert (code, Image.open(out.strip()).mode) == (0, "RGB")
+    assert ".jpg holds no transparency" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--refine-steps", "2", "--sigma", "0.1"), "Steps: 2, "),
+        (("--strength", "0.4", "--low-steps", "3"), "Steps: 3, "),
+    ],
+)
+def test_the_parameters_text_says_what_was_done_with_an_image(
+    mrflow: Any, tmp_path: Path, start: Path, options: tuple[str, ...], said: str
+) -> None:
+    out = mrflow("generate", "a star", "--image", str(start), *options, *DEVICE, "--out", str(tmp_path / "o"))[1]
+    line = read_text(out.strip())["parameters"].splitlines()[-1]
+    assert line.startswith(said)
+    assert f"Denoising strength: {options[1] if options[0] == '--strength' else options[3]}" in line
+    assert "Source image: start.png" in line
+    assert ("Refine steps" in line) == (options[0] == "--strength")
+
+
 def test_strength_starts_stage_1_from_the_image_at_its_own_size(mrflow: Any, tmp_path: Path, start: Path) -> None:
     words = ("a star", "--image", str(start), "--strength", "0.4", "--low-steps", "3", *DEVICE)
     code, out, _ = mrflow("generate", *words, "--out", str(tmp_path / "o"))
