@@ -25,9 +25,11 @@ from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.asked import prompts_of, refine_texts, seeds_of, texts_of
+from mrflow_sched.engines.diffusers.arguments import check_arguments
 from mrflow_sched.engines.diffusers.compiled import NetworkCompiler
 from mrflow_sched.engines.diffusers.folder import load_pipeline
 from mrflow_sched.engines.diffusers.layouts import find_layout
+from mrflow_sched.engines.diffusers.layouts.base import parameter_names
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.engines.diffusers.view import HINT
 from mrflow_sched.images.alpha import split_alpha
@@ -69,6 +71,11 @@ _DECIDED = {
     "num_inference_steps": "low_steps and refine_steps",
     "sigmas": "low_steps, refine_steps and sigma",
     "timesteps": "low_steps, refine_steps and sigma",
+    "denoising_end": "low_steps and refine_steps",
+    "denoising_start": "image with strength to start from an image",
+    "intermediate_timesteps": "low_steps, refine_steps and sigma",
+    "max_timesteps": "low_steps, refine_steps and sigma",
+    "original_inference_steps": "low_steps and refine_steps",
     "latents": "seed, or image with strength to start from an image",
     "return_dict": "the images of what the call returns",
     "max_area": "width and height",
@@ -296,6 +303,7 @@ class MrFlow:
             arguments["callback_on_step_end"] = callback_on_step_end
         if callback_on_step_end_tensor_inputs is not None:
             arguments["callback_on_step_end_tensor_inputs"] = list(callback_on_step_end_tensor_inputs)
+        check_arguments(self.pipe, arguments)
         prompts = prompts_of(prompt, arguments, num_images_per_prompt)
         negatives = texts_of(negative_prompt, "negative_prompt", len(prompts), num_images_per_prompt)
         refine = refine_texts(refine_prompt, refine_negative_prompt, arguments, len(prompts), num_images_per_prompt)
@@ -396,10 +404,15 @@ class MrFlow:
                 )
         return numbers, arguments
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (copy, deepcopy, pickle) reads an upscaler's file anew: models of spandrel cannot be pickled.
+        return {**vars(self), "_upscaler": self._upscaler if self._load_upscaler is None else None}
+
     def _upscaler_on(self, device: torch.device) -> PixelUpscaler | None:
         """The upscaler; one that was read from a file moves with the pipeline."""
         loaded = self._upscaler
-        if self._load_upscaler is not None and isinstance(loaded, ModelUpscaler) and loaded.device.type != device.type:
+        elsewhere = isinstance(loaded, ModelUpscaler) and loaded.device.type != device.type
+        if self._load_upscaler is not None and (loaded is None or elsewhere):
             self._upscaler = self._load_upscaler(device)
         return self._upscaler
 
@@ -419,8 +432,10 @@ def _size(family: Family, width: int | None, height: int | None) -> tuple[int, i
 
 
 def _has_control(pipe: Any) -> bool:
-    """Whether a pipeline takes a control image: a ControlNet or a T2I-Adapter."""
-    return any(getattr(pipe, name, None) is not None for name in ("controlnet", "adapter"))
+    """Whether a pipeline takes a control image: FLUX Control, a ControlNet or a T2I-Adapter."""
+    return HINT in parameter_names(pipe.__call__) or any(
+        getattr(pipe, name, None) is not None for name in ("controlnet", "adapter")
+    )
 
 
 def _check_image(pipe: Any, image: Any, arguments: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import pickle
 import subprocess
 import sys
 import threading
@@ -134,11 +135,51 @@ def test_what_comes_back_beside_the_images(flux: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
+def test_a_scale_of_the_pipelines_call_is_a_number_of_any_kind(flux: Any) -> None:
+    if "true_cfg_scale" not in inspect.signature(type(flux).__call__).parameters:
+        pytest.skip("the installed diffusers has a FluxPipeline without true_cfg_scale")
+    plain = run(flux, negative_prompt="blue", true_cfg_scale=2.0).images
+    assert torch.equal(run(flux, negative_prompt="blue", true_cfg_scale=np.float64(2.0)).images, plain)
+    for value in ("3", float("nan"), [3], {"scale": 3}):
+        with pytest.raises(MrFlowError, match="true_cfg_scale must be a finite number, got "):
+            run(flux, negative_prompt="blue", true_cfg_scale=value)
+
+
+def test_flux_control_takes_its_hint_as_every_controlled_pipeline() -> None:
+    library = tiny_pipelines.diffusers()
+    if not hasattr(library, "FluxControlPipeline"):
+        pytest.skip("the installed diffusers has no FluxControlPipeline")
+    source = tiny_pipelines.make("flux1-dev")
+    config = dict(source.transformer.config)
+    wider = library.FluxTransformer2DModel(**{**config, "in_channels": 128, "out_channels": 64})
+    names = inspect.signature(library.FluxControlPipeline.__init__).parameters
+    parts = {name: part for name, part in source.components.items() if name in names}
+    pipe = library.FluxControlPipeline(**{**parts, "transformer": wider.eval().requires_grad_(False)})
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(MrFlowError, match="control_image is missing; FluxControlPipeline needs a control image"):
+        run(pipe)
+    with pytest.raises(MrFlowError, match="control_image is missing, as image is what MrFlow starts from"):
+        run(pipe, image=torch.rand(3, 32, 32))
+    hints = [torch.zeros(1, 3, SIDE, SIDE), torch.rand(1, 3, SIDE, SIDE)]
+    first, second = (run(pipe, control_image=hint).images for hint in hints)
+    assert torch.isfinite(first).all()
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ({"num_inference_steps": 4}, "num_inference_steps is not accepted, as the plan decides it; use low_steps and"),
         ({"sigmas": [1.0]}, "use low_steps, refine_steps and sigma"),
+        ({"denoising_end": 0.8}, "denoising_end is not accepted, as the plan decides it; use low_steps and refine"),
+        ({"denoising_start": 0.2}, "denoising_start is not accepted, as the plan decides it; use image with strength"),
+        ({"max_timesteps": 1.5}, "max_timesteps is not accepted"),
+        ({"max_sequence_length": "x"}, "max_sequence_length must be a finite number, got 'x'"),
+        ({"joint_attention_kwargs": "x"}, "joint_attention_kwargs must be a dict such as {'scale': 0.8}, got 'x'"),
+        ({"prompt": None, "prompt_embeds": 3}, "prompt_embeds must be a tensor, or a list of tensors, got 3"),
+        ({"pooled_prompt_embeds": ["x"]}, "pooled_prompt_embeds must be a tensor, or a list of tensors, got \\['x'\\]"),
+        ({"callback_on_step_end": "x"}, "callback_on_step_end must be a function, got 'x'"),
+        ({"callback_on_step_end_tensor_inputs": ["x"]}, "look at what was given as callback_on_step_end_tensor_inputs"),
         ({"latents": None}, "use seed, or image with strength"),
         (
             {"low_stepz": 3},
@@ -380,14 +421,20 @@ def test_texts_are_encoded_once_for_each_set_of_words(flux: Any, monkeypatch: py
     assert asked == [("a cat",), ("blue",)]
 
 
-@pytest.mark.parametrize("name", ["flux1-dev", "sdxl"])
-def test_a_lora_may_have_another_scale_in_the_later_stages(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("flux1-dev", "joint_attention_kwargs"),
+        ("sdxl", "cross_attention_kwargs"),
+        ("flux2-klein", "attention_kwargs"),  # and its network takes joint_attention_kwargs
+    ],
+)
+def test_a_lora_may_have_another_scale_in_the_later_stages(name: str, argument: str) -> None:
     pytest.importorskip("peft")
     pipe = tiny_pipelines.make(name)
     torch.manual_seed(0)
     network = network_of(pipe)
     _lora(network)
-    argument = "joint_attention_kwargs" if name == "flux1-dev" else "cross_attention_kwargs"
     full = run(pipe, keep_stages=True)
     before = snapshot(pipe)
     off = run(pipe, keep_stages=True, refine_lora_scale=0.0)
@@ -401,6 +448,18 @@ def test_a_lora_may_have_another_scale_in_the_later_stages(name: str) -> None:
     torch.testing.assert_close(back.images, run(pipe, image=back.stages[0].image).images, rtol=0, atol=1e-5)
     assert given == {"scale": 0.0}
     assert torch.equal(run(pipe).images, full.images)  # nothing of it stays
+
+
+def test_a_copy_or_a_pickle_makes_the_same_image(flux: Any) -> None:
+    from mrflow_sched import demo
+
+    first = MrFlow(flux, upscaler=demo.upscaler_path(), compile_mode="default")
+    wanted = first("a cat", seed=3, **NUMBERS)
+    for made in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert made.pipe is not flux
+        again = made("a cat", seed=3, **NUMBERS)
+        assert torch.equal(again.images, wanted.images)
+        assert (again.plan, again.warnings) == (wanted.plan, wanted.warnings)
 
 
 def test_a_lora_scale_that_can_do_nothing_is_told(flux: Any) -> None:

@@ -48,6 +48,29 @@ def test_a_folders_pipeline_is_the_one_that_diffusers_loads(tiny_folder: Path, t
     assert ours.tokenizer_2("red star").input_ids == theirs.tokenizer_2("red star").input_ids
 
 
+def test_a_folder_with_our_own_scheduler_loads(tiny_folder: Path, tmp_path: Path) -> None:
+    from mrflow_sched import MrFlowScheduler
+
+    pipe = tiny_pipelines.diffusers().FluxPipeline.from_pretrained(tiny_folder, local_files_only=True)
+    own = pipe.scheduler.config
+    pipe.scheduler = MrFlowScheduler.from_config(own, solver="careful")
+    folder = tmp_path / "saved"
+    pipe.save_pretrained(folder)
+    script = (
+        f"from mrflow_sched import MrFlow; m = MrFlow.from_pretrained({str(folder)!r}, device='cpu', dtype='float32'); "
+        "print(type(m.pipe.scheduler).__name__, m.pipe.scheduler.config.solver, m.family.name, m.family.shift.kind)"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    family = read_layout(tiny_folder).family
+    assert said.stdout.split() == ["MrFlowScheduler", "careful", family.name, family.shift.kind], said.stderr
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["scheduler"] == ["mrflow_sched.engines.diffusers.scheduler", "MrFlowScheduler"]
+    for origin, kind in (("mrflow_sched.engines", "MrFlowScheduler"), (index["scheduler"][0], "ConfigMixin")):
+        (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": [origin, kind]}))
+        with pytest.raises(MrFlowError, match="which neither diffusers nor transformers has"):
+            load_pipeline(folder, device="cpu")
+
+
 def test_a_long_prompt_and_a_negative_one_are_spoken_of(tiny_engine: PipelineEngine) -> None:
     with pytest.warns(UserWarning, match="its end was cut off"):
         tiny_engine.encode_text(["flow " * 60])

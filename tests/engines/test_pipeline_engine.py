@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from pipeline_tools import Heard, listening, network_of, snapshot
 from torch import Tensor
 
 from mrflow_sched._runtime.cancel import Cancelled
+from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.folder import load_pipeline
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
-from mrflow_sched.engines.diffusers.view import copy_dicts
+from mrflow_sched.engines.diffusers.view import copy_containers
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import StagedResult, sample_staged
@@ -280,12 +282,38 @@ def test_a_callback_sees_and_changes_the_state_of_every_stage() -> None:
     assert float((run(engine, plan).images - plain.images).abs().max()) > 0.01
 
 
-def test_what_pipelines_add_to_a_dict_does_not_reach_the_caller() -> None:
-    given = {"joint_attention_kwargs": {"scale": 0.5}, "clip_skip": 1}
-    own = copy_dicts(given)
+def test_what_pipelines_write_into_lists_and_dicts_does_not_reach_the_caller() -> None:
+    store: list[int] = []
+    given = {"joint_attention_kwargs": {"scale": 0.5, "store": store}, "prompt": ["a cat"], "clip_skip": 1}
+    own = copy_containers(given)
     assert own == given
     own["joint_attention_kwargs"]["ip_hidden_states"] = None
-    assert given == {"joint_attention_kwargs": {"scale": 0.5}, "clip_skip": 1}
+    own["prompt"][0] = ["<|im_start|>"]
+    assert given == {"joint_attention_kwargs": {"scale": 0.5, "store": []}, "prompt": ["a cat"], "clip_skip": 1}
+    own["joint_attention_kwargs"]["store"].append(1)  # what a caller's own attention processor fills
+    assert store == [1]
+
+
+def test_a_pipeline_that_writes_into_its_prompts_runs_every_stage() -> None:
+    if not hasattr(tiny_pipelines.diffusers(), "ZImageOmniPipeline"):
+        pytest.skip("the installed diffusers has no ZImageOmniPipeline")
+    kind = tiny_pipelines.diffusers().ZImageOmniPipeline
+    parts = tiny_pipelines.make("z-image").components
+    pipe = kind(**parts, siglip=None, siglip_processor=None)
+    pipe.set_progress_bar_config(disable=True)
+    engine = PipelineEngine(pipe)
+    prompts = ["a cat"]
+    result = run(engine, plan_of(engine), prompts, negative_prompt="a dog")
+    assert prompts == ["a cat"]
+    assert torch.isfinite(result.images).all()
+    assert torch.equal(result.images, run(engine, plan_of(engine), prompts, negative_prompt="a dog").images)
+    assert not torch.equal(result.images, run(engine, plan_of(engine), ["blue"], negative_prompt="a dog").images)
+
+
+def test_an_argument_that_ends_the_loop_early_is_named() -> None:
+    engine = engine_of("sdxl", arguments={"denoising_end": 0.5})
+    with pytest.raises(MrFlowError, match=r"ended a stage after \d of 4 evaluations; .*\(denoising_end\)"):
+        run(engine, plan_of(engine, low_steps=4))
 
 
 def test_what_somebody_sets_on_the_pipeline_during_a_run_stays() -> None:
@@ -303,6 +331,34 @@ def test_what_somebody_sets_on_the_pipeline_during_a_run_stays() -> None:
     engine.sample_stage("euler", noise, (1.0, 0.5, 0.0), text, guidance=2.0)
     assert shown == [2.0, 9.0]
     assert pipe._guidance_scale == 9.0
+
+
+def test_two_calls_at_once_leave_the_pipeline_as_it_was() -> None:
+    """However they overlap: each ends while the other still runs, in either order."""
+    pipe = tiny_pipelines.make("flux1-dev")
+    engine = PipelineEngine(pipe)
+    before = snapshot(pipe)
+    text, noise = engine.encode_text(["a cat"]), draw_noise(engine.latent_shape(32, 32), [1])
+    for first_to_end in (0, 1):
+        inside, done = threading.Barrier(2), threading.Event()
+
+        def meet(state: dict[str, Any], number: int, last: int, inside: Any = inside, done: Any = done) -> None:
+            if state["i"] == 0:
+                inside.wait(30)
+            elif number == last:
+                done.wait(30)
+
+        def work(number: int, last: int = 1 - first_to_end, meet: Any = meet, done: Any = done) -> None:
+            callback = functools.partial(meet, number=number, last=last)
+            engine.sample_stage("euler", noise, (1.0, 0.5, 0.0), text, guidance=2.0, callback=callback)
+            done.set()
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert snapshot(pipe) == before
 
 
 def test_errors_of_the_network_pass_through_and_leave_everything_as_it_was() -> None:

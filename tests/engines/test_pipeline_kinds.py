@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import tiny_pipelines
 import torch
 
+from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts import find_layout
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
@@ -59,9 +61,49 @@ def test_a_sampler_of_another_kind_is_told_of(name: str, kind: str, config: dict
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         engine.encode_text(["a cat"])
-    said = [str(each.message) for each in caught if "adds noise at every step" in str(each.message)]
-    assert tuple(said) == engine.notes
-    assert [kind in note for note in engine.notes] == [True] * noted
+    said = {str(each.message) for each in caught}
+    assert set(engine.notes) <= said
+    assert [kind in note for note in engine.notes if "adds noise at every step" in note] == [True] * noted
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "config", "eta", "asked"),
+    [
+        ("sdxl", "EulerDiscreteScheduler", {**BETAS, "timestep_spacing": "leading"}, None, None),  # as SDXL comes
+        ("sdxl", "EulerDiscreteScheduler", {**BETAS, "timestep_spacing": "trailing"}, 1.0, None),
+        ("sd15", "DDIMScheduler", {**BETAS, "timestep_spacing": "trailing"}, 0.0, None),
+        ("sd15", "DDIMScheduler", {**BETAS, "timestep_spacing": "trailing"}, 0.5, "noise at every step (eta=0.5)"),
+        ("sdxl", "EDMEulerScheduler", {}, None, None),
+        ("sd3", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, None, None),
+        *(
+            ("sdxl", "DPMSolverMultistepScheduler", {**BETAS, "timestep_spacing": "trailing", option: True}, None, word)
+            for option, word in (
+                ("use_karras_sigmas", "Karras sigmas"),
+                ("use_exponential_sigmas", "exponential sigmas"),
+                ("use_beta_sigmas", "Beta sigmas"),
+                ("use_lu_lambdas", "Lu's lambdas"),
+            )
+        ),
+    ],
+)
+def test_a_schedule_that_no_plan_follows_is_told_of(
+    name: str, kind: str, config: dict[str, Any], eta: float | None, asked: str | None
+) -> None:
+    if "use_beta_sigmas" in config:
+        pytest.importorskip("scipy")
+    engine = PipelineEngine(with_scheduler(name, kind, **config), arguments={} if eta is None else {"eta": eta})
+    said = [] if asked is None else [f"The pipeline asks for {asked}; plans have the model's own schedule"]
+    assert [note.split(" and add no noise")[0] for note in engine.notes] == said
+
+
+def test_our_own_scheduler_has_no_sampler_to_be_told_of() -> None:
+    from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
+
+    pipe = copy.copy(tiny("sdxl"))
+    theirs = tiny_pipelines.diffusers().DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++")
+    with pytest.warns(UserWarning, match="MrFlowScheduler adds none"):
+        pipe.scheduler = MrFlowScheduler.from_config(theirs.config, timestep_spacing="trailing")
+    assert PipelineEngine(pipe).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -192,6 +234,133 @@ def test_components_that_a_prompt_needs_are_named(name: str, missing: list[str])
         setattr(pipe, part, None)
     with pytest.raises(MrFlowError, match=f"has no {missing[-1]}|and no {missing[-1]}"):
         PipelineEngine(pipe).encode_text(["a cat"])
+
+
+@pytest.mark.parametrize("value", [None, [1, 2]])
+def test_a_text_encoder_whose_configuration_is_wrong_is_named(tmp_path: Path, value: Any) -> None:
+    tiny("flux1-dev").save_pretrained(tmp_path)
+    config = tmp_path / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": value}))
+    with pytest.raises(MrFlowError, match="text_encoder") as caught:
+        PipelineEngine.from_folder(tmp_path, device="cpu", dtype="float32").encode_text(["a cat"])
+    assert caught.value.__cause__ is not None
+    assert len(str(caught.value)) < 450
+
+
+@pytest.mark.parametrize(
+    ("raised", "sentence"),
+    [
+        (
+            AttributeError("'bool' object has no attribute 'int'"),
+            "(AttributeError: 'bool' object has no attribute 'int')",
+        ),
+        (KeyError("\x1b[31mred"), "(KeyError: '\\x1b[31mred')"),
+        (AssertionError(), "(AssertionError); look at the configurations of "),
+        (IndexError("x" * 5000), "x..."),
+    ],
+)
+def test_what_a_tokenizer_raises_is_one_sentence(raised: Exception, sentence: str) -> None:
+    engine = PipelineEngine(_reading(raised))
+    with pytest.raises(MrFlowError) as caught:
+        engine.encode_text(["a cat"])
+    said = str(caught.value)
+    assert said.startswith("FluxPipeline could not read the prompt (")
+    assert sentence in said
+    assert caught.value.__cause__ is raised
+    assert "\x1b" not in said
+    assert len(said) < 450
+
+
+@pytest.mark.parametrize(
+    "raised", [MemoryError("full"), RuntimeError("CUDA error"), Cancelled(), KeyboardInterrupt(), MrFlowError("no.")]
+)
+def test_what_is_not_about_the_prompt_passes_through(raised: BaseException) -> None:
+    with pytest.raises(type(raised)) as caught:
+        PipelineEngine(_reading(raised)).encode_text(["a cat"])
+    assert caught.value is raised
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"max_sequence_length": "x"}, "look at what was given as max_sequence_length."),
+        ({"max_sequence_length": -1}, "look at what was given as max_sequence_length."),
+        ({"prompt_2": 3, "true_cfg_scale": 1.0}, "look at what was given as prompt_2."),
+        ({"joint_attention_kwargs": "x"}, "look at what was given as joint_attention_kwargs."),
+    ],
+)
+def test_arguments_about_text_are_what_to_look_at(arguments: dict[str, Any], named: str) -> None:
+    engine = PipelineEngine(tiny("flux1-dev"), arguments=arguments)
+    with pytest.raises(MrFlowError, match="could not read the prompt") as caught:
+        engine.encode_text(["a cat"])
+    assert str(caught.value).endswith(named)
+
+
+def test_half_a_character_is_the_prompts_own_fault() -> None:
+    with pytest.raises(MrFlowError, match="the prompt holds half a character"):
+        PipelineEngine(tiny("flux1-dev")).encode_text(["a \ud800 cat"])
+
+
+def test_a_pipeline_that_refuses_its_arguments_is_quoted() -> None:
+    pipe = tiny("sdxl")
+    engine = PipelineEngine(pipe, arguments={"original_size": 3})
+    noise, text = draw_noise(engine.latent_shape(64, 64), [1]), engine.encode_text(["a cat"])
+    with pytest.raises(MrFlowError) as caught:
+        engine.sample_stage("euler", noise, (1.0, 0.0), text, guidance=1.0)
+    assert "StableDiffusionXLPipeline could not begin a stage (TypeError: " in str(caught.value)
+    assert str(caught.value).endswith("; look at what was given as original_size.")
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+def test_errors_of_the_network_and_of_callbacks_stay_what_they_are() -> None:
+    mine = TypeError("mine")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise mine
+
+    def stage(pipe: Any, arguments: dict[str, Any], **more: Any) -> None:
+        engine = PipelineEngine(pipe, arguments=arguments)
+        noise, text = draw_noise(engine.latent_shape(64, 64), [1]), engine.encode_text(["a cat"])
+        engine.sample_stage("euler", noise, (1.0, 0.5, 0.0), text, guidance=1.0, **more)
+
+    hooked = tiny_pipelines.make("sd3")
+    hooked.transformer.register_forward_pre_hook(fail)
+    given: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+        (hooked, {}, {}),
+        (tiny("sd3"), {"callback_on_step_end": fail}, {}),
+        (tiny("sd3"), {}, {"callback": fail}),
+        (tiny("sd3"), {}, {"around": fail}),
+    ]
+    for pipe, arguments, more in given:
+        with pytest.raises(TypeError) as caught:
+            stage(pipe, arguments, **more)
+        assert caught.value is mine
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "own"),
+    [
+        ("StableDiffusionXLControlNetPipeline", "controlnet", "sdxl"),
+        ("StableDiffusionAdapterPipeline", "adapter", "sd15"),
+    ],
+)
+def test_a_controlled_pipeline_without_its_control_is_refused(name: str, part: str, own: str) -> None:
+    kind = getattr(tiny_pipelines.diffusers(), name)
+    names = inspect.signature(kind.__init__).parameters
+    pipe = kind(**{key: value for key, value in tiny(own).components.items() if key in names}, **{part: None})
+    with pytest.raises(MrFlowError, match=f"pipe is {name} without {part}; load it with one"):
+        find_layout(pipe)
+
+
+def _reading(raised: BaseException) -> Any:
+    """A pipeline whose `encode_prompt` raises."""
+    pipe = copy.copy(tiny("flux1-dev"))
+
+    def encode_prompt(prompt: Any = None, max_sequence_length: int = 512) -> Any:
+        raise raised
+
+    object.__setattr__(pipe, "encode_prompt", encode_prompt)
+    return pipe
 
 
 def _image(pipe: Any) -> torch.Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,34 @@ def test_a_saved_scheduler_walks_as_the_one_it_was_saved_from(config: dict[str, 
         assert said(scheduler.config) == said(first.config)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "warned"),
+    [
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, True),
+        ("LCMScheduler", {}, True),
+        ("TCDScheduler", {}, True),
+        ("DPMSolverMultistepScheduler", {}, False),
+        ("EulerDiscreteScheduler", {}, False),
+        ("FlowMatchEulerDiscreteScheduler", {}, False),
+    ],
+)
+def test_a_sampler_that_adds_noise_is_replaced_with_a_warning(kind: str, config: dict[str, Any], warned: bool) -> None:
+    theirs = getattr(diffusers, kind)(**config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = MrFlowScheduler.from_config(theirs.config)
+        MrFlowScheduler.for_stage(theirs.config, (1.0, 0.0), "euler", prediction=made.prediction)
+    said = [each for each in caught if "adds noise at every step; MrFlowScheduler adds none" in str(each.message)]
+    assert [each.filename for each in said] == [__file__] * warned
+
+
+def test_a_loaded_ancestral_sampler_is_known_by_its_class(tmp_path: Path) -> None:
+    diffusers.EulerAncestralDiscreteScheduler().save_pretrained(tmp_path)
+    loaded = diffusers.EulerAncestralDiscreteScheduler.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="adds noise at every step"):
+        MrFlowScheduler.from_config(loaded.config)
 
 
 def test_arguments_override_a_configuration() -> None:

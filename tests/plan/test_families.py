@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -34,6 +36,17 @@ from mrflow_sched.plan.stages import StagedPlan
 
 ALL = list(FAMILIES.values())
 IDS = list(FAMILIES)
+
+
+@pytest.mark.parametrize("family", ALL, ids=IDS)
+def test_a_family_can_be_copied_and_sent_to_another_process(family: Family) -> None:
+    changed = replace(family, guidance=family.guidance + 1.0)
+    for made in (pickle.loads(pickle.dumps(family)), copy.deepcopy(family)):
+        assert made == family != changed
+        assert dict(made.sources) == dict(family.sources)
+        with pytest.raises(TypeError):
+            made.sources["shift"] = "mine"  # pyright: ignore[reportIndexIssue]
+    assert pickle.loads(pickle.dumps(changed)) == changed
 
 
 def test_the_families_of_the_documentation_are_all_there() -> None:

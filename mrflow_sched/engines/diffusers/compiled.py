@@ -47,6 +47,10 @@ class NetworkCompiler:
         self.mode = mode
         self._known: tuple[torch.nn.Module, torch.nn.Module] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled cannot be pickled; a copy compiles anew.
+        return {**vars(self), "_known": None}
+
     def __call__(self, network: torch.nn.Module) -> torch.nn.Module:
         """A twin of a network with the same weights, adapters and hooks, compiled at its first forward.
 

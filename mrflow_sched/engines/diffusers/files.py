@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DIFFUSERS_STEM",
+    "OWN_SCHEDULER",
     "TRANSFORMERS_STEM",
     "Weights",
     "check_files",
@@ -51,6 +52,9 @@ DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 
 _VARIANTS = ("fp16", "bf16")
 """Marks of weight files that repositories hold beside the plain ones, or instead of them."""
+
+OWN_SCHEDULER = ("mrflow_sched.engines.diffusers.scheduler", "MrFlowScheduler")
+"""Library and class of the one part of this package that a folder may name, as diffusers writes them down."""
 
 _CODE = (".py", ".pyc", ".pyw", ".pyd", ".so", ".dll", ".dylib")
 _TABLES = ("tokenizer.json", "vocab.json")
@@ -173,7 +177,9 @@ def _check_entry(folder: Path, name: str, value: list[Any], names: list[str]) ->
     library, kind = (str(each) for each in value)
     if not name.isidentifier() or len(name) > 100:
         refuse(folder, f"whose model_index.json names a part {_quoted(name)}, which is not a name of one")
-    known = library in ("diffusers", "transformers") or library in _pipeline_modules()
+    known = (
+        library in ("diffusers", "transformers") or (library, kind) == OWN_SCHEDULER or library in _pipeline_modules()
+    )
     if not known or library in names or not kind.isidentifier():
         refuse(
             folder,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,15 @@ from typing import Any, cast
 import torch
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
-from mrflow_sched.engines.diffusers.files import DIFFUSERS_STEM, TRANSFORMERS_STEM, Weights, refuse, variant_of
+from mrflow_sched.engines.diffusers.arguments import takes_a_number
+from mrflow_sched.engines.diffusers.files import (
+    DIFFUSERS_STEM,
+    OWN_SCHEDULER,
+    TRANSFORMERS_STEM,
+    Weights,
+    refuse,
+    variant_of,
+)
 
 __all__ = [
     "check_size",
@@ -61,7 +68,7 @@ def pipeline_class(folder: Path, index: Mapping[str, Any]) -> Any:
 
 
 def part_class(folder: Path, name: str, value: Sequence[Any]) -> Any:
-    """The class of a part: a network, scheduler, tokenizer ... that diffusers or transformers has.
+    """The class of a part: a network, scheduler, tokenizer ... that diffusers or transformers has, or our scheduler.
 
     Args:
         folder: The model's.
@@ -78,6 +85,10 @@ def part_class(folder: Path, name: str, value: Sequence[Any]) -> Any:
     import transformers
 
     origin, kind = (str(each) for each in value)
+    if (origin, kind) == OWN_SCHEDULER:
+        from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
+
+        return MrFlowScheduler
     libraries: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
     try:
         home = libraries.get(origin) or getattr(libraries["diffusers"].pipelines, origin, None)
@@ -201,9 +212,8 @@ def skeleton(folder: Path, name: str, kind: Any, held: Weights | None) -> torch.
 def _check_kinds(folder: Path, name: str, kind: Any, config: Mapping[str, Any]) -> None:
     """Refuse text where a class takes a number: it would be kept as it is, and fail in the middle of a run."""
     for each in inspect.signature(kind.__init__).parameters.values():
-        value, allowed = config.get(each.name), str(each.annotation)
-        numeric = isinstance(each.default, (int, float)) or re.search(r"\b(float|int|bool)\b", allowed) is not None
-        if numeric and "str" not in allowed and isinstance(value, (str, dict)):
+        value = config.get(each.name)
+        if takes_a_number(each) and isinstance(value, (str, dict)):
             said = shown(repr(cast("object", value)), 60)
             refuse(folder, f"whose {name}/config.json has {each.name}: {said}, where a number or true or false belongs")
 

@@ -26,17 +26,18 @@ from torch import Tensor
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched._runtime.memory import callers_own
+from mrflow_sched.engines.diffusers.blame import told, unread_prompt, unstarted
 from mrflow_sched.engines.diffusers.compiled import COMPILE_STEPS, NetworkCompiler
 from mrflow_sched.engines.diffusers.folder import load_pipeline, model_fingerprint
 from mrflow_sched.engines.diffusers.layouts import Layout, find_layout
 from mrflow_sched.engines.diffusers.layouts.base import SCALE_ARGUMENTS, parameter_names
-from mrflow_sched.engines.diffusers.layouts.shift import sampler_note
+from mrflow_sched.engines.diffusers.layouts.shift import sampler_note, spacing_note
 from mrflow_sched.engines.diffusers.seam import NetworkSeam, guided_per_step, shell_of
 from mrflow_sched.engines.diffusers.view import (
     HINT,
     TOKENIZER_LOCK,
     Mirror,
-    copy_dicts,
+    copy_containers,
     follow_last_change,
     hint_for_stage,
     interrupted,
@@ -213,9 +214,12 @@ class PipelineEngine:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences for whoever runs this pipeline: where its own sampler is replaced by another kind."""
-        note = sampler_note(self._layout.pipe.scheduler)
-        return () if note is None else (note,)
+        """Sentences for whoever runs this pipeline: what its own sampler does and stages do not."""
+        scheduler = self._layout.pipe.scheduler
+        found = [sampler_note(scheduler)]
+        if self.family.prediction != "flow":
+            found.append(spacing_note(scheduler, self._arguments.get("eta")))
+        return tuple(note for note in found if note is not None)
 
     @property
     def device(self) -> torch.device:
@@ -254,8 +258,9 @@ class PipelineEngine:
     def _lora_argument(self) -> str | None:
         """The argument of the pipeline's call that hands its network the scale of LoRAs; None where there is none."""
         kind = cast("Any", type(getattr(self.network, "_orig_mod", self.network)))  # inside torch.compile's
-        known = self._layout.call_names & parameter_names(kind.forward)
-        return next((name for name in SCALE_ARGUMENTS if name in known), None)
+        if not parameter_names(kind.forward) & set(SCALE_ARGUMENTS):
+            return None  # FLUX.2's network has another of the names than its pipeline's call, but one it must have
+        return next((name for name in SCALE_ARGUMENTS if name in self._layout.call_names), None)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, ...]:
         """Shape of one image's latents.
@@ -296,8 +301,23 @@ class PipelineEngine:
             The conditioning, for `denoise` and `sample_stage`.
 
         Raises:
-            MrFlowError: The number of images is no multiple of the given embeddings.
+            MrFlowError: The number of images is no multiple of the given embeddings, or the pipeline cannot read the
+                prompts: an argument about text, or a configuration of its tokenizers and text encoders, is wrong.
         """
+        texts = [*prompts, *(negative_prompts or ())]
+        with told(lambda error: unread_prompt(self._layout.pipe, texts, self._text_names, error)):
+            return self._encoded(prompts, negative_prompts, lora_scale)
+
+    @property
+    def _text_names(self) -> list[str]:
+        """Names of the caller's own arguments that are about text."""
+        known = parameter_names(self._layout.pipe.encode_prompt)
+        return [name for name in self._arguments if name in known or _is_embedding(name) or name in SCALE_ARGUMENTS]
+
+    def _encoded(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, lora_scale: float | None
+    ) -> PipelineText:
+        """`encode_text`, with the errors of tokenizers and text encoders as they come."""
         longest = self._layout.text_length
         own = self._arguments if longest is None else {"max_sequence_length": longest, **self._arguments}
         options = self._lora_options(lora_scale)
@@ -309,7 +329,7 @@ class PipelineEngine:
         if given and negatives is not None:
             negatives = negatives[:: len(prompts) // given]
         for note in self.notes:
-            warnings.warn(note, stacklevel=2)
+            warnings.warn(note, stacklevel=3)
         self._warn_of_text(() if given else prompts, negatives, own)
         try:
             with TOKENIZER_LOCK:
@@ -327,7 +347,7 @@ class PipelineEngine:
         if scale is None or name is None:
             return {}
         if not any(getattr(part, "peft_config", None) for part in self._pipe.components.values()):
-            warnings.warn("the pipeline has no LoRA loaded: the scale of LoRAs changes nothing.", stacklevel=3)
+            warnings.warn("the pipeline has no LoRA loaded: the scale of LoRAs changes nothing.", stacklevel=4)
             return {}
         return {name: {**(self._arguments.get(name) or {}), "scale": scale}}
 
@@ -335,12 +355,12 @@ class PipelineEngine:
         """Warn about text that has no effect: a negative prompt where none is used, the end of a long prompt."""
         guided = self.family.guidance_kind == "cfg" or "true_cfg_scale" in own
         if not guided and negatives is not None and any(text.strip() for text in negatives):
-            warnings.warn(f"{self.family.title} has no negative prompt: it was ignored.", stacklevel=3)
+            warnings.warn(f"{self.family.title} has no negative prompt: it was ignored.", stacklevel=4)
         with TOKENIZER_LOCK:
             cut = self._layout.cut_prompt(prompts, own)
         if cut is not None:
             warnings.warn(
-                f"The prompt is {cut[0]} tokens long and the model reads {cut[1]}: its end was cut off.", stacklevel=3
+                f"The prompt is {cut[0]} tokens long and the model reads {cut[1]}: its end was cut off.", stacklevel=4
             )
 
     # -------------------------------------------------------------------------------------------------------- images
@@ -477,6 +497,7 @@ class PipelineEngine:
 
         Raises:
             Cancelled: The pipeline was interrupted (`_interrupt`).
+            MrFlowError: Its call refused its arguments, or its loop ended before the last sigma.
             MemoryError: One image does not fit.
         """
         done: list[Tensor] = []
@@ -541,7 +562,11 @@ class PipelineEngine:
         seam = self._seam(asked, scheduler, len(latents), mirror)
         put_network(view, self._network, shell_of(self.network, seam))
         try:
-            _called(view, self._wants_graph(latents))(**self._call(latents, asked, scheduler, width, height))
+            arguments = self._call(latents, asked, scheduler, width, height)
+            with told(
+                lambda error: unstarted(self._pipe, list(self._arguments), error), while_=lambda: not seam.called
+            ):
+                _called(view, self._wants_graph(latents))(**arguments)
         except BaseException:
             view.maybe_free_model_hooks()
             raise
@@ -553,7 +578,11 @@ class PipelineEngine:
         final = scheduler.final_state
         if final is None:
             made, wanted = scheduler.step_index or 0, len(scheduler.timesteps)
-            raise RuntimeError(f"{type(self._pipe).__name__} made {made} of {wanted} evaluations of a stage.")
+            names = ", ".join(self._arguments)
+            advice = f"leave out what ends its loop early ({names})" if names else "use the pipeline by itself"
+            raise MrFlowError(
+                f"{type(self._pipe).__name__} ended a stage after {made} of {wanted} evaluations; {advice}."
+            )
         return layout.unpack(final, width, height).float()
 
     def _seam(self, asked: _Stage, scheduler: MrFlowScheduler, batch: int, mirror: Mirror) -> NetworkSeam:
@@ -604,7 +633,7 @@ class PipelineEngine:
         }
         own = self._own_arguments(asked, scheduler, width, height)
         made = {**layout.stage_arguments(arguments, asked.scale, width, height), **own, **always}
-        return {name: value for name, value in made.items() if name in names}
+        return copy_containers({name: value for name, value in made.items() if name in names})
 
     def _own_arguments(self, asked: _Stage, scheduler: MrFlowScheduler, width: int, height: int) -> dict[str, Any]:
         """The caller's own arguments of the pipeline's call, as they are in this stage."""
@@ -625,7 +654,7 @@ class PipelineEngine:
             if hasattr(callback, "tensor_inputs"):  # diffusers' own callback classes declare theirs
                 own["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
             own["callback_on_step_end"] = follow_last_change(callers_own(callback), scheduler)
-        return copy_dicts(own)
+        return own
 
     def _pixels(self, latents: Tensor) -> tuple[int, int]:
         """(width, height) in pixels of the image whose latents (B, C, h, w) these are."""
@@ -661,8 +690,8 @@ def given_embeddings(arguments: Mapping[str, Any]) -> int:
     Returns:
         Rows of the first tensor or list whose name starts with "prompt_embeds"; 0 where there is none.
     """
-    found = (value for name, value in arguments.items() if name.startswith("prompt_embeds") and value is not None)
-    return next((len(value) for value in found if not isinstance(value, dict)), 0)
+    found = (value for name, value in arguments.items() if name.startswith("prompt_embeds"))
+    return next((len(value) for value in found if isinstance(value, (Tensor, list, tuple))), 0)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _is_embedding(name: str) -> bool:

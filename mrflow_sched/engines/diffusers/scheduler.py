@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -28,6 +29,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.engines.diffusers.layouts.shift import adds_noise
 from mrflow_sched.engines.diffusers.walk import Walk
 from mrflow_sched.plan.families import Prediction
 from mrflow_sched.plan.schedule import Sigmas, refine_sigmas, shift_sigma, unshift_sigma
@@ -199,7 +201,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A scheduler for the model that a configuration describes, whatever class of scheduler it came from.
 
-        Every value of the other scheduler counts, also those it filled in by default, so the schedules agree.
+        Every value of the other scheduler counts, also those it filled in by default, so the schedules agree. Warns
+        where that sampler adds noise at every step, as far as its configuration tells: none is added here.
 
         Args:
             config: The configuration, usually `pipe.scheduler.config`.
@@ -213,6 +216,12 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
             # diffusers lists here what was left at the other class's default, to use this class's default instead.
             given = cast("dict[str, Any]", config)
             config = {name: value for name, value in given.items() if name != "_use_default_values"}
+            if adds_noise(given, str(given.get("_class_name", ""))):
+                warnings.warn(
+                    "config is of a sampler that adds noise at every step; MrFlowScheduler adds none, so images "
+                    "differ, and those of a model distilled for that sampler may lose detail.",
+                    stacklevel=2,
+                )
         return super().from_config(config, return_unused_kwargs, **kwargs)  # pyright: ignore[reportUnknownMemberType]
 
     @classmethod

@@ -64,6 +64,7 @@ class NetworkSeam:
 
     Attributes:
         forwards: Evaluations of the network per image that were made, CFG's second branch included.
+        called: Whether the loop has called the network.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class NetworkSeam:
         self._layout, self._before, self._arounds = layout, before, tuple(arounds)
         self._evaluation = (-1, 0)
         self.forwards = 0.0
+        self.called = False
 
     def __call__(self, *values: Any, **named: Any) -> Any:
         """Stand in for the network's forward.
@@ -105,6 +107,7 @@ class NetworkSeam:
         Returns:
             The prediction, in the container that the network itself would return.
         """
+        self.called = True
         if self._before is not None:
             self._before()
         inputs = {**dict(zip(self._names, values, strict=False)), **named}

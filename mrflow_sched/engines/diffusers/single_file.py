@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
 from mrflow_sched.engines.diffusers.checkpoint import Checkpoint, named, read_checkpoint
@@ -273,6 +272,8 @@ def as_trained(scheduler: Any, checkpoint: Checkpoint) -> Any:
                 f"model is {named(checkpoint.file)}, an EDM model such as Playground 2.5; give the config of its own "
                 "diffusers folder (for example: hf download playgroundai/playground-v2.5-1024px-aesthetic)."
             )
+        from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
+
         low, high = checkpoint.edm_ends
         return EDMEulerScheduler(low, high, 1.0, "exponential", prediction_type="v_prediction")
     said: dict[str, Any] = {"prediction_type": "v_prediction"} if checkpoint.v_prediction else {}

@@ -6,6 +6,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -66,10 +67,11 @@ def put_network(view: Any, name: str, network: torch.nn.Module) -> None:
 
 
 class Mirror:
-    """Shows on the owner's pipeline what a call sets on a view of it, for as long as the call lasts.
+    """Shows on the owner's pipeline what a call sets on a view of it, for as long as calls of that pipeline last.
 
     Caching hooks (`current_timestep_callback=lambda: pipe.current_timestep`) and callbacks read the pipeline they were
-    given. An interrupt is not mirrored: the owner's own flag is read (`interrupted`).
+    given. An interrupt is not mirrored: the owner's own flag is read (`interrupted`). Of calls in several threads the
+    latest value is shown, and the last call to end restores what the first one found.
     """
 
     def __init__(self, owner: Any, view: Any) -> None:
@@ -81,8 +83,8 @@ class Mirror:
         """
         self._owner, self._view = owner, view
         self._start = dict(attributes_of(view))
-        self._found: dict[str, Any] = {}
         self._shown: dict[str, Any] = {}
+        self._lent: _Lent | None = None
 
     def show(self, instead: Mapping[str, Any] | None = None) -> None:
         """Set on the owner what the call has set on the view so far.
@@ -90,25 +92,48 @@ class Mirror:
         Args:
             instead: Values to show in place of the view's, by attribute name.
         """
-        for name, value in {**attributes_of(self._view), **(instead or {})}.items():
-            if not name.startswith("_") or name in _OWN or value is self._start.get(name, _ABSENT):
-                continue
-            if value is not self._shown.get(name, _ABSENT):
-                self._found.setdefault(name, attributes_of(self._owner).get(name, _ABSENT))
-                self._shown[name] = value
-                object.__setattr__(self._owner, name, value)
+        with _LENT_LOCK:
+            if self._lent is None:
+                self._lent = _LENT.setdefault(id(self._owner), _Lent())
+                self._lent.calls += 1
+            for name, value in {**attributes_of(self._view), **(instead or {})}.items():
+                if not name.startswith("_") or name in _OWN or value is self._start.get(name, _ABSENT):
+                    continue
+                if value is not self._shown.get(name, _ABSENT):
+                    self._lent.found.setdefault(name, attributes_of(self._owner).get(name, _ABSENT))
+                    self._shown[name] = self._lent.shown[name] = value
+                    object.__setattr__(self._owner, name, value)
 
     def end(self) -> None:
-        """Restore the owner's values, unless somebody else has changed them since."""
-        for name, value in self._found.items():
-            if attributes_of(self._owner).get(name, _ABSENT) is not self._shown[name]:
-                continue
-            if value is _ABSENT:
-                object.__delattr__(self._owner, name)
-            else:
-                object.__setattr__(self._owner, name, value)
+        """Restore the owner's values once no call shows its own, unless somebody else has changed them since."""
+        with _LENT_LOCK:
+            lent, self._lent = self._lent, None
+            if lent is None:
+                return
+            lent.calls -= 1
+            if lent.calls:
+                return
+            del _LENT[id(self._owner)]
+            for name, value in lent.found.items():
+                if attributes_of(self._owner).get(name, _ABSENT) is not lent.shown[name]:
+                    continue
+                if value is _ABSENT:
+                    object.__delattr__(self._owner, name)
+                else:
+                    object.__setattr__(self._owner, name, value)
 
 
+@dataclass
+class _Lent:
+    """What the calls under way show on one pipeline: their number, what the first found, what was set last."""
+
+    calls: int = 0
+    found: dict[str, Any] = field(default_factory=dict[str, Any])
+    shown: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+_LENT: dict[int, _Lent] = {}
+_LENT_LOCK = threading.Lock()
 _ABSENT: Any = object()
 _OWN = ("_interrupt", "_all_hooks", "_offload_device", "_progress_bar_config")
 
@@ -155,19 +180,19 @@ def interrupted(pipe: Any) -> bool:
     return bool(getattr(pipe, "_interrupt", False))
 
 
-def copy_dicts(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with their dicts copied, since pipelines add keys to those that they are given.
+def copy_containers(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with their lists and dicts copied, since pipelines write into those that they are given.
 
     Args:
-        arguments: Keyword arguments of a pipeline's call.
+        arguments: Keyword arguments of a pipeline's call, or of its `encode_prompt`.
 
     Returns:
-        The same values; dicts are shallow copies.
+        The same values; lists and dicts are shallow copies, so what a caller keeps within them stays shared.
     """
-    return {
-        name: dict(cast("Mapping[str, Any]", value)) if isinstance(value, dict) else value
-        for name, value in arguments.items()
+    written = {
+        name: copy.copy(cast("Any", value)) for name, value in arguments.items() if isinstance(value, (list, dict))
     }
+    return {**arguments, **written}
 
 
 def hint_for_stage(hint: Any, width: int, height: int, rows: range, batch: int) -> Any:

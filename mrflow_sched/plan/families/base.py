@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
@@ -333,6 +334,11 @@ class Family:
     host: Callable[[HostFacts], bool] = never
     sources: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)
 
+    def __reduce__(self) -> tuple[Callable[..., Family], tuple[dict[str, Any], dict[str, str]]]:
+        # A read-only mapping can be neither copied nor pickled.
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "sources"}
+        return _remade, (values, dict(self.sources))
+
     def get_preset(self, name: str | None = None) -> Preset:
         """The preset of a name or tier.
 
@@ -378,3 +384,7 @@ class Family:
         """
         total = tokens + self.text_tokens
         return self.linear_cost * total + self.attention_cost * total**2
+
+
+def _remade(values: dict[str, Any], sources: dict[str, str]) -> Family:
+    return Family(**values, sources=MappingProxyType(sources))

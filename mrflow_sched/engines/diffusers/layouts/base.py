@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.engines.diffusers.view import copy_containers
 from mrflow_sched.plan.families import Family
 from mrflow_sched.sampling.faults import LARGEST
 from mrflow_sched.sampling.network import TokenInputs, rows_of
 
-__all__ = ["Layout", "parameter_defaults", "parameter_names"]
+__all__ = ["SCALE_ARGUMENTS", "Layout", "parameter_defaults", "parameter_names", "parameters"]
 
 # A VAE that overflows in float16 is float32 while it runs, as in diffusers; a second thread must not turn it back.
 _UPCAST = threading.Lock()
@@ -45,7 +46,7 @@ def parameter_names(function: Any) -> frozenset[str]:
     Returns:
         Their names.
     """
-    return frozenset(_parameters(function))
+    return frozenset(parameters(function))
 
 
 def parameter_defaults(function: Any) -> dict[str, Any]:
@@ -57,12 +58,19 @@ def parameter_defaults(function: Any) -> dict[str, Any]:
     Returns:
         Default by name; parameters without one are left out.
     """
-    found = _parameters(function).items()
+    found = parameters(function).items()
     return {name: each.default for name, each in found if each.default is not inspect.Parameter.empty}
 
 
-def _parameters(function: Any) -> dict[str, inspect.Parameter]:
-    """Named parameters of a function; of a method with `**kwargs`, those of the methods that it overrides as well."""
+def parameters(function: Any) -> dict[str, inspect.Parameter]:
+    """Named parameters of a function; of a method with `**kwargs`, those of the methods that it overrides as well.
+
+    Args:
+        function: Any callable with a signature.
+
+    Returns:
+        Parameter by name.
+    """
     layers = [inspect.signature(function).parameters]
     for base in type(getattr(function, "__self__", None)).__mro__:
         if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in layers[-1].values()):
@@ -377,23 +385,8 @@ class Layout:
         }
         if self._guided and negatives is not None:
             arguments["negative_prompt"] = negatives
-        try:
-            found = self.pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in known})
-        except OverflowError as error:  # of a tokenizer whose configuration has no length, or one beyond all texts
-            raise MrFlowError(
-                "the length of texts is more than a tokenizer can count; give model_max_length in the model's "
-                "tokenizer_config.json (77 for CLIP), or max_sequence_length."
-            ) from error
-        except (AttributeError, TypeError) as error:
-            names = [name for name in self.pipe.components if name.startswith(("text_encoder", "tokenizer"))]
-            missing = [name for name in names if getattr(self.pipe, name) is None]
-            if not missing:
-                raise
-            raise MrFlowError(
-                f"{type(self.pipe).__name__} has no {' and no '.join(missing)}, so it cannot read a prompt; load the "
-                "model with all of its components, or give prompt_embeds."
-            ) from error
-        return self._named(found)
+        asked = {name: value for name, value in arguments.items() if name in known}
+        return self._named(self.pipe.encode_prompt(**copy_containers(asked)))
 
     def _named(self, found: Any) -> dict[str, Any]:
         values = cast("tuple[Any, ...]", found if isinstance(found, tuple) else (found,))

@@ -135,6 +135,9 @@ def _check_pipeline(pipe: Any) -> None:
         taken = parameter_names(type(pipe).__init__) & set(parts)
         advice = "load it with all of its components" if taken else "pipelines of its kind cannot be run in stages"
         raise MrFlowError(f"pipe is {name} without {' or '.join(parts)}; {advice}.")
+    for part in sorted(parameter_names(type(pipe).__init__) & {"controlnet", "adapter"}):
+        if getattr(pipe, part, None) is None:
+            raise MrFlowError(f"pipe is {name} without {part}; load it with one, or give the pipeline that has none.")
     known = parameter_names(pipe.__call__)
     check_from_text(type(pipe))
     for argument in ("latents", "width", "height", "prompt", "num_inference_steps"):

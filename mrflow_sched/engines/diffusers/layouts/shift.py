@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mrflow_sched._runtime.errors import MrFlowError, shown
+from mrflow_sched._runtime.errors import MrFlowError, quoted, shown
 from mrflow_sched.plan.families import ShiftRule
 from mrflow_sched.plan.schedule import shift_sigma
 from mrflow_sched.plan.scheduler_config import edm_levels
 
-__all__ = ["is_flow", "sampler_note", "shift_rule", "ve_rule"]
+__all__ = ["adds_noise", "is_flow", "sampler_note", "shift_rule", "spacing_note", "ve_rule"]
 
 _REFUSED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas")
 
@@ -120,6 +121,21 @@ _SD_BETAS: Mapping[str, Any] = {
 """Noise levels of training of Stable Diffusion 1.5 and XL (Rombach et al. 2022), which `scaled_linear_ve` has."""
 
 
+def adds_noise(config: Mapping[str, Any], name: str = "") -> bool:
+    """Whether a sampler draws noise at every step, as far as its configuration and the name of its class tell.
+
+    Args:
+        config: Of a scheduler.
+        name: Of its class; "" where only the configuration is known.
+
+    Returns:
+        True for LCM, TCD, ancestral and SDE samplers.
+    """
+    asked = bool(config.get("stochastic_sampling")) or str(config.get("algorithm_type", "")).startswith("sde")
+    named = any(word in name for word in ("LCM", "TCD", "Ancestral", "SDE"))
+    return asked or named or "timestep_scaling" in config  # the last is an option of LCM and TCD alone
+
+
 def sampler_note(scheduler: Any) -> str | None:
     """What is lost where our solvers stand in for a pipeline's own sampler.
 
@@ -129,14 +145,45 @@ def sampler_note(scheduler: Any) -> str | None:
     Returns:
         A sentence for the user; None where both solve the same equation.
     """
-    config, name = _config(scheduler), type(scheduler).__name__
-    noisy = bool(config.get("stochastic_sampling")) or str(config.get("algorithm_type", "")).startswith("sde")
-    if not noisy and not any(word in name for word in ("LCM", "TCD", "Ancestral", "SDE")):
+    name = type(scheduler).__name__
+    if name == "MrFlowScheduler" or not adds_noise(_config(scheduler), name):
         return None
     return (
         f"The pipeline's own sampler, {name}, adds noise at every step; stages are sampled without, so images differ "
         "from its own, and those of a model distilled for it may lose detail."
     )
+
+
+def spacing_note(scheduler: Any, eta: object = None) -> str | None:
+    """What a variance-exploding pipeline's scheduler asks for that no plan follows.
+
+    Args:
+        scheduler: The pipeline's.
+        eta: The argument of that name of the pipeline's call.
+
+    Returns:
+        A sentence for the user; None where the plan's schedule is the scheduler's own.
+    """
+    config = _config(scheduler)
+    if edm_levels(config) is not None:
+        return None
+    asked = [word for option, word in _SPACINGS.items() if config.get(option)]
+    if eta and "eta" in inspect.signature(scheduler.step).parameters:
+        asked.append(f"noise at every step (eta={quoted(eta)})")
+    if not asked:
+        return None
+    return (
+        f"The pipeline asks for {' and '.join(asked)}; plans have the model's own schedule and add no noise between "
+        "steps, so images differ from the pipeline's."
+    )
+
+
+_SPACINGS: Mapping[str, str] = {
+    "use_karras_sigmas": "Karras sigmas",
+    "use_exponential_sigmas": "exponential sigmas",
+    "use_beta_sigmas": "Beta sigmas",
+    "use_lu_lambdas": "Lu's lambdas",
+}
 
 
 def _static(shift: float, terminal: float | None, sigma_min: float | None, beta: float | None = None) -> ShiftRule:
