@@ -22,6 +22,7 @@ from torch import Tensor
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched._runtime.memory import callers_own, is_memory_error
 from mrflow_sched.methods import method_of
+from mrflow_sched.plan.checks import checked_flag
 from mrflow_sched.sampling.answers import float_tensor
 from mrflow_sched.sampling.faults import Fault, bad_rows, network_fault
 from mrflow_sched.sampling.kept import Kept, StageImage
@@ -29,7 +30,7 @@ from mrflow_sched.sampling.memory import within_memory
 from mrflow_sched.sampling.method import StageRun, run_progress
 from mrflow_sched.sampling.progress import Hooks, Progress, StageTiming, Tracker
 from mrflow_sched.sampling.request import check_parts, request_of
-from mrflow_sched.upscaling.role import check_upscaler
+from mrflow_sched.upscaling.model import as_upscaler
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage, StagedPlan
@@ -64,6 +65,7 @@ class StagedResult:
         faults: For each image, the first part that returned NaN, infinity or values no image has, and in which stage;
             None for those that are whole.
         unfinished_images: For each image, whether it is unfinished.
+        notes: The plan's notes that hold for this run, and what became of `image`.
     """
 
     images: Tensor
@@ -78,6 +80,7 @@ class StagedResult:
     latents: Tensor | None = None
     faults: tuple[Fault | None, ...] = ()
     unfinished_images: tuple[bool, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def sample_staged(
@@ -114,8 +117,8 @@ def sample_staged(
         colour_guard: Take back a shift of the mean colour since stage 1, or since `image`
             (`mrflow_sched.upscaling.colours`).
         batch: Number of images where `prompt` is a single text.
-        upscaler: Super-resolution between stages, as `load_upscaler` returns it; None means Lanczos. One that fails
-            costs the detail, not the run: Lanczos takes its place, and a warning says so.
+        upscaler: Super-resolution between stages, as `load_upscaler` returns it, or a model that spandrel loaded; None
+            means Lanczos. One that fails costs the detail, not the run: Lanczos takes its place, and a warning says so.
         callback: Called with `Progress` at every part and step; may raise `Cancelled`. What else it raises passes
             through.
         cancel: Polled at each of them. Once it returns True, the result is the best image so far: in stage 1 its clean
@@ -137,7 +140,8 @@ def sample_staged(
         MrFlowError: Arguments that do not fit. Other exceptions of the engine and KeyboardInterrupt pass through.
     """
     check_parts(engine, plan, method, callback, cancel)
-    check_upscaler(upscaler)
+    upscaler = as_upscaler(upscaler)
+    keep_stages, colour_guard = checked_flag(keep_stages, "keep_stages"), checked_flag(colour_guard, "colour_guard")
     refine = (refine_prompt, refine_negative_prompt, refine_lora_scale)
     asked = request_of(engine, plan, prompt, negative_prompt, refine, batch, image, start_sigma, seeds)
     method = method_of(plan) if method is None else method
@@ -145,15 +149,18 @@ def sample_staged(
     track = Tracker(asked.stages, asked.costs, engine.device, None if callback is None else callers_own(callback))
     hooks = Hooks(
         None if cancel is None else callers_own(cancel),
-        kept.warnings.append,
+        kept.warn,
         lambda name, images: kept.upscaled(name, images, track.index + 1),
     )
+    logger.info("plan %s", plan.to_string())
+    for note in asked.notes:
+        logger.info("%s", note)
     cancelled = False
     with torch.set_grad_enabled(method.gradients):
         try:
             track.begin("text", asked.first)
             hooks.stop_if_cancelled()
-            text = asked.encoded_texts(engine)
+            text = asked.encoded_texts(engine, kept.warn)
             for index in range(asked.first, len(asked.stages)):
                 stage, behind = asked.stages[index], run_progress(asked.stages[0].sigmas, asked.stages[index].sigmas)
                 noise = asked.noise_seeds(plan, index)
@@ -180,6 +187,7 @@ def sample_staged(
         plan=plan,
         seeds=asked.noise_seeds(plan, 0),
         cancelled=cancelled,
+        notes=asked.notes,
         warnings=tuple(kept.warnings),
         forwards=round(track.forwards),
         unfinished=any(unfinished),
@@ -187,7 +195,7 @@ def sample_staged(
         faults=tuple(kept.faults),
         unfinished_images=unfinished,
     )
-    _log(result)
+    logger.info("seconds: %s", ", ".join(f"{timing.name} {timing.seconds:.3f}" for timing in result.timings))
     return result
 
 
@@ -244,27 +252,17 @@ def _best_so_far(kept: Kept, track: Tracker, engine: Engine) -> Tensor:
     if kept.images is None and estimate is not None:
         bad = bad_rows(estimate)
         kept.blame({each: network_fault(1, each, track.seen, None) for each in bad})
-        images = _decoded(engine, estimate, stage, kept.warnings.append)
+        images = _decoded(engine, estimate, stage, kept.warn)
         kept.take(None, images, bad | bad_rows(images))
     if kept.images is not None:
         return kept.result(kept.images)
     shape = (kept.batch, 3, stage.height, stage.width)
     if kept.hopeless:  # before there was any
         return torch.full(shape, torch.nan, device=engine.device)
-    kept.warnings.append("The run was stopped before its first step: the image is empty.")
+    kept.warn("The run was stopped before its first step: the image is empty.")
     return torch.full(shape, 0.5, device=engine.device)
 
 
 def _trimmed(images: Tensor, plan: StagedPlan) -> Tensor:
     """Images of the final size without the edges that the model's grid added to what was asked for."""
     return images[(..., *plan.asked_area)] if images.shape[-2:] == (plan.height, plan.width) else images
-
-
-def _log(result: StagedResult) -> None:
-    """Tell the logger what the caller is told: the plan, its notes and the timings as INFO, warnings as WARNING."""
-    logger.info("plan %s", result.plan.to_string())
-    for note in result.plan.notes:
-        logger.info("%s", note)
-    for sentence in result.warnings:
-        logger.warning("%s", sentence)
-    logger.info("seconds: %s", ", ".join(f"{timing.name} {timing.seconds:.3f}" for timing in result.timings))

@@ -11,20 +11,32 @@ The pipeline itself is not changed. docs/diffusers.md has an example per family.
 
 from __future__ import annotations
 
-import difflib
 import inspect
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mrflow_sched._runtime.device import resolve_device
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.apps.asked import prompts_of, refine_texts, seeds_of, texts_of
+from mrflow_sched.apps.asked import (
+    check_pipe,
+    images_of,
+    prompts_of,
+    refine_texts,
+    scale_of,
+    seeds_of,
+    strength_of,
+    tensor_inputs_of,
+    texts_of,
+)
+from mrflow_sched.apps.formatted import formatted
+from mrflow_sched.apps.options import DECIDED, PLAN_OPTIONS, FileUpscaler, unknown_argument, unknown_option, upscaler_of
 from mrflow_sched.engines.diffusers.arguments import check_arguments
 from mrflow_sched.engines.diffusers.compiled import NetworkCompiler
 from mrflow_sched.engines.diffusers.folder import load_pipeline
@@ -33,16 +45,15 @@ from mrflow_sched.engines.diffusers.layouts.base import parameter_names
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.engines.diffusers.view import HINT
 from mrflow_sched.images.alpha import split_alpha
-from mrflow_sched.images.convert import from_pictures, to_pil
+from mrflow_sched.images.convert import from_pictures
+from mrflow_sched.plan.checks import checked_flag, checked_side, checked_whole
+from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
-from mrflow_sched.plan.notes import image_notes
+from mrflow_sched.plan.notes import idle_notes
 from mrflow_sched.plan.options import CallOptions
 from mrflow_sched.plan.sizes import size_step
 from mrflow_sched.sampler import sample_staged
-from mrflow_sched.upscaling.fit import fit_like
-from mrflow_sched.upscaling.load import load_upscaler
-from mrflow_sched.upscaling.model import ModelUpscaler
-from mrflow_sched.upscaling.role import check_upscaler
+from mrflow_sched.sampling.request import check_function
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,7 +62,7 @@ if TYPE_CHECKING:
     from mrflow_sched.plan.families import Family
     from mrflow_sched.plan.options import MadeOptions
     from mrflow_sched.plan.stages import StagedPlan
-    from mrflow_sched.sampler import Fault, StagedResult, StageImage
+    from mrflow_sched.sampler import Fault, StageImage
     from mrflow_sched.sampling.method import Method
     from mrflow_sched.sampling.progress import Progress, StageTiming
     from mrflow_sched.upscaling.role import PixelUpscaler
@@ -62,24 +73,9 @@ if TYPE_CHECKING:
 
 __all__ = ["MrFlow", "MrFlowOutput"]
 
+logger = logging.getLogger(__name__)
+
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# Options of a plan that the call takes by these names. A pipeline's `sigmas` are shifted, a plan's are not: neither is
-# accepted, so that neither is mistaken for the other.
-_PLAN_OPTIONS = frozenset(CallOptions.__annotations__)
-# Arguments of a pipeline's call that a plan decides, and what to use in their place.
-_DECIDED = {
-    "num_inference_steps": "low_steps and refine_steps",
-    "sigmas": "low_steps, refine_steps and sigma",
-    "timesteps": "low_steps, refine_steps and sigma",
-    "denoising_end": "low_steps and refine_steps",
-    "denoising_start": "image with strength to start from an image",
-    "intermediate_timesteps": "low_steps, refine_steps and sigma",
-    "max_timesteps": "low_steps, refine_steps and sigma",
-    "original_inference_steps": "low_steps and refine_steps",
-    "latents": "seed, or image with strength to start from an image",
-    "return_dict": "the images of what the call returns",
-    "max_area": "width and height",
-}
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ class MrFlowOutput:
         unfinished: Cancelled, out of memory, or a part failed for an image.
         faults: For each image, the part that failed first (`sampler.Fault`: part, stage, step); None where none did.
         nsfw_content_detected: For each image, whether the pipeline's safety checker made it black; None where the
-            pipeline has no checker.
+            pipeline has no checker, and for latents, which are not judged.
     """
 
     images: Any
@@ -136,7 +132,7 @@ class MrFlow:
 
         Args:
             pipe: A text-to-image pipeline of diffusers.
-            upscaler: An ESRGAN-type file (.safetensors, .pth), or any callable with the signature of `PixelUpscaler`;
+            upscaler: An ESRGAN-type file (.safetensors, .pth), a model that spandrel loaded, or any `PixelUpscaler`;
                 None or "lanczos": images are upscaled with Lanczos, which adds no detail.
             upscaler_dtype: What a file's model runs in: "float32", "float16", "bfloat16", or "auto", as in
                 `load_upscaler`.
@@ -150,23 +146,18 @@ class MrFlow:
         Raises:
             MrFlowError: A pipeline whose stages cannot be run, an unknown mode, or a file that is not an upscaler.
         """
+        check_pipe(pipe)
         self.pipe = pipe
         self._compiler = None if compile_mode is None else NetworkCompiler(compile_mode)
         self._family = family
-        self._colour_guard = colour_guard
+        self._colour_guard = checked_flag(colour_guard, "colour_guard")
+        self._upscaler = upscaler_of(upscaler, upscaler_dtype, upscaler_tile)
         self._layout = find_layout(pipe, family)
-        self._load_upscaler: Callable[[torch.device], PixelUpscaler] | None = None
-        if isinstance(upscaler, (str, os.PathLike)):
-            self._load_upscaler = partial(_load_on, upscaler, upscaler_dtype, upscaler_tile)
-            self._upscaler: PixelUpscaler | None = self._load_upscaler(self._layout.device)
-        else:
-            check_upscaler(upscaler)
-            if (upscaler_dtype, upscaler_tile) != ("auto", None):
-                raise MrFlowError(
-                    "upscaler_dtype and upscaler_tile are for an upscaler that is loaded from a file; give its path as "
-                    "upscaler, or leave them out."
-                )
-            self._upscaler = upscaler
+        self._upscaler_on(self._layout.device)
+
+    def __repr__(self) -> str:
+        upscaler = self._upscaler.name if self._upscaler is not None else "lanczos"
+        return f"MrFlow({type(self.pipe).__name__}, family={self.family.name!r}, upscaler={upscaler!r})"
 
     @classmethod
     def from_pretrained(
@@ -188,7 +179,7 @@ class MrFlow:
             offload: Keep each part on the CPU until it is used (on a GPU only).
             config: For a single file: the diffusers folder that describes it; None: one of the file's name beside it,
                 else the folder it lies in.
-            **options: Of `MrFlow`.
+            **options: Of `MrFlow`; all options are looked at before weights are read.
 
         Returns:
             The pipeline, ready to be called.
@@ -196,7 +187,21 @@ class MrFlow:
         Raises:
             MrFlowError: A model that cannot be loaded or whose stages cannot be run, or an option as in `MrFlow`.
         """
-        return cls(load_pipeline(path, device=device, dtype=dtype, offload=offload, config=config), **options)
+        for name in set(options) - _names(MrFlow.__init__):
+            raise MrFlowError(unknown_option(name, _names(MrFlow.__init__) | _names(MrFlow.from_pretrained)))
+        where = resolve_device(device)
+        if options.get("family") is not None:
+            get_family(options["family"])
+        if options.get("compile_mode") is not None:
+            NetworkCompiler(options["compile_mode"])
+        checked_flag(options.get("colour_guard", False), "colour_guard")
+        named = (options.get("upscaler"), options.pop("upscaler_dtype", "auto"), options.pop("upscaler_tile", None))
+        upscaler = upscaler_of(*named)
+        if isinstance(upscaler, FileUpscaler):
+            upscaler.on(where)
+        pipe = load_pipeline(path, device=where, dtype=dtype, offload=offload, config=config)
+        known: dict[str, Any] = {**options, "upscaler": upscaler}
+        return cls(pipe, **known)
 
     @property
     def family(self) -> Family:
@@ -276,7 +281,8 @@ class MrFlow:
             generator: One seed per image is drawn from it; a list gives one seed each. With neither, seeds are random
                 and returned in the result.
             output_type: "pil", "np", "pt" or "latent".
-            image: A PIL image, array or tensor in [0, 1]: upscaled and refined in place of stage 1. Alpha is kept.
+            image: A PIL image, array or tensor in [0, 1], or one per prompt: upscaled and refined in place of stage 1.
+                Alpha is kept.
             strength: With `image`: the flow sigma, above 0 and at most 1, at which stage 1 starts from it.
             callback: Called with `Progress` at every part and step.
             callback_on_step_end: The pipeline's own, called in every stage; `step` counts from 0 in each.
@@ -297,34 +303,38 @@ class MrFlow:
         """
         if output_type not in _OUTPUT_TYPES:
             raise MrFlowError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
+        keep_stages = checked_flag(keep_stages, "keep_stages")
+        check_function(callback_on_step_end, "callback_on_step_end")
+        each = checked_whole(num_images_per_prompt, "num_images_per_prompt", 1)
+        guidance_scale, strength = scale_of(guidance_scale, "guidance_scale"), strength_of(strength, image)
+        width, height = (
+            None if side is None else checked_side(side, name) for name, side in (("width", width), ("height", height))
+        )
         layout = find_layout(self.pipe, self._family)
         numbers, arguments = self._sorted(more, layout.call_names)
         if callback_on_step_end is not None:
             arguments["callback_on_step_end"] = callback_on_step_end
         if callback_on_step_end_tensor_inputs is not None:
-            arguments["callback_on_step_end_tensor_inputs"] = list(callback_on_step_end_tensor_inputs)
+            arguments["callback_on_step_end_tensor_inputs"] = tensor_inputs_of(
+                callback_on_step_end_tensor_inputs, self.pipe
+            )
         check_arguments(self.pipe, arguments)
-        prompts = prompts_of(prompt, arguments, num_images_per_prompt)
-        negatives = texts_of(negative_prompt, "negative_prompt", len(prompts), num_images_per_prompt)
-        refine = refine_texts(refine_prompt, refine_negative_prompt, arguments, len(prompts), num_images_per_prompt)
+        prompts = prompts_of(prompt, arguments, each)
+        negatives = texts_of(negative_prompt, "negative_prompt", len(prompts), each)
+        refine = refine_texts(refine_prompt, refine_negative_prompt, arguments, len(prompts), each)
         if refine[1] is not None and negatives is None:
             negatives = [""] * len(prompts)
         seeds = seeds_of(seed, generator, len(prompts))
         _check_image(self.pipe, image, arguments)
         said: list[str] = []
-        pixels, alpha = (None, None) if image is None else split_alpha(from_pictures(image, said.append))
+        pixels, alpha = None, None
+        if image is not None:
+            pixels, alpha = split_alpha(images_of(from_pictures(image, said.append), len(prompts), each))
         two = _guided_by_two(layout, arguments, negatives)
         if two:
             layout = layout.guided_by_two()
             if guidance_scale is not None:
                 arguments["guidance_scale"], guidance_scale = guidance_scale, None
-        if strength is not None and pixels is None:
-            raise MrFlowError(f"strength={strength!r} needs an image to start from; give image too, or leave it out.")
-        if strength is not None and not (isinstance(strength, (int, float)) and 0.0 < strength <= 1.0):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise MrFlowError(
-                f"strength must be above 0 and at most 1, got {strength!r}; it is the fraction of noise at which stage "
-                "1 starts."
-            )
         if pixels is not None and (width is None or height is None):
             factor = 1.0 if strength is not None else size_step(layout.family, numbers)
             width, height = _image_size(pixels, width, height, factor)
@@ -333,6 +343,8 @@ class MrFlow:
         if scale is not None:
             numbers["guidance"] = scale
         plan = make_plan(layout.family, wide, high, preset, seed=seeds[0], **numbers)
+        if image is not None and strength is None:
+            plan = replace(plan, notes=(*plan.notes, *idle_notes(numbers)))
         if plan.tile and arguments.get(HINT) is not None:
             raise MrFlowError(f"tile={plan.tile} would give every tile the whole {HINT}; leave one of the two out.")
         engine = PipelineEngine(
@@ -361,23 +373,23 @@ class MrFlow:
             seeds=seeds,
             method=method,
         )
-        notes = plan.notes
-        if pixels is not None:
-            notes = image_notes(plan, pixels.shape[-1], pixels.shape[-2], strength)
-        images = _formatted(result, alpha, output_type, engine)
-        blackened = tuple(
+        images = formatted(result, alpha, output_type, engine)
+        said.extend(_image_warnings(self.pipe, image, layout))
+        said.extend(
             f"Image {number} is black, as the pipeline's safety checker rejected it."
             for number, rejected in enumerate(engine.rejected or (), 1)
             if rejected
         )
-        own = (*said, *notes, *engine.notes, *_image_warnings(self.pipe, image, layout))
+        for sentence in said:
+            logger.warning("%s", sentence)
+        compiling = () if self._compiler is None else self._compiler.notes
         return MrFlowOutput(
             images=images,
             plan=plan,
             seeds=seeds,
             timings=result.timings,
             stages=result.stages,
-            warnings=tuple(dict.fromkeys((*own, *result.warnings, *blackened))),
+            warnings=tuple(dict.fromkeys((*result.notes, *result.warnings, *compiling, *said))),
             cancelled=result.cancelled,
             unfinished=result.unfinished,
             faults=result.faults,
@@ -389,38 +401,23 @@ class MrFlow:
         numbers: dict[str, Any] = {}
         arguments: dict[str, Any] = {}
         for name, value in more.items():
-            if name in _PLAN_OPTIONS:
+            if name in PLAN_OPTIONS:
                 numbers[name] = value
-            elif name in _DECIDED:
-                raise MrFlowError(f"{name} is not accepted, as the plan decides it; use {_DECIDED[name]}.")
+            elif name == "true_cfg_scale" and name in call_names:
+                scale = scale_of(value, name)
+                arguments |= {} if scale is None else {name: scale}
+            elif name in DECIDED:
+                raise MrFlowError(f"{name} is not accepted, as the plan decides it; use {DECIDED[name]}.")
             elif name in call_names or (name == HINT and _has_control(self.pipe)):
                 arguments[name] = value
             else:
-                known = sorted({*_PLAN_OPTIONS, *call_names, *inspect.signature(MrFlow.__call__).parameters} - {"self"})
-                near = difflib.get_close_matches(name, known, n=3)
-                hint = f"did you mean {' or '.join(near)}" if near else "make_plan and the pipeline's call list them"
-                raise MrFlowError(
-                    f"{name} is neither a plan option nor an argument of {type(self.pipe).__name__}; {hint}."
-                )
+                own, asked = _names(MrFlow.__init__), _names(MrFlow.__call__)
+                raise MrFlowError(unknown_argument(name, own, asked | call_names, type(self.pipe).__name__))
         return numbers, arguments
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy (copy, deepcopy, pickle) reads an upscaler's file anew: models of spandrel cannot be pickled.
-        return {**vars(self), "_upscaler": self._upscaler if self._load_upscaler is None else None}
 
     def _upscaler_on(self, device: torch.device) -> PixelUpscaler | None:
         """The upscaler; one that was read from a file moves with the pipeline."""
-        loaded = self._upscaler
-        elsewhere = isinstance(loaded, ModelUpscaler) and loaded.device.type != device.type
-        if self._load_upscaler is not None and (loaded is None or elsewhere):
-            self._upscaler = self._load_upscaler(device)
-        return self._upscaler
-
-
-def _load_on(
-    file: str | os.PathLike[str], dtype: str | torch.dtype, tile: int | None, device: torch.device
-) -> PixelUpscaler:
-    return load_upscaler(file, device=device, dtype=dtype, tile=tile)
+        return self._upscaler.on(device) if isinstance(self._upscaler, FileUpscaler) else self._upscaler
 
 
 # -------------------------------------------------------------------------------------------------------- what is asked
@@ -459,7 +456,7 @@ def _image_warnings(pipe: Any, image: Any, layout: Layout) -> tuple[str, ...]:
 def _guided_by_two(layout: Layout, arguments: Mapping[str, Any], negatives: Sequence[str] | None) -> bool:
     """Whether a family with embedded guidance is to be guided by a negative branch in addition (true CFG)."""
     scale = arguments.get("true_cfg_scale")
-    if layout.family.guidance_kind == "cfg" or not isinstance(scale, (int, float)) or scale <= 1.0:
+    if layout.family.guidance_kind == "cfg" or scale is None or scale <= 1.0:
         return False
     return negatives is not None or arguments.get("negative_prompt_embeds") is not None
 
@@ -483,31 +480,7 @@ def _image_size(image: Tensor, width: int | None, height: int | None, factor: fl
     return width, round(rows * width / columns)
 
 
-# -------------------------------------------------------------------------------------------------------- what is given
-
-
-def _formatted(result: StagedResult, alpha: Tensor | None, output_type: str, engine: PipelineEngine) -> Any:
-    """The result's images in the form that was asked for, as the pipeline would return them."""
-    if output_type == "latent":
-        latents = engine.encode(_on_grid(result)) if result.latents is None else result.latents
-        return engine.layout.pack(latents).to(engine.dtype)
-    images = engine.finish(result.images.nan_to_num())
-    if alpha is not None:
-        images = torch.cat(
-            [images, fit_like(alpha.to(images), images, result.plan).expand(len(images), -1, -1, -1)], dim=1
-        )
-    if output_type == "pt":
-        return images
-    if output_type == "np":
-        return images.permute(0, 2, 3, 1).cpu().numpy()
-    return [to_pil(image) for image in images]
-
-
-def _on_grid(result: StagedResult) -> Tensor:
-    """The images with the edges that the grid adds to what was asked for, as their last rows and columns repeated."""
-    images, plan = result.images, result.plan
-    rows, columns = plan.asked_area
-    if images.shape[-2:] != (rows.stop - rows.start, columns.stop - columns.start):
-        return images
-    edges = (columns.start, plan.width - columns.stop, rows.start, plan.height - rows.stop)
-    return torch.nn.functional.pad(images, edges, mode="replicate")
+def _names(function: Callable[..., Any]) -> frozenset[str]:
+    """The arguments that a function names, without those that come first by habit."""
+    found = inspect.signature(function).parameters.items()
+    return frozenset(name for name, each in found if each.kind is not each.VAR_KEYWORD) - {"self", "pipe", "path"}

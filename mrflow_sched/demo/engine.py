@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mrflow_sched.demo.words import unknown_words_sentence
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine, PipelineText
@@ -12,7 +12,7 @@ __all__ = ["EmbeddedEngine"]
 
 
 class EmbeddedEngine(PipelineEngine):
-    """The embedded model. It warns of words that it does not know, and samples all the same."""
+    """The embedded model. It notes words that it does not know, and samples all the same."""
 
     def encode_text(
         self,
@@ -29,9 +29,8 @@ class EmbeddedEngine(PipelineEngine):
             lora_scale: The scale of all LoRAs; None: as they are set.
 
         Returns:
-            The conditioning.
+            The conditioning; its first note names unknown words.
         """
         sentence = unknown_words_sentence(prompts)
-        if sentence is not None:
-            warnings.warn(sentence, stacklevel=2)
-        return super().encode_text(prompts, negative_prompts, lora_scale=lora_scale)
+        text = super().encode_text(prompts, negative_prompts, lora_scale=lora_scale)
+        return text if sentence is None else replace(text, notes=(sentence, *text.notes))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mrflow_sched._runtime.cancel import Warn
 from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched._runtime.values import check_dense, check_unit_range
 from mrflow_sched.images.formats import refusing
 from mrflow_sched.images.pixels import read_pixels, upright
 
@@ -42,27 +44,33 @@ def from_pictures(pictures: Any, warn: Warn | None = None) -> Tensor:
             pictures.load()
             return read_pixels(upright(pictures), warn)[None]
     if isinstance(pictures, Tensor):
-        values = pictures
+        check_dense(pictures, "image")
+        values = given = pictures
     elif hasattr(pictures, "__array__"):
-        values = _tensor_of(pictures)
+        values = given = _tensor_of(pictures)
         values = values[..., None] if values.ndim == 2 else values
         values = values.movedim(-1, -3) if values.ndim > 2 else values
     else:
         raise MrFlowError(f"image is {type(pictures).__name__}; give a PIL image, an array or a tensor.")
     values = values if values.ndim == 4 else values[None]
     if values.ndim != 4 or values.shape[1] not in (1, 2, 3, 4) or 0 in values.shape:
+        kind = "a tensor" if isinstance(pictures, Tensor) else "an array"
         raise MrFlowError(
-            f"image has shape {tuple(values.shape)}; give (H, W, C) as an array or (C, H, W) as a tensor."
+            f"image is {kind} of shape {tuple(given.shape)}; give (H, W, C) as an array or (C, H, W) as a tensor."
         )
-    exact = values.float() / 255 if values.dtype == torch.uint8 else values.float()
-    if not (values.is_floating_point() or values.dtype == torch.uint8) or not bool(((exact >= 0) & (exact <= 1)).all()):
+    if values.dtype == torch.uint8:
+        return values.float() / 255
+    if not values.is_floating_point():
         raise MrFlowError(f"image must hold floats from 0 to 1 or 8-bit values, got {values.dtype}; scale them first.")
-    return exact
+    check_unit_range(values, "image")
+    return values.float()
 
 
 def _tensor_of(array: Any) -> Tensor:
+    """An array as a tensor; copied where torch cannot take it as it is: flipped, read-only, of foreign byte order."""
     try:
-        return torch.as_tensor(array)
+        values = np.require(array, requirements=["C", "W"])
+        return torch.as_tensor(values.astype(values.dtype.newbyteorder("="), copy=False))
     except (TypeError, ValueError, RuntimeError) as error:  # objects, texts, dtypes and strides that torch lacks
         raise MrFlowError(
             f"image is an array that torch cannot take ({first_line(error)}); give float32 or uint8 values."

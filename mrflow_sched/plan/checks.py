@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 
@@ -33,8 +34,35 @@ MAX_SCALE = 1000.0
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_whole(value: object, name: str, low: int, high: int | None = None, advice: str = "") -> None:
-    """Refuse what is not a whole number in a range.
+def plain(value: object) -> object:
+    """Numbers, arrays and tensors of other libraries as Python's numbers and lists, so that plans hold only those.
+
+    Args:
+        value: Anything; the items of a list or tuple are made plain too.
+
+    Returns:
+        What its `tolist` gives where it has one (NumPy, torch), an int or float for another number (a fraction), else
+        the value itself.
+    """
+    if isinstance(value, (list, tuple)):
+        items = [_plain(each) for each in cast("Sequence[object]", value)]
+        return items if isinstance(value, list) else tuple(items)
+    return _plain(value)
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    try:
+        return cast("Any", value).tolist()
+    except Exception:  # has none, or holds no values (a tensor on "meta")
+        return value
+
+
+def checked_whole(value: object, name: str, low: int, high: int | None = None, advice: str = "") -> int:
+    """A whole number in a range as Python's int.
 
     Args:
         value: The value that came; True and False are refused.
@@ -43,34 +71,42 @@ def check_whole(value: object, name: str, low: int, high: int | None = None, adv
         high: The largest; None: no limit.
         advice: Ends the refusal, after a semicolon.
 
+    Returns:
+        The same number.
+
     Raises:
         MrFlowError: `value` is not a whole number from `low` to `high`.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < low or (high is not None and number > high):
         span = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise MrFlowError(
             f"{name} must be a whole number {span}, got {quoted(value)}{f'; {advice}' if advice else ''}."
         )
+    return number
 
 
-def check_side(value: object, name: str) -> None:
-    """Refuse what cannot be a side of an image.
+def checked_side(value: object, name: str) -> int:
+    """A side of an image as Python's int.
 
     Args:
         value: Pixels.
         name: The argument's name, for the refusal.
 
+    Returns:
+        The same number.
+
     Raises:
         MrFlowError: `value` is not a whole number from 1 to `MAX_SIDE`.
     """
-    check_whole(value, name, 1, MAX_SIDE, "it is a side of the image in pixels")
+    return checked_whole(value, name, 1, MAX_SIDE, "it is a side of the image in pixels")
 
 
 def is_number(value: object) -> bool:
     """Whether a value is an int or a float; True and False are neither.
 
     Args:
-        value: Anything.
+        value: Anything, made `plain` before.
 
     Returns:
         True also for NaN and infinity.
@@ -90,27 +126,31 @@ def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
     Raises:
         MrFlowError: `interval` is anything else.
     """
-    ends = listed(interval)
+    ends = listed(plain(interval))
     low, high = cast("tuple[float, float]", ends if len(ends) == 2 else (None, None))
     if not (is_number(low) and is_number(high) and 0.0 <= low < high <= 1.0):
         raise MrFlowError(f"guidance_interval must be two sigmas, 0 <= low < high <= 1, got {quoted(interval)}.")
     return float(low), float(high)
 
 
-def check_tile(tile: int, family: Family | None = None) -> None:
-    """Refuse what cannot be the side of a tile.
+def checked_tile(tile: object, family: Family | None = None) -> int:
+    """The side of a tile as Python's int.
 
     Args:
         tile: Pixels; 0 means no tiles.
         family: Its `min_low_side` sets the least tile, half of it; None: `LEAST_TILE`.
 
+    Returns:
+        The same number.
+
     Raises:
         MrFlowError: `tile` is above `MAX_SIDE`, or above 0 and too small.
     """
-    check_whole(tile, "tile", 0, MAX_SIDE)
+    side = checked_whole(tile, "tile", 0, MAX_SIDE)
     least = LEAST_TILE if family is None else max(LEAST_TILE, round(family.min_low_side / 2))
-    if 0 < tile < least:
-        raise MrFlowError(f"tile must be 0 (none) or {least} pixels and more a side, got {quoted(tile)}.")
+    if 0 < side < least:
+        raise MrFlowError(f"tile must be 0 (none) or {least} pixels and more a side, got {side}.")
+    return side
 
 
 def checked_number(value: object, name: str, low: float, high: float, advice: str = "") -> float:
@@ -127,12 +167,13 @@ def checked_number(value: object, name: str, low: float, high: float, advice: st
         The same number.
 
     Raises:
-        MrFlowError: `value` is not an int or a float from `low` to `high`.
+        MrFlowError: `value` is not a number from `low` to `high`.
     """
-    if not is_number(value) or not low <= cast("float", value) <= high:
+    number = plain(value)
+    if not is_number(number) or not low <= cast("float", number) <= high:
         more = f"; {advice}" if advice else ""
         raise MrFlowError(f"{name} must be a number from {low:g} to {high:g}, got {quoted(value)}{more}.")
-    return float(cast("float", value))
+    return float(cast("float", number))
 
 
 def listed(value: object) -> Sequence[object]:
@@ -172,6 +213,25 @@ def checked_numbers(values: object, name: str, most: int) -> tuple[float, ...]:
     if len(numbers) > most:
         raise MrFlowError(f"{name} must hold at most {most} numbers, got more, beginning {quoted(values)}.")
     return numbers
+
+
+def checked_flag(value: object, name: str) -> bool:
+    """True or False as Python's bool.
+
+    Args:
+        value: The value that came.
+        name: The argument's name, for the refusal.
+
+    Returns:
+        The same value.
+
+    Raises:
+        MrFlowError: `value` is neither.
+    """
+    flag = plain(value)
+    if not isinstance(flag, bool):
+        raise MrFlowError(f"{name} must be True or False, got {quoted(value)}.")
+    return flag
 
 
 def check_choice(value: object, name: str, choices: Sequence[str]) -> None:

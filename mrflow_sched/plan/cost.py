@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
-from mrflow_sched.plan.checks import check_whole, checked_number
+from mrflow_sched.plan.checks import checked_number, checked_whole
 from mrflow_sched.plan.families import FAMILIES, Family
 from mrflow_sched.plan.families.base import PixelCost
 from mrflow_sched.plan.stages import Stage, StagedPlan
@@ -171,8 +171,8 @@ def peak_memory(
     Raises:
         MrFlowError: A number is out of its range.
     """
-    check_whole(batch, "batch", 1, _MAX_BATCH)
-    checked_number(value_bytes, "value_bytes", 0, 8)
+    batch = checked_whole(batch, "batch", 1, _MAX_BATCH)
+    value_bytes = checked_number(value_bytes, "value_bytes", 0, 8)
     known = FAMILIES.get(plan.family) if family is None else family
     parts = None if known is None else part_costs(plan, known)
     if known is None or parts is None:

@@ -12,8 +12,8 @@ from mrflow_sched.plan.checks import (
     MAX_STAGES,
     MAX_STEPS,
     Number,
-    check_side,
-    check_tile,
+    checked_side,
+    checked_tile,
     listed,
 )
 from mrflow_sched.plan.families import Family, ShiftRule, get_family
@@ -171,10 +171,8 @@ def _checked_size(size: object, name: str) -> tuple[int, int]:
     sides = listed(size)
     if len(sides) != 2:
         raise MrFlowError(f"{name} must be (width, height) in pixels, got {quoted(size)}.")
-    for side in sides:
-        check_side(side, name)
-    width, height = cast("tuple[int, int]", sides)
-    return width, height
+    width, height = sides
+    return checked_side(width, name), checked_side(height, name)
 
 
 def _staged_plan(
@@ -234,14 +232,9 @@ def _assemble(
         text_tokens=family.text_tokens,
         # Six digits say all that is known of a cost and keep the plan's line short.
         attention=float(f"{family.attention_cost / family.linear_cost:.6g}"),
-        tile=_checked_tile(family, _value(given, "tile")),
+        tile=checked_tile(_value(given, "tile"), family),
     )
     return replace(plan, notes=plan_notes(plan, family))
-
-
-def _checked_tile(family: Family, tile: int) -> int:
-    check_tile(tile, family)
-    return tile
 
 
 def _first_stage(
@@ -343,9 +336,13 @@ def _guided_within(stage: Stage, family: Family, interval: tuple[float, float]) 
 def _per_step(family: Family, guidance: float) -> int:
     """Forwards per model evaluation: two where CFG is applied."""
     if family.guidance_kind == "none" and guidance != 1.0:
-        raise MrFlowError(f"guidance must be left out or 1 for {family.name}, which is distilled; got {guidance!r}.")
+        raise MrFlowError(
+            f"the guidance scale must be left out or 1 for {family.name}, which is distilled; got {guidance!r}."
+        )
     if family.guidance_kind == "cfg" and guidance < 1.0:
-        raise MrFlowError(f"guidance must be at least 1 for {family.name}, got {guidance!r}; 1 turns CFG off.")
+        raise MrFlowError(
+            f"the guidance scale must be at least 1 for {family.name}, got {guidance!r}; 1 turns CFG off."
+        )
     return 2 if family.guidance_kind == "cfg" and guidance != 1.0 else 1
 
 
@@ -408,5 +405,5 @@ def _one_per_stage(value: Number | Sequence[Number], count: int, name: str) -> t
     if not isinstance(value, Sequence):
         return (value,) * count
     if len(value) != count:
-        raise MrFlowError(f"{name} must be one number or {count} (one per later stage), got {quoted(value)}.")
+        raise MrFlowError(f"{name} must be one number, or a list of {count}, one per later stage, got {quoted(value)}.")
     return tuple(value)

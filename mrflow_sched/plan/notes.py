@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mrflow_sched.plan.checks import MAX_FACTOR, MIN_FACTOR
 from mrflow_sched.plan.families import FAMILIES, Family
@@ -26,6 +27,8 @@ LARGEST_AREA = 2.0
 SIDE_SLACK = 0.95
 
 
+# Options that decide how stage 1 is sampled, and nothing else.
+_OF_STAGE_1 = ("low_steps", "mu", "shift_tokens", "guidance_interval")
 # A relative change of shape between two stages up to this is not visible.
 SLIGHT_STRETCH = 0.002
 
@@ -85,6 +88,24 @@ def image_notes(plan: StagedPlan, width: int, height: int, strength: float | Non
             "image more than stage 1 does; lower sigma too, or leave strength out."
         )
     return tuple(notes)
+
+
+def idle_notes(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which options have no effect where an image replaces stage 1.
+
+    Args:
+        options: Those of the plan that were given; None counts as left out.
+
+    Returns:
+        Sentences for the user, often none.
+    """
+    idle = [name for name in _OF_STAGE_1 if options.get(name) is not None]
+    if not idle:
+        return ()
+    return (
+        f"The image replaces stage 1, so {' and '.join(idle)} had no effect; give strength too, to start stage 1 from "
+        "the image.",
+    )
 
 
 def fitting_note(what: str, size: tuple[int, int], target: tuple[int, int]) -> str | None:

@@ -25,6 +25,7 @@ from mrflow_sched.plan.checks import (
     SeedRule,
     checked_interval,
     is_number,
+    plain,
 )
 from mrflow_sched.plan.schedule import MAX_MU
 from mrflow_sched.plan.solver_table import SOLVER_NAMES
@@ -69,15 +70,23 @@ class Option:
     per_stage: bool = False
     applies: Applies = "both"
 
-    def check(self, value: object) -> None:
-        """Refuse a value that is not of this option's type and range.
+    def checked(self, value: object) -> Any:
+        """A value of this option's type and range.
 
         Args:
             value: The value that came; several where `per_stage` allows it.
 
+        Returns:
+            The same value; what other libraries have for numbers and lists as Python's own.
+
         Raises:
             MrFlowError: The value is not allowed; the sentence says what is.
         """
+        made = plain(value)
+        self._check(made)
+        return made
+
+    def _check(self, value: object) -> None:
         if self.kind in ("interval", "numbers"):
             self._check_list(value)
         elif self.per_stage and isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
@@ -225,7 +234,7 @@ class CallOptions(_WalkOptions, total=False):
             low=2,
             high=MAX_STAGES,
             metavar="N",
-            advice="for one stage use native=True",
+            advice="one stage is native sampling: native=True in a plan, or the pipeline itself",
         ),
     ]
     low_steps: Annotated[int | None, Option(help="steps of the first stage", low=1, high=MAX_STEPS, metavar="N")]
@@ -359,6 +368,5 @@ def check_options(options: Mapping[str, Any], function: str = "make_plan") -> di
             hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(OPTIONS)}."
             raise MrFlowError(f"{shown(name)} is no option of {function}; {hint}")
         if value is not None:
-            OPTIONS[name].check(value)
-            given[name] = value
+            given[name] = OPTIONS[name].checked(value)
     return given

@@ -19,9 +19,18 @@ import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
-from mrflow_sched.plan.checks import MAX_STEPS, check_choice, check_whole, checked_number, checked_numbers, is_number
+from mrflow_sched.plan.checks import (
+    MAX_STEPS,
+    check_choice,
+    checked_number,
+    checked_numbers,
+    checked_whole,
+    is_number,
+    plain,
+)
 
 __all__ = [
     "beta_sigmas",
@@ -64,8 +73,7 @@ def shift_sigma(sigma: float, shift: float) -> float:
     Raises:
         MrFlowError: A number is out of its range.
     """
-    _check_unit(sigma, "sigma")
-    _check_shift(shift)
+    sigma, shift = _unit(sigma, "sigma"), _positive_shift(shift)
     if sigma == 1.0:
         return 1.0
     return min(shift * sigma / (1.0 + (shift - 1.0) * sigma), 1.0)  # rounding must not leave the range
@@ -84,8 +92,7 @@ def unshift_sigma(sigma: float, shift: float) -> float:
     Raises:
         MrFlowError: A number is out of its range.
     """
-    _check_unit(sigma, "sigma")
-    _check_shift(shift)
+    sigma, shift = _unit(sigma, "sigma"), _positive_shift(shift)
     if sigma == 1.0:
         return 1.0
     return min(sigma / (shift + (1.0 - shift) * sigma), 1.0)
@@ -117,11 +124,11 @@ def mu_for_tokens(
     Raises:
         MrFlowError: `tokens` is below 1, or the two points make no line.
     """
-    check_whole(tokens, "tokens", 1, MAX_SHIFT_TOKENS)
-    check_whole(base_tokens, "base_tokens", 1, MAX_SHIFT_TOKENS)
-    check_whole(max_tokens, "max_tokens", 1, MAX_SHIFT_TOKENS)
-    for name, value in (("base_shift", base_shift), ("max_shift", max_shift)):
-        checked_number(value, name, -MAX_MU, MAX_MU, "it is a mu")
+    tokens = checked_whole(tokens, "tokens", 1, MAX_SHIFT_TOKENS)
+    base_tokens = checked_whole(base_tokens, "base_tokens", 1, MAX_SHIFT_TOKENS)
+    max_tokens = checked_whole(max_tokens, "max_tokens", 1, MAX_SHIFT_TOKENS)
+    base_shift = checked_number(base_shift, "base_shift", -MAX_MU, MAX_MU, "it is a mu")
+    max_shift = checked_number(max_shift, "max_shift", -MAX_MU, MAX_MU, "it is a mu")
     if base_tokens == max_tokens:
         raise MrFlowError(f"max_tokens must differ from base_tokens, got {max_tokens} for both.")
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
@@ -151,8 +158,8 @@ def mu_flux2(tokens: int, steps: int) -> float:
     Raises:
         MrFlowError: `tokens` or `steps` is out of its range.
     """
-    check_whole(tokens, "tokens", 1, MAX_SHIFT_TOKENS)
-    check_whole(steps, "steps", 1, MAX_STEPS)
+    tokens = checked_whole(tokens, "tokens", 1, MAX_SHIFT_TOKENS)
+    steps = checked_whole(steps, "steps", 1, MAX_STEPS)
     few = _FLUX2_AT_10_STEPS[0] * tokens + _FLUX2_AT_10_STEPS[1]
     many = _FLUX2_AT_200_STEPS[0] * tokens + _FLUX2_AT_200_STEPS[1]
     if tokens > _FLUX2_LARGE_TOKENS:
@@ -182,8 +189,7 @@ def stretch_to_terminal(sigmas: Sequence[float], terminal: float) -> Sigmas:
     checked = validate_sigmas(sigmas, "sigmas")
     if checked[0] != 1.0:
         raise MrFlowError(f"sigmas must start at 1.0 to be stretched, got {checked[0]!r}; refine schedules never are.")
-    if not (is_number(terminal) and 0.0 < terminal < 1.0):
-        raise MrFlowError(f"terminal must lie between 0 and 1, got {quoted(terminal)}; Qwen-Image uses 0.02.")
+    terminal = _between(terminal, "terminal", "Qwen-Image uses 0.02")
     return validate_sigmas([*stretched(checked[:-1], terminal), 0.0], "sigmas")
 
 
@@ -243,13 +249,8 @@ def native_sigmas(
     Raises:
         MrFlowError: A number is out of its range.
     """
-    check_whole(steps, "steps", 1, MAX_STEPS)
-    shift = _shift_of(mu)
-    last = 1.0 / steps if sigma_min is None else sigma_min
-    if not (is_number(last) and 0.0 < last <= 1.0) or (sigma_min is not None and last == 1.0):
-        raise MrFlowError(
-            f"sigma_min must lie between 0 and 1, got {quoted(sigma_min)}; leave it out for even spacing."
-        )
+    steps, shift = checked_whole(steps, "steps", 1, MAX_STEPS), _shift_of(mu)
+    last = 1.0 / steps if sigma_min is None else _between(sigma_min, "sigma_min", "leave it out for even spacing")
     shifted = [1.0, *(shift_sigma(sigma, shift) for sigma in evenly(1.0, last, steps)[1:])]
     sigmas = validate_sigmas([*shifted, 0.0], "sigmas")
     if terminal is not None:
@@ -293,10 +294,9 @@ def beta_sigmas(steps: int, *, alpha: float = 0.6, beta: float = 0.6, mu: float 
     Raises:
         MrFlowError: A number is out of its range.
     """
-    check_whole(steps, "steps", 1, MAX_STEPS)
-    shift = _shift_of(mu)
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        checked_number(value, name, 0.2, 10.0, "the published value is 0.6")
+    steps, shift = checked_whole(steps, "steps", 1, MAX_STEPS), _shift_of(mu)
+    alpha = checked_number(alpha, "alpha", 0.2, 10.0, "the published value is 0.6")
+    beta = checked_number(beta, "beta", 0.2, 10.0, "the published value is 0.6")
     inner = [shift_sigma(_beta_quantile(1.0 - index / steps, alpha, beta), shift) for index in range(1, steps)]
     return validate_sigmas([1.0, *inner, 0.0], "sigmas")
 
@@ -322,7 +322,7 @@ def scaled_linear_sigmas(steps: int, *, zero_snr: bool = False) -> Sigmas:
     Raises:
         MrFlowError: `steps` is out of its range.
     """
-    check_whole(steps, "steps", 1, MAX_STEPS)
+    steps = checked_whole(steps, "steps", 1, MAX_STEPS)
     table = scaled_linear_ve(zero_snr)
     if steps > len(table):
         raise MrFlowError(f"steps must be at most {len(table)} for this schedule, got {steps!r}; ask for fewer steps.")
@@ -347,9 +347,9 @@ def edm_sigmas(steps: int, *, largest: float, smallest: float, rho: float | None
     Raises:
         MrFlowError: A number is out of its range.
     """
-    check_whole(steps, "steps", 1, MAX_STEPS)
-    checked_number(largest, "largest", 1e-6, 1e6, "the published value is 160")
-    checked_number(smallest, "smallest", 1e-6, 1e6, "the published value is 0.004")
+    steps = checked_whole(steps, "steps", 1, MAX_STEPS)
+    largest = checked_number(largest, "largest", 1e-6, 1e6, "the published value is 160")
+    smallest = checked_number(smallest, "smallest", 1e-6, 1e6, "the published value is 0.004")
     if smallest >= largest:
         raise MrFlowError(f"smallest must be below largest, got {smallest!r} and {largest!r}.")
     picked = spaced_by_rho(largest, smallest, steps, rho)[1:]
@@ -373,7 +373,7 @@ def spaced_by_rho(largest: float, smallest: float, count: int, rho: float | None
     """
     if rho is None:
         return [math.exp(exponent) for exponent in evenly(math.log(largest), math.log(smallest), count)]
-    checked_number(rho, "rho", 1.0, 100.0, "the published value is 7")
+    rho = checked_number(rho, "rho", 1.0, 100.0, "the published value is 7")
     return [root**rho for root in evenly(largest ** (1.0 / rho), smallest ** (1.0 / rho), count)]
 
 
@@ -461,19 +461,18 @@ def refine_sigmas(start_sigma: float, steps: int, curve: str = "linear") -> Sigm
     Raises:
         MrFlowError: A number is out of its range, or the curve is unknown.
     """
-    if not (is_number(start_sigma) and 0.0 < start_sigma < 1.0):
-        raise MrFlowError(f"start_sigma must lie between 0 and 1, got {quoted(start_sigma)}; 0.12 is the usual value.")
+    start_sigma = _between(start_sigma, "start_sigma", "0.12 is the usual value")
     check_choice(curve, "refine_curve", ("linear", "shifted"))
     shifted = curve == "shifted"
     advice = "the curve 'linear' takes up to 1000" if shifted else ""
-    check_whole(steps, "refine_steps", 1, MAX_SHIFTED_STEPS if shifted else MAX_STEPS, advice)
+    steps = checked_whole(steps, "refine_steps", 1, MAX_SHIFTED_STEPS if shifted else MAX_STEPS, advice)
     fractions = [1.0 - index / steps for index in range(1, steps)]
     if shifted:
         shift = math.exp(0.25 * (steps - 1))
         # Both ends are pulled in by 1e-6 and the result rescaled, as in the source of this curve.
         bottom, top = shift_sigma(1e-6, shift), shift_sigma(1.0 - 1e-6, shift)
         fractions = [(shift_sigma(fraction, shift) - bottom) / (top - bottom) for fraction in fractions]
-    sigmas = [float(start_sigma), *(start_sigma * fraction for fraction in fractions), 0.0]
+    sigmas = [start_sigma, *(start_sigma * fraction for fraction in fractions), 0.0]
     if any(after >= before for before, after in pairwise(sigmas)):
         raise MrFlowError(
             f"start_sigma must be larger for {steps} steps, got {start_sigma!r}; 0.12 is the usual value."
@@ -515,14 +514,25 @@ def _shift_of(mu: float) -> float:
     return math.exp(checked_number(mu, "mu", -MAX_MU, MAX_MU, "it is the logarithm of the shift"))
 
 
-def _check_unit(value: float, name: str) -> None:
-    if not (is_number(value) and 0.0 <= value <= 1.0):
+def _unit(value: float, name: str) -> float:
+    number: Any = plain(value)
+    if not (is_number(number) and 0.0 <= number <= 1.0):
         raise MrFlowError(f"{name} must lie between 0 and 1, got {quoted(value)}; it is the fraction of noise.")
+    return float(number)
 
 
-def _check_shift(shift: float) -> None:
-    if not (is_number(shift) and 0.0 < shift <= sys.float_info.max):
+def _between(value: float, name: str, advice: str) -> float:
+    number: Any = plain(value)
+    if not (is_number(number) and 0.0 < number < 1.0):
+        raise MrFlowError(f"{name} must lie between 0 and 1, got {quoted(value)}; {advice}.")
+    return float(number)
+
+
+def _positive_shift(shift: float) -> float:
+    number: Any = plain(shift)
+    if not (is_number(number) and 0.0 < number <= sys.float_info.max):
         raise MrFlowError(f"shift must be a positive number, got {quoted(shift)}; 1 means no shift.")
+    return float(number)
 
 
 def _beta_quantile(probability: float, alpha: float, beta: float) -> float:

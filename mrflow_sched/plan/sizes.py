@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
-from mrflow_sched.plan.checks import MAX_STAGES, check_side, check_whole
+from mrflow_sched.plan.checks import MAX_STAGES, checked_side, checked_whole
 from mrflow_sched.plan.families import Family
 
 MAX_PICTURE_SIDE = 2**31
@@ -32,8 +32,8 @@ def fit_box(src_w: int, src_h: int, dst_w: int, dst_h: int) -> tuple[int, int, i
     Raises:
         MrFlowError: A side is out of range.
     """
-    for name, side in (("src_w", src_w), ("src_h", src_h), ("dst_w", dst_w), ("dst_h", dst_h)):
-        check_whole(side, name, 1, MAX_PICTURE_SIDE)
+    sides = (("src_w", src_w), ("src_h", src_h), ("dst_w", dst_w), ("dst_h", dst_h))
+    src_w, src_h, dst_w, dst_h = (checked_whole(side, name, 1, MAX_PICTURE_SIDE) for name, side in sides)
     if dst_w * src_h >= dst_h * src_w:
         width, height = dst_w, (2 * src_h * dst_w + src_w) // (2 * src_w)
     else:
@@ -68,8 +68,7 @@ def covering_size(family: Family, width: int, height: int) -> tuple[int, int]:
     Raises:
         MrFlowError: A side is out of range.
     """
-    check_side(width, "width")
-    check_side(height, "height")
+    width, height = checked_side(width, "width"), checked_side(height, "height")
     return math.ceil(width / family.grid) * family.grid, math.ceil(height / family.grid) * family.grid
 
 
@@ -131,7 +130,7 @@ def handoff_factors(
             raise MrFlowError(f"factors={quoted(tuple(factors))} gives every size step; leave factor and stages out.")
         if not factors:
             raise MrFlowError("factors must hold at least one size step, got none; for one stage use native=True.")
-        check_whole(len(factors), "the count of factors", 1, MAX_STAGES - 1)
+        checked_whole(len(factors), "the count of factors", 1, MAX_STAGES - 1)
         return tuple(factors)
     return (family.factor if factor is None else factor,) * ((2 if stages is None else stages) - 1)
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from types import MappingProxyType
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
-from mrflow_sched.plan.checks import MAX_STEPS, check_whole
+from mrflow_sched.plan.checks import MAX_STEPS, checked_whole
 
 __all__ = ["SOLVERS", "SOLVER_NAMES", "SolverInfo", "check_solver", "evaluated_sigmas", "solver_evaluations"]
 
@@ -76,8 +76,8 @@ def solver_evaluations(solver: str, steps: int) -> int:
         MrFlowError: The solver is unknown, or `steps` is out of range.
     """
     each = check_solver(solver).evaluations_per_step
-    check_whole(steps, "steps", 0, MAX_STEPS)
-    return max(each * steps - (each - 1), 0)
+    count = checked_whole(steps, "steps", 0, MAX_STEPS)
+    return max(each * count - (each - 1), 0)
 
 
 def evaluated_sigmas(solver: str, sigmas: Sequence[float]) -> tuple[float, ...]:

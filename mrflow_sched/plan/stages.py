@@ -20,11 +20,11 @@ from mrflow_sched.plan.checks import (
     Posterior,
     SeedRule,
     check_choice,
-    check_side,
-    check_tile,
-    check_whole,
     checked_interval,
     checked_number,
+    checked_side,
+    checked_tile,
+    checked_whole,
     listed,
 )
 from mrflow_sched.plan.notes import plan_notes
@@ -80,16 +80,16 @@ class Stage:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_side(self.width, "width")
-        check_side(self.height, "height")
-        check_whole(self.tokens, "tokens", 1, self.width * self.height)
+        object.__setattr__(self, "width", checked_side(self.width, "width"))
+        object.__setattr__(self, "height", checked_side(self.height, "height"))
+        object.__setattr__(self, "tokens", checked_whole(self.tokens, "tokens", 1, self.width * self.height))
         check_solver(self.solver)
         object.__setattr__(self, "guidance", checked_number(self.guidance, "guidance", 0, MAX_GUIDANCE))
         if self.mu is not None:
             object.__setattr__(self, "mu", checked_number(self.mu, "mu", -MAX_MU, MAX_MU))
         object.__setattr__(self, "guidance_interval", checked_interval(self.guidance_interval))
         sigmas = () if _is_empty(self.sigmas) else validate_sigmas(self.sigmas, "sigmas")
-        check_whole(self.forwards, "forwards", 1 if sigmas else 0, MAX_FORWARDS)
+        object.__setattr__(self, "forwards", checked_whole(self.forwards, "forwards", 1 if sigmas else 0, MAX_FORWARDS))
         object.__setattr__(self, "sigmas", sigmas)
         if not isinstance(cast("object", self.recipe), str):
             raise MrFlowError(f"recipe must be text such as 'native 12 mu=0.63', got {quoted(self.recipe)}.")
@@ -178,17 +178,19 @@ class StagedPlan:
             text: object = getattr(self, name)
             if not (isinstance(text, str) and NAME.fullmatch(text)):
                 raise MrFlowError(f"{name} must be a plain name such as 'flux1-dev', got {quoted(text)}.")
-        check_side(self.requested_width, "requested_width")
-        check_side(self.requested_height, "requested_height")
+        object.__setattr__(self, "requested_width", checked_side(self.requested_width, "requested_width"))
+        object.__setattr__(self, "requested_height", checked_side(self.requested_height, "requested_height"))
         object.__setattr__(self, "stages", _checked_stages(self.stages))
-        check_whole(self.seed, "seed", 0, MAX_SEED)
+        object.__setattr__(self, "seed", checked_whole(self.seed, "seed", 0, MAX_SEED))
         check_choice(self.seed_rule, "seed_rule", ("offset", "hash"))
         check_choice(self.posterior, "posterior", ("mode", "sample"))
-        check_whole(self.native_steps, "native_steps", 1, MAX_FORWARDS)
-        check_whole(self.native_forwards, "native_forwards", 1, MAX_FORWARDS)
-        check_whole(self.text_tokens, "text_tokens", 0, MAX_TOKENS)
+        object.__setattr__(self, "native_steps", checked_whole(self.native_steps, "native_steps", 1, MAX_FORWARDS))
+        object.__setattr__(
+            self, "native_forwards", checked_whole(self.native_forwards, "native_forwards", 1, MAX_FORWARDS)
+        )
+        object.__setattr__(self, "text_tokens", checked_whole(self.text_tokens, "text_tokens", 0, MAX_TOKENS))
         object.__setattr__(self, "attention", checked_number(self.attention, "attention", 0, MAX_SCALE))
-        check_tile(self.tile)
+        object.__setattr__(self, "tile", checked_tile(self.tile))
         right = isinstance(cast("object", self.notes), tuple)
         if not right or not all(isinstance(note, str) for note in listed(self.notes)):
             raise MrFlowError(f"notes must be a tuple of sentences, got {quoted(self.notes)}.")

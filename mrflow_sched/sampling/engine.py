@@ -97,7 +97,8 @@ class Engine(Protocol):
             negative_prompts: As many as `prompts`, or None; engines without CFG ignore them.
 
         Returns:
-            Whatever the engine's own `denoise` takes as `text`.
+            Whatever the engine's own `denoise` takes as `text`. Where it has an attribute `notes`, sentences for the
+            user, the run's warnings begin with them.
         """
         ...
 

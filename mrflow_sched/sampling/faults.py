@@ -9,16 +9,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-__all__ = ["LARGEST", "Fault", "bad_rows", "network_fault", "sizes"]
+__all__ = ["LARGEST", "Fault", "Seen", "bad_rows", "network_fault", "sizes"]
 
 LARGEST = 1e6
 """Latents are normalised and images lie in [0, 1]: nothing of one is as large as this."""
 
-Part = Literal["text", "network", "decode", "upscale", "encode"]
+Part = Literal["text", "network", "callback", "decode", "upscale", "encode"]
 
 _OWNERS: Mapping[Part, tuple[str, str]] = {
     "text": ("text encoder", "run it in bfloat16 or float32"),
     "network": ("network", "run it in bfloat16 or float32"),
+    "callback": ("callback or method that changes latents", "check what it returns"),
     "decode": ("VAE's decoder", "run the VAE in float32"),
     "upscale": ("upscaler", "load it in float32, or use another file"),
     "encode": ("VAE's encoder", "run the VAE in float32"),
@@ -30,9 +31,11 @@ class Fault:
     """The first part of a run that gave an image NaN, infinity or values above `LARGEST`.
 
     Attributes:
-        part: "text", "network", "decode", "upscale" or "encode".
+        part: "text", "network", "decode", "upscale", "encode", or "callback": the latents went wrong between two steps
+            of the network, or after its last, where only a callback or a method changes them.
         stage: In which stage, from 1; encoding and upscaling belong to the stage that they lead to.
-        step: For the network, the step of that stage, from 1; None where it is not known.
+        step: For the network, the step of that stage, from 1; for a callback, the step after which it came; None where
+            it is not known.
     """
 
     part: Part
@@ -82,21 +85,39 @@ def bad_rows(values: Tensor) -> set[int]:
     return _above(sizes(values))
 
 
-def network_fault(stage: int, image: int, seen: Sequence[tuple[int, Tensor]], text: Any) -> Fault:
-    """Whose fault an image's bad latents at the end of a stage are: the network's at some step, or the text encoder's.
+@dataclass(frozen=True)
+class Seen:
+    """One evaluation of the network.
+
+    Attributes:
+        step: Of the stage, from 1.
+        given: The `sizes` of the latents that it was given.
+        estimate: The `sizes` of its clean estimate.
+    """
+
+    step: int
+    given: Tensor
+    estimate: Tensor
+
+
+def network_fault(stage: int, image: int, seen: Sequence[Seen], text: Any) -> Fault:
+    """Whose fault an image's bad latents at the end of a stage are: the network's, the text encoder's, a callback's.
 
     Args:
         stage: From 1.
         image: Its number in the batch, from 0.
-        seen: Of every evaluation of the stage, the step from 1 and the `sizes` of its clean estimate.
+        seen: Every evaluation of the stage.
         text: What the engine's `encode_text` returned.
 
     Returns:
         The fault.
     """
-    step = next((step for step, found in seen if image in _above(found)), None)
-    batch = len(seen[0][1]) if seen else 1
-    if step in (None, 1) and image in _bad_text(text, batch):
+    first = next((index for index, each in enumerate(seen) if image in _above(each.estimate)), len(seen))
+    whole = seen[:first]
+    if whole and (first == len(seen) or image in _above(seen[first].given)):
+        return Fault("callback", stage, whole[-1].step)
+    step = seen[first].step if seen else None
+    if step in (None, 1) and image in _bad_text(text, len(seen[0].given) if seen else 1):
         return Fault("text", stage)
     return Fault("network", stage, step)
 

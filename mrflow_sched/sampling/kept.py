@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from mrflow_sched.upscaling.colours import with_colours_of
 from mrflow_sched.upscaling.fit import upscale_to
 
 __all__ = ["Kept", "StageImage"]
+
+logger = logging.getLogger(__name__)
 
 _STAND_IN = 0.5
 
@@ -42,7 +45,7 @@ class Kept:
         origin: The first of them, which the later ones were made from.
         latents: What `images` were decoded from, where they are the result.
         stages: The intermediate images.
-        warnings: One sentence each.
+        warnings: One sentence each (`warn`).
         faults: For each image, the first part that failed.
         missing: Numbers of images, from 0, of which no part made one.
         out_of_memory: Memory ran out, and what there was by then is the result.
@@ -68,6 +71,16 @@ class Kept:
         """Whether a part failed for every image, so that later stages have nothing to work on."""
         return all(fault is not None for fault in self.faults)
 
+    def warn(self, sentence: str) -> None:
+        """Tell the user and the log something, once.
+
+        Args:
+            sentence: One sentence.
+        """
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+            logger.warning("%s", sentence)
+
     def blame(self, faults: Mapping[int, Fault]) -> None:
         """Note whose fault it is that images went wrong; only the first fault of an image counts.
 
@@ -78,7 +91,7 @@ class Kept:
             if self.faults[number] is None:
                 self.faults[number] = fault
                 there = self.images is not None and number not in self.missing
-                self.warnings.append(fault.sentence(number + 1, there))
+                self.warn(fault.sentence(number + 1, there))
 
     def upscaled(self, name: str, images: Tensor, stage: int) -> None:
         """Take upscaled images.
@@ -157,7 +170,7 @@ class Kept:
             track: Knows the current part and stage.
         """
         self.out_of_memory = True
-        self.warnings.append(
+        self.warn(
             f"Memory ran out in {track.part!r} of stage {track.index + 1}: this is the best image before it; choose a "
             "smaller size or batch, or free memory."
         )

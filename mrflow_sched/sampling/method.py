@@ -120,7 +120,7 @@ class StageRun:
                 scale = guidance(value if flow else ve_to_sigma(value))
             answer = self.engine.denoise(x, sigma, self.text, guidance=scale)
             estimate = float_tensor(answer, x.shape, self.engine, "denoise")
-            self.tracker.note(next(made) // per_step + 1, estimate)
+            self.tracker.note(next(made) // per_step + 1, x, estimate)
             return estimate
 
         return denoise
@@ -130,7 +130,7 @@ class StageRun:
         stage, share = self.stage, state.get("images", len(self.seeds)) / len(self.seeds)
         made = state.get("forwards", stage.forwards / solver_forwards(stage.solver, stage.steps))
         self.tracker.forwards += share * made
-        self.tracker.note(int(state["i"]) + 1, state["denoised"])
+        self.tracker.note(int(state["i"]) + 1, state["x"], state["denoised"])
         self._after_step(state)
 
     def _after_step(self, state: dict[str, Any]) -> None:

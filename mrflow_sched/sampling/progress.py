@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.cancel import stop_if
-from mrflow_sched.sampling.faults import sizes
+from mrflow_sched.sampling.faults import Seen, sizes
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage
@@ -24,7 +24,8 @@ class Progress:
     """How far a run is.
 
     Attributes:
-        fraction: Rises from 0 to 1 with the network's cost, so a bar drawn from it moves evenly in time.
+        fraction: Rises from 0 to 1 with the network's cost: evenly while sampling, and not while images are decoded,
+            upscaled and encoded. 1 while the last image is decoded, too; all is done where `name` is "done".
         stage: The current stage, from 1.
         stages: How many there are.
         step: Steps evaluated in this stage, 0 before the first.
@@ -102,7 +103,7 @@ class Tracker:
         timings: Of the parts that have ended, in order.
         forwards: Evaluations of the network per image so far.
         estimate: The clean estimate of the last evaluation, latents (B, ...).
-        seen: Of every evaluation in the current part, its step from 1 and the `faults.sizes` of its clean estimate.
+        seen: Every evaluation in the current part.
         part: The current part; empty between two.
         index: The current stage, from 0.
     """
@@ -114,7 +115,7 @@ class Tracker:
     timings: list[StageTiming] = field(default_factory=list[StageTiming])
     forwards: float = 0.0
     estimate: Tensor | None = None
-    seen: list[tuple[int, Tensor]] = field(default_factory=list[tuple[int, Tensor]])
+    seen: list[Seen] = field(default_factory=list[Seen])
     part: str = ""
     index: int = 0
     _began: float = 0.0
@@ -134,14 +135,15 @@ class Tracker:
         self._began = time.perf_counter()
         self.report(0)
 
-    def note(self, step: int, estimate: Tensor) -> None:
+    def note(self, step: int, latents: Tensor, estimate: Tensor) -> None:
         """Note the size of an evaluation's values, to find out later where they went wrong.
 
         Args:
             step: Of the current stage, from 1.
-            estimate: The clean estimate, latents (B, ...).
+            latents: What the network was given, (B, ...).
+            estimate: Its clean estimate, likewise.
         """
-        self.seen.append((step, sizes(estimate)))
+        self.seen.append(Seen(step, sizes(latents), sizes(estimate)))
 
     def report(self, step: int, estimate: Tensor | None = None) -> None:
         """Report how far the run is.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
+from mrflow_sched._runtime.values import check_dense, check_unit_range
+from mrflow_sched.plan.checks import is_number, plain
+from mrflow_sched.plan.notes import image_notes
 from mrflow_sched.plan.recipes import explicit_recipe
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampling.engine import capabilities_of
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage
     from mrflow_sched.sampling.engine import Engine
 
-__all__ = ["Request", "check_parts", "request_of", "text_items"]
+__all__ = ["Request", "check_function", "check_parts", "request_of", "text_items"]
 
 # img2img: sigmas of stage 1's schedule closer to the start than this factor are left out.
 _SHORTEST_STEP = 0.98
@@ -69,6 +72,7 @@ class Request:
         image: (B, 3, H, W), float32 in [0, 1], or None.
         first: The first stage that is run, from 0: 1 where `image` replaces stage 1.
         seeds: The caller's own, or None.
+        notes: The plan's notes that hold for this run, and what becomes of `image`.
     """
 
     texts: tuple[Texts, ...]
@@ -77,22 +81,27 @@ class Request:
     image: Tensor | None
     first: int
     seeds: tuple[int, ...] | None
+    notes: tuple[str, ...]
 
     @property
     def batch(self) -> int:
         """Number of images."""
         return len(self.texts[0].prompts)
 
-    def encoded_texts(self, engine: Engine) -> list[Any]:
+    def encoded_texts(self, engine: Engine, warn: Callable[[str], object]) -> list[Any]:
         """The conditioning of every stage, each text encoded once; None for a stage that is not run.
 
         Args:
             engine: Encodes.
+            warn: Called with each sentence that the engine has to say.
 
         Returns:
             As many as stages.
         """
         made = {each: each.encoded(engine) for each in dict.fromkeys(self.texts[self.first :])}
+        for text in made.values():
+            for note in getattr(text, "notes", ()):
+                warn(note)
         return [made.get(each) for each in self.texts]
 
     def noise_seeds(self, plan: StagedPlan, stage: int) -> tuple[int, ...]:
@@ -146,14 +155,16 @@ def request_of(
     first = Texts(prompts, negatives)
     later = _later_texts(first, refine, engine, plan)
     given = None if image is None else _start_images(image, engine, count)
-    stages, costs = _stages_of(plan, start_sigma, given)
+    start = None if start_sigma is None else _start_of(start_sigma, given)
+    stages, costs = _stages_of(plan, start, given)
     return Request(
         texts=(first, *[later] * (len(stages) - 1)),
         stages=stages,
         costs=costs,
         image=given,
-        first=0 if given is None or start_sigma is not None else 1,
+        first=0 if given is None or start is not None else 1,
         seeds=_checked_seeds(seeds, count),
+        notes=plan.notes if given is None else image_notes(plan, given.shape[-1], given.shape[-2], start),
     )
 
 
@@ -179,8 +190,7 @@ def check_parts(engine: object, plan: object, method: object | None, callback: o
     if not isinstance(plan, StagedPlan):
         raise MrFlowError(f"plan is {_kind(plan)}; give what make_plan or StagedPlan.from_string returns.")
     for name, function in (("callback", callback), ("cancel", cancel)):
-        if function is not None and not callable(function):
-            raise MrFlowError(f"{name} is {_kind(function)}; give a function, or leave it out.")
+        check_function(function, name)
     family = cast("Engine", engine).family
     if plan.family != family.name:
         raise MrFlowError(
@@ -189,7 +199,23 @@ def check_parts(engine: object, plan: object, method: object | None, callback: o
         )
 
 
+def check_function(function: object, name: str) -> None:
+    """Refuse what cannot be called.
+
+    Args:
+        function: A function, or None.
+        name: The argument's name, for the refusal.
+
+    Raises:
+        MrFlowError: It is neither.
+    """
+    if function is not None and not callable(function):
+        raise MrFlowError(f"{name} is {_kind(function)}; give a function, or leave it out.")
+
+
 def _check_role(value: object, name: str, wanted: Sequence[str], advice: str) -> None:
+    if isinstance(value, type):
+        raise MrFlowError(f"{name} is the class {value.__name__}; give an object of it: {value.__name__}(...).")
     lacking = next((each for each in wanted if not hasattr(value, each)), None)
     if lacking is not None:
         raise MrFlowError(f"{name} is {_kind(value)}, which has no {lacking}; {advice}.")
@@ -266,18 +292,18 @@ def _later_texts(first: Texts, refine: tuple[object, object, object], engine: En
         scale = _number(lora_scale, "refine_lora_scale", "a finite number; 1 is a LoRA as it was loaded")
         if not capabilities_of(engine).lora_scale:
             raise MrFlowError(
-                f"refine_lora_scale={scale!r} cannot be used, as {type(engine).__name__} takes no LoRA scale for a "
-                "stage; leave it out."
+                f"refine_lora_scale={scale!r} cannot be used, as {engine.family.title} takes no LoRA scale for a stage"
+                "; leave it out."
             )
     return Texts(prompts, negatives, scale)
 
 
 def _number(value: object, name: str, allowed: str) -> float:
     """A finite number. Raises MrFlowError."""
-    number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else torch.nan
-    if not abs(number) < torch.inf:
-        raise MrFlowError(f"{name} must be {allowed}, got {value!r}.")
-    return number
+    number = plain(value)
+    if not is_number(number) or not abs(cast("float", number)) < torch.inf:
+        raise MrFlowError(f"{name} must be {allowed}, got {quoted(value)}.")
+    return float(cast("float", number))
 
 
 def _checked_seeds(seeds: object, batch: int) -> tuple[int, ...] | None:
@@ -303,6 +329,7 @@ def _start_images(image: object, engine: Engine, batch: int) -> Tensor:
             f"image is {_kind(image)}; give a tensor (3, H, W) of floats from 0 to 1, as mrflow_sched.images makes it: "
             "load_image of a file, from_pictures of a PIL image or array."
         )
+    check_dense(image, "image")
     shape = tuple(image.shape)
     if image.ndim not in (3, 4) or shape[-3] != 3 or 0 in shape:
         advice = "drop the alpha channel" if len(shape) in (3, 4) and shape[-3] == 4 else "RGB comes first"
@@ -313,26 +340,32 @@ def _start_images(image: object, engine: Engine, batch: int) -> Tensor:
         raise MrFlowError(
             f"image holds {len(images)} images for {prompts}; give one prompt per image, as a list, or one image."
         )
-    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+    if not images.is_floating_point():
         raise MrFlowError(f"image must hold floats from 0 to 1, got {image.dtype}; divide 8-bit values by 255.")
+    check_unit_range(images, "image")
     return images.to(engine.device, torch.float32).expand(batch, -1, -1, -1)
 
 
-def _stages_of(
-    plan: StagedPlan, start_sigma: object, image: Tensor | None
-) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
-    """The stages that are run and their costs: the plan's, the first starting at `start_sigma` if one is given."""
-    stages, costs = plan.stages, plan.stage_costs()
-    if start_sigma is None:
-        if image is not None and len(stages) < 2:
-            raise MrFlowError("image needs a plan of two stages or more, got one stage; plan with stages=2.")
-        return stages, costs
+def _start_of(start_sigma: object, image: Tensor | None) -> float:
+    """The sigma at which stage 1 starts from an image. Raises MrFlowError."""
     if image is None:
         raise MrFlowError(f"start_sigma={start_sigma!r} needs an image to start from; give image too, or leave it out.")
     allowed = "above 0 and at most 1"
     start = _number(start_sigma, "start_sigma", allowed)
     if not 0.0 < start <= 1.0:
         raise MrFlowError(f"start_sigma must be {allowed}, got {start_sigma!r}; it is the fraction of noise.")
+    return start
+
+
+def _stages_of(
+    plan: StagedPlan, start: float | None, image: Tensor | None
+) -> tuple[tuple[Stage, ...], tuple[float, ...]]:
+    """The stages that are run and their costs: the plan's, the first starting at `start` if one is given."""
+    stages, costs = plan.stages, plan.stage_costs()
+    if start is None:
+        if image is not None and len(stages) < 2:
+            raise MrFlowError("image needs a plan of two stages or more, got one stage; plan with stages=2.")
+        return stages, costs
     first = stages[0]
     # A first step of almost no length would cost a forward and change nothing.
     below = tuple(sigma for sigma in first.sigmas if sigma < _SHORTEST_STEP * start)

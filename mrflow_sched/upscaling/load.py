@@ -15,10 +15,11 @@ import torch
 from mrflow_sched._runtime.cancel import Cancel
 from mrflow_sched._runtime.device import has_bfloat16, resolve_device
 from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError, first_line, shown
+from mrflow_sched.plan.checks import checked_whole
 from mrflow_sched.upscaling.build import SMALL, build, rehearse_build, weights_table
 from mrflow_sched.upscaling.contents import check_declared, read_contents, read_tensors
 from mrflow_sched.upscaling.lanczos import LanczosUpscaler
-from mrflow_sched.upscaling.model import CHANNELS_LAST, ModelUpscaler, check_tile_and_overlap, place
+from mrflow_sched.upscaling.model import CHANNELS_LAST, ModelUpscaler, checked_tile_side, place
 from mrflow_sched.upscaling.pickles import Declared
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def load_upscaler(
         MrFlowError: The file is not a super-resolution model of RGB or grey images, the model fails in the dtype that
             was asked for, or another argument is out of range.
     """
-    check_tile_and_overlap(tile, overlap)
+    tile, overlap = checked_tile_side(tile), checked_whole(overlap, "overlap", 0)
     if path is None or (isinstance(path, str) and path.lower() == LANCZOS):
         return LanczosUpscaler()
     file = _find(path)
@@ -139,12 +140,25 @@ def choose_dtype(
         if device.type == "cuda" and supports_half:
             return torch.float16
         return torch.bfloat16 if supports_bfloat16 and has_bfloat16(device) else torch.float32
-    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in _DTYPES.values():
-        raise MrFlowError(f"dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got {shown(repr(dtype))}.")
+    check_upscaler_dtype(dtype)
+    chosen = _DTYPES[dtype] if isinstance(dtype, str) else dtype
     if (chosen == torch.float16 and not supports_half) or (chosen == torch.bfloat16 and not supports_bfloat16):
         raise MrFlowError(f"dtype is {dtype!r}, which this upscaler does not support; use 'auto' or 'float32'.")
     return chosen
+
+
+def check_upscaler_dtype(dtype: object, name: str = "dtype") -> None:
+    """Refuse a dtype in which no upscaler runs.
+
+    Args:
+        dtype: A name, "auto" among them, or a torch dtype.
+        name: The argument's name, for the refusal.
+
+    Raises:
+        MrFlowError: It is none of those that `choose_dtype` takes.
+    """
+    if not (isinstance(dtype, (str, torch.dtype)) and dtype in ("auto", *_DTYPES, *_DTYPES.values())):
+        raise MrFlowError(f"{name} must be 'auto', 'float32', 'float16' or 'bfloat16', got {shown(repr(dtype))}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -5,23 +5,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
+from mrflow_sched.plan.checks import checked_whole
 from mrflow_sched.plan.tiles import spans
 from mrflow_sched.upscaling.blend import feathered
 
 if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
+
+    from mrflow_sched.upscaling.role import PixelUpscaler
 from mrflow_sched._runtime.cancel import Cancel, Warn, ignore, stop_if
 from mrflow_sched._runtime.memory import free_memory, is_memory_error
-from mrflow_sched.upscaling.role import check_images
+from mrflow_sched.upscaling.role import check_images, check_upscaler
 
 MIN_TILE = 16
 # Tile sides tried, from large to small, after the full frame ran out of memory.
@@ -237,6 +241,29 @@ class ModelUpscaler:
         return str(self.model.architecture.id)
 
 
+def as_upscaler(given: Any) -> PixelUpscaler | None:
+    """What a caller gives as an upscaler, checked; a model that spandrel loaded is made one.
+
+    Args:
+        given: A `PixelUpscaler`, a spandrel `ImageModelDescriptor` on the device and in the dtype it is to run in, or
+            None for Lanczos.
+
+    Returns:
+        The upscaler; a descriptor is run in tiles where memory asks for them.
+
+    Raises:
+        MrFlowError: It is none of these, or a model of other than RGB or grey images.
+    """
+    spandrel = sys.modules.get("spandrel")
+    if spandrel is not None and isinstance(given, spandrel.ImageModelDescriptor):
+        channels = given.input_channels, given.output_channels
+        if channels not in ((1, 1), (3, 3)):
+            raise MrFlowError(f"upscaler takes and gives {channels} channels; give one of RGB or grey images.")
+        return ModelUpscaler(str(given.architecture.name), given)
+    check_upscaler(given)
+    return given
+
+
 def place(
     model: ImageModelDescriptor[torch.nn.Module], device: torch.device, dtype: torch.dtype
 ) -> ImageModelDescriptor[torch.nn.Module]:
@@ -257,19 +284,18 @@ def place(
     return model
 
 
-def check_tile_and_overlap(tile: int | None, overlap: int) -> None:
-    """Refuse tiles that are too small.
+def checked_tile_side(tile: object, name: str = "tile") -> int | None:
+    """The largest side of an upscaler's tiles as Python's int.
 
     Args:
         tile: Side in input pixels; None: no limit.
-        overlap: Input pixels that two neighbouring tiles share.
+        name: The argument's name, for the refusal.
+
+    Returns:
+        The same number, or None.
 
     Raises:
-        MrFlowError: `tile` is no whole number of at least `MIN_TILE`, or `overlap` none of at least 0.
+        MrFlowError: `tile` is no whole number of at least `MIN_TILE`.
     """
-    if tile is not None and (type(tile) is not int or tile < MIN_TILE):
-        raise MrFlowError(
-            f"tile must be {MIN_TILE} pixels or more, got {shown(repr(tile))}; leave it out for the full frame."
-        )
-    if type(overlap) is not int or overlap < 0:
-        raise MrFlowError(f"overlap must be 0 pixels or more, got {shown(repr(overlap))}.")
+    advice = "leave it out for the full frame"
+    return None if tile is None else checked_whole(tile, name, MIN_TILE, advice=advice)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError, shown
+from mrflow_sched._runtime.values import check_dense
 
 MOST_SHIFT = 0.25
 """Change of an image's mean that no upscaler makes, of 1; real networks move it by up to 0.04."""
@@ -50,6 +51,7 @@ def check_images(images: Tensor) -> None:
     Raises:
         MrFlowError: `images` is not a float tensor (B, 3, h, w), or is empty.
     """
+    check_dense(images, "images")
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or not images.is_floating_point():
         raise MrFlowError(
             f"images must be a float tensor (B, 3, h, w) of RGB in [0, 1], got {images.dtype} of shape "
@@ -69,6 +71,8 @@ def check_upscaler(upscaler: Any) -> None:
     if upscaler is None:
         return
     kind = type(upscaler).__name__
+    if isinstance(upscaler, type):
+        raise MrFlowError(f"upscaler is the class {upscaler.__name__}; give an object of it: {upscaler.__name__}(...).")
     if isinstance(upscaler, (str, bytes, os.PathLike)):
         raise MrFlowError(
             f"upscaler is a file name, {shown(repr(cast('object', upscaler)))}; "

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_a_scale_of_the_pipelines_call_is_a_number_of_any_kind(flux: Any) -> Non
     plain = run(flux, negative_prompt="blue", true_cfg_scale=2.0).images
     assert torch.equal(run(flux, negative_prompt="blue", true_cfg_scale=np.float64(2.0)).images, plain)
     for value in ("3", float("nan"), [3], {"scale": 3}):
-        with pytest.raises(MrFlowError, match="true_cfg_scale must be a finite number, got "):
+        with pytest.raises(MrFlowError, match="true_cfg_scale must be a number from 0 to 100, got "):
             run(flux, negative_prompt="blue", true_cfg_scale=value)
 
 
@@ -178,14 +179,14 @@ def test_flux_control_takes_its_hint_as_every_controlled_pipeline() -> None:
         ({"joint_attention_kwargs": "x"}, "joint_attention_kwargs must be a dict such as {'scale': 0.8}, got 'x'"),
         ({"prompt": None, "prompt_embeds": 3}, "prompt_embeds must be a tensor, or a list of tensors, got 3"),
         ({"pooled_prompt_embeds": ["x"]}, "pooled_prompt_embeds must be a tensor, or a list of tensors, got \\['x'\\]"),
-        ({"callback_on_step_end": "x"}, "callback_on_step_end must be a function, got 'x'"),
-        ({"callback_on_step_end_tensor_inputs": ["x"]}, "look at what was given as callback_on_step_end_tensor_inputs"),
+        ({"callback_on_step_end": "x"}, "callback_on_step_end is str; give a function"),
+        ({"callback_on_step_end_tensor_inputs": ["x"]}, "callback_on_step_end_tensor_inputs must be a list of latents"),
         ({"latents": None}, "use seed, or image with strength"),
         (
             {"low_stepz": 3},
             "low_stepz is neither a plan option nor .* of FluxPipeline; did you mean low_steps",
         ),
-        ({"zzz": 3}, "zzz is neither a plan option nor an argument of FluxPipeline; make_plan and"),
+        ({"zzz": 3}, "zzz is neither a plan option nor an argument of FluxPipeline; a plan.s options are factor, "),
         ({"seed": [1, 2]}, "seed must be one, or one per image, got 2 for 1 images"),
         ({"seed": 1, "generator": torch.Generator()}, "seed and generator are both given"),
         ({"strength": 0.5}, "strength=0.5 needs an image to start from"),
@@ -463,12 +464,10 @@ def test_a_copy_or_a_pickle_makes_the_same_image(flux: Any) -> None:
 
 
 def test_a_lora_scale_that_can_do_nothing_is_told(flux: Any) -> None:
-    with pytest.warns(UserWarning, match="the pipeline has no LoRA loaded"):
-        made = run(flux, refine_lora_scale=0.5)
+    made = run(flux, refine_lora_scale=0.5)
+    assert "The pipeline has no LoRA loaded: the scale of LoRAs changes nothing." in made.warnings
     assert torch.equal(made.images, run(flux).images)
-    with pytest.raises(
-        ValueError, match=r"refine_lora_scale=0.5 cannot be used, as PipelineEngine takes no LoRA scale"
-    ):
+    with pytest.raises(ValueError, match=r"refine_lora_scale=0.5 cannot be used, as Lumina.* takes no LoRA scale"):
         run(tiny_pipelines.make("lumina"), refine_lora_scale=0.5)
 
 
@@ -553,6 +552,22 @@ def test_a_run_tells_the_logger_what_it_tells_its_caller(flux: Any, caplog: pyte
     assert any(level == "INFO" and "stage 2 decode" in said for level, said in heard)
     assert any(level == "WARNING" and "Lanczos" in said for level, said in heard)
     assert all(note in [said for _, said in heard] for note in made.plan.notes)
+
+
+def test_every_warning_is_in_the_result_and_the_log_and_no_filter_ends_the_run(
+    flux: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture = Image.fromarray(np.zeros((30, 32), np.uint8)).convert("RGB")
+    asked: Any = {"width": SIDE, "height": SIDE, "negative_prompt": "x", "refine_lora_scale": 0.5, "image": picture}
+    with caplog.at_level(logging.INFO, logger="mrflow_sched"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = run(flux, "cat " * 2000, **asked)
+    heard = [record.getMessage() for record in caplog.records if record.name.startswith("mrflow_sched")]
+    for part in ("no negative prompt", "its end was cut off", "no LoRA loaded", "upscaled to 68x64 and cropped"):
+        assert [part in each for each in made.warnings].count(True) == 1
+    assert set(made.warnings) < set(heard)
+    assert len(heard) == len(set(heard))
+    assert not any("Stage 1 at" in each for each in heard)  # which is not run
 
 
 def test_nothing_is_printed_by_a_program_that_sets_no_logging_up() -> None:
@@ -838,12 +853,13 @@ def test_an_upscaler_files_dtype_and_tile_are_options(flux: Any) -> None:
     path = demo.upscaler_path()
     mrflow = MrFlow(flux, upscaler=path, upscaler_dtype="float32", upscaler_tile=16)
     tiled = mrflow("a cat", seed=3, **NUMBERS)
-    upscaler: Any = mrflow._upscaler
+    kept: Any = mrflow._upscaler
+    upscaler = kept.loaded
     assert (upscaler.dtype, upscaler.tile) == (torch.float32, 16)
     assert tiled.images.shape == (1, 3, SIDE, SIDE)
     with pytest.raises(ValueError, match="dtype must be"):
         MrFlow(flux, upscaler=path, upscaler_dtype="float8")
-    with pytest.raises(ValueError, match="tile must be 16 pixels or more"):
+    with pytest.raises(ValueError, match="upscaler_tile must be a whole number of at least 16"):
         MrFlow(flux, upscaler=path, upscaler_tile=4)
     for own in (None, Doubler()):
         with pytest.raises(ValueError, match="upscaler_dtype and upscaler_tile are for an upscaler that is loaded"):

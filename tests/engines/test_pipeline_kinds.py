@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect
 import json
-import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,11 +57,7 @@ def test_a_sampler_of_another_kind_is_told_of(name: str, kind: str, config: dict
     except TypeError:
         pytest.skip(f"the installed {kind} lacks an option of {sorted(config)}")
     engine = PipelineEngine(pipe)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        engine.encode_text(["a cat"])
-    said = {str(each.message) for each in caught}
-    assert set(engine.notes) <= said
+    assert engine.encode_text(["a cat"]).notes == engine.notes
     assert [kind in note for note in engine.notes if "adds noise at every step" in note] == [True] * noted
 
 

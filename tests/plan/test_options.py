@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, get_type_hints
+import dataclasses
+import json
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any, cast, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 
-from mrflow_sched import make_native_plan, make_plan
+from mrflow_sched import make_native_plan, make_plan, native_sigmas, refine_sigmas
+from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.options import OPTIONS, NativeOptions, PlanOptions, check_options
 
 NUMBERS = ("whole", "number", "numbers", "interval")
@@ -67,6 +74,50 @@ def test_values_out_of_range_are_refused_by_the_table(options: dict[str, Any], s
     with pytest.raises(ValueError, match=sentence) as caught:
         check_options(options)
     assert "\n" not in str(caught.value)
+
+
+NUMBERS_OF_OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"low_steps": np.int64(3), "refine_steps": np.uint8(2)}, {"low_steps": 3, "refine_steps": 2}),
+    ({"sigma": np.float32(0.25), "guidance": np.float16(3)}, {"sigma": 0.25, "guidance": 3.0}),
+    ({"stages": np.int32(3), "sigma": np.array([0.25, 0.5])}, {"stages": 3, "sigma": [0.25, 0.5]}),
+    ({"sigma": (np.float64(0.25),), "seed": torch.tensor(7)}, {"sigma": (0.25,), "seed": 7}),
+    ({"sigmas": np.linspace(1, 0, 5), "tile": np.int64(256)}, {"sigmas": (1, 0.75, 0.5, 0.25, 0), "tile": 256}),
+    ({"factors": torch.tensor([2.0, 1.5]), "mu": Fraction(1, 2)}, {"factors": (2.0, 1.5), "mu": 0.5}),
+    (
+        {"guidance": np.float32(3), "guidance_interval": np.array([0.25, 0.5])},
+        {"guidance": 3, "guidance_interval": (0.25, 0.5)},
+    ),
+    ({"native": np.bool_(True), "steps": np.int64(4)}, {"native": True, "steps": 4}),
+]
+
+
+@pytest.mark.parametrize(("given", "same"), NUMBERS_OF_OTHERS)
+def test_numbers_of_numpy_and_torch_become_pythons(given: dict[str, Any], same: dict[str, Any]) -> None:
+    sides: Any = np.int64(500), np.uint16(512)
+    plan = make_plan("sd3", *sides, **given)
+    assert plan == make_plan("sd3", 500, 512, **same)
+    assert json.loads(plan.to_json()) == json.loads(make_plan("sd3", 500, 512, **same).to_json())
+    assert {type(value) for value in numbers_in(plan)} <= {int, float}
+
+
+def numbers_in(value: Any) -> Iterator[Any]:
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, each.name) for each in dataclasses.fields(value)]
+    if isinstance(value, (list, tuple)):
+        for each in cast("list[Any]", value):
+            yield from numbers_in(each)
+    elif not isinstance(value, str) and value is not None:
+        yield value
+
+
+def test_schedules_are_as_exact_with_numpys_numbers() -> None:
+    single: Any = np.float32(0.3)
+    three: Any = np.int64(3)
+    assert native_sigmas(three, mu=single) == native_sigmas(3, mu=float(single))
+    assert refine_sigmas(single, three, "shifted") == refine_sigmas(float(single), 3, "shifted")
+    for wrong in (np.float32(3), np.bool_(True), np.array([3, 4]), torch.empty((), device="meta")):
+        with pytest.raises(MrFlowError, match="low_steps must be a whole number from 1 to 1000, got"):
+            make_plan("demo", 256, 256, low_steps=cast("Any", wrong))
 
 
 def test_none_says_nothing() -> None:

@@ -685,10 +685,10 @@ def test_json_that_is_no_plan_is_refused(text: str) -> None:
         ({"factors": (2.0,), "factor": 2.0}, "leave factor and stages out"),
         ({"factors": (2.0,), "stages": 3}, "leave factor and stages out"),
         ({"factors": ()}, "factors must hold at least one"),
-        ({"stages": 1}, "stages must be a whole number from 2 to 8, got 1; for one stage use native=True"),
+        ({"stages": 1}, "stages must be a whole number from 2 to 8, got 1; one stage is native sampling"),
         ({"low_steps": 0}, "low_steps must be a whole number from 1 to 1000, got 0"),
         ({"refine_steps": -1}, "refine_steps must be a whole number from 0 to 1000, got -1"),
-        ({"refine_steps": (1, 2)}, r"refine_steps must be one number or 1 \(one per later stage\)"),
+        ({"refine_steps": (1, 2)}, r"refine_steps must be one number, or a list of 1, one per later stage"),
         ({"sigma": 1.5}, "sigma must lie between 0 and 1, got 1.5"),
         ({"sigma": 0.0}, "sigma must lie between 0 and 1"),
         ({"solver": "ddim"}, "solver must be one of euler, heun"),
@@ -701,9 +701,9 @@ def test_json_that_is_no_plan_is_refused(text: str) -> None:
         ({"guidance": math.nan}, "guidance must be a number from 0 to 100, got nan"),
         (
             {"family": "qwen-image", "guidance": 0.0},
-            "guidance must be at least 1 for qwen-image, got 0.0; 1 turns CFG off",
+            "the guidance scale must be at least 1 for qwen-image, got 0.0; 1 turns CFG off",
         ),
-        ({"family": "flux1-schnell", "guidance": 3.5}, "guidance must be left out or 1 for flux1-schnell"),
+        ({"family": "flux1-schnell", "guidance": 3.5}, "the guidance scale must be left out or 1 for flux1-schnell"),
         ({"seed": -1}, "seed must be a whole number"),
         ({"seed": 2**63}, "seed must be a whole number"),
         ({"seed_rule": "random"}, "seed_rule must be 'offset' or 'hash'"),
@@ -800,7 +800,7 @@ def test_a_preset_may_count_the_steps_of_every_stage() -> None:
     assert make_plan("flux1-dev", 2048, 2048, plan.preset) == plan
     assert make_plan("flux1-dev", 1024, 1024, "10+1") == make_plan("flux1-dev", 1024, 1024, low_steps=10)
     assert make_plan("flux1-dev", 1024, 1024, "10+1", sigma=0.3).stages[1].start_sigma == 0.3
-    with pytest.raises(MrFlowError, match="refine_steps must be one number or 3"):
+    with pytest.raises(MrFlowError, match="refine_steps must be one number, or a list of 3"):
         make_plan("flux1-dev", 2048, 2048, "10+1+2", stages=4)
 
 

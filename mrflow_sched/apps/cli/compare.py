@@ -155,8 +155,6 @@ def run(request: CompareRequest) -> int:
                 repeats=request.repeats,
                 callback=follow,
             )
-    for note in dict.fromkeys(found.notes):
-        say(note)
     if request.output.json:
         print_json(found.to_dict())
     else:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import mrflow_sched
 from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.apps.cli.stopping import current
 
@@ -105,7 +104,7 @@ def print_json(value: Any) -> None:
 
 @contextlib.contextmanager
 def saying_warnings(told: list[str] | None = None) -> Generator[None, None, None]:
-    """Print this package's warnings as sentences when they come, each once, and those of libraries as usual.
+    """Print what the package's log holds as warnings when it comes, each sentence once.
 
     Args:
         told: Sentences that were told already, to which each one is added.
@@ -113,26 +112,34 @@ def saying_warnings(told: list[str] | None = None) -> Generator[None, None, None
     Yields:
         Nothing; the usual way is back when the block ends.
     """
-    home = str(Path(mrflow_sched.__file__).parent)
-    sentences = [] if told is None else told
-    with warnings.catch_warnings():
-        usual = warnings.showwarning
-
-        def show_warning(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if filename.startswith(home):
-                say_new([str(message)], sentences)
-            else:
-                usual(message, category, filename, lineno, file, line)
-
-        warnings.showwarning = show_warning
+    handler = _Saying([] if told is None else told)
+    log = logging.getLogger("mrflow_sched")
+    log.addHandler(handler)
+    try:
         yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _Saying(logging.Handler):
+    """Says each sentence of the log that was not told yet."""
+
+    def __init__(self, told: list[str]) -> None:
+        """Say warnings and worse.
+
+        Args:
+            told: Sentences that were told already, to which each one is added.
+        """
+        super().__init__(logging.WARNING)
+        self._told = told
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say a sentence.
+
+        Args:
+            record: Holds it.
+        """
+        say_new([record.getMessage()], self._told)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ from mrflow_sched.apps.cli.repeat import check_weights, recorded_loras, repeated
 from mrflow_sched.apps.cli.results import Results, check_format, holds_alpha
 from mrflow_sched.apps.cli.stopping import Stop, Stopped, current
 from mrflow_sched.images.record import MAX_BATCH
+from mrflow_sched.plan.notes import idle_notes
 from mrflow_sched.plan.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ class GenerateRequest:
         """
         start = None if self.image is None else read_start(self.image, self.strength)
         plan = self.choices.make_plan(family, start)
+        if start is not None and self.strength is None:
+            plan = replace(plan, notes=(*plan.notes, *idle_notes(self.choices.options)))
         first = Job(
             plan,
             self.prompts[0],
@@ -321,7 +324,6 @@ def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> Non
                 result = _sample(loaded, job, lambda step, name=name: bar(name, step), stop, request.save_stages)
                 if result.cancelled and result.forwards == 0 and job.start is None:
                     break  # nothing was made yet: the image is grey
-                say_new(result.warnings, results.notes)
                 results.add_timings(result.timings)
                 results.save(output.folder, request.suffix, job, replace(record, prompt=job.prompt), result)
                 if stop.requested:

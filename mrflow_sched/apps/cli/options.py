@@ -138,7 +138,7 @@ def _reader(option: Option) -> Callable[[str], object]:
     def read(text: str) -> object:
         value = _value_of(option, text.strip())
         try:
-            option.check(value)
+            option.checked(value)
         except MrFlowError as error:
             raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
         return value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -19,6 +19,8 @@ from mrflow_sched._runtime.errors import MrFlowError, first_line
 from mrflow_sched._runtime.memory import is_memory_error
 
 __all__ = ["COMPILE_MODES", "COMPILE_STEPS", "NetworkCompiler"]
+
+logger = logging.getLogger(__name__)
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """What `torch.compile` calls its modes; the second and third record CUDA graphs."""
@@ -31,6 +33,7 @@ class NetworkCompiler:
 
     Attributes:
         mode: The mode of `torch.compile`.
+        notes: A sentence for each network that could not be compiled.
     """
 
     def __init__(self, mode: str) -> None:
@@ -45,6 +48,7 @@ class NetworkCompiler:
         if mode not in COMPILE_MODES:
             raise MrFlowError(f"compile_mode must be None or one of {', '.join(COMPILE_MODES)}, got {mode!r}.")
         self.mode = mode
+        self.notes: list[str] = []
         self._known: tuple[torch.nn.Module, torch.nn.Module] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -54,8 +58,8 @@ class NetworkCompiler:
     def __call__(self, network: torch.nn.Module) -> torch.nn.Module:
         """A twin of a network with the same weights, adapters and hooks, compiled at its first forward.
 
-        Where compiling fails (no compiler, an unsupported operation), the twin warns once and runs the network
-        uncompiled from then on.
+        Where compiling fails (no compiler, an unsupported operation), the twin says so once (`notes`, and the log) and
+        runs the network uncompiled from then on.
 
         Args:
             network: Not changed.
@@ -64,11 +68,15 @@ class NetworkCompiler:
             The twin; the same one for the same network.
         """
         if self._known is None or self._known[0] is not network:
-            self._known = network, _twin(network, self.mode)
+            self._known = network, _twin(network, self.mode, self._say)
         return self._known[1]
 
+    def _say(self, sentence: str) -> None:
+        self.notes.append(sentence)
+        logger.warning("%s", sentence)
 
-def _twin(network: torch.nn.Module, mode: str) -> torch.nn.Module:
+
+def _twin(network: torch.nn.Module, mode: str, say: Callable[[str], object]) -> torch.nn.Module:
 
     def plain(*values: Any, **named: Any) -> Any:
         return network.forward(*values, **named)  # as it is by then: offloading puts hooks there
@@ -94,9 +102,7 @@ def _twin(network: torch.nn.Module, mode: str) -> torch.nn.Module:
             reason = first_line(error)
         made = plain(*values, **named)  # raises what is not the compiler's fault
         failed = True
-        warnings.warn(
-            f"torch.compile could not compile {type(network).__name__} ({reason}): it runs uncompiled.", stacklevel=2
-        )
+        say(f"torch.compile could not compile {type(network).__name__} ({reason}): it runs uncompiled.")
         return made
 
     twin = copy.copy(network)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from mrflow_sched._runtime.device import has_bfloat16, resolve_device
-from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
+from mrflow_sched._runtime.errors import MrFlowError, first_line, quoted, shown
 from mrflow_sched.engines.diffusers.checkpoint import read_checkpoint
 from mrflow_sched.engines.diffusers.files import (
     check_files,
@@ -46,6 +47,7 @@ from mrflow_sched.engines.diffusers.single_file import (
     is_single_file,
     load_single_file,
 )
+from mrflow_sched.plan.checks import checked_flag
 
 __all__ = ["check_model", "load_pipeline", "model_fingerprint", "read_layout", "resolve_dtype"]
 
@@ -80,8 +82,17 @@ def load_pipeline(
     Raises:
         MrFlowError: A folder that is missing, incomplete, damaged or of no pipeline of this diffusers.
     """
-    model, where = Path(path), resolve_device(device)
+    model, where, offload = _path_of(path, "path"), resolve_device(device), checked_flag(offload, "offload")
+    if config is not None and model.is_dir():
+        raise MrFlowError(f"config={quoted(config)} is for a single file; leave it out for a folder.")
+    config = None if config is None else _path_of(config, "config")
     index = check_model(model, config)
+    if isinstance(dtype, Mapping):
+        for name in set(dtype) - {"default", *part_names(index)}:
+            raise MrFlowError(
+                f"dtype names {quoted(name)}, which is no part of this model; its parts are "
+                f"{', '.join(map(shown, part_names(index)))}, and 'default' stands for the others."
+            )
     dtypes = {name: _dtype_of_part(name, dtype, where) for name in part_names(index)}
     if is_single_file(model):
         pipe = load_single_file(model, config, dtypes)
@@ -210,6 +221,13 @@ def _assembled(folder: Path, index: Mapping[str, Any], part: Callable[[str, Any]
     return pipe
 
 
+def _path_of(given: object, name: str) -> Path:
+    if not isinstance(given, (str, os.PathLike)):
+        kind = "None" if given is None else type(given).__name__
+        raise MrFlowError(f"{name} is {kind}; give the path of a local diffusers folder or checkpoint.")
+    return Path(cast("str | os.PathLike[str]", given))
+
+
 # --------------------------------------------------------------------------------------------------------------- dtype
 
 
@@ -231,8 +249,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         return dtype
     if dtype == "auto":
         return torch.bfloat16 if has_bfloat16(device) else torch.float32
-    if dtype not in _DTYPES:
-        raise MrFlowError(f"dtype is {dtype!r}; use auto, {', '.join(_DTYPES)}.")
+    if not isinstance(cast("object", dtype), str) or dtype not in _DTYPES:
+        raise MrFlowError(f"dtype is {quoted(dtype)}; use auto, {', '.join(_DTYPES)}.")
     return _DTYPES[dtype]
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,11 +66,13 @@ class PipelineText:
         arguments: Keyword arguments of the pipeline's call, with embeddings made once.
         batch: Number of images.
         options: Arguments of the pipeline's call that take the place of the engine's own.
+        notes: Sentences for whoever asked: texts without effect, what the engine itself has to say.
     """
 
     arguments: Mapping[str, Any]
     batch: int
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.batch
@@ -288,8 +289,8 @@ class PipelineEngine:
     ) -> PipelineText:
         """Embeddings for a batch of images; embeddings among the engine's arguments are used in their place.
 
-        Warns about text that has no effect: a negative prompt where none is used, the end of a long prompt; and with
-        the engine's own `notes`.
+        Its `notes` name text that has no effect (a negative prompt where none is used, the end of a long prompt), and
+        are the engine's own besides.
 
         Args:
             prompts: One text per image.
@@ -320,7 +321,7 @@ class PipelineEngine:
         """`encode_text`, with the errors of tokenizers and text encoders as they come."""
         longest = self._layout.text_length
         own = self._arguments if longest is None else {"max_sequence_length": longest, **self._arguments}
-        options = self._lora_options(lora_scale)
+        options, lora_notes = self._lora_options(lora_scale)
         own = {**own, **options}
         given = given_embeddings(own)
         if given and len(prompts) % given:
@@ -328,9 +329,7 @@ class PipelineEngine:
         negatives = negative_prompts
         if given and negatives is not None:
             negatives = negatives[:: len(prompts) // given]
-        for note in self.notes:
-            warnings.warn(note, stacklevel=3)
-        self._warn_of_text(() if given else prompts, negatives, own)
+        notes = *self.notes, *lora_notes, *self._text_notes(() if given else prompts, negatives, own)
         try:
             with TOKENIZER_LOCK:
                 text = self._layout.encode_text(None if given else prompts, negatives, own)
@@ -339,29 +338,28 @@ class PipelineEngine:
                 text = self._layout.select_text(text, [row * given // len(prompts) for row in range(len(prompts))])
         finally:
             self._free()
-        return PipelineText(text, len(prompts), options)
+        return PipelineText(text, len(prompts), options, notes)
 
-    def _lora_options(self, scale: float | None) -> dict[str, Any]:
-        """The argument of the pipeline's call that scales its LoRAs; empty for None."""
+    def _lora_options(self, scale: float | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The argument of the pipeline's call that scales its LoRAs, empty for None; and a note where it has none."""
         name = self._lora_argument
         if scale is None or name is None:
-            return {}
+            return {}, ()
         if not any(getattr(part, "peft_config", None) for part in self._pipe.components.values()):
-            warnings.warn("the pipeline has no LoRA loaded: the scale of LoRAs changes nothing.", stacklevel=4)
-            return {}
-        return {name: {**(self._arguments.get(name) or {}), "scale": scale}}
+            return {}, ("The pipeline has no LoRA loaded: the scale of LoRAs changes nothing.",)
+        return {name: {**(self._arguments.get(name) or {}), "scale": scale}}, ()
 
-    def _warn_of_text(self, prompts: Sequence[str], negatives: Sequence[str] | None, own: Mapping[str, Any]) -> None:
-        """Warn about text that has no effect: a negative prompt where none is used, the end of a long prompt."""
+    def _text_notes(self, prompts: Sequence[str], negatives: Sequence[str] | None, own: Mapping[str, Any]) -> list[str]:
+        """What text has no effect: a negative prompt where none is used, the end of a long prompt."""
+        notes: list[str] = []
         guided = self.family.guidance_kind == "cfg" or "true_cfg_scale" in own
         if not guided and negatives is not None and any(text.strip() for text in negatives):
-            warnings.warn(f"{self.family.title} has no negative prompt: it was ignored.", stacklevel=4)
+            notes.append(f"{self.family.title} has no negative prompt: it was ignored.")
         with TOKENIZER_LOCK:
             cut = self._layout.cut_prompt(prompts, own)
         if cut is not None:
-            warnings.warn(
-                f"The prompt is {cut[0]} tokens long and the model reads {cut[1]}: its end was cut off.", stacklevel=4
-            )
+            notes.append(f"The prompt is {cut[0]} tokens long and the model reads {cut[1]}: its end was cut off.")
+        return notes
 
     # -------------------------------------------------------------------------------------------------------- images
 
