@@ -22,6 +22,8 @@ def main() -> int:
         except BaseException:
             if not stop.raised:
                 raise
+            if "--json" in sys.argv:
+                print('{"error": "Stopped."}')
             print("mrflow: Stopped.", file=sys.stderr)  # a library may have turned the stop into an error of its own
             code = stop.finish(0)
     if stop.raised:

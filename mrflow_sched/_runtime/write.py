@@ -9,12 +9,13 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from itertools import count
 from pathlib import Path
 
 import psutil
 
-__all__ = ["sweep", "write_new", "write_whole"]
+__all__ = ["next_new", "sweep", "write_new", "write_whole"]
 
 _DRAFT = re.compile(r"\.mrflow-([0-9a-f]{8})-(\d{1,10})-[0-9a-f]{32}\.tmp")
 _SETTLED_SECONDS = 60.0
@@ -57,11 +58,27 @@ def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
     """
     sweep(folder)
     with _draft(folder, data) as draft:
-        number, path = 1, folder / f"{stem}{suffix}"
-        while not _takes(draft, path):
-            number += 1
-            path = folder / f"{stem}-{number}{suffix}"
-        return path
+        return next(path for path in _names(folder, stem, suffix) if _takes(draft, path))
+
+
+def next_new(folder: Path, stem: str, suffix: str) -> Path:
+    """The name that `write_new` would take now.
+
+    Args:
+        folder: As in `write_new`.
+        stem: As in `write_new`.
+        suffix: As in `write_new`.
+
+    Returns:
+        A path at which there is nothing.
+    """
+    return next(path for path in _names(folder, stem, suffix) if not os.path.lexists(path))
+
+
+def _names(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
+    yield folder / f"{stem}{suffix}"
+    for number in count(2):
+        yield folder / f"{stem}-{number}{suffix}"
 
 
 def sweep(folder: Path) -> None:

@@ -15,12 +15,24 @@ from torch import Tensor
 
 from mrflow_sched._runtime.cancel import Warn
 from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError
-from mrflow_sched._runtime.write import write_new, write_whole
+from mrflow_sched._runtime.write import next_new, write_new, write_whole
 from mrflow_sched.images.alpha import split_alpha
 from mrflow_sched.images.convert import to_8_bit
-from mrflow_sched.images.formats import MAX_PIXELS, READABLE, check_room, encode, reader_of, refusing, texts_of
+from mrflow_sched.images.formats import (
+    MAX_PIXELS,
+    READABLE,
+    check_bytes,
+    check_room,
+    encode,
+    reader_of,
+    refusing,
+    texts_of,
+)
 from mrflow_sched.images.pixels import low_bytes, read_pixels, upright
 from mrflow_sched.plan.checks import MAX_SIDE
+
+MAX_TEXT_BYTES = PngImagePlugin.MAX_TEXT_MEMORY
+"""Most bytes of the texts in a PNG, Pillow's own limit on what they hold."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header, ends
@@ -83,7 +95,7 @@ def save_new(
     try:
         return write_new(Path(folder), stem, suffix, data)
     except OSError as error:
-        _refuse_write(Path(folder) / f"{stem}{suffix}", error)
+        _refuse_write(next_new(Path(folder), stem, suffix), error)
 
 
 def read_text(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -181,6 +193,7 @@ def _reading(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
     with refusing(_named(path)):
         try:
             with open(path, "rb") as file:
+                check_bytes(os.fstat(file.fileno()).st_size)
                 yield file
         except FileNotFoundError as error:
             raise MissingFileError(f"there is no image file {str(path)!r}; check the path.") from error
@@ -229,12 +242,14 @@ def _refuse_write(target: Path, error: OSError) -> NoReturn:
             f"the image {str(target)!r} cannot be written: the folder does not exist; make it first."
         ) from error
     reason = error.strerror or type(error).__name__
-    raise FileError(f"the image {str(target)!r} cannot be written: {reason}; nothing was left there.") from error
+    left = "the file that was there is unchanged" if os.path.lexists(target) else "nothing was left there"
+    raise FileError(f"the image {str(target)!r} cannot be written: {reason}; {left}.") from error
 
 
 def _texts_on_one_pixel(file: BinaryIO) -> io.BytesIO:
     """A PNG of one pixel that carries all text chunks of `file`, for Pillow to read in place of a large one."""
     texts: list[bytes] = []
+    room = MAX_TEXT_BYTES
     file.seek(len(_SIGNATURE))
     kind = b""
     while kind != b"IEND":
@@ -243,6 +258,11 @@ def _texts_on_one_pixel(file: BinaryIO) -> io.BytesIO:
             raise EOFError("the file ends too early")
         length, kind = struct.unpack(">I4s", head)
         if kind in (b"tEXt", b"zTXt", b"iTXt"):
+            room -= length
+            if room < 0:
+                raise MrFlowError(
+                    f"the image's texts have more than {MAX_TEXT_BYTES >> 20} MiB; save the image without them."
+                )
             texts.append(head + file.read(length + 4))  # the checksum follows; Pillow compares it
         else:
             file.seek(length + 4, os.SEEK_CUR)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
+from mrflow_sched._runtime.errors import quoted
 from mrflow_sched.images.parameters import PARAMETERS
 from mrflow_sched.plan.checks import MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS
 
@@ -44,6 +45,7 @@ class ForeignRun:
         height: Likewise.
         steps: Steps of its first pass, 1 to 1000.
         guidance: The guidance scale, 0 to 100; the embedded one where the model has one.
+        unusable: What the texts say of seed and size that is out of range or no number, as in "the seed '-1'".
     """
 
     program: str
@@ -54,6 +56,7 @@ class ForeignRun:
     height: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    unusable: tuple[str, ...] = ()
 
 
 def read_foreign(texts: Mapping[str, str]) -> ForeignRun | None:
@@ -85,17 +88,17 @@ def _a1111(text: str) -> ForeignRun | None:
     if not prompt:
         return None
     negative = _text("\n".join(lines[split:])[len(_NEGATIVE) :].strip())
-    width, _, height = values.get("Size", "").partition("x")
-    sides = _whole(width, 1, MAX_SIDE), _whole(height, 1, MAX_SIDE)
+    seed, (width, height) = _whole(values.get("Seed"), 0, MAX_SEED), _sides(values.get("Size"))
     return ForeignRun(
         program="A1111",
         prompt=prompt,
         negative=negative or None,
-        seed=_whole(values.get("Seed"), 0, MAX_SEED),
-        width=None if None in sides else sides[0],
-        height=None if None in sides else sides[1],
+        seed=seed,
+        width=width,
+        height=height,
         steps=_whole(values.get("Steps"), 1, MAX_STEPS),
         guidance=_scale(values.get("Distilled CFG Scale") or values.get("CFG scale")),
+        unusable=_unusable(values.get("Seed"), seed, values.get("Size"), width),
     )
 
 
@@ -171,17 +174,20 @@ def _run_of(graph: Mapping[str, Any], sampler: dict[str, Any]) -> ForeignRun | N
     if not prompt:
         return None
     negative, _ = _prompt(graph, inputs.get("negative"), "negative")
-    width, height = _first_size(graph, sampler.get("latent_image"))
+    given_seed = _value(graph, inputs.get("seed", inputs.get("noise_seed")), _NUMBERS)
+    given_size = _first_size(graph, sampler.get("latent_image"))
+    seed, (width, height) = _whole(given_seed, 0, MAX_SEED), _sides(given_size)
     scale = _scale(_value(graph, inputs.get("cfg"), ("value", "float", "cfg")))
     return ForeignRun(
         program="ComfyUI",
         prompt=prompt,
         negative=negative or None,
-        seed=_whole(_value(graph, inputs.get("seed", inputs.get("noise_seed")), _NUMBERS), 0, MAX_SEED),
+        seed=seed,
         width=width,
         height=height,
         steps=_whole(_value(graph, inputs.get("steps"), ("value", "int", "steps")), 1, MAX_STEPS),
         guidance=scale if embedded is None else embedded,
+        unusable=_unusable(given_seed, seed, given_size, width),
     )
 
 
@@ -200,17 +206,15 @@ def _prompt(graph: Mapping[str, Any], link: Any, side: str) -> tuple[str | None,
     return None, embedded
 
 
-def _first_size(graph: Mapping[str, Any], link: Any) -> tuple[int | None, int | None]:
-    """The size of the empty latent from which a sampler starts; none where another sampler comes before."""
+def _first_size(graph: Mapping[str, Any], link: Any) -> str | None:
+    """WIDTHxHEIGHT of the empty latent from which a sampler starts; none where another sampler comes before."""
     for kind, inputs in _way(graph, link, *_LATENTS):
         if kind in _SAMPLERS:
             break
         if "Empty" in kind:
-            sides = [
-                _whole(_value(graph, inputs.get(name), (*_NUMBERS, name)), 1, MAX_SIDE) for name in ("width", "height")
-            ]
-            return (sides[0], sides[1]) if None not in sides else (None, None)
-    return None, None
+            width, height = (_value(graph, inputs.get(name), (*_NUMBERS, name)) for name in ("width", "height"))
+            return f"{width}x{height}"
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------------- values
@@ -227,6 +231,18 @@ def _whole(value: Any, low: int, high: int) -> int | None:
     if isinstance(value, str):
         value = int(value) if re.fullmatch(r"[0-9]{1,20}", value) else None
     return value if type(value) is int and low <= value <= high else None
+
+
+def _sides(text: str | None) -> tuple[int, int] | tuple[None, None]:
+    width, _, height = (text or "").partition("x")
+    sides = _whole(width, 1, MAX_SIDE), _whole(height, 1, MAX_SIDE)
+    return (None, None) if sides[0] is None or sides[1] is None else (sides[0], sides[1])
+
+
+def _unusable(given_seed: Any, seed: int | None, given_size: str | None, width: int | None) -> tuple[str, ...]:
+    """What was given and not taken, in words."""
+    values = ("the seed", given_seed, seed), ("the size", given_size, width)
+    return tuple(f"{name} {quoted(given, 40)}" for name, given, taken in values if given is not None and taken is None)
 
 
 def _scale(value: Any) -> float | None:

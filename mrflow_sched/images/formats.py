@@ -33,6 +33,9 @@ READABLE = "PNG, JPEG, WebP, TIFF, BMP or GIF"
 MAX_PIXELS = 2**28
 """Most pixels of a file from elsewhere: 16384x16384, whose floats take 3 GiB."""
 
+MAX_FILE_BYTES = 16 * MAX_PIXELS
+"""Most bytes of a file from elsewhere: four floats a pixel."""
+
 BYTES_PER_PIXEL = 24
 """Memory while an image is read: 4 bytes a value of the result in floats, and at most as much again."""
 
@@ -111,6 +114,24 @@ def check_room(width: int, height: int) -> None:
     if free is not None and needed > free:
         raise MrFlowError(
             f"{width}x{height} pixels need {needed / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free; "
+            "make the image smaller first."
+        )
+
+
+def check_bytes(count: int) -> None:
+    """Refuse an image file that is larger than any image, before it is read: some readers take it whole.
+
+    Args:
+        count: The file's size in bytes.
+
+    Raises:
+        MrFlowError: It has more bytes than the largest image, or than are free.
+    """
+    free = free_bytes(torch.device("cpu"))
+    most = MAX_FILE_BYTES if free is None else min(MAX_FILE_BYTES, free)
+    if count > most:
+        raise MrFlowError(
+            f"the image file has {count / 2**30:.1f} GiB, and at most {most / 2**30:.1f} GiB are read; "
             "make the image smaller first."
         )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING
 
-from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError
+from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError, first_line
 from mrflow_sched.measure.runs import Comparison, Part, Run
 from mrflow_sched.measure.sheet import draw_sheet
 from mrflow_sched.plan.make import make_native_plan
@@ -188,22 +188,45 @@ def _arriving_together(out: Path, names: Sequence[str]) -> Generator[Path, None,
     for name in names:
         if (out / name).is_dir():
             raise FileError(f"the image {str(out / name)!r} cannot be written: a folder has that name; move it away.")
-    with tempfile.TemporaryDirectory(dir=out, prefix=".mrflow-") as place:
-        draft, old = Path(place), Path(place) / "old"
-        yield draft
-        old.mkdir()
+    try:
+        place = tempfile.TemporaryDirectory(dir=out, prefix=".mrflow-")
+    except OSError as error:
+        raise _unwritten(out, error) from error
+    with place:
+        draft = Path(place.name)
         try:
-            for name in names:
-                if (out / name).exists():
-                    os.replace(out / name, old / name)
-                os.replace(draft / name, out / name)
-        except BaseException:
-            for name in names:
-                if (old / name).exists():
-                    os.replace(old / name, out / name)
-                elif not (draft / name).exists():
-                    (out / name).unlink(missing_ok=True)
-            raise
+            yield draft
+        except FileError as error:  # it names a file of the draft, which nobody knows
+            raise _unwritten(out, error.__cause__ or error) from error
+        try:
+            _move_in(draft, out, names)
+        except OSError as error:
+            raise _unwritten(out, error) from error
+
+
+def _move_in(draft: Path, out: Path, names: Sequence[str]) -> None:
+    """Move the files `names` from `draft` into `out`, over older ones: all of them or, on any error, none."""
+    old = draft / "old"
+    old.mkdir()
+    try:
+        for name in names:
+            if (out / name).exists():
+                os.replace(out / name, old / name)
+            os.replace(draft / name, out / name)
+    except BaseException:
+        for name in names:
+            if (old / name).exists():
+                os.replace(old / name, out / name)
+            elif not (draft / name).exists():
+                (out / name).unlink(missing_ok=True)
+        raise
+
+
+def _unwritten(out: Path, error: BaseException) -> FileError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+    return FileError(
+        f"the images of the comparison cannot be written into {str(out)!r}: {reason}; what was there is unchanged."
+    )
 
 
 def _describe(name: str, plan: StagedPlan) -> tuple[str, str]:

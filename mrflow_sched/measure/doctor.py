@@ -37,11 +37,13 @@ class Finding:
         name: What was looked at.
         text: What was found, or why something fails.
         good: False: something that was asked for would fail.
+        note: True: mrflow does what was asked for, but something else would fail.
     """
 
     name: str
     text: str
     good: bool = True
+    note: bool = False
 
 
 def examine(model: str | None = None, upscaler: str | None = None, *, config: str | None = None) -> Iterator[Finding]:
@@ -60,7 +62,8 @@ def examine(model: str | None = None, upscaler: str | None = None, *, config: st
         found = _version(name)
         yield Finding(name, found or "missing; install it with pip install mrflow-sched", found is not None)
     for name, loss in _OPTIONAL.items():
-        yield Finding(name, _version(name) or f"not installed: {loss}")
+        found = _version(name)
+        yield Finding(name, found or f"not installed: {loss}", note=found is None)
     if _version("torch") is None:
         return
     yield from _devices()
@@ -117,6 +120,7 @@ def _operators() -> Finding:
             "torchvision operators",
             f"works inside mrflow only; your own import of diffusers fails ({reason}): {fitting}, or import "
             "mrflow_sched's MrFlow first",
+            note=True,
         )
     return Finding("torchvision operators", "importable")
 

@@ -355,7 +355,7 @@ def _family_mu(family: Family, tokens: int, steps: int) -> float | None:
     if mu is not None and mu > MAX_MU:
         raise MrFlowError(
             f"size or shift_tokens must be smaller for {family.title}: {tokens} tokens would shift stage 1 "
-            f"by mu = {mu:.1f}, above the limit of {MAX_MU:g}; choose more stages or a larger factor, or give mu."
+            f"by mu = {mu:.1f}, above the limit of {MAX_MU:g}; choose a smaller size, a larger factor or more stages."
         )
     return mu
 

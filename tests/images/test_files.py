@@ -132,8 +132,18 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkey
         save_png(target, 1 - picture())
     monkeypatch.undo()
     assert "\n" not in str(caught.value)
+    assert "the file that was there is unchanged" in str(caught.value)
     assert target.read_bytes() == before
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_told_of_the_name_that_was_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, _ = (save_new(tmp_path, "a", picture()) for _ in range(2))
+    monkeypatch.setattr("builtins.open", lambda *args, _open=open, **kwargs: FullDisk(_open(*args, **kwargs)))
+    with pytest.raises(FileError, match=r"a-3\.png' cannot be written: No space left on device; nothing was left"):
+        save_new(tmp_path, "a", picture())
+    monkeypatch.undo()
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "a-2.png", first]
 
 
 def test_a_failed_rename_leaves_nothing(tmp_path: Path) -> None:
@@ -274,6 +284,27 @@ def test_text_behind_the_pixels_and_packed_text_are_read(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes().replace(b"after", b"AFTER"))
     with pytest.raises(ValueError, match="cannot be read"):
         read_png_text(path)
+
+
+@pytest.mark.parametrize("read", [load_image, read_text])
+def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path, read: Any) -> None:
+    path = tmp_path / "vast.webp"
+    with open(path, "wb") as file:
+        file.write(b"RIFF\0\0\0\0WEBPVP8 ")
+        file.truncate(2**33)  # a sparse file: it takes no space
+    with pytest.raises(MrFlowError, match=r"the image file has 8\.0 GiB, and at most .* GiB are read"):
+        read(path)
+
+
+def test_texts_that_take_a_lot_of_memory_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "wordy.png"
+    save_png(path, picture(), {})
+    data = path.read_bytes()
+    with open(path, "wb") as file:
+        file.write(data[:33] + struct.pack(">I4s", 2**31, b"tEXt") + b"a\0")
+        file.truncate(2**31)
+    with pytest.raises(MrFlowError, match="texts have more than 64 MiB"):
+        read_text(path)
 
 
 def test_text_is_read_from_png_only(tmp_path: Path) -> None:

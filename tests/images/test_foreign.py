@@ -55,6 +55,9 @@ def test_a_number_out_of_range_counts_as_missing(line: str, field: str) -> None:
     assert found is not None
     assert getattr(found, field) is None
     assert found.steps == 7
+    name, value = line.split(": ")
+    told = () if name == "CFG scale" else (f"the {name.lower()} {value[:40]!r}",)
+    assert [each[:40] for each in found.unusable] == [each[:40] for each in told]
 
 
 SIMPLE: dict[str, Any] = {
@@ -154,7 +157,8 @@ def test_hostile_graphs_end_soon_in_nothing_or_in_what_is_there() -> None:
         **SIMPLE,
         "3": {**SIMPLE["3"], "inputs": {**SIMPLE["3"]["inputs"], "seed": 10**400, "cfg": 10**400, "steps": True}},
     }
-    assert graph(wild) == ForeignRun("ComfyUI", "a harbour", "fog", None, 832, 1216, None, None)
+    unusable = (f"the seed 1{'0' * 36}...",)
+    assert graph(wild) == ForeignRun("ComfyUI", "a harbour", "fog", None, 832, 1216, None, None, unusable)
 
 
 JSON = st.recursive(

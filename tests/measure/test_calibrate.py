@@ -258,12 +258,14 @@ def test_a_calibration_that_does_not_fit_is_refused(capsys: pytest.CaptureFixtur
     path.write_text(SAMPLE.to_json())
     for words, sentence in (
         (("plan", "--family", "sd3", "--calibration", str(path)), "of family demo, not sd3"),
-        (("plan", "--family", "demo", "--calibration", str(tmp_path)), "which cannot be read; give a file that"),
+        (
+            ("plan", "--family", "demo", "--calibration", str(tmp_path)),
+            "which cannot be read (is a directory); give a file that",
+        ),
         (
             ("plan", "--family", "demo", "--calibration", str(demo.weights_path() / "model_index.json")),
             "not a calibration",
         ),
-        (("generate", "--from", "x.png", "--calibration", str(path)), "--calibration has no meaning"),
     ):
         code, _, err = mrflow(capsys, *words)
         assert code == 2
@@ -280,11 +282,12 @@ def test_a_full_disk_leaves_no_half_entry(
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    (tmp_path / "calibration-demo.json").write_text("older")
     monkeypatch.setattr(os, "fsync", full)
     code, _, err = mrflow(capsys, "calibrate", "--device", "cpu", "--out", str(tmp_path))
     assert code == 2
-    assert "the disk is full" in err
-    assert list(tmp_path.iterdir()) == []
+    assert "calibration-demo-2.json' cannot be written (the disk is full)" in err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
 
 
 def test_a_size_without_a_picture_in_it_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

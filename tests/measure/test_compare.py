@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -168,9 +170,28 @@ def test_a_broken_comparison_leaves_the_folder_as_it_was(
     monkeypatch.setattr("mrflow_sched.measure.compare.draw_sheet", drawing)
     if where == "second move":
         monkeypatch.setattr(os, "replace", move)
-    with pytest.raises(type(error)):
+    with pytest.raises(FileError if where == "second move" else type(error)):
         compare(field(), "", plan, tmp_path, native_plan=native_plan_of(plan, 3), save=save)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(older, b"older")
+
+
+@pytest.mark.parametrize("place", ["mkdtemp", "fsync", "replace"])
+def test_a_full_disk_is_told_of_the_folder_and_not_of_a_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / ".mrflow-draft"))
+
+    engine = GaussianFieldEngine()
+    (tmp_path / "native.png").write_bytes(b"older")
+    monkeypatch.setattr(tempfile if place == "mkdtemp" else os, place, full)
+    with pytest.raises(FileError) as caught:
+        compare(engine, "a", make_plan(engine.family, 32, 32, low_steps=2), tmp_path)
+    assert str(caught.value) == (
+        f"the images of the comparison cannot be written into {str(tmp_path)!r}: No space left on device; "
+        "what was there is unchanged."
+    )
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"older"]
 
 
 def test_a_folder_that_cannot_take_the_pictures_is_refused_before_the_run(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mrflow_sched.apps.cli import main as cli
 from mrflow_sched.engines.diffusers.folder import read_layout
 from mrflow_sched.engines.diffusers.layouts import find_layout
 from mrflow_sched.images.files import read_png_text
-from mrflow_sched.measure.doctor import examine
+from mrflow_sched.measure.doctor import Finding, examine
 from mrflow_sched.plan.stages import StagedPlan
 
 SMALL = ("--size", "64x64", "--low-steps", "2", "--device", "cpu", "--dtype", "float32")
@@ -49,7 +49,7 @@ def test_a_healthy_installation(capsys: pytest.CaptureFixture[str]) -> None:
     assert found[f"upscaler {demo.upscaler_path()}"]["text"] == "ESRGAN, x2"
     assert cli.main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert all(line.startswith("ok   ") for line in lines)
+    assert all(line.startswith(("ok   ", "note ")) for line in lines)
 
 
 def test_lanczos_is_an_upscaler_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,9 +106,21 @@ def test_a_missing_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None
     found = {finding.name: finding for finding in examine()}
     assert not found["spandrel"].good
     assert "LoRA" in found["peft"].text
-    assert found["peft"].good
+    assert (found["peft"].good, found["peft"].note) == (True, True)
+    assert not found["torch"].note
     without()
     assert next(finding.name for finding in examine() if not finding.good) == "torch"
+
+
+def test_what_fails_beside_mrflow_is_a_note_and_not_ok(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mrflow_sched.measure.doctor as room
+
+    findings = Finding("a", "fine"), Finding("b", "works inside mrflow only", note=True)
+    monkeypatch.setattr(room, "examine", lambda *_, **__: findings)
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().out == "ok   a: fine\nnote b: works inside mrflow only\n"
 
 
 def test_operators_that_clash_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +142,10 @@ def test_what_a_program_without_our_repair_would_see(monkeypatch: pytest.MonkeyP
         (tmp_path / "torchvision").mkdir(exist_ok=True)
         (tmp_path / "torchvision" / "__init__.py").write_text(torchvision)
         room.own_import.cache_clear()
-        return {finding.name: finding for finding in examine()}["torchvision operators"].text
+        found = {finding.name: finding for finding in examine()}["torchvision operators"]
+        assert found.good
+        assert found.note == (found.text != "importable")
+        return found.text
 
     stub = tmp_path / "diffusers" / "pipelines" / "flux"
     stub.mkdir(parents=True)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrflow_sched._runtime.errors import FileError, MrFlowError
-from mrflow_sched.apps.cli.console import DONE, counted, os_reason, print_json, say, saying_warnings, show, writable
+from mrflow_sched.apps.cli.console import Outcome, counted, os_reason, say, saying_warnings, writable
 from mrflow_sched.apps.cli.forecast import check_memory
+from mrflow_sched.apps.cli.inputs import syntax_notes
 from mrflow_sched.apps.cli.load import check_packages, find_upscaler, load_engine, open_upscaler, plan_family
 from mrflow_sched.apps.cli.options import (
     Commands,
@@ -22,8 +23,7 @@ from mrflow_sched.apps.cli.options import (
     model_options,
     output_options,
 )
-from mrflow_sched.apps.cli.parsing import prompt_option, size_option, whole_number
-from mrflow_sched.plan.checks import MAX_SEED
+from mrflow_sched.apps.cli.parsing import check_seeds, prompt_option, seed_option, size_option, whole_number
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.plan.notes import LEAST_TOKENS
@@ -116,18 +116,24 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--images", type=Path, nargs="+", metavar="IMAGE", help="image files to measure in place of native images"
     )
-    parser.add_argument("--seed", type=whole_number(0, MAX_SEED), default=0, help="seed of the first image (default 0)")
+    parser.add_argument(
+        "--seed",
+        type=seed_option,
+        default=0,
+        metavar="N",
+        help="seed of the first image; random draws one (default 0)",
+    )
     parser.set_defaults(from_args=CalibrateRequest.from_args, run=run)
 
 
-def run(request: CalibrateRequest) -> int:
-    """Measure, write the calibration file and print what was found.
+def run(request: CalibrateRequest) -> Outcome:
+    """Measure, and write the calibration file.
 
     Args:
         request: What to measure.
 
     Returns:
-        0.
+        What was found, and the file.
 
     Raises:
         MrFlowError: The size, the factor, the model, the upscaler, an image file or the output folder cannot be used.
@@ -138,6 +144,8 @@ def run(request: CalibrateRequest) -> int:
     named = plan_family(request.model)
     family = get_family(named) if isinstance(named, str) else named
     width, height = request.size or default_size(family, native=False)
+    prompts = _measured_prompts(request)
+    check_seeds(request.seed, len(prompts))
     plan = make_plan(family, width, height, factor=request.factor)
     _check_size(plan)
     file = find_upscaler(request.model)
@@ -148,10 +156,12 @@ def run(request: CalibrateRequest) -> int:
     with writable(output.folder), saying_warnings():
         upscaler = None if file is None else open_upscaler(request.model, file)
         engine = load_engine(request.model, request.model.dtype)
+        for note in syntax_notes(*prompts):
+            say(note)
         found = calibrate(
             engine,
             upscaler,
-            prompts=_measured_prompts(request),
+            prompts=prompts,
             width=width,
             height=height,
             factor=request.factor,
@@ -161,11 +171,8 @@ def run(request: CalibrateRequest) -> int:
             tell=None if output.progress is False else lambda what: say(f"measuring: {what}"),
         )
         path = _write_new(output.folder, f"calibration-{found.family}", found.to_json())
-    if output.json:
-        print_json({"file": str(path), "calibration": json.loads(found.to_json())})
-    else:
-        show(*_lines(found), str(path))
-    return DONE
+    value = {"file": str(path), "calibration": json.loads(found.to_json())}
+    return Outcome(value, (*_lines(found), str(path)))
 
 
 def _check_size(plan: StagedPlan) -> None:
@@ -235,10 +242,10 @@ def _lines(found: Calibration) -> Iterator[str]:
 
 def _write_new(folder: Path, stem: str, text: str) -> Path:
     """Write `stem`.json in `folder`, whole or not at all and never over an old file, and return its path."""
-    from mrflow_sched._runtime.write import write_new
+    from mrflow_sched._runtime.write import next_new, write_new
 
     try:
         return write_new(folder, stem, ".json", text.encode("utf-8"))
     except OSError as error:
-        path = folder / f"{stem}.json"
+        path = next_new(folder, stem, ".json")
         raise FileError(f"{str(path)!r} cannot be written ({os_reason(error)}); give another --out.") from error

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mrflow_sched.apps.cli.console import DONE, print_json, progress_bar, say, saying_warnings, show, writable
+from mrflow_sched.apps.cli.console import Outcome, progress_bar, say, saying_warnings, writable
 from mrflow_sched.apps.cli.forecast import check_memory
+from mrflow_sched.apps.cli.inputs import syntax_notes
 from mrflow_sched.apps.cli.load import Job, check_packages, find_upscaler, load, make_record, plan_family
 from mrflow_sched.apps.cli.options import (
     Commands,
@@ -103,14 +104,14 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(from_args=CompareRequest.from_args, run=run)
 
 
-def run(request: CompareRequest) -> int:
-    """Run native and staged sampling, save the images and print the seconds.
+def run(request: CompareRequest) -> Outcome:
+    """Run native and staged sampling and save the images.
 
     Args:
         request: What to compare.
 
     Returns:
-        0.
+        The seconds of both, and where the images are.
 
     Raises:
         MrFlowError: The plan, the model, the upscaler or the output folder cannot be used.
@@ -126,13 +127,16 @@ def run(request: CompareRequest) -> int:
     check_memory(request.model, family, plan, native)
     with writable(request.output.folder), saying_warnings():
         loaded = load(request.model, job, file)
-        for note in (*plan.notes, *_solver_note(request.choices, plan, family)):
+        words = syntax_notes(request.prompt, request.negative)
+        for note in (*plan.notes, *_solver_note(request.choices, plan, family), *words):
             say(note)
-        record = make_record(request.model, job, loaded)
+        staged = make_record(request.model, job, loaded)
+        alone = make_record(request.model, job, replace(loaded, upscaler=None, file=None))
 
         def save(result: StagedResult, path: Path) -> None:
             from mrflow_sched.images.files import save_png
 
+            record = alone if len(result.plan.stages) == 1 else staged
             one = replace(record, plan=result.plan.to_string())
             save_png(path, result.images[0], {PARAMETERS: parameters_text(one), KEY: one.to_json()})
 
@@ -155,11 +159,7 @@ def run(request: CompareRequest) -> int:
                 repeats=request.repeats,
                 callback=follow,
             )
-    if request.output.json:
-        print_json(found.to_dict())
-    else:
-        show(*_lines(found))
-    return DONE
+    return Outcome(found.to_dict(), tuple(_lines(found)))
 
 
 def _solver_note(choices: PlanChoices, plan: StagedPlan, family: str | Family) -> Iterator[str]:

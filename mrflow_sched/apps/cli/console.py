@@ -1,4 +1,4 @@
-"""What the commands print, and how they end."""
+"""What the commands say and leave, and how they end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -80,26 +81,6 @@ def _telling() -> Generator[None, None, None]:
         yield
     except (OSError, ValueError):  # disk full, reader gone; closed
         _forget(sys.stderr)
-
-
-def show(*lines: str) -> None:
-    """Print lines of the result on standard output.
-
-    Args:
-        *lines: The lines. A character that the output's encoding lacks is written as an escape.
-    """
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    for line in lines:
-        print(line.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def print_json(value: Any) -> None:
-    """Print the result as JSON on standard output.
-
-    Args:
-        value: Anything that `json.dumps` takes.
-    """
-    print(json.dumps(value, indent=2))
 
 
 @contextlib.contextmanager
@@ -226,6 +207,48 @@ def writable(folder: Path) -> Generator[None, None, None]:
 # --- how a command ends ------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a command leaves; `main` prints it, once.
+
+    Attributes:
+        value: The result for --json: a dict, or a list where the command cannot end early. None: there is none.
+        lines: The result in words.
+        code: The exit code where neither an error nor a signal ended the command.
+        error: What ended it early; `value` and `lines` then say what was made before. None: nothing did.
+    """
+
+    value: Any = None
+    lines: tuple[str, ...] = ()
+    code: int = DONE
+    error: BaseException | None = None
+
+    def show(self, sentence: str | None, *, as_json: bool) -> None:
+        """Print the result on standard output, and wait until it is there.
+
+        Args:
+            sentence: What is said of `error`, or None.
+            as_json: Print one JSON value, with the sentence under the key "error". Else print the lines; a character
+                that the output's encoding lacks is written as an escape.
+
+        Raises:
+            OSError: It cannot be written (disk full, broken pipe).
+        """
+        value: Any = self.value
+        if sentence is not None:
+            value = {**dict[str, Any](self.value or {}), "error": sentence}
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        lines = (json.dumps(value, indent=2),) if as_json else self.lines
+        try:
+            for line in lines:
+                print(line.encode(encoding, "backslashreplace").decode(encoding))
+            if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None where it was closed
+                sys.stdout.flush()
+        except OSError:
+            _forget(sys.stdout)  # Python's flush at exit would fail again, with a traceback
+            raise
+
+
 def refusal_of(error: BaseException) -> str | None:
     """Return the sentence for the user where an error is a refusal or a limit of the machine.
 
@@ -278,26 +301,8 @@ def _out_of_memory(error: BaseException) -> bool:
     return is_memory_error(error)
 
 
-def forget_output() -> None:
-    """Point standard output at nothing, so that Python's flush at exit does not fail again, with a traceback."""
-    _forget(sys.stdout)
-
-
 def _forget(stream: TextIO | None) -> None:
+    """Point a stream at nothing."""
     with contextlib.suppress(OSError, ValueError):  # a stream that is no file
         if stream is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def flush_output() -> None:
-    """Flush standard output now, while an error can still be told in a sentence.
-
-    Raises:
-        OSError: What was printed cannot be written (disk full, broken pipe).
-    """
-    if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison]  # None where stdout was closed
-        try:
-            sys.stdout.flush()
-        except OSError:
-            forget_output()
-            raise

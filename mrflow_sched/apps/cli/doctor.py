@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from mrflow_sched.apps.cli.console import DONE, UNHEALTHY, print_json, show
+from mrflow_sched.apps.cli.console import DONE, UNHEALTHY, Outcome
 from mrflow_sched.apps.cli.options import Commands, common_options
+
+if TYPE_CHECKING:
+    from mrflow_sched.measure.doctor import Finding
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,11 @@ class DoctorRequest:
         model: A diffusers folder or a single file, or None.
         config: For a single file: the diffusers folder that describes it, or None.
         upscaler: An ESRGAN-type file, or None.
-        json: Print the findings as JSON.
     """
 
     model: str | None
     config: str | None
     upscaler: str | None
-    json: bool
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> DoctorRequest:
@@ -35,7 +37,7 @@ class DoctorRequest:
         Returns:
             The request.
         """
-        return cls(args.model, args.model_config, args.upscaler, args.json)
+        return cls(args.model, args.model_config, args.upscaler)
 
 
 def add_parser(commands: Commands) -> None:
@@ -56,21 +58,25 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(from_args=DoctorRequest.from_args, run=run)
 
 
-def run(request: DoctorRequest) -> int:
-    """Print what is installed, what would run and what would fail.
+def run(request: DoctorRequest) -> Outcome:
+    """Look at what is installed, what would run and what would fail.
 
     Args:
         request: What to check.
 
     Returns:
-        0, or 1 where something would fail.
+        The findings; the code is 1 where something would fail.
     """
     from mrflow_sched.measure.doctor import examine
 
     findings = list(examine(request.model, request.upscaler, config=request.config))
     healthy = all(finding.good for finding in findings)
-    if request.json:
-        print_json({"ok": healthy, "findings": [asdict(finding) for finding in findings]})
-    else:
-        show(*(f"{'ok  ' if finding.good else 'FAIL'} {finding.name}: {finding.text}" for finding in findings))
-    return DONE if healthy else UNHEALTHY
+    return Outcome(
+        {"ok": healthy, "findings": [asdict(finding) for finding in findings]},
+        tuple(f"{_mark(finding)} {finding.name}: {finding.text}" for finding in findings),
+        DONE if healthy else UNHEALTHY,
+    )
+
+
+def _mark(finding: Finding) -> str:
+    return "FAIL" if not finding.good else "note" if finding.note else "ok  "

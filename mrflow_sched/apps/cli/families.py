@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mrflow_sched.apps.cli.console import DONE, counted, print_json, show
+from mrflow_sched.apps.cli.console import Outcome, counted
 from mrflow_sched.apps.cli.options import Commands, common_options
 from mrflow_sched.plan.families import FAMILIES, TIERS, Family, Preset, get_family
 
@@ -21,11 +21,9 @@ class FamiliesRequest:
 
     Attributes:
         names: Names of families; empty shows all.
-        json: Print them as JSON.
     """
 
     names: tuple[str, ...]
-    json: bool
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> FamiliesRequest:
@@ -37,7 +35,7 @@ class FamiliesRequest:
         Returns:
             The request.
         """
-        return cls(tuple(args.names), args.json)
+        return cls(tuple(args.names))
 
 
 def add_parser(commands: Commands) -> None:
@@ -53,24 +51,20 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(from_args=FamiliesRequest.from_args, run=run)
 
 
-def run(request: FamiliesRequest) -> int:
-    """Print the families, as a table or as JSON.
+def run(request: FamiliesRequest) -> Outcome:
+    """Look the families up.
 
     Args:
         request: What to show.
 
     Returns:
-        0.
+        The families, as values and as a table.
 
     Raises:
         MrFlowError: A family is unknown.
     """
     found = [get_family(name) for name in request.names or FAMILIES]
-    if request.json:
-        print_json([_values(family) for family in found])
-    else:
-        show(*_lines(found))
-    return DONE
+    return Outcome([_values(family) for family in found], tuple(_lines(found)))
 
 
 def purpose(family: Family, preset: Preset) -> str:

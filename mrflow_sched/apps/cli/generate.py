@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.apps.cli.console import (
-    DONE,
-    REFUSED,
-    print_json,
-    progress_bar,
-    say,
-    say_new,
-    saying_warnings,
-    show,
-    writable,
-)
+from mrflow_sched.apps.cli.console import Outcome, progress_bar, say_new, saying_warnings, writable
 from mrflow_sched.apps.cli.forecast import check_memory
-from mrflow_sched.apps.cli.inputs import read_prompts, read_start
+from mrflow_sched.apps.cli.inputs import read_prompts, read_start, syntax_notes
 from mrflow_sched.apps.cli.load import (
     Job,
     Loaded,
@@ -43,8 +33,16 @@ from mrflow_sched.apps.cli.options import (
     output_options,
     plan_options,
 )
-from mrflow_sched.apps.cli.parsing import number_option, path_option, prompt_option, text_option, whole_number
-from mrflow_sched.apps.cli.repeat import check_weights, recorded_loras, repeated_job, say_differences
+from mrflow_sched.apps.cli.parsing import (
+    check_seeds,
+    number_option,
+    path_option,
+    prompt_option,
+    prompts_option,
+    text_option,
+    whole_number,
+)
+from mrflow_sched.apps.cli.repeat import Changes, check_weights, recorded_loras, repeated_job, say_differences
 from mrflow_sched.apps.cli.results import Results, check_format, holds_alpha
 from mrflow_sched.apps.cli.stopping import Stop, Stopped, current
 from mrflow_sched.images.record import MAX_BATCH
@@ -103,6 +101,7 @@ class GenerateRequest:
         """
         start = None if self.image is None else read_start(self.image, self.strength)
         plan = self.choices.make_plan(family, start)
+        check_seeds(plan.seed, self.batch)
         if start is not None and self.strength is None:
             plan = replace(plan, notes=(*plan.notes, *idle_notes(self.choices.options)))
         first = Job(
@@ -125,6 +124,7 @@ class RepeatRequest:
     Attributes:
         source: An image file with a record, or with the texts of A1111 or ComfyUI.
         image: The image file that the run started from, or None.
+        changes: What else was asked for, which an image of another program allows.
         model: The model, the upscaler and the LoRAs, which must be those of the record.
         save_stages: Save the image of each stage too.
         suffix: Ending of the image files, which decides their format.
@@ -133,6 +133,7 @@ class RepeatRequest:
 
     source: Path
     image: Path | None
+    changes: Changes
     model: ModelChoices
     save_stages: bool
     suffix: str
@@ -145,12 +146,12 @@ class RepeatRequest:
             family: The model's, from `plan_family`.
 
         Returns:
-            One job, of whose images only that of the file is saved.
+            One job; of a recorded run only the image of the file is saved.
 
         Raises:
             MrFlowError: The file has no readable record, or was made with other files than those given.
         """
-        return (repeated_job(self.source, self.model, self.image, family),)
+        return (repeated_job(self.source, self.model, self.image, family, self.changes),)
 
 
 def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
@@ -165,9 +166,8 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
     Raises:
         MrFlowError: The prompt is missing, or options do not go together.
     """
-    model, output = ModelChoices.from_args(args), OutputChoices.from_args(args)
+    model, output, choices = ModelChoices.from_args(args), OutputChoices.from_args(args), PlanChoices.from_args(args)
     if args.source is None:
-        choices = PlanChoices.from_args(args)
         _check_together(args)
         return GenerateRequest(
             (args.prompt,) if args.prompts is None else read_prompts(args.prompts),
@@ -183,26 +183,16 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
             f".{args.format}",
             output,
         )
-    recorded = (
-        *OPTIONS,
-        "size",
-        "prompt",
-        "prompts",
-        "negative",
-        "strength",
-        "refine_prompt",
-        "refine_negative",
-        "family",
-        "calibration",
-        "batch",
-    )
-    given = [word for word in recorded if getattr(args, word) is not None]
-    if given:
-        name = "a prompt" if given[0] == "prompt" else option_name(given[0])
+    fixed = next((word for word in ("prompt", "prompts", "strength") if getattr(args, word) is not None), None)
+    if fixed is not None:
+        name = "a prompt" if fixed == "prompt" else option_name(fixed)
         raise MrFlowError(
-            f"--from takes the prompt and all numbers from the image's record, so {name} has no meaning; leave one out."
+            f"--from takes the prompt and the start from the image, so {name} has no meaning; leave one out."
         )
-    return RepeatRequest(args.source, args.image, model, args.save_stages, f".{args.format}", output)
+    recorded = (*OPTIONS, "size", "negative", "refine_prompt", "refine_negative", "family", "calibration", "batch")
+    names = tuple(option_name(word) for word in recorded if getattr(args, word) is not None)
+    changes = Changes(names, choices, args.batch or 1, args.negative, args.refine_prompt, args.refine_negative)
+    return RepeatRequest(args.source, args.image, changes, model, args.save_stages, f".{args.format}", output)
 
 
 def _check_together(args: argparse.Namespace) -> None:
@@ -237,7 +227,10 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("prompt", nargs="?", type=prompt_option, metavar="PROMPT")
     parser.add_argument(
-        "--prompts", type=path_option, metavar="FILE", help="a prompt on each line, for images of its own"
+        "--prompts",
+        type=prompts_option,
+        metavar="FILE",
+        help="a prompt on each line, for images of its own; - is stdin",
     )
     parser.add_argument(
         "--negative", type=text_option, metavar="TEXT", help="what the image should not show, for models that use it"
@@ -268,29 +261,28 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(from_args=request_of, run=run)
 
 
-def run(request: GenerateRequest | RepeatRequest) -> int:
-    """Make and save the images, and print their paths.
+def run(request: GenerateRequest | RepeatRequest) -> Outcome:
+    """Make and save the images.
 
     Args:
         request: What to make or to repeat.
 
     Returns:
-        0; 2 where an image was left out because it contains NaN or infinity, or is unfinished.
+        The images; where an error came after the first of them, or a signal, what was made by then, and the error.
 
     Raises:
-        Stopped: A signal came before there was an image to keep, or Ctrl-C was pressed twice.
+        KeyboardInterrupt: It came where no signals are watched, before there was an image to keep.
         MrFlowError: The plan, a file, the model, the upscaler, the record or the output folder cannot be used, or no
             image is left to save.
     """
-    results, json = Results(), request.output.json
+    results = Results()
     try:
         _make_all(request, results)
-    except BaseException as error:
-        if results.images or (json and isinstance(error, Stopped)):
-            _print(results, json)
-        raise
-    _print(results, json)
-    return REFUSED if results.lost or results.unfinished else DONE
+    except (Exception, KeyboardInterrupt) as error:
+        if not (results.images or results.lost or current().requested):
+            raise
+        return results.outcome(error)
+    return results.outcome()
 
 
 def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> None:
@@ -315,9 +307,7 @@ def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> Non
         record = make_record(model, jobs[0], loaded)
         if source is not None:
             say_differences(source, record)
-        say_new(jobs[0].notes, results.notes)
-        if jobs[0].start is not None and jobs[0].start.alpha is not None and not holds_alpha(request.suffix):
-            say_new((f"{request.suffix} holds no transparency, so that of the image is lost; use png.",), results.notes)
+        say_new(_notes(jobs, request.suffix), results.notes)
         with current().keeping() as stop, progress_bar(output.progress) as bar:
             for number, job in enumerate(jobs, 1):
                 name = "" if len(jobs) == 1 else f"{number} of {len(jobs)}"
@@ -330,10 +320,18 @@ def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> Non
                     break
         if stop.requested and not results.images:
             raise Stopped
-        results.tell_lost()
-        if stop.requested:
-            best = f"the best image so far is {results.images[-1].path}"
-            say(f"Stopped; {best if results.unfinished else 'what was finished is saved'}.")
+        results.tell_missing()
+
+
+def _notes(jobs: tuple[Job, ...], suffix: str) -> Iterator[str]:
+    """What the user should know of the runs before they begin."""
+    first = jobs[0]
+    yield from first.notes
+    if first.source is None:
+        texts = (first.negative, first.refine_prompt, first.refine_negative)
+        yield from syntax_notes(*(job.prompt for job in jobs), *texts)
+    if first.start is not None and first.start.alpha is not None and not holds_alpha(suffix):
+        yield f"{suffix} holds no transparency, so that of the image is lost; use png."
 
 
 def _sample(
@@ -361,13 +359,3 @@ def _sample(
         image=None if job.start is None else job.start.pixels,
         start_sigma=None if job.start is None else job.start.strength,
     )
-
-
-def _print(results: Results, json: bool) -> None:
-    """Print the paths, or all of the results as JSON."""
-    stop = current()
-    with stop.whole():
-        if json:
-            print_json(results.to_json(cancelled=stop.requested))
-        else:
-            show(*(str(image.path) for image in results.images))

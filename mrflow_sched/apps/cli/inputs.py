@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.apps.cli.console import os_reason, say
 from mrflow_sched.images.record import MAX_LORA_SCALE, MAX_PROMPT
 from mrflow_sched.plan.notes import image_notes
@@ -17,8 +19,17 @@ if TYPE_CHECKING:
 
     from mrflow_sched.plan.stages import StagedPlan
 
+STDIN: Final = "-"
+"""What stands for standard input in place of a file."""
+
+# A LoRA, a word with a weight ("(red:1.3)", not "(16:9)"), and a new chunk of text, as WebUIs write them.
+_SYNTAX = re.compile(
+    r"<(?:lora|lyco|hypernet):[^<>\n]{1,200}>|\((?!\d+:)[^()\n]{1,200}:(?:\d{0,2}\.\d{1,9}|\d)\)|\bBREAK\b"
+)
+_MOST_LOST = 0.2
+"""Largest share of an image that may be lost to the model's grid where nobody chose the size."""
 _MOST_BYTES = 16 * 2**20
-"""Largest file of prompts."""
+"""Largest text file that an option may name."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,23 @@ class StartImage:
         rows, columns = self.pixels.shape[-2:]
         scale = 1.0 if self.strength is not None else factor
         return round(columns * scale), round(rows * scale)
+
+    def check_shape(self, plan: StagedPlan) -> None:
+        """Refuse an image of which little is left on the model's grid; for plans of the image's own `size`.
+
+        Args:
+            plan: The plan of the run.
+
+        Raises:
+            MrFlowError: A side is shorter than the grid by so much that more than a fifth would be cropped.
+        """
+        lost = 1 - plan.requested_width * plan.requested_height / (plan.width * plan.height)
+        if lost > _MOST_LOST:
+            rows, columns = self.pixels.shape[-2:]
+            raise MrFlowError(
+                f"--image is {str(self.file)!r} of {columns}x{rows} pixels, too thin: on the model's grid it would be "
+                f"{plan.width}x{plan.height}, with {lost:.0%} of it cropped; pad it, or choose the shape with --size."
+            )
 
     def notes(self, plan: StagedPlan) -> tuple[str, ...]:
         """The notes of a plan that hold for a run from this image.
@@ -89,11 +117,29 @@ def read_start(file: Path, strength: float | None) -> StartImage:
     return StartImage(file, hash_of(file), pixels[0], strength, None if alpha is None else alpha[0])
 
 
-def read_prompts(file: Path) -> tuple[str, ...]:
+def syntax_notes(*texts: str | None) -> tuple[str, ...]:
+    """Say where prompts are written for a WebUI.
+
+    Args:
+        *texts: Prompts and negative prompts.
+
+    Returns:
+        One sentence where a text holds such syntax, else none.
+    """
+    found = next((match for text in texts if text and (match := _SYNTAX.search(text))), None)
+    if found is None:
+        return ()
+    return (
+        f"{quoted(found[0])} is the syntax of WebUIs, and plain words here: words have no weights, and a LoRA is given "
+        "with --lora FILE:SCALE.",
+    )
+
+
+def read_prompts(file: Path | Literal["-"]) -> tuple[str, ...]:
     """Read a file of prompts: one a line, UTF-8. Blank lines and lines that begin with # are skipped.
 
     Args:
-        file: The file of --prompts.
+        file: The file of --prompts, or "-" for standard input.
 
     Returns:
         The prompts in their order, without white space at their ends.
@@ -101,15 +147,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     Raises:
         MrFlowError: The file cannot be read, holds no prompt, or a line is no text.
     """
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise MrFlowError(f"--prompts is {str(file)!r}, which cannot be read ({os_reason(error)}).") from error
-    if len(data) > _MOST_BYTES:
-        raise MrFlowError(
-            f"--prompts is {str(file)!r}, which is larger than {_MOST_BYTES >> 20} MiB; give a text file."
-        )
+    data = read_small(file, "--prompts", "a text file with a prompt on each line")
     prompts: list[str] = []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         try:
@@ -125,6 +163,38 @@ def read_prompts(file: Path) -> tuple[str, ...]:
     if not prompts:
         raise MrFlowError(f"--prompts is {str(file)!r}, which holds no prompt; write one a line.")
     return tuple(prompts)
+
+
+def read_small(file: Path | Literal["-"], option: str, wanted: str) -> bytes:
+    """Read a text file that the user named, up to a size that no such file has; it may be a device without end.
+
+    Args:
+        file: The file, or "-" for standard input.
+        option: The option that named it, with its dashes.
+        wanted: What to give there, for the refusal.
+
+    Returns:
+        What it holds, at most 16 MiB.
+
+    Raises:
+        MrFlowError: The file is missing, cannot be read or is larger.
+    """
+    named = f"{option} is {str(file)!r}, which"
+    try:
+        with _standard_input() if file == STDIN else file.open("rb") as stream:
+            data = stream.read(_MOST_BYTES + 1)
+    except FileNotFoundError as error:
+        raise MrFlowError(f"{named} does not exist; give {wanted}.") from error
+    except OSError as error:
+        raise MrFlowError(f"{named} cannot be read ({os_reason(error)}); give {wanted}.") from error
+    if len(data) > _MOST_BYTES:
+        raise MrFlowError(f"{named} is larger than {_MOST_BYTES >> 20} MiB; give {wanted}.")
+    return data
+
+
+def _standard_input() -> BinaryIO:
+    """Standard input as a stream of its own, so that to close it changes nothing."""
+    return open(os.dup(0), "rb")
 
 
 @dataclass(frozen=True)

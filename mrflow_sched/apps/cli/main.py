@@ -7,25 +7,17 @@ fail; 2 a refusal, whose one sentence says why and what to do; 70 a fault of mrf
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import mrflow_sched
 from mrflow_sched.apps.cli import calibrate, compare, doctor, families, generate, plan
-from mrflow_sched.apps.cli.console import (
-    FAULT,
-    FAULT_SENTENCE,
-    REFUSED,
-    flush_output,
-    forget_output,
-    refusal_of,
-    say,
-)
+from mrflow_sched.apps.cli.console import FAULT, FAULT_SENTENCE, REFUSED, Outcome, refusal_of, say
 from mrflow_sched.apps.cli.options import Commands, Parser
-from mrflow_sched.apps.cli.stopping import STOPPED, Stop, Stopped, watching
+from mrflow_sched.apps.cli.stopping import STOPPED, Stopped, watching
 
 
 class Command(Protocol):
@@ -35,7 +27,7 @@ class Command(Protocol):
         """Add the command's parser.
 
         Two defaults are set on the parser: `from_args`, which turns the parsed arguments into the command's request (a
-        frozen dataclass), and `run`, which takes the request, does the work and returns the exit code.
+        frozen dataclass), and `run`, which takes the request, does the work and returns an `Outcome`.
 
         Args:
             commands: Where the parser is added.
@@ -77,40 +69,43 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
         The exit code: 0, 1, 2, 70, 129, 130 or 143, as in the module's docstring.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    flags = words[: words.index("--")] if "--" in words else words
     with watching() as stop:
         try:
-            code = _run(words, build_parser(commands), stop)
-        except KeyboardInterrupt:
-            say("Stopped.")
-            code = STOPPED
-        return stop.finish(code)
+            outcome = _run(words, build_parser(commands))
+        except (Exception, KeyboardInterrupt) as error:
+            outcome = Outcome(error=error)
+        stop.end()
+        if stop.raised and isinstance(outcome.error, Exception):  # a library turned the stop into an error of its own
+            outcome = replace(outcome, error=Stopped())
+        return stop.finish(_report(outcome, as_json="--json" in flags, debug="--debug" in flags))
 
 
-def _run(words: list[str], parser: Parser, stop: Stop) -> int:
-    """Run a command line and return its exit code; only a stop leaves this function as an exception."""
+def _run(words: list[str], parser: Parser) -> Outcome:
+    args = parser.parse_args(words)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return Outcome(code=REFUSED)
+    return args.run(args.from_args(args))
+
+
+def _report(outcome: Outcome, *, as_json: bool, debug: bool) -> int:
+    """Print what a command leaves, and what ended it early; return the exit code."""
+    error = outcome.error
     try:
-        args = parser.parse_args(words)
-        if args.command is None:
-            parser.print_help(sys.stderr)
-            return REFUSED
-        code = int(args.run(args.from_args(args)))
-        flush_output()
-        return code
+        outcome.show(None if error is None else _sentence(error), as_json=as_json)
     except BrokenPipeError:
-        forget_output()  # the reader went away (a pager, head)
-        return 0
-    except Exception as error:
-        if stop.raised:  # a library turned the stop into an error of its own
-            raise Stopped from error
-        return _report_error(error, debug="--debug" in words)
-
-
-def _report_error(error: Exception, *, debug: bool) -> int:
-    """Print what the user should know of `error`, and return the exit code."""
-    sentence = refusal_of(error)
-    if sentence is None or debug:
+        pass  # the reader went away (a pager, head)
+    except Exception as unprinted:
+        error = error or unprinted
+    if error is None:
+        return outcome.code
+    stopped, fault = isinstance(error, KeyboardInterrupt), _sentence(error) == FAULT_SENTENCE
+    if fault or (debug and not stopped):
         traceback.print_exception(error)
-    say(sentence or FAULT_SENTENCE)
-    with contextlib.suppress(OSError):
-        flush_output()
-    return FAULT if sentence is None else REFUSED
+    say(_sentence(error))
+    return STOPPED if stopped else FAULT if fault else REFUSED
+
+
+def _sentence(error: BaseException) -> str:
+    return "Stopped." if isinstance(error, KeyboardInterrupt) else refusal_of(error) or FAULT_SENTENCE

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage
-from mrflow_sched.apps.cli.parsing import lora_option, path_option, size_option, whole_number
+from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage, read_small
+from mrflow_sched.apps.cli.parsing import lora_option, path_option, seed_option, size_option, whole_number
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.options import OPTIONS, Option, PlanOptions
@@ -129,7 +129,9 @@ def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:  # pyri
     words = option.metavar or "|".join(option.choices) or None
     if option.per_stage or option.kind == "numbers":
         words = f"{words}[,{words}...]"
-    group.add_argument(option_name(option.name), type=_reader(option), metavar=words, help=option.help + default)
+    reader = seed_option if option.name == "seed" else _reader(option)
+    more = "; random draws one" if option.name == "seed" else ""
+    group.add_argument(option_name(option.name), type=reader, metavar=words, help=option.help + more + default)
 
 
 def _reader(option: Option) -> Callable[[str], object]:
@@ -213,7 +215,10 @@ class PlanChoices:
         known = self._calibrated(get_family(family) if isinstance(family, str) else family)
         usual = default_size(known, native=native) if start is None else start.size(size_step(known, self.options))
         width, height = self.size or usual
-        return make_plan(known, width, height, **self.options)
+        plan = make_plan(known, width, height, **self.options)
+        if start is not None and self.size is None:
+            start.check_shape(plan)
+        return plan
 
     def _calibrated(self, family: Family) -> Family:
         """Return `family` with the preset of --calibration, where that is given."""
@@ -221,12 +226,13 @@ class PlanChoices:
             return family
         from mrflow_sched.measure.calibrate import Calibration
 
+        wanted = "a file that `mrflow calibrate` wrote"
+        data = read_small(self.calibration, "--calibration", wanted)
         try:
-            text = self.calibration.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
             raise MrFlowError(
-                f"--calibration is {str(self.calibration)!r}, which cannot be read; give a file that "
-                "`mrflow calibrate` wrote."
+                f"--calibration is {str(self.calibration)!r}, which is no text; give {wanted}."
             ) from error
         return Calibration.from_json(text).apply(family)
 
@@ -429,12 +435,10 @@ class OutputChoices:
     Attributes:
         folder: Where files are written; it is made if it is missing.
         progress: Whether to show a progress bar; None: only on a terminal.
-        json: Print the result as JSON.
     """
 
     folder: Path
     progress: bool | None
-    json: bool
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> OutputChoices:
@@ -446,4 +450,4 @@ class OutputChoices:
         Returns:
             The choices.
         """
-        return cls(args.out, args.progress, args.json)
+        return cls(args.out, args.progress)

@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.apps.cli.inputs import LoraChoice
+from mrflow_sched.apps.cli.console import say
+from mrflow_sched.apps.cli.inputs import STDIN, LoraChoice
 from mrflow_sched.images.record import MAX_PROMPT
+from mrflow_sched.plan.checks import MAX_SEED
+
+_RANDOM_SEEDS = 2**32
+"""Random seeds are drawn below this, as WebUIs do, so that they are short."""
 
 
 def size_option(text: str) -> tuple[int, int]:
@@ -57,6 +64,43 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def seed_option(text: str) -> int:
+    """Read a seed.
+
+    Args:
+        text: A whole number from 0 to 2^63 - 1; or "random", or "-1" as WebUIs have it.
+
+    Returns:
+        The seed; a random one is drawn here, once, and told.
+
+    Raises:
+        ArgumentTypeError: The text is no seed.
+    """
+    if text.strip().lower() in ("random", "-1"):
+        seed = secrets.randbelow(_RANDOM_SEEDS)
+        say(f"The random seed is {seed}.")
+        return seed
+    try:
+        return whole_number(0, MAX_SEED)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or random") from None
+
+
+def check_seeds(seed: int, count: int) -> None:
+    """Refuse a seed where a later image of the run would get one that cannot be given.
+
+    Args:
+        seed: Seed of the first image; each further one has the next.
+        count: How many images.
+
+    Raises:
+        MrFlowError: The last seed is above the limit.
+    """
+    most = MAX_SEED - count + 1
+    if seed > most:
+        raise MrFlowError(f"--seed is {seed}, above which there are no seeds for {count} images; give at most {most}.")
+
+
 def text_option(text: str) -> str:
     """Check text, which may be empty.
 
@@ -94,6 +138,21 @@ def prompt_option(text: str) -> str:
     if not prompt.strip():
         raise argparse.ArgumentTypeError("it is empty; say what the image shows")
     return prompt
+
+
+def prompts_option(text: str) -> Path | Literal["-"]:
+    """Check the path of a file of prompts.
+
+    Args:
+        text: An argument as the system handed it over.
+
+    Returns:
+        The path, or "-" for standard input.
+
+    Raises:
+        ArgumentTypeError: As in `path_option`.
+    """
+    return STDIN if text == STDIN else path_option(text)
 
 
 def path_option(text: str) -> Path:

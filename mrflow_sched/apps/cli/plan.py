@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line
-from mrflow_sched.apps.cli.console import DONE, counted, print_json, show
+from mrflow_sched.apps.cli.console import Outcome, counted
+from mrflow_sched.apps.cli.inputs import read_small
 from mrflow_sched.apps.cli.options import Commands, PlanChoices, common_options, plan_options
 from mrflow_sched.plan.cost import Speeds, part_costs, peak_memory, work_ratio
 from mrflow_sched.plan.families import FAMILIES
@@ -25,13 +26,11 @@ class PlanRequest:
         family: Name of the model family.
         choices: Options of the plan.
         timings: A file that holds what `mrflow compare --json` printed, to predict the run time from; or None.
-        json: Print the plan as JSON.
     """
 
     family: str
     choices: PlanChoices
     timings: Path | None
-    json: bool
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> PlanRequest:
@@ -43,7 +42,7 @@ class PlanRequest:
         Returns:
             The request.
         """
-        return cls(args.family, PlanChoices.from_args(args), args.timings, args.json)
+        return cls(args.family, PlanChoices.from_args(args), args.timings)
 
 
 def add_parser(commands: Commands) -> None:
@@ -65,26 +64,23 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(from_args=PlanRequest.from_args, run=run)
 
 
-def run(request: PlanRequest) -> int:
-    """Print the plan, as sentences or as JSON.
+def run(request: PlanRequest) -> Outcome:
+    """Make the plan.
 
     Args:
         request: The plan to show.
 
     Returns:
-        0.
+        The plan and what it costs.
 
     Raises:
         MrFlowError: The options make no plan, or the file of --timings cannot be used.
     """
     plan = request.choices.make_plan(request.family)
     seconds = None if request.timings is None else _predicted(plan, request.timings)
-    if request.json:
-        more = {} if seconds is None else {"seconds": [{"name": name, "seconds": value} for name, value in seconds]}
-        print_json({**plan.to_dict(), "work_ratio": work_ratio(plan), "work": _work(plan), **more})
-    else:
-        show(*_lines(plan, seconds))
-    return DONE
+    more = {} if seconds is None else {"seconds": [{"name": name, "seconds": value} for name, value in seconds]}
+    value = {**plan.to_dict(), "work_ratio": work_ratio(plan), "work": _work(plan), **more}
+    return Outcome(value, tuple(_lines(plan, seconds)))
 
 
 def _work(plan: StagedPlan) -> list[dict[str, Any]]:
@@ -93,14 +89,15 @@ def _work(plan: StagedPlan) -> list[dict[str, Any]]:
 
 def _predicted(plan: StagedPlan, path: Path) -> tuple[tuple[str, float], ...]:
     """Predict (part, seconds) of `plan` on the machine that `mrflow compare --json` was run on."""
+    wanted = "what `mrflow compare --json` printed"
+    data = read_small(path, "--timings", wanted)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(data)
         measured = StagedPlan.from_string(found["plan"])
         seconds = {str(part["name"]): part["seconds"] for part in found["stages"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MrFlowError(
-            f"--timings is {str(path)!r}, which cannot be read ({first_line(error)}); give what "
-            "`mrflow compare --json` printed."
+            f"--timings is {str(path)!r}, which cannot be read ({first_line(error)}); give {wanted}."
         ) from error
     if measured.family != plan.family:
         raise MrFlowError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,15 +12,38 @@ from mrflow_sched.apps.cli.console import say
 from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage, hash_of, read_start
 from mrflow_sched.apps.cli.load import EMBEDDED, UPSCALER, Job
 from mrflow_sched.apps.cli.options import ModelChoices, PlanChoices
+from mrflow_sched.apps.cli.parsing import check_seeds
 from mrflow_sched.images.record import KEY, RunRecord
 from mrflow_sched.plan.options import PlanOptions
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
+    from mrflow_sched.images.foreign import ForeignRun
     from mrflow_sched.plan.families import Family
 
 
-def repeated_job(file: Path, model: ModelChoices, image: Path | None, family: str | Family) -> Job:
+@dataclass(frozen=True)
+class Changes:
+    """What was asked of a new run, in place of what another program's image says.
+
+    Attributes:
+        names: What was given of all this, by its names on the command line. A record leaves nothing to be changed.
+        choices: Options of the plan.
+        batch: How many images.
+        negative: The negative prompt; None: the image's.
+        refine_prompt: The prompt of the stages after the first, or None.
+        refine_negative: Their negative prompt, or None.
+    """
+
+    names: tuple[str, ...]
+    choices: PlanChoices
+    batch: int
+    negative: str | None
+    refine_prompt: str | None
+    refine_negative: str | None
+
+
+def repeated_job(file: Path, model: ModelChoices, image: Path | None, family: str | Family, changes: Changes) -> Job:
     """Read what an image says of its run: our record, or the texts of A1111 and ComfyUI.
 
     Args:
@@ -28,35 +51,64 @@ def repeated_job(file: Path, model: ModelChoices, image: Path | None, family: st
         model: The model that was asked for.
         image: The file of --image, or None.
         family: The model's, from `plan_family`.
+        changes: What else was asked for.
 
     Returns:
         The job: the recorded run, of whose images only the recorded one is saved; or a new run with the prompts, the
-        seed and the size of another program's image.
+        seed and the size of another program's image where `changes` gives none.
 
     Raises:
-        MrFlowError: The file says nothing that can be read, or was made with other files than those given.
+        MrFlowError: The file says nothing that can be read, was made with other files than those given, or has a
+            record, beside which `changes` have no meaning.
     """
     from mrflow_sched.images.files import read_text
     from mrflow_sched.images.foreign import read_foreign
 
     texts = read_text(file)
     if KEY in texts:
+        if changes.names:
+            raise MrFlowError(
+                f"--from takes the prompt and all numbers from the image's record, so {changes.names[0]} has no "
+                "meaning; leave one out."
+            )
         return _recorded_job(file, RunRecord.from_json(texts[KEY]), model, image)
     foreign = read_foreign(texts)
-    if foreign is None or image is not None:
+    if foreign is None:
         raise MrFlowError(
             f"--from is {str(file)!r}, which has no mrflow record; give an image that mrflow, A1111 or ComfyUI made."
         )
-    size = None if foreign.width is None or foreign.height is None else (foreign.width, foreign.height)
-    options: PlanOptions = {} if foreign.seed is None else {"seed": foreign.seed}
-    plan = PlanChoices(size, options, None).make_plan(family)
-    parts = {"the prompt": True, "the negative prompt": foreign.negative, "the seed": options, "the size": size}
-    taken = ", ".join(name for name, value in parts.items() if value)
+    if image is not None:
+        raise MrFlowError(
+            f"--from is {str(file)!r}, whose prompt is taken for a new run from noise; leave out --image."
+        )
+    return _new_job(file, foreign, family, changes)
+
+
+def _new_job(file: Path, foreign: ForeignRun, family: str | Family, changes: Changes) -> Job:
+    """Make the job of a new run with what another program's image says and `changes` do not."""
+    asked = changes.choices
+    size = (foreign.width, foreign.height) if foreign.width is not None and foreign.height is not None else None
+    negative = foreign.negative if changes.negative is None else None
+    own: PlanOptions = {"seed": foreign.seed} if foreign.seed is not None and "seed" not in asked.options else {}
+    parts = {"the negative prompt": negative, "the seed": own, "the size": size if asked.size is None else None}
+    taken = ", ".join(("the prompt", *(name for name, value in parts.items() if value)))
+    unusable = f" Not taken, as it cannot be used here: {', '.join(foreign.unusable)}." if foreign.unusable else ""
     say(
-        f"{str(file)!r} was made by {foreign.program}. Taken from it: {taken}. Not taken: model, sampler, steps, "
-        "guidance; so this is a new image, not a repeated one."
+        f"{str(file)!r} was made by {foreign.program}. Taken from it: {taken}.{unusable} Not taken: model, LoRAs (see "
+        "--lora), weights of words, sampler, steps, guidance; so this is a new image, not a repeated one."
     )
-    return Job(plan, foreign.prompt, foreign.negative)
+    options: PlanOptions = {**own, **asked.options}
+    plan = replace(asked, size=asked.size or size, options=options).make_plan(family)
+    check_seeds(plan.seed, changes.batch)
+    return Job(
+        plan,
+        foreign.prompt,
+        negative or changes.negative,
+        changes.batch,
+        tuple(range(changes.batch)),
+        refine_prompt=changes.refine_prompt,
+        refine_negative=changes.refine_negative,
+    )
 
 
 def _recorded_job(file: Path, record: RunRecord, model: ModelChoices, image: Path | None) -> Job:
@@ -166,7 +218,8 @@ def _arithmetic(old: RunRecord, new: RunRecord) -> Iterator[tuple[str, object, o
     yield "device", old.device, new.device
     for part in dict.fromkeys((*new.dtypes, *old.dtypes)):
         before = old.dtype_of(part)
-        if before is not None or part != UPSCALER:  # an older version did not record the upscaler's
+        # An older version did not record the upscaler's, or recorded it where none was used.
+        if part != UPSCALER or (before is not None and new.upscaler != "none"):
             yield f"dtype of {part}", before, new.dtype_of(part)
     yield "threads", old.threads, new.threads
     for name, value in new.versions.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.apps.cli.console import say
+from mrflow_sched.apps.cli.console import DONE, REFUSED, Outcome, say
 from mrflow_sched.apps.cli.load import Job
 from mrflow_sched.apps.cli.stopping import current
 from mrflow_sched.images.parameters import PARAMETERS, parameters_text
@@ -53,6 +53,7 @@ class Results:
         plan: The plan of the runs; None: there is none yet.
         upscaler: Name of the upscaler; None: a native run has none.
         notes: What the user was told.
+        missing: What he was told of images that were wanted and are not there, or not finished.
     """
 
     images: list[SavedImage] = field(default_factory=list[SavedImage])
@@ -61,6 +62,7 @@ class Results:
     plan: StagedPlan | None = None
     upscaler: str | None = None
     notes: list[str] = field(default_factory=list[str])
+    missing: list[str] = field(default_factory=list[str])
 
     @property
     def unfinished(self) -> bool:
@@ -100,17 +102,24 @@ class Results:
                 own = replace(record, image=number, unfinished=result.unfinished_images[number])
                 self._save_one(folder, suffix, job, own, result)
 
-    def tell_lost(self) -> None:
-        """Tell the user which images were left out because they contain NaN or infinity.
+    def tell_missing(self) -> None:
+        """Tell the user what was wanted and is not there: images with NaN or infinity, what a signal or memory ended.
 
         Raises:
-            MrFlowError: No other image was saved.
+            MrFlowError: No image was saved, because of NaN or infinity.
         """
+        lost = f"not saved, because of NaN or infinity in the image: {', '.join(self.lost)}; try --dtype float32."
+        if self.lost and not self.images:
+            raise MrFlowError(lost)
+        unfinished = ", ".join(str(image.path) for image in self.images if image.unfinished)
         if self.lost:
-            names = ", ".join(self.lost)
-            sentence = f"not saved, because of NaN or infinity in the image: {names}; try --dtype float32."
-            if not self.images:
-                raise MrFlowError(sentence)
+            self.missing.append(lost)
+        if current().requested:
+            best = f"the best image so far is {self.images[-1].path}"
+            self.missing.append(f"Stopped; {best if unfinished else 'what was finished is saved'}.")
+        elif unfinished:
+            self.missing.append(f"not finished: {unfinished}.")
+        for sentence in self.missing:
             say(sentence)
 
     def _save_one(self, folder: Path, suffix: str, job: Job, record: RunRecord, result: StagedResult) -> None:
@@ -137,15 +146,22 @@ class Results:
         self.lost.append(stem + suffix)
         return None
 
-    def to_json(self, *, cancelled: bool) -> dict[str, Any]:
-        """What the command made, for `json.dumps`.
+    def outcome(self, error: BaseException | None = None) -> Outcome:
+        """End the work; signals that come later change nothing.
 
         Args:
-            cancelled: A signal stopped the command.
+            error: What ended it early, or None.
 
         Returns:
-            The value that docs/cli.md describes.
+            What the command made; the code is 2 where something is missing.
         """
+        current().end()
+        paths = tuple(str(image.path) for image in self.images)
+        value = self._to_json() if error or not self.missing else {**self._to_json(), "error": " ".join(self.missing)}
+        return Outcome(value, paths, REFUSED if self.missing else DONE, error)
+
+    def _to_json(self) -> dict[str, Any]:
+        """The value that docs/cli.md describes."""
         return {
             "images": [str(image.path) for image in self.images],
             "details": [
@@ -164,7 +180,7 @@ class Results:
             "seed": None if self.plan is None else self.plan.seed,
             "upscaler": self.upscaler,
             "notes": self.notes,
-            "cancelled": cancelled,
+            "cancelled": current().requested,
             "unfinished": self.unfinished,
         }
 

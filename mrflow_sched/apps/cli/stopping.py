@@ -108,16 +108,20 @@ class Stop:
         finally:
             self._whole = False
 
+    def end(self) -> None:
+        """Note that the work is over; signals that come later change nothing."""
+        self._over = True
+
     def finish(self, code: int) -> int:
-        """Note that the command is over; signals that come later change nothing.
+        """End the work, if it has not ended, and find the exit code.
 
         Args:
-            code: Its exit code where no signal came.
+            code: The exit code where no signal came.
 
         Returns:
             The exit code: 128 + the signal's number where one came.
         """
-        self._over = True
+        self.end()
         return code if self.number is None else 128 + self.number
 
     def press(self, number: int, frame: FrameType | None) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from cli_tools import SMALL, pixels
 
-from mrflow_sched.images.files import read_png_text
+from mrflow_sched.apps.cli.main import main
+from mrflow_sched.images.files import load_image, read_png_text, save_png
 from mrflow_sched.images.record import RunRecord
 from mrflow_sched.plan.stages import StagedPlan
 
@@ -55,3 +56,20 @@ def test_compare_in_words_and_its_pictures_repeat(mrflow: Any, tmp_path: Path) -
     code, out, _ = mrflow("generate", "--from", str(tmp_path / "staged.png"), "--out", str(tmp_path / "again"))
     assert code == 0
     assert np.array_equal(pixels(tmp_path / "staged.png"), pixels(out.strip()))
+
+
+def test_the_native_image_has_no_upscaler_and_repeats_without_a_warning(tmp_path: Path, capsys: Any) -> None:
+    words = ("a red star", *SMALL, "--steps", "2", "--out", str(tmp_path))
+    assert main(["compare", *words]) == 0
+    text = read_png_text(tmp_path / "native.png")["mrflow"]
+    record = RunRecord.from_json(text)
+    assert (record.upscaler, record.upscaler_sha256, record.dtype_of("upscaler")) == ("none", None, None)
+    older = json.loads(text)
+    older["dtypes"]["upscaler"] = "bfloat16"  # as it was recorded once
+    save_png(tmp_path / "older.png", load_image(tmp_path / "native.png"), {"mrflow": json.dumps(older)})
+    for name in ("native.png", "older.png"):
+        capsys.readouterr()
+        assert main(["generate", "--from", str(tmp_path / name), "--out", str(tmp_path / "again")]) == 0
+        out, err = capsys.readouterr()
+        assert "may differ" not in err
+        assert np.array_equal(pixels(tmp_path / "native.png"), pixels(out.strip()))

@@ -26,7 +26,7 @@ from cli_tools import RECORD, SMALL, watch_network
 
 import mrflow_sched
 from mrflow_sched._runtime.errors import MissingFileError, MrFlowError
-from mrflow_sched.apps.cli.console import saying_warnings
+from mrflow_sched.apps.cli.console import Outcome, saying_warnings
 from mrflow_sched.apps.cli.load import Job
 from mrflow_sched.apps.cli.main import COMMANDS, main
 from mrflow_sched.apps.cli.options import Commands, common_options
@@ -55,7 +55,7 @@ BAD = {
     "negative not UTF-8": ["generate", "p", "--negative", "a \udcff star"],
     "batch 0": ["generate", "p", "--batch", "0"],
     "batch word": ["generate", "p", "--batch", "two"],
-    "seed -1": ["generate", "p", "--seed", "-1"],
+    "seed -2": ["generate", "p", "--seed", "-2"],
     "seed 1.5": ["generate", "p", "--seed", "1.5"],
     "seed too large": ["generate", "p", "--seed", str(2**63)],
     "guidance": ["generate", "p", "--guidance", "-1"],
@@ -93,6 +93,8 @@ BAD = {
     "upscaler tile": ["generate", "p", "--upscaler-tile", "4"],
     "a LoRA that is no file": ["generate", "p", "--lora", "nothing.safetensors"],
     "format": ["generate", "p", "--format", "gif"],
+    "seeds end": ["generate", "p", "--seed", str(2**63 - 1), "--batch", "2"],
+    "seeds of calibrate end": ["calibrate", "p", "q", "--seed", str(2**63 - 1)],
     "from and family": ["generate", "--from", "nothing.png", "--family", "flux1-dev"],
 }
 
@@ -201,11 +203,11 @@ class Nothing:
     """A request of a command that only raises."""
 
 
-def failing(error: Exception) -> Any:
+def failing(error: BaseException) -> Any:
     """A command named "fail" that raises `error`, and a "shout" that prints: as a module of commands would be."""
 
     def add_parser(commands: Commands) -> None:
-        def run(_request: Nothing) -> int:
+        def run(_request: Nothing) -> Outcome:
             raise error
 
         parser = commands.add_parser("fail", parents=[common_options()])
@@ -227,7 +229,8 @@ def test_a_command_is_a_module_and_a_line(capsys: pytest.CaptureFixture[str], tm
 from __future__ import annotations
 import argparse
 from dataclasses import dataclass
-from mrflow_sched.apps.cli.console import print_json
+from mrflow_sched.apps.cli.console import Outcome
+from mrflow_sched.apps.cli.options import common_options
 
 @dataclass(frozen=True)
 class EchoRequest:
@@ -238,13 +241,12 @@ class EchoRequest:
         return cls(args.word)
 
 def add_parser(commands):
-    parser = commands.add_parser("echo", help="print a word")
+    parser = commands.add_parser("echo", parents=[common_options()], help="print a word")
     parser.add_argument("word")
     parser.set_defaults(from_args=EchoRequest.from_args, run=run)
 
-def run(request: EchoRequest) -> int:
-    print_json(request.word)
-    return 5
+def run(request: EchoRequest) -> Outcome:
+    return Outcome(request.word, (request.word,), code=5)
 """
     )
     spec = importlib.util.spec_from_file_location("echo_command", tmp_path / "echo_command.py")
@@ -254,11 +256,65 @@ def run(request: EchoRequest) -> int:
     sys.modules["echo_command"] = echo  # dataclasses look their module up
     try:
         spec.loader.exec_module(echo)
-        assert main(["echo", "hello"], commands=(*COMMANDS, echo)) == 5
+        assert [main(["echo", "hello", *more], commands=(*COMMANDS, echo)) for more in ((), ("--json",))] == [5, 5]
     finally:
         del sys.modules["echo_command"]
-    assert capsys.readouterr().out == '"hello"\n'
+    assert capsys.readouterr().out == 'hello\n"hello"\n'
     assert main(["echo", "hello"]) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--family", "flux9"),
+        ("families", "flux9"),
+        ("generate", "p", "--size", "0x0"),
+        ("generate", "--from", "nothing.png"),
+        ("generate", "p", "--frobnicate"),
+        ("compare",),
+        ("compare", "p", "--device", "quantum"),
+        ("calibrate", "--size", "1x1"),
+        ("doctor", "--frobnicate"),
+        ("improve",),
+    ],
+)
+def test_a_refusal_is_a_json_value_too(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert err == f"mrflow: {json.loads(out)['error']}\n"
+    assert list(json.loads(out)) == ["error"]
+
+
+def test_a_fault_and_a_stop_are_a_json_value_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code, words in ((ValueError("x"), 70, "fault of mrflow"), (KeyboardInterrupt(), 130, "Stopped.")):
+        assert main(["fail", "--json"], commands=(failing(error),)) == code
+        out, err = capsys.readouterr()
+        assert words in json.loads(out)["error"]
+        assert json.loads(out)["error"] in err
+
+
+def test_json_as_a_prompt_is_no_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--device", "quantum", "--", "--json"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_what_was_saved_before_the_disk_was_full_is_told(
+    mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, left = os.fsync, [2]
+
+    def fsync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        usual(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    code, out, err = mrflow("generate", "p", *SMALL, "--batch", "3", "--out", str(tmp_path), "--json")
+    found = json.loads(out)
+    assert (code, sorted(found["images"])) == (2, sorted(str(path) for path in tmp_path.iterdir()))
+    assert f"{str(tmp_path / 'mrflow-2.png')!r} cannot be written" in found["error"]
+    assert err.endswith(f"mrflow: {found['error']}\n")
 
 
 @pytest.mark.parametrize(
@@ -353,7 +409,8 @@ def test_a_failure_leaves_an_older_folder_alone(mrflow: Any, tmp_path: Path) -> 
 
 
 def test_paths_of_any_letters_are_printed_whatever_the_encoding(mrflow: Any, tmp_path: Path) -> None:
-    code = "import sys; from mrflow_sched.apps.cli.console import show; show(sys.argv[1])"
+    call = "Outcome(None, (sys.argv[1],)).show(None, as_json=False)"
+    code = f"import sys; from mrflow_sched.apps.cli.console import Outcome; {call}"
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     found = subprocess.run([sys.executable, "-c", code, "港.png"], capture_output=True, text=True, check=True, env=env)
     assert found.stdout == "\\u6e2f.png\n"

@@ -133,6 +133,7 @@ def test_a_picture_that_goes_bad_in_the_last_stage_is_saved_as_it_was_before(
     marked = [RunRecord.from_json(read_png_text(tmp_path / "o" / name)["mrflow"]).unfinished for name in names]
     assert marked == [False, True, False]
     assert "Image 2: the VAE's decoder returned NaN" in err
+    assert json.loads(out)["error"] == f"not finished: {tmp_path / 'o' / names[1]}."
 
 
 def test_one_bad_picture_does_not_lose_the_others(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +147,7 @@ def test_one_bad_picture_does_not_lose_the_others(mrflow: Any, tmp_path: Path, m
     assert [line for line in err.splitlines() if "mrflow-" in line] == [
         "mrflow: not saved, because of NaN or infinity in the image: mrflow-1-unfinished.png; try --dtype float32."
     ]
+    assert f"mrflow: {json.loads(out)['error']}\n" in err
 
 
 def test_where_every_picture_is_bad_nothing_is_left(
@@ -153,8 +155,10 @@ def test_where_every_picture_is_bad_nothing_is_left(
 ) -> None:
     spoil(monkeypatch, 0, width=16)
     code, out, err = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path / "o"), "--json")
-    assert (code, out) == (2, "")
-    assert "not saved, because of NaN or infinity in the image: mrflow-0-unfinished.png" in err
+    found = json.loads(out)
+    assert (code, found["images"], found["lost"]) == (2, [], ["mrflow-0-unfinished.png"])
+    assert "not saved, because of NaN or infinity in the image: mrflow-0-unfinished.png" in found["error"]
+    assert f"mrflow: {found['error']}\n" in err
     assert not (tmp_path / "o").exists()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from cli_tools import SMALL, change_engines, pixels
 from PIL import Image
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.apps.cli.inputs import LoraChoice, read_prompts
+from mrflow_sched.apps.cli.inputs import LoraChoice, read_prompts, syntax_notes
+from mrflow_sched.apps.cli.main import main
 from mrflow_sched.apps.cli.options import PlanChoices
 from mrflow_sched.images.files import read_text
 from mrflow_sched.images.record import RunRecord
@@ -150,6 +153,15 @@ def test_an_image_that_cannot_be_used_is_one_sentence(
 # --- prompts -----------------------------------------------------------------------------------
 
 
+def test_an_image_too_thin_for_the_grid_is_refused_unless_a_size_was_chosen(mrflow: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 3)).save(tmp_path / "thin.png")
+    words = ("a star", "--preset", "2+1", "--image", str(tmp_path / "thin.png"), "--out", str(tmp_path / "o"))
+    code, _, err = mrflow("generate", *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "thin.png' of 64x3 pixels, too thin: on the model's grid it would be 128x8, with 25% of it cropped" in err
+    assert mrflow("generate", *words, "--size", "128x8")[0] == 0
+
+
 def test_a_file_of_prompts_loads_the_model_once(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
     change_engines(monkeypatch, loaded.append)
@@ -185,6 +197,60 @@ def test_a_bad_file_of_prompts_is_one_sentence(tmp_path: Path, data: bytes, sent
         read_prompts(tmp_path / "list.txt")
     with pytest.raises(MrFlowError, match="cannot be read"):
         read_prompts(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file without end")
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("plan", "--family", "demo", "--calibration"), "--calibration is '/dev/zero', which is larger than 16 MiB"),
+        (("plan", "--family", "demo", "--timings"), "--timings is '/dev/zero', which is larger than 16 MiB"),
+        (("generate", "--prompts"), "--prompts is '/dev/zero', which is larger than 16 MiB"),
+        (("generate", "a star", "--image"), "'/dev/zero' is not an image file"),
+        (("generate", "--from"), "'/dev/zero' is not an image file"),
+        (("generate", "a star", "--upscaler"), "--upscaler is '/dev/zero', which is not a file"),
+        (("generate", "a star", "--lora"), "give a .safetensors file"),
+        (("calibrate", "--images"), "'/dev/zero' is not an image file"),
+    ],
+)
+def test_no_option_reads_a_file_without_end(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], sentence: str
+) -> None:
+    assert main([*words, "/dev/zero"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_prompts_come_from_standard_input_too(tiny_folder: Path, tmp_path: Path) -> None:
+    words = ["generate", *SMALL, "--prompts", "-", "--model", str(tiny_folder), "--out", str(tmp_path / "o"), "--json"]
+    command = [sys.executable, "-m", "mrflow_sched", *words]
+    found = subprocess.run(command, input="a star\n# not this\na moon ☾\n".encode(), capture_output=True, check=False)
+    assert [each["prompt"] for each in json.loads(found.stdout)["details"]] == ["a star", "a moon ☾"]
+    found = subprocess.run(command, input=b"", capture_output=True, check=False)
+    assert (found.returncode, "holds no prompt" in found.stderr.decode()) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a star <lora:foo:0.8>, sharp", "<lora:foo:0.8>"),
+        ("a (blue star:1.3) over hills", "(blue star:1.3)"),
+        ("((red:2))", "(red:2)"),
+        ("a star BREAK a moon", "BREAK"),
+        ("a banner of 2:1 (16:9) and a clock (at 10:30), <b>bold</b>, (small), a BREAKFAST", None),
+        ("(" * 100_000 + ":" * 100_000, None),
+    ],
+)
+def test_the_syntax_of_webuis_is_told_once(text: str, found: str | None) -> None:
+    notes = syntax_notes("plain", None, text, text)
+    assert len(notes) == (0 if found is None else 1)
+    assert all(note.startswith(repr(found)) and "--lora FILE:SCALE" in note for note in notes)
+
+
+def test_the_syntax_of_webuis_is_a_note_of_the_run(mrflow: Any, tmp_path: Path) -> None:
+    _, out, err = mrflow("generate", "a (red:1.3) star", *SMALL, "--out", str(tmp_path), "--json")
+    [note] = [note for note in json.loads(out)["notes"] if "WebUIs" in note]
+    assert err.count(note) == 1
+    assert "WebUIs" not in mrflow("generate", "--from", json.loads(out)["images"][0], "--out", str(tmp_path))[2]
 
 
 def test_later_stages_may_have_words_of_their_own_and_repeat(mrflow: Any, tmp_path: Path) -> None:

@@ -165,6 +165,21 @@ def test_options_are_refused_by_the_table_of_options(mrflow: Any, words: tuple[s
     assert sentence in err
 
 
+@pytest.mark.parametrize("word", ["random", "-1"])
+def test_a_random_seed_is_drawn_once_and_is_a_number_from_then_on(mrflow: Any, word: str) -> None:
+    seeds: set[int] = set()
+    for _ in range(4):
+        code, out, err = mrflow("plan", "--family", "demo", "--seed", word, "--json")
+        found = json.loads(out)
+        seed = StagedPlan.from_string(found["plan"]).seed
+        assert (code, err) == (0, f"mrflow: The random seed is {seed}.\n")
+        assert 0 <= seed < 2**32
+        seeds.add(seed)
+    assert len(seeds) > 1
+    code, _, err = mrflow("plan", "--family", "demo", "--seed", "any")
+    assert (code, "'any' is not a whole number from 0 to 9223372036854775807, or random" in err) == (2, True)
+
+
 def test_every_later_stage_may_have_its_own_numbers(mrflow: Any) -> None:
     words = ("--size", "2048x2048", "--factors", "2,2", "--refine-steps", "1,2", "--sigma", "0.2,0.1")
     _, out, _ = mrflow("plan", "--family", "flux1-dev", *words, "--json")

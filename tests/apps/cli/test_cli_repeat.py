@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_tools import SMALL, pixels
+from cli_tools import RECORD, SMALL, pixels
 from PIL import Image
 
 from mrflow_sched.apps.cli import load
@@ -171,6 +171,42 @@ def test_from_takes_what_another_program_wrote_and_says_what_not(mrflow: Any, tm
     code, out, _ = mrflow("generate", "--from", str(tmp_path / "lost.png"), "--out", str(tmp_path / "again"))
     assert code == 0
     assert np.array_equal(pixels(path), pixels(out.strip()))
+
+
+def test_an_image_of_another_program_lets_its_numbers_be_replaced(mrflow: Any, tmp_path: Path) -> None:
+    text = "a red star\nNegative prompt: blur\nSteps: 30, Seed: 41, Size: 64x32"
+    save_png(tmp_path / "a1111.png", load_image_of(tmp_path), {"parameters": text})
+    words = ("--seed", "9", "--size", "32x64", "--preset", "3+1", "--batch", "2", "--negative", "fog")
+    code, out, err = mrflow("generate", "--from", str(tmp_path / "a1111.png"), *words, "--out", str(tmp_path / "o"))
+    assert code == 0
+    assert "Taken from it: the prompt. Not taken: model" in err
+    paths = [Path(line) for line in out.splitlines()]
+    assert [path.name for path in paths] == ["mrflow-9.png", "mrflow-10.png"]
+    assert pixels(paths[0]).shape == (64, 32, 3)
+    record = RunRecord.from_json(read_png_text(paths[0])["mrflow"])
+    assert (record.prompt, record.negative) == ("a red star", "fog")
+    assert "preset=3+1" in record.plan
+    for more in (("--strength", "0.5"), ("--image", str(paths[0])), ("--prompts", "list.txt"), ("a star",)):
+        code, _, err = mrflow("generate", "--from", str(tmp_path / "a1111.png"), *more, "--out", str(tmp_path / "o"))
+        assert (code, err.count("\n")) == (2, 1)
+        assert "leave" in err
+
+
+def test_numbers_of_another_program_that_cannot_be_used_are_named(mrflow: Any, tmp_path: Path) -> None:
+    text = "a red star\nSteps: 20, Seed: -1, Size: 99999x99999"
+    save_png(tmp_path / "a1111.png", load_image_of(tmp_path), {"parameters": text})
+    words = ("--size", "32x32", "--preset", "2+1")
+    code, _, err = mrflow("generate", "--from", str(tmp_path / "a1111.png"), *words, "--out", str(tmp_path / "o"))
+    assert code == 0
+    assert "the prompt. Not taken, as it cannot be used here: the seed '-1', the size '99999x99999'. Not" in err
+
+
+@pytest.mark.parametrize("words", [("--seed", "9"), ("--size", "64x64"), ("--batch", "2"), ("--family", "flux1-krea")])
+def test_a_record_lets_nothing_be_replaced(mrflow: Any, tmp_path: Path, words: tuple[str, ...]) -> None:
+    save_png(tmp_path / "mine.png", load_image_of(tmp_path), {"mrflow": RECORD.to_json()})
+    code, _, err = mrflow("generate", "--from", str(tmp_path / "mine.png"), *words, "--out", str(tmp_path / "o"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"all numbers from the image's record, so {words[0]} has no meaning" in err
 
 
 def load_image_of(folder: Path) -> Any:

@@ -64,8 +64,9 @@ def test_a_signal_keeps_the_best_picture_so_far(
         press_at(patch, forward=2, number=number, presses=1 if number == signal.SIGINT else 3)
         code, out, err = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path), "--json")
     assert code == 128 + number
-    assert "Stopped; the best image so far is" in err
     found = json.loads(out)
+    assert found["error"].startswith("Stopped; the best image so far is")
+    assert f"mrflow: {found['error']}\n" in err
     assert (found["cancelled"], found["unfinished"], found["details"][0]["unfinished"]) == (True, True, True)
     [path] = found["images"]
     assert path.endswith("mrflow-0-unfinished.png")
@@ -209,8 +210,8 @@ def test_compare_leaves_the_folder_as_it_was(
 ) -> None:
     (tmp_path / "native.png").write_bytes(b"mine")
     press_at(monkeypatch, forward=5, number=number, presses=2)
-    code, out, err = mrflow("compare", "a star", *SMALL, "--steps", "2", "--out", str(tmp_path))
-    assert (code, out) == (128 + number, "")
+    code, out, err = mrflow("compare", "a star", *SMALL, "--steps", "2", "--out", str(tmp_path), "--json")
+    assert (code, json.loads(out)) == (128 + number, {"error": "Stopped."})
     assert err.splitlines()[-1] == "mrflow: Stopped."
     assert names(tmp_path) == ["native.png"]
     assert (tmp_path / "native.png").read_bytes() == b"mine"
@@ -259,6 +260,6 @@ def test_a_signal_at_any_moment_ends_a_process_cleanly(tmp_path: Path, number: s
     assert process.returncode in (128 + number, 0), (moment, err)
     assert "Traceback" not in err, moment
     assert "ignored" not in err, moment
-    kept = [] if not out else [Path(path).name for path in json.loads(out)["images"]]
+    kept = [] if not out else [Path(path).name for path in json.loads(out).get("images", ())]
     assert names(tmp_path / "o") == kept, moment
     assert (tmp_path / "o").exists() == bool(kept), moment
