@@ -49,12 +49,13 @@ def unknown_words_sentence(prompts: Iterable[str]) -> str | None:
         return None
     named = ", ".join(_quoted(word) for word in words[:_NAMED])
     more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+    each = "it" if len(words) == 1 else "them"
     kinds = (SHAPES, TEXTURES[1:], COLOURS, GROUNDS, tuple(f"{sky} sky" for sky in SKIES), DETAILS, LIGHTS)
-    world = "; ".join(", ".join(each) for each in kinds)
+    world = "; ".join(", ".join(kind) for kind in kinds)
     return (
-        f"The embedded model does not know {named}{more}, so the image will not show it. It knows {world}; and words "
-        f'of 2 to {MAX_LETTERS} capitals: "a red star over green hills under a blue sky, the word FLOW". For anything '
-        "else use a model of your own (--model DIR; in Python, MrFlow)."
+        f"The embedded model does not know {named}{more}, so the image will not show {each}. It knows {world}; and "
+        f'words of 2 to {MAX_LETTERS} capitals: "a red star over green hills under a blue sky, the word FLOW". For '
+        "anything else use a model of your own (--model DIR; in Python, MrFlow)."
     )
 
 

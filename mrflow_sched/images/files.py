@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 import struct
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -192,13 +193,16 @@ def _reading(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
     """The image file at `path`, open; whatever goes wrong with it is one sentence."""
     with refusing(_named(path)):
         try:
-            with open(path, "rb") as file:
-                check_bytes(os.fstat(file.fileno()).st_size)
-                yield file
+            mode = os.stat(path).st_mode
         except FileNotFoundError as error:
             raise MissingFileError(f"there is no image file {str(path)!r}; check the path.") from error
-        except IsADirectoryError as error:
-            raise _no_image(path) from error
+        if stat.S_ISDIR(mode):
+            raise MrFlowError(f"{str(path)!r} is a folder; give an image file in it.")
+        if not stat.S_ISREG(mode):  # waits for a writer, or cannot be read from its start again
+            raise MrFlowError(f"{str(path)!r} is a pipe or a device; save the image as a file, and give that.")
+        with open(path, "rb") as file:
+            check_bytes(os.fstat(file.fileno()).st_size)
+            yield file
 
 
 def _no_image(path: str | os.PathLike[str]) -> MrFlowError:
@@ -220,11 +224,10 @@ def _opened(file: BinaryIO, path: str | os.PathLike[str], *, own: bool = False) 
     """The image in an open file, no pixel decoded yet, after its size was found to be possible."""
     image: ImageFile.ImageFile = _reader(file, path)(file)
     width, height = image.size
-    if max(width, height) > MAX_SIDE or (not own and width * height > MAX_PIXELS):
-        raise MrFlowError(
-            f"{_named(path)} has {width}x{height} pixels, more than {MAX_SIDE} a side or {MAX_PIXELS / 1e6:.0f} "
-            "million in all, and is too large; make it smaller first."
-        )
+    long = max(width, height) > MAX_SIDE
+    if long or (not own and width * height > MAX_PIXELS):
+        most = f"{MAX_SIDE} a side" if long else f"{MAX_PIXELS / 1e6:.0f} million in all"
+        raise MrFlowError(f"{_named(path)} has {width}x{height} pixels, more than {most}; make it smaller first.")
     check_room(width, height)
     return image
 

@@ -249,7 +249,7 @@ def calibrate(
 
     with torch.no_grad():
         if images is None:
-            say(f"{len(prompts)} native images at {high.width}x{high.height}")
+            say(f"{len(prompts)} native image{'s' * (len(prompts) > 1)} at {high.width}x{high.height}")
             large, _ = sampled(make_native_plan(family, width, height, steps=native_steps, seed=seed))
         else:
             large = upscale_to(images.to(engine.device), high.width, high.height)

@@ -405,5 +405,9 @@ def _one_per_stage(value: Number | Sequence[Number], count: int, name: str) -> t
     if not isinstance(value, Sequence):
         return (value,) * count
     if len(value) != count:
-        raise MrFlowError(f"{name} must be one number, or a list of {count}, one per later stage, got {quoted(value)}.")
+        if count == 1:
+            raise MrFlowError(
+                f"{name} must be one number, as there is one later stage, got {quoted(value)}; ask for more stages."
+            )
+        raise MrFlowError(f"{name} must be one number or {count}, one for each later stage, got {quoted(value)}.")
     return tuple(value)

@@ -220,7 +220,7 @@ class CallOptions(_WalkOptions, total=False):
     factors: Annotated[
         Sequence[float] | None,
         Option(
-            help="a size step for each handoff, instead of factor and stages",
+            help="a size step for each handoff, instead of one for all and a number of stages",
             low=MIN_FACTOR,
             high=MAX_FACTOR,
             metavar="F",

@@ -435,9 +435,13 @@ def test_any_step_counts_are_a_preset(name: str, steps: tuple[int, int], sigma: 
     assert preset.name == ("text" if name == "Text" else "{}+{}".format(*steps))
 
 
-@pytest.mark.parametrize(
-    "name", ["0+1", "1001+1", "1+1001", "12", "12+", "+1", "12+1 ", "12 + 1", "-1+1", "1.5+1", "١٢+١"]
-)
+@pytest.mark.parametrize("name", ["0+1", "1001+1", "1+1001", "+".join("1" * 9), "9" * 50 + "+1"])
+def test_step_counts_out_of_range_are_told_the_range(name: str) -> None:
+    with pytest.raises(ValueError, match="1 to 1000 steps in stage 1, and 0 to 1000 in each of up to 7 later stages"):
+        get_family("flux1-dev").get_preset(name)
+
+
+@pytest.mark.parametrize("name", ["12", "12+", "+1", "12+1 ", "12 + 1", "-1+1", "1.5+1", "١٢+١"])
 def test_what_is_no_step_count_is_no_preset(name: str) -> None:
     with pytest.raises(ValueError, match=r"is not one of family 'flux1-dev'; choose from 12\+1, .*best, or any"):
         get_family("flux1-dev").get_preset(name)

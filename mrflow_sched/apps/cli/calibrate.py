@@ -18,14 +18,21 @@ from mrflow_sched.apps.cli.options import (
     Commands,
     ModelChoices,
     OutputChoices,
+    PlanChoices,
     common_options,
-    default_size,
     model_options,
     output_options,
 )
-from mrflow_sched.apps.cli.parsing import check_seeds, prompt_option, seed_option, size_option, whole_number
+from mrflow_sched.apps.cli.parsing import (
+    check_seeds,
+    number_option,
+    prompt_option,
+    seed_option,
+    size_option,
+    whole_number,
+)
 from mrflow_sched.plan.families import get_family
-from mrflow_sched.plan.make import make_native_plan, make_plan
+from mrflow_sched.plan.make import make_native_plan
 from mrflow_sched.plan.notes import LEAST_TOKENS
 
 if TYPE_CHECKING:
@@ -108,10 +115,10 @@ def add_parser(commands: Commands) -> None:
         nargs="*",
         type=prompt_option,
         metavar="PROMPT",
-        help="an image each (default: four of different kinds)",
+        help="an image each, each in quotation marks (default: four of different kinds)",
     )
     parser.add_argument("--size", type=size_option, metavar="WxH", help="size of the images to measure")
-    parser.add_argument("--factor", type=float, metavar="F", help="upscale factor between stages, 1.25 to 4")
+    parser.add_argument("--factor", type=number_option, metavar="F", help="upscale factor between stages, 1.25 to 4")
     parser.add_argument("--steps", type=whole_number(1, 1000), metavar="N", help="steps of the native images")
     parser.add_argument(
         "--images", type=Path, nargs="+", metavar="IMAGE", help="image files to measure in place of native images"
@@ -143,10 +150,12 @@ def run(request: CalibrateRequest) -> Outcome:
 
     named = plan_family(request.model)
     family = get_family(named) if isinstance(named, str) else named
-    width, height = request.size or default_size(family, native=False)
+    plan = PlanChoices(request.size, {} if request.factor is None else {"factor": request.factor}, None).make_plan(
+        family
+    )
+    width, height = plan.requested_width, plan.requested_height
     prompts = _measured_prompts(request)
     check_seeds(request.seed, len(prompts))
-    plan = make_plan(family, width, height, factor=request.factor)
     _check_size(plan)
     file = find_upscaler(request.model)
     check_packages(request.model)

@@ -90,7 +90,7 @@ def add_parser(commands: Commands) -> None:
         allow_abbrev=False,
         help="measure native and staged sampling",
     )
-    parser.add_argument("prompt", type=prompt_option, metavar="PROMPT")
+    parser.add_argument("prompt", type=prompt_option, metavar="PROMPT", help="what the image shows, in quotation marks")
     parser.add_argument(
         "--negative", type=text_option, metavar="TEXT", help="what the image should not show, for models that use it"
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.apps.cli.stopping import current
+from mrflow_sched.apps.cli.wording import with_loaded_options
 
 if TYPE_CHECKING:
     from mrflow_sched.sampling.progress import Progress
@@ -182,8 +183,11 @@ def writable(folder: Path) -> Generator[None, None, None]:
     Raises:
         MrFlowError: It is no folder, cannot be made, or takes no file.
     """
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    there = next((place for place in (folder, *folder.parents) if place.exists() or place.is_symlink()), folder)
+    try:
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        there = next((place for place in (folder, *folder.parents) if place.exists() or place.is_symlink()), folder)
+    except OSError as error:  # a name that is too long
+        raise MrFlowError(f"--out is {shown(folder)!r}, which no folder can be ({os_reason(error)}).") from error
     if not there.is_dir():
         which = "that" if there == folder else repr(str(there))
         raise MrFlowError(f"--out is {str(folder)!r}, but {which} is not a folder; give another.")
@@ -264,7 +268,7 @@ def refusal_of(error: BaseException) -> str | None:
     if _out_of_memory(error):
         return MEMORY_SENTENCE
     if isinstance(error, MrFlowError):
-        text = _short(" ".join(str(error).split())) or type(error).__name__
+        text = _short(with_loaded_options(" ".join(str(error).split()))) or type(error).__name__
         return text if text.endswith((".", "!", "?")) else text + "."
     if isinstance(error, OSError) and error.errno is not None:
         where = f" at {error.filename}" if error.filename else ""

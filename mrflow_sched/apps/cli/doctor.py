@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mrflow_sched.apps.cli.console import DONE, UNHEALTHY, Outcome
 from mrflow_sched.apps.cli.options import Commands, common_options
+from mrflow_sched.apps.cli.parsing import path_text_option
 
 if TYPE_CHECKING:
     from mrflow_sched.measure.doctor import Finding
@@ -52,9 +53,16 @@ def add_parser(commands: Commands) -> None:
         allow_abbrev=False,
         help="check what is installed, what would run and what would fail",
     )
-    parser.add_argument("--model", metavar="PATH", help="a local model to check, as for generate; no weights are read")
-    parser.add_argument("--model-config", metavar="DIR", help="for a single file: the folder that describes it")
-    parser.add_argument("--upscaler", metavar="FILE", help="an ESRGAN-type file to check")
+    parser.add_argument(
+        "--model",
+        type=path_text_option,
+        metavar="PATH",
+        help="a local model to check, as for generate; no weights are read",
+    )
+    parser.add_argument(
+        "--model-config", type=path_text_option, metavar="DIR", help="for a single file: the folder that describes it"
+    )
+    parser.add_argument("--upscaler", type=path_text_option, metavar="FILE", help="an ESRGAN-type file to check")
     parser.set_defaults(from_args=DoctorRequest.from_args, run=run)
 
 

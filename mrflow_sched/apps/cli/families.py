@@ -81,7 +81,7 @@ def purpose(family: Family, preset: Preset) -> str:
     words = ["the default" if tier == "balanced" else tier for tier in tiers]
     if preset.name == _TEXT:
         words.append("images with lettering")
-    return ", ".join(words) or "between these"
+    return ", ".join(words) or "between fast and best"
 
 
 def _values(family: Family) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mrflow_sched.apps.cli.load import (
     plan_family,
     threads_of,
 )
+from mrflow_sched.apps.cli.meaning import check_run_options
 from mrflow_sched.apps.cli.options import (
     Commands,
     ModelChoices,
@@ -29,12 +30,12 @@ from mrflow_sched.apps.cli.options import (
     PlanChoices,
     common_options,
     model_options,
-    option_name,
     output_options,
     plan_options,
 )
 from mrflow_sched.apps.cli.parsing import (
     check_seeds,
+    format_option,
     number_option,
     path_option,
     prompt_option,
@@ -45,8 +46,8 @@ from mrflow_sched.apps.cli.parsing import (
 from mrflow_sched.apps.cli.repeat import Changes, check_weights, recorded_loras, repeated_job, say_differences
 from mrflow_sched.apps.cli.results import Results, check_format, holds_alpha
 from mrflow_sched.apps.cli.stopping import Stop, Stopped, current
+from mrflow_sched.apps.cli.wording import option_name
 from mrflow_sched.images.record import MAX_BATCH
-from mrflow_sched.plan.notes import idle_notes
 from mrflow_sched.plan.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -102,8 +103,6 @@ class GenerateRequest:
         start = None if self.image is None else read_start(self.image, self.strength)
         plan = self.choices.make_plan(family, start)
         check_seeds(plan.seed, self.batch)
-        if start is not None and self.strength is None:
-            plan = replace(plan, notes=(*plan.notes, *idle_notes(self.choices.options)))
         first = Job(
             plan,
             self.prompts[0],
@@ -168,7 +167,7 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
     """
     model, output, choices = ModelChoices.from_args(args), OutputChoices.from_args(args), PlanChoices.from_args(args)
     if args.source is None:
-        _check_together(args)
+        check_run_options(args)
         return GenerateRequest(
             (args.prompt,) if args.prompts is None else read_prompts(args.prompts),
             args.negative,
@@ -195,24 +194,6 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
     return RepeatRequest(args.source, args.image, changes, model, args.save_stages, f".{args.format}", output)
 
 
-def _check_together(args: argparse.Namespace) -> None:
-    """Refuse options of a new run that do not go together."""
-    if args.prompt is None and args.prompts is None:
-        raise MrFlowError(
-            'the prompt is missing; say what the image shows, as in mrflow generate "a blue star" --out DIR.'
-        )
-    if args.prompt is not None and args.prompts is not None:
-        raise MrFlowError("--prompts gives all prompts, so a prompt beside it has no meaning; leave one out.")
-    if args.strength is not None and args.image is None:
-        raise MrFlowError("--strength says how far to start from an image; give --image FILE too, or leave it out.")
-    if args.native and args.image is not None and args.strength is None:
-        raise MrFlowError("--image takes the place of stage 1, which is all that --native has; give --strength too.")
-    if args.native and (args.refine_prompt is not None or args.refine_negative is not None):
-        raise MrFlowError("--native samples in one stage, so a prompt of the later ones has no meaning; leave it out.")
-    if args.native and args.upscaler is not None:
-        raise MrFlowError("--native samples in one stage, so --upscaler has no meaning; leave one out.")
-
-
 def add_parser(commands: Commands) -> None:
     """Add `mrflow generate`.
 
@@ -225,7 +206,9 @@ def add_parser(commands: Commands) -> None:
         allow_abbrev=False,
         help="make images from a prompt",
     )
-    parser.add_argument("prompt", nargs="?", type=prompt_option, metavar="PROMPT")
+    parser.add_argument(
+        "prompt", nargs="?", type=prompt_option, metavar="PROMPT", help="what the image shows, in quotation marks"
+    )
     parser.add_argument(
         "--prompts",
         type=prompts_option,
@@ -252,7 +235,11 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--batch", type=whole_number(1, MAX_BATCH), metavar="N", help="number of images (default 1)")
     parser.add_argument(
-        "--format", choices=("png", "jpg", "webp"), default="png", help="of the saved images (default png, lossless)"
+        "--format",
+        type=format_option,
+        default="png",
+        metavar="png|jpg|webp",
+        help="of the saved images (default png, lossless)",
     )
     parser.add_argument("--save-stages", action="store_true", help="save the image of every stage too")
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, Literal
 
@@ -204,10 +204,12 @@ class LoraChoice:
     Attributes:
         file: A .safetensors file.
         scale: How strongly it acts; 1 is as it was trained.
+        scale_given: Whether the user wrote the scale.
     """
 
     file: Path
     scale: float = 1.0
+    scale_given: bool = field(default=False, compare=False)
 
     @classmethod
     def from_text(cls, text: str) -> LoraChoice:
@@ -231,7 +233,7 @@ class LoraChoice:
             raise MrFlowError(f"--lora is {text!r}; give a .safetensors file, or FILE:SCALE.")
         if not file.is_file():
             raise MrFlowError(f"--lora is {str(file)!r}, which is not a file; check the path.")
-        return cls(file, 1.0 if scale is None else scale)
+        return cls(file, 1.0 if scale is None else scale, scale is not None)
 
 
 def _number(text: str) -> float | None:

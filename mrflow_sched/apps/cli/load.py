@@ -15,6 +15,7 @@ from mrflow_sched.apps.cli.inputs import StartImage, hash_of
 from mrflow_sched.apps.cli.lora import add_loras
 from mrflow_sched.apps.cli.options import LANCZOS, ModelChoices
 from mrflow_sched.apps.cli.stopping import current
+from mrflow_sched.apps.cli.wording import with_options
 from mrflow_sched.images.record import RecordedLora, RunRecord, library_versions
 from mrflow_sched.plan.families import FAMILIES
 from mrflow_sched.plan.families.base import NetworkCost
@@ -60,8 +61,9 @@ class Job:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the plan has to say to the user."""
-        return self.plan.notes if self.start is None else self.start.notes(self.plan)
+        """What the plan has to say to the user, with options named as on the command line."""
+        notes = self.plan.notes if self.start is None else self.start.notes(self.plan)
+        return tuple(with_options(note) for note in notes)
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,12 @@ def plan_family(model: ModelChoices) -> str | Family:
         "demo" for the embedded model, else the family of the folder, with the size of the network that lies there.
 
     Raises:
-        MrFlowError: --family does not fit the embedded model, or the folder is no model that can be sampled.
+        MrFlowError: --family or --model-config does not fit the embedded model, or the folder is no model that can be
+            sampled.
     """
     if model.model is None:
+        if model.config is not None:
+            raise MrFlowError("--model-config describes the file of --model; give --model FILE too, or leave it out.")
         if model.family not in (None, "demo"):
             raise MrFlowError(
                 f"--family is {model.family!r}, but the embedded model is of family demo; give --model DIR."
@@ -127,8 +132,19 @@ def find_upscaler(model: ModelChoices, source: RunRecord | None = None) -> Path 
         The file to load; None means Lanczos.
 
     Raises:
-        MrFlowError: --upscaler names no file.
+        MrFlowError: --upscaler names no file, or options of an upscaler's network were given where there is none.
     """
+    file = _upscaler_file(model, source)
+    own = {"--upscaler-tile": model.upscaler_tile is not None, "--upscaler-dtype": model.upscaler_dtype != "auto"}
+    idle = next((name for name, given in own.items() if given), None)
+    if file is None and idle is not None:
+        raise MrFlowError(
+            f"{idle} is for an upscaler from a file, and none is used here; give --upscaler FILE, or leave it out."
+        )
+    return file
+
+
+def _upscaler_file(model: ModelChoices, source: RunRecord | None) -> Path | None:
     if model.upscaler is None:
         if model.model is not None or (source is not None and source.upscaler_sha256 is None):
             return None

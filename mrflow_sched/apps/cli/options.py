@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage, read_small
-from mrflow_sched.apps.cli.parsing import lora_option, path_option, seed_option, size_option, whole_number
+from mrflow_sched.apps.cli.meaning import check_plan_options, check_start_options
+from mrflow_sched.apps.cli.parsing import (
+    lora_option,
+    path_option,
+    path_text_option,
+    seed_option,
+    size_option,
+    tile_option,
+)
+from mrflow_sched.apps.cli.wording import option_name, with_options
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.options import OPTIONS, Option, PlanOptions
@@ -37,7 +47,22 @@ class Parser(argparse.ArgumentParser):
         Raises:
             MrFlowError: Always.
         """
-        raise MrFlowError(f"{message.strip().rstrip('.')} (see {self.prog} --help).")
+        said = re.sub(r"\Aargument (--[\w-]+): (?:\1 )?(?=must )", r"\1 ", message.strip().rstrip("."))
+        raise MrFlowError(f"{said} (see {self.prog} --help).")
+
+    def _refuse_left(self, values: argparse.Namespace, left: list[str]) -> NoReturn:
+        """Refuse arguments that no option takes. Words that follow a prompt are most often the rest of it."""
+        prompt = getattr(values, "prompt", None)
+        words = [word for word in left if not word.startswith("-")]
+        if prompt is not None and len(words) == len(left):
+            raise MrFlowError(
+                f"the words {shown(' '.join(words))!r} follow the prompt {shown(prompt)!r}; put the whole prompt in "
+                f'quotation marks, as in {self.prog} "a blue star over green hills".'
+            )
+        unknown = [word.partition("=")[0] for word in left if word.startswith("-")]
+        near = [difflib.get_close_matches(word, self._option_string_actions, n=1) for word in unknown]
+        hint = f"; did you mean {near[0][0]}?" if near and near[0] else ""
+        self.error(f"unrecognized arguments: {' '.join(left)}{hint}")
 
     def parse_known_args(  # type: ignore[override]
         self, args: Any = None, namespace: Any = None
@@ -49,15 +74,19 @@ class Parser(argparse.ArgumentParser):
             namespace: Where the values go.
 
         Returns:
-            (values, arguments that are left).
+            (values, an empty list: what is left is refused here, where the command is known).
 
         Raises:
-            MrFlowError: An option has the value "--", which argparse takes for the end of the options.
+            MrFlowError: An argument is not known, or has the value "--", which argparse takes for the end of the
+                options.
         """
         for word in args or ():
             if word.startswith("--") and word.endswith("=--"):
                 self.error(f"argument {word[:-3]}: '--' is no value")
-        return super().parse_known_args(args, namespace)
+        values, left = super().parse_known_args(args, namespace)
+        if left:
+            self._refuse_left(values, left)
+        return values, left
 
 
 class Commands(Protocol):
@@ -142,7 +171,7 @@ def _reader(option: Option) -> Callable[[str], object]:
         try:
             option.checked(value)
         except MrFlowError as error:
-            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
+            raise argparse.ArgumentTypeError(with_options(str(error)).rstrip(".")) from error
         return value
 
     return read
@@ -157,7 +186,9 @@ def _value_of(option: Option, text: str) -> object:
             raise argparse.ArgumentTypeError(f"{text!r} is not an interval; write LOW-HIGH, for example 0.2-0.9")
         return numbers
     kind = int if option.kind == "whole" else float
-    if option.kind == "text" or text in option.choices:
+    if text.lower() in option.choices:
+        return text.lower()
+    if option.kind == "text":
         return text
     if option.kind == "numbers" or (option.per_stage and "," in text):
         return tuple(_number(part, kind) for part in text.split(","))
@@ -210,9 +241,16 @@ class PlanChoices:
         Raises:
             MrFlowError: An option is out of range, or has no meaning beside another; --calibration cannot be read.
         """
-        native = bool(self.options.get("native"))
-        _check_meaning(self.options, native)
-        known = self._calibrated(get_family(family) if isinstance(family, str) else family)
+        check_plan_options(self.options)
+        if start is not None:
+            check_start_options(self.options, self.size, start)
+        try:
+            return self._made(get_family(family) if isinstance(family, str) else family, start)
+        except MrFlowError as error:
+            raise type(error)(with_options(str(error))) from error
+
+    def _made(self, family: Family, start: StartImage | None) -> StagedPlan:
+        known, native = self._calibrated(family), bool(self.options.get("native"))
         usual = default_size(known, native=native) if start is None else start.size(size_step(known, self.options))
         width, height = self.size or usual
         plan = make_plan(known, width, height, **self.options)
@@ -243,35 +281,6 @@ def _given_options(args: argparse.Namespace) -> PlanOptions:
     return cast("PlanOptions", {name: value for name, value in found.items() if value is not None})
 
 
-def option_name(word: str) -> str:
-    """Return the name on the command line of a Python keyword.
-
-    Args:
-        word: A keyword such as "low_steps".
-
-    Returns:
-        The option, "--low-steps".
-    """
-    return f"--{word.replace('_', '-')}"
-
-
-def _check_meaning(given: PlanOptions, native: bool) -> None:
-    """Refuse options that another one makes meaningless, by their names on the command line."""
-    for name, value in given.items():
-        option = OPTIONS[name]
-        if native and option.applies == "staged" and value != option.default:
-            raise MrFlowError(f"--native samples in one stage, so {option_name(name)} has no meaning; leave one out.")
-        if not native and option.applies == "native":
-            raise MrFlowError(f"{option_name(name)} {value} is for native sampling; add --native, or use --low-steps.")
-    if "mu" in given and "shift_tokens" in given:
-        raise MrFlowError("--mu sets the shift outright, so --shift-tokens has no meaning; leave one out.")
-    idle = [word for word in ("sigma", "refine_curve", "refine_guidance") if word in given]
-    if given.get("refine_steps") == 0 and idle:
-        raise MrFlowError(
-            f"--refine-steps 0 keeps the upscaled image, so {option_name(idle[0])} has no meaning; leave one out."
-        )
-
-
 def default_size(family: Family, *, native: bool) -> tuple[int, int]:
     """Return the size to make where --size is left out.
 
@@ -298,11 +307,13 @@ def model_options() -> Parser:
     group = parser.add_argument_group("the model and the machine")
     group.add_argument(
         "--model",
+        type=path_text_option,
         metavar="PATH",
         help="local diffusers folder or .safetensors file of a text-to-image model (default: the embedded model)",
     )
     group.add_argument(
         "--model-config",
+        type=path_text_option,
         metavar="DIR",
         help="for a single file: the diffusers folder that describes it (default: one of its name beside it)",
     )
@@ -310,7 +321,10 @@ def model_options() -> Parser:
         "--family", metavar="NAME", help="family of --model, where the folder does not tell (flux1-krea)"
     )
     group.add_argument(
-        "--upscaler", metavar="FILE", help=f"ESRGAN-type file, .safetensors or .pth; or {LANCZOS}, which adds no detail"
+        "--upscaler",
+        type=path_text_option,
+        metavar="FILE",
+        help=f"ESRGAN-type file, .safetensors or .pth; or {LANCZOS}, which adds no detail",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     group.add_argument(
@@ -343,7 +357,7 @@ def model_options() -> Parser:
     )
     group.add_argument(
         "--upscaler-tile",
-        type=whole_number(16),
+        type=tile_option,
         metavar="PIXELS",
         help="largest side that the upscaler is given at once (default: the whole image, tiles where memory is short)",
     )

@@ -101,6 +101,36 @@ def check_seeds(seed: int, count: int) -> None:
         raise MrFlowError(f"--seed is {seed}, above which there are no seeds for {count} images; give at most {most}.")
 
 
+def format_option(text: str) -> str:
+    """Read the value of --format.
+
+    Args:
+        text: A name, in any case; "jpeg" is "jpg".
+
+    Returns:
+        "png", "jpg" or "webp".
+
+    Raises:
+        ArgumentTypeError: It is none of these.
+    """
+    name = {"jpeg": "jpg"}.get(text.lower(), text.lower())
+    if name not in ("png", "jpg", "webp"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of png, jpg and webp")
+    return name
+
+
+def tile_option(text: str) -> int | None:
+    """Read the value of --upscaler-tile.
+
+    Args:
+        text: Pixels.
+
+    Returns:
+        16 or more; None for 0, which is no tiles as in --tile.
+    """
+    return None if text.strip() == "0" else whole_number(16)(text)
+
+
 def text_option(text: str) -> str:
     """Check text, which may be empty.
 
@@ -165,11 +195,28 @@ def path_option(text: str) -> Path:
         The path.
 
     Raises:
-        ArgumentTypeError: It is empty, or contains a NUL character, which no path has.
+        ArgumentTypeError: It is empty, an address on the web, or contains a NUL character, which no path has.
+    """
+    return Path(path_text_option(text))
+
+
+def path_text_option(text: str) -> str:
+    """Check the path of a file or folder that is named in messages as it was typed.
+
+    Args:
+        text: An argument as the system handed it over.
+
+    Returns:
+        The same text.
+
+    Raises:
+        ArgumentTypeError: As in `path_option`.
     """
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("it is empty; give a path" if not text else "a path has no NUL character")
-    return Path(text)
+    if re.match(r"(?i)[a-z][a-z0-9+.-]+://", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is an address and not a file here; download it first")
+    return text
 
 
 def lora_option(text: str) -> LoraChoice:

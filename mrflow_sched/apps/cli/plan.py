@@ -109,6 +109,10 @@ def _predicted(plan: StagedPlan, path: Path) -> tuple[tuple[str, float], ...]:
         raise MrFlowError(f"--timings is {str(path)!r}, which does not fit: {error}") from error
 
 
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
+
+
 def _tera(flop: float) -> str:
     return f"{flop / 1e12:.3g}"
 
@@ -146,8 +150,8 @@ def _cost_lines(plan: StagedPlan) -> Iterator[str]:
         yield whole if len(plan.stages) == 1 else f"{whole}, {_compared(work_ratio(plan))} than {native}"
     if peak is not None and peak.counted:
         yield (
-            f"memory in 16 bits: about {peak.total / 2**30:.1f} GiB at the peak, which is {peak.name}; "
-            f"{peak.weights / 2**30:.1f} GiB of it are weights"
+            f"memory in 16 bits: about {_size(peak.total)} at the peak, which is {peak.name}; "
+            f"{_size(peak.weights)} of it are weights"
         )
 
 

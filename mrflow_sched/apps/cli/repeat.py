@@ -153,18 +153,24 @@ def recorded_loras(model: ModelChoices, record: RunRecord) -> ModelChoices:
         The same choices, with the record's LoRAs.
 
     Raises:
-        MrFlowError: A file is missing, or one was given that the run did not have.
+        MrFlowError: A file is missing, or one was given that the run did not have, or had with another scale.
     """
-    given = {hash_of(choice.file): choice.file for choice in model.loras}
+    given = {hash_of(choice.file): choice for choice in model.loras}
     for lora in record.loras:
-        if lora.sha256 not in given:
+        choice = given.get(lora.sha256)
+        if choice is None:
             raise MrFlowError(
                 f"the image was made with the LoRA {_named(lora.file, lora.sha256)}; give that file with --lora."
             )
-    extra = [file for digest, file in given.items() if digest not in {lora.sha256 for lora in record.loras}]
+        if choice.scale_given and choice.scale != lora.scale:
+            raise MrFlowError(
+                f"the image was made with the LoRA {choice.file.name!r} at the scale {lora.scale:g}, not "
+                f"{choice.scale:g}; leave the scale out."
+            )
+    extra = [choice.file for digest, choice in given.items() if digest not in {lora.sha256 for lora in record.loras}]
     if extra:
         raise MrFlowError(f"the image was made without the LoRA {extra[0].name!r}; leave it out.")
-    return replace(model, loras=tuple(LoraChoice(given[lora.sha256], lora.scale) for lora in record.loras))
+    return replace(model, loras=tuple(LoraChoice(given[lora.sha256].file, lora.scale) for lora in record.loras))
 
 
 def check_weights(model: ModelChoices, file: Path | None, record: RunRecord) -> None:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
-from mrflow_sched.plan.checks import MAX_STEPS
+from mrflow_sched.plan.checks import MAX_STAGES, MAX_STEPS
 from mrflow_sched.plan.schedule import scaled_linear_ve, validate_sigmas
 
 __all__ = [
@@ -367,6 +367,11 @@ class Family:
         if len(steps) == 2:
             low, refine = steps
             return Preset(f"{low}+{refine}", low, refine, self.get_preset().sigma, "step counts of the user")
+        if re.fullmatch(r"[0-9]+(\+[0-9]+)+", wanted):
+            raise MrFlowError(
+                f"preset {quoted(name)} must have 1 to {MAX_STEPS} steps in stage 1, and 0 to {MAX_STEPS} in each "
+                f"of up to {MAX_STAGES - 1} later stages."
+            )
         known = ", ".join((*(preset.name for preset in self.presets), *TIERS))
         raise MrFlowError(
             f"preset {quoted(name)} is not one of family {self.name!r}; choose from {known}, or any low-size steps + "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -206,11 +208,11 @@ def test_a_bad_file_of_prompts_is_one_sentence(tmp_path: Path, data: bytes, sent
         (("plan", "--family", "demo", "--calibration"), "--calibration is '/dev/zero', which is larger than 16 MiB"),
         (("plan", "--family", "demo", "--timings"), "--timings is '/dev/zero', which is larger than 16 MiB"),
         (("generate", "--prompts"), "--prompts is '/dev/zero', which is larger than 16 MiB"),
-        (("generate", "a star", "--image"), "'/dev/zero' is not an image file"),
-        (("generate", "--from"), "'/dev/zero' is not an image file"),
+        (("generate", "a star", "--image"), "'/dev/zero' is a pipe or a device"),
+        (("generate", "--from"), "'/dev/zero' is a pipe or a device"),
         (("generate", "a star", "--upscaler"), "--upscaler is '/dev/zero', which is not a file"),
         (("generate", "a star", "--lora"), "give a .safetensors file"),
-        (("calibrate", "--images"), "'/dev/zero' is not an image file"),
+        (("calibrate", "--images"), "'/dev/zero' is a pipe or a device"),
     ],
 )
 def test_no_option_reads_a_file_without_end(
@@ -316,7 +318,10 @@ def test_a_lora_changes_the_picture_by_its_scale_and_is_recorded(mrflow: Any, tm
     code, _, err = mrflow("generate", "--from", plain, "--lora", str(lora), "--out", str(tmp_path / "again"))
     assert code == 2
     assert "made without the LoRA 'style.safetensors'" in err
-    code, out, _ = mrflow("generate", "--from", half, "--lora", str(lora), "--out", str(tmp_path / "again"))
+    code, _, err = mrflow("generate", "--from", half, "--lora", f"{lora}:1", "--out", str(tmp_path / "again"))
+    assert code == 2
+    assert "the LoRA 'style.safetensors' at the scale 0.5, not 1; leave the scale out" in err
+    code, out, _ = mrflow("generate", "--from", half, "--lora", f"{lora}:0.5", "--out", str(tmp_path / "again"))
     assert code == 0
     assert np.array_equal(pixels(half), pixels(out.strip()))
 
@@ -343,6 +348,43 @@ def test_a_lora_that_does_not_fit_is_one_sentence(
     assert not (tmp_path / "o").exists()
 
 
+def test_libraries_say_nothing_of_a_lora_that_loads_and_all_of_one_that_fits_in_part(
+    mrflow: Any, tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file, save_file
+
+    said = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [logging.StreamHandler(said)])
+    weights = load_file(lora)
+    save_file({name: weight / 2 for name, weight in weights.items()}, tmp_path / "second.safetensors")
+    odd = {"transformer.single_transformer_blocks.0.attn.to_x.lora_A.weight": torch.zeros(2, 16)}
+    save_file({**weights, **odd}, tmp_path / "part.safetensors")
+    words = ("a star", "--size", "32x32", "--low-steps", "1", *DEVICE, "--out", str(tmp_path / "o"))
+    code, _, err = mrflow("generate", *words, "--lora", f"{lora}:100", "--lora", str(tmp_path / "second.safetensors"))
+    assert code == 0, err
+    assert "--lora has the scale 100, far from the 1 it was trained for" in err
+    assert said.getvalue() == ""
+    assert not [each for each in recwarn if "peft_config" in str(each.message)]
+    mrflow("generate", *words, "--lora", str(tmp_path / "part.safetensors"))
+    assert "unexpected keys" in said.getvalue()
+    assert "to_x" in said.getvalue()
+
+
+def test_a_lora_with_nan_is_named_before_the_run(mrflow: Any, tmp_path: Path, lora: Path) -> None:
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(lora)
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, tmp_path / "nan.safetensors")
+    words = ("--lora", str(tmp_path / "nan.safetensors"), "--out", str(tmp_path / "o"))
+    code, _, err = mrflow("generate", "a star", *SMALL, *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "nan.safetensors', whose weight '" in err
+    assert "holds NaN or infinity" in err
+
+
 def test_the_value_of_lora_is_a_file_and_a_scale(lora: Path) -> None:
     assert LoraChoice.from_text(str(lora)) == LoraChoice(lora, 1.0)
     assert LoraChoice.from_text(f"{lora}:-0.5") == LoraChoice(lora, -0.5)
@@ -354,12 +396,12 @@ def test_the_value_of_lora_is_a_file_and_a_scale(lora: Path) -> None:
 # --- formats -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "kind"), [("jpg", "JPEG"), ("webp", "WEBP")])
+@pytest.mark.parametrize(("name", "kind"), [("JPEG", "JPEG"), ("webp", "WEBP")])
 def test_other_formats_keep_the_record(mrflow: Any, tmp_path: Path, name: str, kind: str) -> None:
     code, out, _ = mrflow("generate", "a star ☃", *SMALL, "--format", name, "--out", str(tmp_path))
     assert code == 0
     path = Path(out.strip())
-    assert path.name == f"mrflow-0.{name}"
+    assert path.name == f"mrflow-0.{'jpg' if name == 'JPEG' else name}"
     with Image.open(path) as image:
         assert (image.format, image.size) == (kind, (32, 32))
     code, out, _ = mrflow("generate", "--from", str(path), "--out", str(tmp_path / "again"))

@@ -154,9 +154,9 @@ def test_every_option_of_a_plan_is_on_the_command_line_and_nothing_else(capsys: 
         (("--native", "--tile", "512"), "--native samples in one stage, so --tile has no meaning"),
         (("--native", "--refine-curve", "shifted"), "so --refine-curve has no meaning"),
         (("--steps", "5"), "--steps 5 is for native sampling; add --native"),
-        (("--sigma", "0.1,x"), "sigma must lie between 0 and 1, got 'x'"),
-        (("--low-steps", "0"), "low_steps must be a whole number from 1 to 1000, got 0"),
-        (("--refine-curve", "bent"), "refine_curve must be 'linear' or 'shifted', got 'bent'"),
+        (("--sigma", "0.1,x"), "--sigma must lie between 0 and 1, got 'x'"),
+        (("--low-steps", "0"), "--low-steps must be a whole number from 1 to 1000, got 0"),
+        (("--refine-curve", "bent"), "--refine-curve must be 'linear' or 'shifted', got 'bent'"),
     ],
 )
 def test_options_are_refused_by_the_table_of_options(mrflow: Any, words: tuple[str, ...], sentence: str) -> None:

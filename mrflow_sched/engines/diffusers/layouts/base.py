@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.engines.diffusers.quiet import leaving_out, short_lines
 from mrflow_sched.engines.diffusers.view import copy_containers
 from mrflow_sched.plan.families import Family
 from mrflow_sched.sampling.faults import LARGEST
@@ -314,7 +315,7 @@ class Layout:
         if vae.dtype != torch.float16 or not getattr(vae.config, "force_upcast", False):
             yield vae, device, vae.dtype
             return
-        with _UPCAST:
+        with _UPCAST, leaving_out("should be kept in float32: []"):
             vae.to(dtype=torch.float32)
             try:
                 yield vae, device, torch.float32
@@ -359,7 +360,7 @@ class Layout:
             seconds = None if seconds is None else [second for _, second in unique]
         # A ready negative branch that encode_prompt does not ask for, as the pipeline's call takes it.
         ready = {name: own[name] for name in (self.call_names - known) & own.keys() if name.startswith("negative_")}
-        with torch.no_grad():
+        with torch.no_grad(), short_lines():
             text = self._encode_rows(firsts, seconds, {**given, **ready})
         if rows is not None:
             text = self.select_text(text, rows)

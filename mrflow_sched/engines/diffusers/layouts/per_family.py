@@ -6,6 +6,7 @@ diffusers, and docs/method.md, section 1.6.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from typing_extensions import override
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts.base import Layout
+from mrflow_sched.engines.diffusers.quiet import leaving_out
 from mrflow_sched.sampling.network import TokenInputs
 
 __all__ = [
@@ -102,7 +104,9 @@ class FluxLayout(PackedLayout):
     def _encode_rows(
         self, prompts: list[str] | None, negatives: list[str] | None, options: dict[str, Any]
     ) -> dict[str, Any]:
-        text = super()._encode_rows(prompts, None, options)
+        cut = self.cut_prompt(prompts or (), options) is not None  # then the engine says so
+        with leaving_out("part of your input was truncated") if cut else contextlib.nullcontext():
+            text = super()._encode_rows(prompts, None, options)
         # Used where the caller also gives true_cfg_scale, which FluxPipeline takes from diffusers 0.32 on.
         if negatives is not None and "negative_prompt_embeds" in self.call_names:
             own = {name: value for name, value in options.items() if not name.endswith("prompt_embeds")}
