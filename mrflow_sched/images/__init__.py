@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mrflow_sched.images.convert import from_pictures, to_pil
-    from mrflow_sched.images.files import load_image, open_image, read_png_text, read_text, save_new, save_png
+    from mrflow_sched.images.files import load_image, open_image, read_text, save_new, save_png
     from mrflow_sched.images.foreign import ForeignRun, read_foreign
     from mrflow_sched.images.parameters import parameters_text
 
@@ -21,7 +21,6 @@ __all__ = [
     "open_image",
     "parameters_text",
     "read_foreign",
-    "read_png_text",
     "read_text",
     "save_new",
     "save_png",

@@ -123,25 +123,6 @@ def read_text(path: str | os.PathLike[str]) -> dict[str, str]:
         return texts_of(reader(file))
 
 
-def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The text chunks of a PNG: `read_text` for that format alone.
-
-    Args:
-        path: A PNG file.
-
-    Returns:
-        Keyword -> text; empty where the file has none.
-
-    Raises:
-        MissingFileError: There is no such file.
-        MrFlowError: It is not a whole PNG.
-    """
-    with _reading(path) as file:
-        if _reader(file, path) is not PngImagePlugin.PngImageFile:
-            raise MrFlowError(f"{str(path)!r} is an image, but not a PNG; give a PNG.")
-    return read_text(path)
-
-
 def open_image(path: str | os.PathLike[str], *, own: bool = False) -> Image.Image:
     """The whole image in a file as Pillow holds it, the file closed.
 

@@ -115,7 +115,7 @@ CUBE = torch.linspace(0, 1, 192).view(3, 8, 8)
         ({"image": CUBE.permute(1, 2, 0)}, r"image is a tensor of shape \(8, 8, 3\); give .* \(C, H, W\) as a tensor"),
         ({"image": CUBE.to_sparse()}, "image is a sparse tensor; give a dense one"),
         ({"image": CUBE.to("meta")}, 'image is a tensor on the device "meta", which holds no values'),
-        ({"refine_steps": []}, r"refine_steps must be one number, or a list of 1, one per later stage, got \[\]"),
+        ({"refine_steps": []}, r"refine_steps must be one number, as there is one later stage, got \[\]"),
         ({"stages": 1}, "stages must be a whole number from 2 to 8, got 1; one stage is native sampling: .* itself"),
         (
             {"native": True},

@@ -358,6 +358,13 @@ def _reading(raised: BaseException) -> Any:
     return pipe
 
 
+def test_a_network_that_its_configuration_does_not_run_is_named() -> None:
+    pipe = tiny_pipelines.make("flux1-dev")
+    pipe.transformer.pos_embed.axes_dim = None
+    with pytest.raises(MrFlowError, match=r"FluxTransformer2DModel could not be run \(TypeError: .* config\.json"):
+        _image(pipe)
+
+
 def _image(pipe: Any) -> torch.Tensor:
     engine = PipelineEngine(pipe)
     noise = draw_noise(engine.latent_shape(64, 64), [1])

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError
-from mrflow_sched.images.files import load_image, open_image, read_png_text, read_text, save_new, save_png
+from mrflow_sched.images.files import load_image, open_image, read_text, save_new, save_png
 
 
 def picture(height: int = 4, width: int = 6) -> torch.Tensor:
@@ -58,12 +58,12 @@ def test_text_round_trip_with_any_letters_and_lines(tmp_path: Path) -> None:
         "none": "",
     }
     save_png(tmp_path / "a.png", picture(), text)
-    assert read_png_text(tmp_path / "a.png") == text
+    assert read_text(tmp_path / "a.png") == text
 
 
 def test_no_text_reads_as_empty(tmp_path: Path) -> None:
     save_png(tmp_path / "a.png", picture())
-    assert read_png_text(tmp_path / "a.png") == {}
+    assert read_text(tmp_path / "a.png") == {}
 
 
 @pytest.mark.parametrize("keyword", ["", "k" * 80, "漢字", "line\nbreak"])
@@ -201,13 +201,13 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
     assert load_image(tmp_path / "a.jpg").shape == (3, 4, 2)
 
 
-@pytest.mark.parametrize("read", [load_image, read_png_text])
+@pytest.mark.parametrize("read", [load_image, read_text])
 def test_missing_files(tmp_path: Path, read: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"there is no image file .*none\.png"):
         read(tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("read", [load_image, read_png_text])
+@pytest.mark.parametrize("read", [load_image, read_text])
 def test_files_that_are_no_images(tmp_path: Path, read: Any) -> None:
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.png").touch()
@@ -218,7 +218,7 @@ def test_files_that_are_no_images(tmp_path: Path, read: Any) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("read", [load_image, read_png_text])
+@pytest.mark.parametrize("read", [load_image, read_text])
 def test_truncated_images(tmp_path: Path, read: Any) -> None:
     save_png(tmp_path / "a.png", picture(64, 64))
     data = (tmp_path / "a.png").read_bytes()
@@ -269,7 +269,7 @@ def test_reading_text_decodes_no_pixel(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     save_png(path, picture(8, 8), {"mrflow": "plan"})
     with_header(path, 32768, 32768)  # far more pixels than the file has
-    assert read_png_text(path) == {"mrflow": "plan"}
+    assert read_text(path) == {"mrflow": "plan"}
     with pytest.raises(ValueError, match="make it smaller first"):
         load_image(path)
 
@@ -284,10 +284,10 @@ def test_text_behind_the_pixels_and_packed_text_are_read(tmp_path: Path) -> None
     chunk = struct.pack(">I", len(last) - 4) + last + struct.pack(">I", zlib.crc32(last))
     data = path.read_bytes()
     path.write_bytes(data[:-12] + chunk + data[-12:])
-    assert read_png_text(path) == {"packed": "x" * 1000, "any": "漢字", "late": "after the pixels"}
+    assert read_text(path) == {"packed": "x" * 1000, "any": "漢字", "late": "after the pixels"}
     path.write_bytes(path.read_bytes().replace(b"after", b"AFTER"))
     with pytest.raises(ValueError, match="cannot be read"):
-        read_png_text(path)
+        read_text(path)
 
 
 @pytest.mark.parametrize("read", [load_image, read_text])
@@ -309,12 +309,6 @@ def test_texts_that_take_a_lot_of_memory_are_not_read(tmp_path: Path) -> None:
         file.truncate(2**31)
     with pytest.raises(MrFlowError, match="texts have more than 64 MiB"):
         read_text(path)
-
-
-def test_text_is_read_from_png_only(tmp_path: Path) -> None:
-    Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match="an image, but not a PNG"):
-        read_png_text(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP"])
@@ -349,7 +343,7 @@ def test_images_of_one_stem_get_names_of_their_own(tmp_path: Path) -> None:
     )
     for level, path in enumerate(paths):  # each was told the name of its own file
         assert Image.open(path).getpixel((0, 0)) == (level, level, level)
-        assert read_png_text(path) == {"key": "text"}
+        assert read_text(path) == {"key": "text"}
     assert len(list(tmp_path.iterdir())) == 8
     with pytest.raises(MissingFileError, match="the folder does not exist"):
         save_new(tmp_path / "none", "same", images[0])

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError
 from mrflow_sched.engines.analytic import GaussianFieldEngine
-from mrflow_sched.images.files import read_png_text, save_png
+from mrflow_sched.images.files import read_text, save_png
 from mrflow_sched.measure.compare import compare, native_plan_of, shortest
 from mrflow_sched.measure.runs import Comparison, Part, Run
 from mrflow_sched.plan.make import make_native_plan, make_plan
@@ -104,7 +104,7 @@ def test_the_run_of_median_time_counts(
 def test_the_sheet_keeps_the_prompt_as_text(tmp_path: Path) -> None:
     plan = make_plan("demo", 32, 32, low_steps=2)
     found = compare(field(), "海港の夜明け", plan, tmp_path, native_plan=native_plan_of(plan, 2))
-    assert read_png_text(found.sheet) == {"prompt": "海港の夜明け"}
+    assert read_text(found.sheet) == {"prompt": "海港の夜明け"}
 
 
 def test_an_engine_of_its_own_family_needs_no_native_plan(tmp_path: Path) -> None:

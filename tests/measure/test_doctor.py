@@ -17,7 +17,7 @@ from mrflow_sched import demo
 from mrflow_sched.apps.cli import main as cli
 from mrflow_sched.engines.diffusers.folder import read_layout
 from mrflow_sched.engines.diffusers.layouts import find_layout
-from mrflow_sched.images.files import read_png_text
+from mrflow_sched.images.files import read_text
 from mrflow_sched.measure.doctor import Finding, examine
 from mrflow_sched.plan.stages import StagedPlan
 
@@ -191,7 +191,7 @@ def test_generate_and_compare_take_any_folder(
     made = json.loads(capsys.readouterr().out)
     plan = StagedPlan.from_string(made["plan"])
     assert (plan.family, plan.seed, len(made["images"])) == ("sd3", 5, 2)
-    record = json.loads(read_png_text(made["images"][1])["mrflow"])
+    record = json.loads(read_text(made["images"][1])["mrflow"])
     assert (record["model"], record["image"], len(record["model_fingerprint"])) == ("sd3", 1, 16)
     first = Path(made["images"][1])
     assert cli.main(["generate", "--from", str(first), "--model", str(sd3_folder), "--out", str(tmp_path / "2")]) == 0

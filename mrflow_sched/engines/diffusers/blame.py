@@ -1,4 +1,4 @@
-"""Errors of a pipeline's own code before its network first runs: they are about what it was given, and told as such."""
+"""Errors of a pipeline's own code up to the first answer of its network: they are about what it was given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mrflow_sched._runtime.errors import MrFlowError, first_line
 from mrflow_sched._runtime.memory import is_callers_own
 
-__all__ = ["told", "unread_prompt", "unstarted"]
+__all__ = ["in_a_library", "told", "unread_prompt", "unrun", "unstarted"]
 
 _OF_INPUT = (AttributeError, TypeError, LookupError, ValueError, AssertionError, OverflowError)
 """What libraries raise where a value or a configuration is not what they expect."""
@@ -17,7 +17,7 @@ _OF_INPUT = (AttributeError, TypeError, LookupError, ValueError, AssertionError,
 
 @contextlib.contextmanager
 def told(
-    sentence: Callable[[Exception], str], *, while_: Callable[[], bool] | None = None
+    sentence: Callable[[Exception], str], *, if_: Callable[[Exception], bool] | None = None
 ) -> Generator[None, None, None]:
     """Turn what a library raises about its input into one sentence; everything else passes through as it is.
 
@@ -26,7 +26,7 @@ def told(
 
     Args:
         sentence: Made of the error.
-        while_: Whether the error is still about the input; None: always.
+        if_: Whether the error is about the input; None: always.
 
     Yields:
         Nothing.
@@ -39,9 +39,25 @@ def told(
     except Exception as error:
         theirs = isinstance(error, _OF_INPUT) or type(error) is Exception or type(error).__module__.startswith("jinja2")
         refused = isinstance(error, MrFlowError) or is_callers_own(error)
-        if refused or not theirs or not (while_ is None or while_()):
+        if refused or not theirs or not (if_ is None or if_(error)):
             raise
         raise MrFlowError(sentence(error)) from error
+
+
+def in_a_library(error: Exception) -> bool:
+    """Whether code of diffusers or of a library beneath raised an error, rather than a hook or a processor of the user.
+
+    Args:
+        error: The error, as it was caught.
+
+    Returns:
+        True where the innermost frame is theirs.
+    """
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else str(frame.tb_frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] in ("diffusers", "torch", "transformers")
 
 
 def unread_prompt(pipe: Any, prompts: Sequence[str], given: Sequence[str], error: Exception) -> str:
@@ -88,6 +104,20 @@ def unstarted(pipe: Any, given: Sequence[str], error: Exception) -> str:
     """
     advice = f"look at what was given as {', '.join(given)}" if given else "see whether it runs by itself"
     return f"{type(pipe).__name__} could not begin a stage ({_said(error)}); {advice}."
+
+
+def unrun(network: Any, error: Exception) -> str:
+    """The sentence for an error of the network's first call.
+
+    Args:
+        network: The module.
+        error: The error.
+
+    Returns:
+        What failed, in the library's words, and what to look at.
+    """
+    kind = type(getattr(network, "_orig_mod", network)).__name__
+    return f"{kind} could not be run ({_said(error)}); look at its config.json, or at what the call was given."
 
 
 def _said(error: Exception) -> str:

@@ -561,9 +561,7 @@ class PipelineEngine:
         put_network(view, self._network, shell_of(self.network, seam))
         try:
             arguments = self._call(latents, asked, scheduler, width, height)
-            with told(
-                lambda error: unstarted(self._pipe, list(self._arguments), error), while_=lambda: not seam.called
-            ):
+            with told(lambda error: unstarted(self._pipe, list(self._arguments), error), if_=lambda _: not seam.called):
                 _called(view, self._wants_graph(latents))(**arguments)
         except BaseException:
             view.maybe_free_model_hooks()

@@ -11,7 +11,7 @@ import pytest
 from cli_tools import SMALL, pixels
 
 from mrflow_sched.apps.cli.main import main
-from mrflow_sched.images.files import load_image, read_png_text, save_png
+from mrflow_sched.images.files import load_image, read_text, save_png
 from mrflow_sched.images.record import RunRecord
 from mrflow_sched.plan.stages import StagedPlan
 
@@ -39,7 +39,7 @@ def test_compare_measures_both_and_draws_them(mrflow: Any, tmp_path: Path) -> No
     assert pixels(found["native"]).shape == pixels(found["staged"]).shape == (32, 32, 3)
     sheet = pixels(found["sheet"])
     assert sheet.shape[1] > 1000
-    record = RunRecord.from_json(read_png_text(found["native"])["mrflow"])
+    record = RunRecord.from_json(read_text(found["native"])["mrflow"])
     plan = StagedPlan.from_string(record.plan)
     assert [(stage.steps, stage.solver) for stage in plan.stages] == [(4, "euler")]
 
@@ -50,7 +50,7 @@ def test_compare_in_words_and_its_pictures_repeat(mrflow: Any, tmp_path: Path) -
     assert code == 0
     assert "has no negative prompt" in err
     assert "Both ways use the solver heun, as native pipelines do; mrflow generate uses multistep" in err
-    assert RunRecord.from_json(read_png_text(tmp_path / "staged.png")["mrflow"]).negative == "blur"
+    assert RunRecord.from_json(read_text(tmp_path / "staged.png")["mrflow"]).negative == "blur"
     assert "x as fast" in out
     assert f"image: {tmp_path / 'compare.png'}" in out
     code, out, _ = mrflow("generate", "--from", str(tmp_path / "staged.png"), "--out", str(tmp_path / "again"))
@@ -61,7 +61,7 @@ def test_compare_in_words_and_its_pictures_repeat(mrflow: Any, tmp_path: Path) -
 def test_the_native_image_has_no_upscaler_and_repeats_without_a_warning(tmp_path: Path, capsys: Any) -> None:
     words = ("a red star", *SMALL, "--steps", "2", "--out", str(tmp_path))
     assert main(["compare", *words]) == 0
-    text = read_png_text(tmp_path / "native.png")["mrflow"]
+    text = read_text(tmp_path / "native.png")["mrflow"]
     record = RunRecord.from_json(text)
     assert (record.upscaler, record.upscaler_sha256, record.dtype_of("upscaler")) == ("none", None, None)
     older = json.loads(text)

@@ -31,7 +31,7 @@ from mrflow_sched.apps.cli.load import Job
 from mrflow_sched.apps.cli.main import COMMANDS, main
 from mrflow_sched.apps.cli.options import Commands, common_options
 from mrflow_sched.apps.cli.results import Results
-from mrflow_sched.images.files import load_image, read_png_text, save_png
+from mrflow_sched.images.files import load_image, read_text, save_png
 from mrflow_sched.images.record import RunRecord
 from mrflow_sched.plan.make import make_plan
 
@@ -380,7 +380,7 @@ def test_nothing_of_the_process_is_changed(mrflow: Any, tmp_path: Path) -> None:
     before = warnings.showwarning, list(warnings.filters), torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     threads = before[2] + 1
     _, out, _ = mrflow("generate", "p", *SMALL, "--out", str(tmp_path))
-    text = read_png_text(out.strip())
+    text = read_text(out.strip())
     record = replace(RunRecord.from_json(text["mrflow"]), threads=threads)
     save_png(tmp_path / "other.png", load_image(out.strip()), {"mrflow": record.to_json()})
     code, _, err = mrflow("generate", "--from", str(tmp_path / "other.png"), "--out", str(tmp_path / "again"))
@@ -427,7 +427,7 @@ def test_files_are_looked_at_before_a_model_is_loaded(
     file = tmp_path / "x2.safetensors"
     file.write_bytes(b"no weights")
     if words[0] == "--from":
-        record = replace(RunRecord.from_json(read_png_text(picture)["mrflow"]), upscaler="x2", upscaler_sha256="0" * 64)
+        record = replace(RunRecord.from_json(read_text(picture)["mrflow"]), upscaler="x2", upscaler_sha256="0" * 64)
         save_png(picture, load_image(picture), {"mrflow": record.to_json()})
         words = ("--from", picture, "--upscaler", str(file))
     else:
@@ -471,7 +471,7 @@ def test_parallel_runs_into_one_folder_lose_nothing(mrflow: Any, tmp_path: Path,
     )
     assert len(set(paths.values())) == len(prompts)
     for prompt, path in paths.items():
-        assert RunRecord.from_json(read_png_text(path)["mrflow"]).prompt == prompt
+        assert RunRecord.from_json(read_text(path)["mrflow"]).prompt == prompt
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

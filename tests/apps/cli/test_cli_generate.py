@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cli_tools import SMALL, change_engines, pixels
 
-from mrflow_sched.images.files import read_png_text
+from mrflow_sched.images.files import read_text
 from mrflow_sched.images.record import RunRecord
 
 
@@ -47,7 +47,7 @@ def test_generate_prints_json_alone_and_repeats_bit_for_bit(mrflow: Any, tmp_pat
     assert "Lanczos" in err
 
     second = found["images"][1]
-    record = RunRecord.from_json(read_png_text(second)["mrflow"])
+    record = RunRecord.from_json(read_text(second)["mrflow"])
     assert (record.plan, record.prompt, record.batch, record.image) == (found["plan"], "a red star", 2, 1)
     assert (record.upscaler, record.upscaler_sha256, record.dtype) == ("Lanczos", None, "float32")
     code, out, err = mrflow("generate", "--from", second, "--out", str(tmp_path / "again"))
@@ -56,7 +56,7 @@ def test_generate_prints_json_alone_and_repeats_bit_for_bit(mrflow: Any, tmp_pat
     assert out == f"{tmp_path / 'again' / 'mrflow-6.png'}\n"
     assert np.array_equal(pixels(second), pixels(out.strip()))
     assert not np.array_equal(pixels(second), pixels(found["images"][0]))
-    assert read_png_text(out.strip()) == read_png_text(second)
+    assert read_text(out.strip()) == read_text(second)
 
 
 def test_generate_writes_over_nothing_and_saves_stages(mrflow: Any, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_generate_native_needs_no_upscaler(mrflow: Any, tmp_path: Path) -> None:
     assert "Lanczos" not in err
     assert "no negative prompt" in err
     assert pixels(out.strip()).shape == (24, 16, 3)
-    assert RunRecord.from_json(read_png_text(out.strip())["mrflow"]).upscaler == "none"
+    assert RunRecord.from_json(read_text(out.strip())["mrflow"]).upscaler == "none"
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *numbers: int, width: int = 32) -> None:
@@ -130,7 +130,7 @@ def test_a_picture_that_goes_bad_in_the_last_stage_is_saved_as_it_was_before(
     names = [Path(path).name for path in json.loads(out)["images"]]
     assert names == ["mrflow-0.png", "mrflow-1-unfinished.png", "mrflow-2.png"]
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == names
-    marked = [RunRecord.from_json(read_png_text(tmp_path / "o" / name)["mrflow"]).unfinished for name in names]
+    marked = [RunRecord.from_json(read_text(tmp_path / "o" / name)["mrflow"]).unfinished for name in names]
     assert marked == [False, True, False]
     assert "Image 2: the VAE's decoder returned NaN" in err
     assert json.loads(out)["error"] == f"not finished: {tmp_path / 'o' / names[1]}."
@@ -177,7 +177,7 @@ def test_generate_uses_an_upscaler_file(mrflow: Any, tmp_path: Path, monkeypatch
     code, out, _ = mrflow("generate", "a star", *SMALL, "--upscaler", str(file), "--out", str(tmp_path))
     assert code == 0
     assert taken == [file]
-    record = RunRecord.from_json(read_png_text(out.strip())["mrflow"])
+    record = RunRecord.from_json(read_text(out.strip())["mrflow"])
     assert record.upscaler == "double"
     assert record.upscaler_sha256 == hashlib.sha256(b"weights").hexdigest()
     code, _, err = mrflow("generate", "--from", out.strip(), "--out", str(tmp_path / "again"))
@@ -198,7 +198,7 @@ def test_the_embedded_model_is_the_default(
     assert code == 0
     assert "Lanczos" not in err
     path = out.strip()
-    record = RunRecord.from_json(read_png_text(path)["mrflow"])
+    record = RunRecord.from_json(read_text(path)["mrflow"])
     assert (record.model, record.upscaler) == ("embedded", "own")
     code, out, _ = mrflow("generate", "--from", path, "--out", str(tmp_path / "again"), model=None)
     assert code == 0

@@ -16,7 +16,7 @@ from cli_tools import RECORD, SMALL, pixels
 from PIL import Image
 
 from mrflow_sched.apps.cli import load
-from mrflow_sched.images.files import load_image, read_png_text, save_png
+from mrflow_sched.images.files import load_image, read_text, save_png
 from mrflow_sched.images.record import RunRecord
 from mrflow_sched.plan.stages import StagedPlan
 
@@ -25,7 +25,7 @@ def test_from_takes_family_and_device_from_the_picture(
     mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, out, _ = mrflow("generate", "a star", *SMALL, "--out", str(tmp_path))
-    text = read_png_text(out.strip())["mrflow"]
+    text = read_text(out.strip())["mrflow"]
     plan = StagedPlan.from_string(RunRecord.from_json(text).plan)
     altered = json.dumps(json.loads(text) | {"device": "quantum", "plan": replace(plan, family="sdxl").to_string()})
     monkeypatch.setattr("mrflow_sched.images.files.read_text", lambda _path: {"mrflow": altered})
@@ -69,7 +69,7 @@ def test_from_says_what_moves_the_last_bits(mrflow: Any, tmp_path: Path) -> None
 
 def records(folder: Path) -> RunRecord:
     (path,) = folder.glob("*.png")
-    return RunRecord.from_json(read_png_text(path)["mrflow"])
+    return RunRecord.from_json(read_text(path)["mrflow"])
 
 
 def test_the_command_repeats_an_image_bit_for_bit_in_a_new_process(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_command_repeats_an_image_bit_for_bit_in_a_new_process(tmp_path: Pat
     first = run(prompt, "--size", "128x128", "--low-steps", "2", "--out", str(tmp_path / "first"))
     again = run("--from", first, "--out", str(tmp_path / "again"))
     assert np.array_equal(pixels(first), pixels(again))
-    assert read_png_text(first) == read_png_text(again)
+    assert read_text(first) == read_text(again)
     assert {"transformer", "vae", "upscaler"} <= set(records(tmp_path / "first").dtypes)
 
 
@@ -164,7 +164,7 @@ def test_from_takes_what_another_program_wrote_and_says_what_not(mrflow: Any, tm
     record = records(tmp_path / "o")
     assert (record.prompt, record.negative, record.seed) == ("a red star", "blur", 41)
     # What we write, other programs read: and so do we, where our record was lost.
-    parameters = read_png_text(path)["parameters"]
+    parameters = read_text(path)["parameters"]
     assert parameters.startswith("a red star\nNegative prompt: blur\nSteps: ")
     assert "Seed: 41, Size: 64x32" in parameters
     save_png(tmp_path / "lost.png", load_image(path), {"parameters": parameters})
@@ -183,7 +183,7 @@ def test_an_image_of_another_program_lets_its_numbers_be_replaced(mrflow: Any, t
     paths = [Path(line) for line in out.splitlines()]
     assert [path.name for path in paths] == ["mrflow-9.png", "mrflow-10.png"]
     assert pixels(paths[0]).shape == (64, 32, 3)
-    record = RunRecord.from_json(read_png_text(paths[0])["mrflow"])
+    record = RunRecord.from_json(read_text(paths[0])["mrflow"])
     assert (record.prompt, record.negative) == ("a red star", "fog")
     assert "preset=3+1" in record.plan
     for more in (("--strength", "0.5"), ("--image", str(paths[0])), ("--prompts", "list.txt"), ("a star",)):

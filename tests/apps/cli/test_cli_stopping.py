@@ -21,7 +21,7 @@ from cli_tools import SMALL, pixels, watch_network
 from mrflow_sched.apps.cli import load
 from mrflow_sched.apps.cli.main import main
 from mrflow_sched.apps.cli.stopping import Stop, Stopped, current, watching
-from mrflow_sched.images.files import read_png_text
+from mrflow_sched.images.files import read_text
 from mrflow_sched.images.record import RunRecord
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -71,7 +71,7 @@ def test_a_signal_keeps_the_best_picture_so_far(
     [path] = found["images"]
     assert path.endswith("mrflow-0-unfinished.png")
     assert pixels(path).shape == (16, 16, 3)
-    assert RunRecord.from_json(read_png_text(path)["mrflow"]).unfinished
+    assert RunRecord.from_json(read_text(path)["mrflow"]).unfinished
     assert before == ([signal.getsignal(each) for each in SIGNALS], sys.unraisablehook)
     code, out, err = mrflow("generate", "--from", path, "--out", str(tmp_path))
     assert code == 0
