@@ -34,11 +34,12 @@ test: lint types
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Everything but the WebUI, whose hosts bring diffusers of their own or none, the building of packages, and what uses no
-# library whose version is pinned: plans, image files, training.
+# Everything but the WebUI, whose hosts bring diffusers of their own or none, the building of packages, the benches, and
+# what uses no library whose version is pinned: plans, image files, solvers, training.
 oldest: $(OLDEST)/.made
 	PYTHONPATH=. $(OLDEST)/bin/python -m pytest -p no:cacheprovider --ignore=tests/webui --ignore=tests/test_packaging.py \
-		--ignore=tests/plan --ignore=tests/images --ignore=tests/tools $(PYTEST_ARGS)
+		--ignore=tests/plan --ignore=tests/images --ignore=tests/sampling --ignore=tests/bench --ignore=tests/tools \
+		$(PYTEST_ARGS)
 
 $(OLDEST)/.made:
 	@echo "Installing into $(OLDEST); the first time takes some minutes."
