@@ -45,7 +45,7 @@ def prompts_of(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any],
         The prompts; empty ones where embeddings are given.
 
     Raises:
-        MrFlowError: There is none, or embeddings as well, or embeddings that are none.
+        MrFlowError: There is none, or embeddings as well, or embeddings with NaN.
     """
     _check_embeddings(arguments)
     embedded = given_embeddings(arguments)
@@ -60,12 +60,10 @@ def prompts_of(prompt: str | Sequence[str] | None, arguments: Mapping[str, Any],
 
 
 def _check_embeddings(arguments: Mapping[str, Any]) -> None:
-    """Refuse embeddings of another kind, or with NaN, which would look like the encoder's. Raises MrFlowError."""
+    """Refuse embeddings with NaN, which would look like the encoder's. Raises MrFlowError."""
     for name, value in arguments.items():
         if "prompt_embeds" not in name or value is None:
             continue
-        if not isinstance(value, (torch.Tensor, list, tuple, Mapping)):
-            raise MrFlowError(f"{name} is {type(value).__name__}; give what the pipeline's encode_prompt returns.")
         several = cast("Sequence[object]", value) if isinstance(value, (list, tuple)) else [cast("object", value)]
         for each in several:
             if isinstance(each, torch.Tensor) and bool((each.isnan() | (each == torch.inf)).any()):

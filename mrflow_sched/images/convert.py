@@ -87,6 +87,18 @@ def to_pil(image: Tensor) -> Image.Image:
         An RGB or RGBA image.
     """
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    return picture_of(pixels)
+
+
+def picture_of(pixels: Tensor) -> Image.Image:
+    """8-bit values as a Pillow image.
+
+    Args:
+        pixels: (H, W, 3) or, with alpha, (H, W, 4) uint8, contiguous, on the CPU.
+
+    Returns:
+        An RGB or RGBA image.
+    """
     height, width, channels = pixels.shape
     return Image.frombytes("RGB" if channels == 3 else "RGBA", (width, height), pixels.numpy().tobytes())
 

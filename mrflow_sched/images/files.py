@@ -18,7 +18,7 @@ from mrflow_sched._runtime.cancel import Warn
 from mrflow_sched._runtime.errors import FileError, MissingFileError, MrFlowError
 from mrflow_sched._runtime.write import next_new, write_new, write_whole
 from mrflow_sched.images.alpha import split_alpha
-from mrflow_sched.images.convert import to_8_bit
+from mrflow_sched.images.convert import picture_of, to_8_bit
 from mrflow_sched.images.formats import (
     MAX_PIXELS,
     READABLE,
@@ -174,15 +174,15 @@ def _reading(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
     """The image file at `path`, open; whatever goes wrong with it is one sentence."""
     with refusing(_named(path)):
         try:
-            mode = os.stat(path).st_mode
+            found = os.stat(path)
         except FileNotFoundError as error:
             raise MissingFileError(f"there is no image file {str(path)!r}; check the path.") from error
-        if stat.S_ISDIR(mode):
+        if stat.S_ISDIR(found.st_mode):
             raise MrFlowError(f"{str(path)!r} is a folder; give an image file in it.")
-        if not stat.S_ISREG(mode):  # waits for a writer, or cannot be read from its start again
+        if not stat.S_ISREG(found.st_mode):  # waits for a writer, or cannot be read from its start again
             raise MrFlowError(f"{str(path)!r} is a pipe or a device; save the image as a file, and give that.")
+        check_bytes(found.st_size)
         with open(path, "rb") as file:
-            check_bytes(os.fstat(file.fileno()).st_size)
             yield file
 
 
@@ -214,10 +214,7 @@ def _opened(file: BinaryIO, path: str | os.PathLike[str], *, own: bool = False) 
 
 
 def _encoded(image: Tensor, suffix: str, text: Mapping[str, str] | None) -> bytes:
-    pixels = to_8_bit(image)
-    height, width, channels = pixels.shape
-    mode = "RGB" if channels == 3 else "RGBA"
-    return encode(Image.frombytes(mode, (width, height), pixels.numpy().tobytes()), suffix, text or {})
+    return encode(picture_of(to_8_bit(image)), suffix, text or {})
 
 
 def _refuse_write(target: Path, error: OSError) -> NoReturn:

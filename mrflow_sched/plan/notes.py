@@ -27,8 +27,8 @@ LARGEST_AREA = 2.0
 SIDE_SLACK = 0.95
 
 
-# Options that decide how stage 1 is sampled, and nothing else.
-_OF_STAGE_1 = ("low_steps", "mu", "shift_tokens", "guidance_interval")
+OF_STAGE_1 = ("low_steps", "sigmas", "mu", "shift_tokens", "guidance_interval")
+"""Options that decide how stage 1 is sampled, and nothing else."""
 # A relative change of shape between two stages up to this is not visible.
 SLIGHT_STRETCH = 0.002
 
@@ -99,7 +99,7 @@ def idle_notes(options: Mapping[str, Any]) -> tuple[str, ...]:
     Returns:
         Sentences for the user, often none.
     """
-    idle = [name for name in _OF_STAGE_1 if options.get(name) is not None]
+    idle = [name for name in OF_STAGE_1 if options.get(name) is not None]
     if not idle:
         return ()
     return (

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.wording import option_name
 from mrflow_sched.plan.families.base import steps_in
+from mrflow_sched.plan.notes import OF_STAGE_1
 from mrflow_sched.plan.options import OPTIONS, PlanOptions
 
 if TYPE_CHECKING:
     from mrflow_sched.apps.cli.inputs import StartImage
 
 _REFINING = ("sigma", "refine_curve", "refine_guidance", "tile")
-_FIRST = ("low_steps", "sigmas", "mu", "shift_tokens", "guidance_interval")
 
 
 def check_plan_options(given: PlanOptions) -> None:
@@ -98,7 +98,7 @@ def check_start_options(given: PlanOptions, size: tuple[int, int] | None, start:
     """
     if start.strength is not None or given.get("native"):
         return
-    idle = next((name for name in _FIRST if name in given), None)
+    idle = next((name for name in OF_STAGE_1 if name in given), None)
     if idle is not None:
         raise MrFlowError(
             f"--image takes the place of stage 1, so {option_name(idle)} has no meaning; leave it out, or give "
