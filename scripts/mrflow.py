@@ -6,7 +6,7 @@ from typing import Any
 from modules import script_callbacks, scripts
 
 # All modules are imported now: some hosts take this folder off the path once the script is loaded.
-from mrflow_sched.apps.webui import api, axes, host, run, settings, ui, upscaler
+from mrflow_sched.apps.webui import api, axes, host, run, settings, ui, upscaler, words
 
 HOST = host.attach(import_module)
 
@@ -136,5 +136,6 @@ class MrFlowScript(scripts.Script):
 script_callbacks.on_before_ui(upscaler.register)
 axes.register()  # a host without a page reads the plot's axes before the callback below comes
 script_callbacks.on_before_ui(axes.register)
+script_callbacks.on_before_ui(words.register)
 script_callbacks.on_ui_settings(settings.register)
 script_callbacks.on_app_started(api.register)

@@ -69,12 +69,12 @@ def test_the_source_distribution_holds_what_the_wheel_is_built_from(built: Path,
     assert beside == texts | {"MANIFEST.in", "pyproject.toml", "setup.cfg", "setup.py"}
 
 
-def test_the_wheel_holds_the_package_and_weights_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     here = [path for path in (ROOT / "mrflow_sched").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     code = {path.relative_to(ROOT).as_posix() for path in here if path.suffix == ".py" or path.name == "py.typed"}
-    weights = {path.relative_to(ROOT).as_posix() for path in here if "weights" in path.parts and path.suffix in DATA}
-    assert names == code | weights
+    data = {path for path in here if {"weights", "languages"} & set(path.parts) and path.suffix in DATA}
+    assert names == code | {path.relative_to(ROOT).as_posix() for path in data}
     assert {"mrflow_sched/sampler.py", "mrflow_sched/apps/cli/main.py", "mrflow_sched/py.typed"} <= names
 
 

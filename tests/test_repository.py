@@ -51,7 +51,7 @@ def test_every_file_of_settings_parses() -> None:
             configparser.ConfigParser().read_string(text)
         else:
             configparser.ConfigParser().read_string(text.replace("root = true", "", 1))
-    for path in (ROOT / "localizations").glob("*.json"):
+    for path in (ROOT / "mrflow_sched" / "apps" / "webui" / "languages").glob("*.json"):
         assert json.loads(path.read_text("utf-8")), path
 
 

@@ -63,7 +63,8 @@ def test_axes_are_added_once_whatever_reloads() -> None:
     assert axes.add_axes([data], lambda: UPSCALERS) == 0
     labels = [option.label for option in data.module.axis_options]
     assert len(labels) == len(set(labels)) == len(axes.AXES) + 1
-    assert all(label.startswith("[MrFlow] ") for label in labels[1:])
+    assert all(label.startswith("[MrFlow] ") and label.count("MrFlow") == 1 for label in labels[1:])
+    assert {"[MrFlow] Preset", "[MrFlow] SR model", "[MrFlow] Enabled"} < set(labels)
 
 
 def test_a_host_without_the_plot_stays_as_it_is() -> None:
@@ -117,7 +118,7 @@ def test_cells_do_not_share_values(options: dict[str, AxisOption]) -> None:
         ("Refine sigma", 0.7, "sigma must be a number from 0.02 to 0.6"),
         ("Low steps", 151, "low_steps must be a whole number from 0 to 150"),
         (LABELS["factor"], 1.0, "factor must be"),
-        ("MrFlow preset", "12", "preset must be"),
+        ("Preset", "12", "preset must be"),
         ("SR model", "9x-Nothing", "upscaler must be 'automatic' or one of None, Lanczos"),
         ("Stage 1 solver", "euler", "solver must be"),
         ("Enabled", "maybe", "enabled must be true or false"),
@@ -136,7 +137,7 @@ def test_choices_are_read_when_the_menu_opens() -> None:
     axes.add_axes([data], lambda: names)
     names.append("new")
     assert added(data)["SR model"].choices() == ["automatic", *UPSCALERS, "new"]
-    assert added(data)["MrFlow preset"].choices() == list(CHOICES["preset"])
+    assert added(data)["Preset"].choices() == list(CHOICES["preset"])
     assert added(data)["Refine sigma"].choices is None
 
 

@@ -113,7 +113,7 @@ BAD: list[tuple[Any, str]] = [
     ({"sigma": 0.61}, "sigma must be"),
     ({"sigma": [0.12]}, "sigma must be"),
     ({"shift": "none"}, "shift must be 'resolution-aware' or 'host', got 'none'."),
-    ({"solver": ["multistep"]}, "solver must be 'host sampler' or 'multistep', got ['multistep']."),
+    ({"solver": ["multistep"]}, "solver must be 'host sampler' or 'multistep' or 'automatic', got ['multistep']."),
     ({"upscaler": " "}, "upscaler must be 'automatic' or the name of an upscaler, got ' '."),
     ({"upscaler": 3}, "upscaler must be"),
     ({"refine_cfg_value": 0.5}, "refine_cfg_value must be a number from 1 to 30, got 0.5."),

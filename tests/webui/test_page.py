@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from mrflow_sched.apps.webui import ui
+from mrflow_sched.apps.webui import ui, words
 from mrflow_sched.apps.webui.controls import FIELDS, LABELS, LIMITS, Controls
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +106,23 @@ class Unreadable:
 
     def __iter__(self) -> Any:
         raise ValueError("the list is <damaged>")
+
+
+def test_the_header_says_in_short_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    flux_loaded(monkeypatch)
+    chosen = Controls(enabled=True).to_dict()
+
+    def header(**page: Any) -> str:
+        return ui.plan_html(list(chosen.values()), {**PAGE, **page})[1]
+
+    assert header(width=96, height=96) == (
+        '<span class="mrflow-refused" title="MrFlow cannot make 96x96 with factor 2: the low-resolution image would be '
+        '48x48, and its sides must be at least 64 px; choose a larger size or a smaller factor.">'
+        "MrFlow cannot make 96x96 with factor 2</span>"
+    )
+    assert header().startswith('<span class="mrflow-on" title="512×512 ×12 → ')
+    monkeypatch.setattr(sys.modules["modules.shared"], "sd_upscalers", Unreadable())
+    assert header().endswith(">MrFlow failed (ValueError: the list is &lt;damaged&gt;)</span>")
 
 
 def test_a_fault_is_told_as_one_in_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,6 +540,30 @@ def test_pasting_fills_the_controls_and_a_plain_image_switches_off(tab: Tab) -> 
 
 
 @needs_browser
+@pytest.mark.parametrize(("theme", "width"), [("light", 760), ("dark", 760), ("light", 430)])
+def test_a_folded_header_shows_a_refusal_readable(browser: Any, served: Any, theme: str, width: int) -> None:
+    opened = Tab(browser, served, theme)
+    opened.tab.set_viewport_size({"width": width, "height": 900})
+    for name in ("width", "height"):
+        side = opened.tab.locator(f"#txt2img_{name} input[type=number]").first
+        side.fill("96")
+        side.press("Tab")
+    opened.find("enabled-visible-checkbox").click()
+    opened.says("MrFlow cannot make 96x96 with factor 2", where="summary")
+    shown = opened.find("summary").locator("span")
+    assert "choose a larger size" in shown.get_attribute("title")
+    assert shown.evaluate("(text) => text.scrollWidth <= text.clientWidth + 1")  # nothing is cut off
+    colour = shown.evaluate("(text) => getComputedStyle(text).color")
+    red, green, blue = (int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(","))
+    assert red > 2 * max(green, blue)
+    title = opened.find("enabled").locator("> .label-wrap > span").first.bounding_box()
+    assert shown.bounding_box()["x"] >= title["x"] + title["width"] + 5
+    opened.shoot(f"refused-folded-{width}")
+    opened.tab.close()
+    assert opened.errors == []
+
+
+@needs_browser
 def test_the_schema_answers(tab: Tab) -> None:
     answer = tab.tab.request.get(f"{tab.address}/mrflow/v1/schema")
     assert [argument["name"] for argument in answer.json()["arguments"]] == list(FIELDS)
@@ -531,19 +572,46 @@ def test_the_schema_answers(tab: Tab) -> None:
 @needs_browser
 @pytest.mark.parametrize("python", pythons() or ["none"], ids=lambda path: Path(path).parts[-3:][0])
 def test_a_reordered_page_in_another_language_without_a_model(browser: Any, python: str, tmp_path: Path) -> None:
-    german = ROOT / "localizations" / "de.json"
-    with serving(python, tmp_path, PAGE_LATE="1", PAGE_MODEL="none", PAGE_LANGUAGE=str(german)) as served:
+    german, pack = json.loads((words.FOLDER / "de.json").read_text(encoding="utf-8")), tmp_path / "de_DE.json"
+    pack.write_text(json.dumps({"Width": "Breite", "auto": "von selbst"}), encoding="utf-8")
+    with serving(python, tmp_path, PAGE_LATE="1", PAGE_MODEL="none", PAGE_PACK=str(pack)) as served:
         opened = Tab(browser, served)
         opened.fold("enabled")
         opened.says("512×512 ×12")
-        opened.says("The checkpoint is loaded with the first image")
+        opened.says("× weniger FLOPs")
+        opened.says("Das Modell wird mit dem ersten Bild geladen; bis dahin gilt dieser Plan für FLUX.1-dev.")
         opened.fold("advanced")
-        for text in json.loads(german.read_text(encoding="utf-8")).values():
-            if text.startswith(("Rausch", "Zeitplan", "Mehrschritt", "Erweiterte", "nach Auflösung")):
+        for text in ("Breite", "von selbst", *german.values()):
+            if "{}" not in text and text.startswith(
+                ("Breite", "von s", "Rausch", "Zeitplan", "Mehrschritt", "Erweiterte", "nach Auflösung")
+            ):
                 assert opened.tab.get_by_text(text, exact=True).first.is_visible(), text
         opened.tab.locator("#txt2img_height input[type=number]").first.fill("832")
         opened.tab.locator("#txt2img_height input[type=number]").first.press("Tab")
         opened.says("1024×832")
         opened.shoot("german")
+        opened.tab.close()
+        assert opened.errors == []
+
+
+@needs_browser
+@pytest.mark.parametrize("python", pythons() or ["none"], ids=lambda path: Path(path).parts[-3:][0])
+def test_a_page_in_chinese_refuses_in_chinese(browser: Any, python: str, tmp_path: Path) -> None:
+    pack = tmp_path / "zh-Hans (Stable).json"
+    pack.write_text(json.dumps({"Width": "宽度", "Height": "高度"}), encoding="utf-8")
+    with serving(python, tmp_path, PAGE_PACK=str(pack)) as served:
+        opened = Tab(browser, served)
+        opened.find("enabled-visible-checkbox").click()
+        opened.says("FLOPs 约为 1/", where="summary")
+        opened.fold("enabled")
+        opened.fold("advanced")
+        opened.find("sigma").wait_for(state="visible")
+        opened.shoot("chinese")
+        opened.tab.locator("#txt2img_width input[type=number]").first.fill("96")
+        opened.tab.locator("#txt2img_width input[type=number]").first.press("Tab")
+        opened.says("MrFlow 无法以倍数 2 生成 96x1024：低分辨率图像将是 48x512")
+        opened.fold("enabled")
+        opened.says("MrFlow 无法以倍数 2 生成 96x1024", where="summary")
+        opened.shoot("chinese-refused")
         opened.tab.close()
         assert opened.errors == []

@@ -67,12 +67,15 @@ def test_shift_and_solver() -> None:
     assert make(solver="multistep").notes == ()
 
 
-@pytest.mark.parametrize(("family", "solver"), [("qwen-image", "careful"), ("z-image-turbo", "euler")])
-def test_a_note_names_the_solver_that_runs_in_place_of_the_word(family: str, solver: str) -> None:
-    made = make(family, solver="multistep")
-    assert (made.solver, made.plan.stages[0].solver) == (solver, solver)
-    assert any(note.startswith(f"Stage 1 uses the solver {solver}, which suits") for note in made.notes)
-    assert not any("solver" in note for note in make(family).notes)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_multistep_is_multistep_and_automatic_is_the_familys_solver(family: str) -> None:
+    made, own = make(family, solver="multistep", low_steps=2), FAMILIES[family].solver
+    assert (made.solver, made.plan.stages[0].solver) == ("multistep", "multistep")
+    assert any("is distilled: Euler suits it better" in note for note in made.notes) == (own == "euler")
+    picked = make(family, solver="automatic", low_steps=2)
+    assert (picked.solver, picked.plan.stages[0].solver) == (own, own)
+    assert f"Stage 1 uses the solver {own}, which suits {FAMILIES[family].title}." in picked.notes
+    assert not any("solver" in note or "Euler" in note for note in make(family, low_steps=2).notes)
 
 
 def test_a_models_own_list_is_answered_whatever_the_count() -> None:

@@ -57,7 +57,7 @@ def test_it_is_always_there_in_txt2img_only(loaded: SimpleNamespace) -> None:
     assert script.show(False) == "always"
     assert script.show(True) is False
     assert {name: len(callbacks) for name, callbacks in loaded.callbacks.items()} == {
-        "on_before_ui": 2,
+        "on_before_ui": 3,
         "on_ui_settings": 1,
         "on_app_started": 1,
     }

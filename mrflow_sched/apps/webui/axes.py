@@ -9,8 +9,9 @@ from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui.controls import AUTOMATIC, CHOICES, LABELS, Controls
+from mrflow_sched.apps.webui.words import translated
 
-__all__ = ["AXES", "PREFIX", "add_axes", "overrides", "register"]
+__all__ = ["AXES", "PREFIX", "add_axes", "axis_label", "overrides", "register"]
 
 PREFIX = "[MrFlow] "
 ATTRIBUTE = "_mrflow_axes"
@@ -54,11 +55,24 @@ def add_axes(scripts_data: Iterable[Any], upscaler_names: Callable[[], list[str]
             continue
         known = {option.label for option in data.module.axis_options}
         for name, kind in AXES:
-            label = PREFIX + _label(name)
+            label = axis_label(name)
             if label not in known:
                 data.module.axis_options.append(_option(data.module, label, name, kind, upscaler_names))
                 added += 1
     return added
+
+
+def axis_label(name: str) -> str:
+    """Return the name of an axis in the plot's menu.
+
+    Args:
+        name: A field of `Controls`.
+
+    Returns:
+        Our prefix and the control's label, which does not repeat "MrFlow".
+    """
+    label = "Enabled" if name == "enabled" else LABELS[name].removeprefix("MrFlow ")
+    return f"{PREFIX}{label[:1].upper()}{label[1:]}"
 
 
 def overrides(p: Any) -> Mapping[str, Any]:
@@ -78,10 +92,6 @@ def _option(module: Any, label: str, name: str, kind: type, upscaler_names: Call
     extra = {} if choices is None else {"choices": choices}
     make = getattr(module, "AxisOptionTxt2Img", module.AxisOption)
     return make(label, kind, _applier(name), confirm=_confirmer(name, upscaler_names), **extra)
-
-
-def _label(name: str) -> str:
-    return "Enabled" if name == "enabled" else LABELS[name]
 
 
 def _choices(name: str, upscaler_names: Callable[[], list[str]]) -> Callable[[], list[str]] | None:
@@ -104,14 +114,19 @@ def _applier(name: str) -> Callable[[Any, Any, Any], None]:
 
 def _confirmer(name: str, upscaler_names: Callable[[], list[str]]) -> Callable[[Any, Iterable[Any]], None]:
     def confirm(p: Any, xs: Iterable[Any]) -> None:
-        for x in xs:
-            value = _value(name, x)
-            if name == "upscaler" and value != AUTOMATIC and value not in upscaler_names():
-                raise MrFlowError(
-                    f"upscaler must be {AUTOMATIC!r} or one of {', '.join(upscaler_names())}, got {value!r}; choose "
-                    "it from the list."
-                )
-            Controls.from_args([{name: value}])
+        try:
+            for x in xs:
+                check(_value(name, x))
+        except MrFlowError as error:
+            raise MrFlowError(translated(str(error))) from error  # the host shows it on the page
+
+    def check(value: Any) -> None:
+        if name == "upscaler" and value != AUTOMATIC and value not in upscaler_names():
+            raise MrFlowError(
+                f"upscaler must be {AUTOMATIC!r} or one of {', '.join(upscaler_names())}, got {value!r}; choose "
+                "it from the list."
+            )
+        Controls.from_args([{name: value}])
 
     return confirm
 

@@ -18,7 +18,7 @@ from mrflow_sched.plan.families import FAMILIES, TIERS
 __all__ = ["AUTOMATIC", "CHOICES", "FIELDS", "LABELS", "LIMITS", "Controls"]
 
 AUTOMATIC = "automatic"
-"""The preset, or the upscaler, that suits the loaded model."""
+"""The preset, the upscaler or the solver that suits the loaded model."""
 
 _LONGEST_NAME = 300
 _STEPS_NAME = re.compile(r"([0-9]{1,3})\+([0-9]{1,2})")
@@ -36,7 +36,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "preset": _preset_names(),
         "shift": ("resolution-aware", "host"),
-        "solver": ("host sampler", "multistep"),
+        "solver": ("host sampler", "multistep", AUTOMATIC),
         "refine_cfg": ("same", "off", "value"),
         "refine_seed": ("seed + 1", "host"),
         "colour_guard": ("off", "auto"),
@@ -94,7 +94,7 @@ class Controls:
         refine_steps: Steps of the refine stage, to 20; 0: from the preset.
         sigma: Flow sigma at which the refine stage starts, 0.02 to 0.6; 0: from the preset.
         shift: "resolution-aware" (the plan's own stage-1 schedule) or "host" (the host's schedule).
-        solver: "host sampler", or "multistep" (the second-order solver that suits the family).
+        solver: "host sampler", "multistep" (our second-order solver), or "automatic" (the one that suits the family).
         upscaler: "automatic", or a name of the host's list.
         refine_cfg: Guidance of the refine stage: "same" (as the first pass), "off" (1), or "value".
         refine_cfg_value: The guidance scale of "value", 1 to 30.

@@ -16,6 +16,7 @@ from torch import Tensor
 from mrflow_sched.apps.webui.controls import Controls
 from mrflow_sched.apps.webui.host import HostApi, ModelInfo, own_attributes
 from mrflow_sched.apps.webui.recipe import Recipe
+from mrflow_sched.apps.webui.words import translated
 
 __all__ = [
     "ABSENT",
@@ -104,13 +105,13 @@ def own(p: Any) -> Run | None:
 
 
 def say(p: Any, sentence: str) -> None:
-    """Show a sentence under the image.
+    """Show a sentence under the image, in the user's language.
 
     Args:
         p: The job.
-        sentence: What the user should read; hosts show equal ones once.
+        sentence: What the user should read, in English; hosts show equal ones once.
     """
-    comment = getattr(p, "comment", None)
+    sentence, comment = translated(sentence), getattr(p, "comment", None)
     if callable(comment):
         comment(sentence)
     elif isinstance(getattr(p, "comments", None), dict):

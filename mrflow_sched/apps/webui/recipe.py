@@ -175,7 +175,7 @@ def make_recipe(
         sigma=last.start_sigma,
         first_sigmas=first.sigmas if own_schedule else None,
         refine_sigmas=model_sigmas(last.sigmas, family.prediction),
-        solver=family.solver if controls.solver == "multistep" else None,
+        solver=_solver(controls, family),
         upscaler=upscaler,
         experimental=model.experimental,
         notes=(),
@@ -259,9 +259,14 @@ def _plan(
         low_steps=controls.low_steps or preset.low_steps,
         refine_steps=controls.refine_steps or preset.refine_steps,
         sigma=controls.sigma or preset.sigma,
-        solver=family.solver if controls.solver == "multistep" else "euler",
+        solver=_solver(controls, family) or "euler",
         refine_guidance=refine_guidance if family.guidance_kind == "cfg" else None,
     )
+
+
+def _solver(controls: Controls, family: Family) -> str | None:
+    """Return a name of `sampling.solvers`; None: the host's sampler."""
+    return {"host sampler": None, "multistep": "multistep", AUTOMATIC: family.solver}[controls.solver]
 
 
 def _upscaler(asked: str, entries: Sequence[Any]) -> tuple[str, str | None]:
@@ -288,8 +293,10 @@ def _notes(controls: Controls, model: ModelInfo) -> list[str]:
     """Return notes on choices that act on this model otherwise than their names say."""
     notes: list[str] = []
     solver = model.family.solver
-    if controls.solver == "multistep" and solver != "multistep":
-        notes.append(f"Stage 1 uses the solver {solver}, which suits {model.title} better than multistep.")
+    if controls.solver == "multistep" and solver == "euler":
+        notes.append(f"{model.title} is distilled: Euler suits it better than multistep.")
+    if controls.solver == AUTOMATIC:
+        notes.append(f"Stage 1 uses the solver {solver}, which suits {model.title}.")
     if model.flow and not model.known and controls.shift != "host":
         notes.append(f"MrFlow does not know the schedule of {model.title}: stage 1 uses the WebUI's.")
     return notes

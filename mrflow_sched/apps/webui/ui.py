@@ -22,6 +22,7 @@ from mrflow_sched.apps.webui.controls import AUTOMATIC, CHOICES, FIELDS, LABELS,
 from mrflow_sched.apps.webui.host import ModelInfo, capabilities, probe_model
 from mrflow_sched.apps.webui.infotext import field_value
 from mrflow_sched.apps.webui.recipe import make_recipe
+from mrflow_sched.apps.webui.words import translated
 from mrflow_sched.plan.families import get_family
 
 __all__ = ["ADVANCED", "INFO", "after_component", "build", "plan_html"]
@@ -39,7 +40,7 @@ INFO: Mapping[str, str] = {
     "sigma": "fraction of noise that the refine steps start from, 0.02 to 0.6; 0 uses the preset's; try 0.16 to 0.20 "
     "for lettering",
     "shift": "schedule of the low-resolution steps",
-    "solver": "multistep uses the solver that suits the model",
+    "solver": "multistep is second order, at the cost of Euler; automatic takes the solver that suits the model",
     "upscaler": "upscales the image between the stages; x2 models are best",
     "refine_cfg": "guidance of the refine steps; off halves their cost",
     "refine_seed": "noise of the refine steps",
@@ -50,6 +51,9 @@ INFO: Mapping[str, str] = {
 # Components of the page that the line depends on: elem_id -> what they hold.
 _WATCHED = {"txt2img_width": "width", "txt2img_height": "height", "txt2img_cfg_scale": "cfg_scale"}
 _NEEDED = ("width", "height")
+
+# The first clause of a sentence, in any of our languages; what stands in brackets is not looked into.
+_CLAUSE = re.compile(r"(?:[(（][^)）]*[)）]|:(?!\s)|[^;:；：。])+")
 
 
 @dataclass
@@ -217,8 +221,8 @@ def plan_html(chosen: Sequence[Any], page: Mapping[str, Any]) -> tuple[str, str]
         page: "width" and "height" in pixels, and "cfg_scale" where the page has it.
 
     Returns:
-        Two pieces of HTML: the line with its notes, and the line alone for the accordion's header, which is empty while
-        MrFlow is off.
+        Two pieces of HTML, in the user's language: the line with its notes, and for the accordion's header the line
+        alone, or what is refused in short; it is empty while MrFlow is off.
     """
     try:
         controls = Controls.from_args(list(chosen))
@@ -231,10 +235,18 @@ def plan_html(chosen: Sequence[Any], page: Mapping[str, Any]) -> tuple[str, str]
         reason = f"{type(error).__name__}: {first_line(error)}"
         line, notes, state = f"MrFlow failed ({reason}); see the console.", (), "refused"
     enabled = bool(chosen) and chosen[0] is True
-    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    line = translated(line)
+    items = "".join(f"<li>{html.escape(translated(note))}</li>" for note in notes)
     body = f'<p class="mrflow-line">{html.escape(line)}</p>' + (f"<ul>{items}</ul>" if items else "")
-    summary = f'<span title="{html.escape(line)}">{html.escape(line)}</span>' if enabled else ""
+    summary = _summary(line, state) if enabled else ""
     return f'<div class="mrflow-plan mrflow-{state}" role="status">{body}</div>', summary
+
+
+def _summary(line: str, state: str) -> str:
+    """Return what the header shows: what was refused to its first clause, for it is wrapped and not cut."""
+    clause = _CLAUSE.match(line) if state == "refused" else None
+    short = line if clause is None else clause[0].strip(" .")
+    return f'<span class="mrflow-{state}" title="{html.escape(line)}">{html.escape(short)}</span>'
 
 
 def _sentence(error: Exception) -> str:

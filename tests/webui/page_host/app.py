@@ -2,7 +2,7 @@
 loopback until it is ended.
 
 Environment: PAGE_MODEL "flux" or "none"; PAGE_ESRGAN a folder of upscaler files; PAGE_LATE "1" puts width and height
-below the script, as a user may order the page; PAGE_LANGUAGE a file of translations.
+below the script, as a user may order the page; PAGE_PACK the file of a translation pack.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
-from modules import script_callbacks, sd_models  # pyright: ignore
+from modules import localization, script_callbacks, sd_models, shared  # pyright: ignore
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -92,7 +92,7 @@ def build() -> Any:
 
 def add_to_head(*, scripts: list[Path], styles: list[Path]) -> None:
     """Put scripts and styles into every page that gradio serves, as WebUIs do."""
-    head = f"<script>{translation()}</script>" + "".join(
+    head = f"<script>{localization.localization_js(shared.opts.localization)}</script>" + "".join(
         f"<script>{path.read_text(encoding='utf-8')}</script>" for path in scripts
     )
     body = "".join(f"<style>{path.read_text(encoding='utf-8')}</style>" for path in styles)
@@ -106,12 +106,6 @@ def add_to_head(*, scripts: list[Path], styles: list[Path]) -> None:
         return made
 
     gr.routes.templates.TemplateResponse = response
-
-
-def translation() -> str:
-    """What a WebUI puts before its scripts where the user chose a language."""
-    path = os.environ.get("PAGE_LANGUAGE")
-    return f"window.localization = {Path(path).read_text(encoding='utf-8') if path else '{}'};"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ class Options:
     """The settings by name, as attributes."""
 
     def __init__(self) -> None:
-        self.data: dict[str, Any] = {"sd_model_checkpoint": "flux1-dev.safetensors"}
+        pack = os.environ.get("PAGE_PACK")
+        self.data: dict[str, Any] = {
+            "sd_model_checkpoint": "flux1-dev.safetensors",
+            "localization": Path(pack).stem if pack else "None",
+        }
         self.data_labels: dict[str, OptionInfo] = {}
 
     def add_option(self, key: str, info: OptionInfo) -> None:
