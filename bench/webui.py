@@ -1,4 +1,4 @@
-"""Measures seconds on a real WebUI: native 20 steps, MrFlow 12+1 and Hires. fix, and the sigma each refines from.
+"""Measures seconds on a real WebUI: native 20 steps, MrFlow 12+1, its draft, Hires. fix, and what each refines from.
 
     MRFLOW_WEBUI_ROOT=/path/to/webui MRFLOW_WEBUI_CHECKPOINT=name python -m bench.webui --size 768 --repeats 3
 
@@ -19,6 +19,8 @@ from typing import Any
 
 from tests.webui.live import Host, find_installation
 
+FINISHED = "that draft finished"
+
 
 def jobs(size: int, flux: bool) -> dict[str, tuple[list[Any], dict[str, Any]]]:
     """The extension's arguments and the host's fields of every job; `flux` adds what Forge needs for Flux jobs."""
@@ -32,6 +34,8 @@ def jobs(size: int, flux: bool) -> dict[str, tuple[list[Any], dict[str, Any]]]:
         "native 20": ([False], base),
         "MrFlow 12+1, Lanczos": ([*staged, "Lanczos"], base),
         "MrFlow 12+1, x2 model": ([*staged, "automatic"], base),
+        "draft of it": ([{"preset": "12+1", "draft": True}], base),
+        FINISHED: ([], base),
         "built-in hires, 12+1 steps, 0.12": ([False], {**hires, "hr_second_pass_steps": 1}),
         "built-in hires, 12+12 steps, 0.12": ([False], {**hires, "hr_second_pass_steps": 0}),
     }
@@ -47,16 +51,19 @@ def main() -> None:
     if found is None:
         parser.error(why)
     host = Host(found, Path(tempfile.mkdtemp()))
-    native = 0.0
+    native, draft = 0.0, ""
     try:
         host.start()
         for name, (arguments, fields) in jobs(options.size, options.flux).items():
+            if name == FINISHED:
+                arguments = [{"finish": draft}]
             host.txt2img(arguments, **fields)
             runs = [host.txt2img(arguments, **fields) for _ in range(options.repeats)]
             seconds = [run.seconds for run in runs]
             middle = statistics.median(seconds)
             native = native or middle
             last = runs[-1]
+            draft = last.encoded(0)
             row = {
                 "job": name,
                 "seconds": round(middle, 2),

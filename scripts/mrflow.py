@@ -6,9 +6,10 @@ from typing import Any
 from modules import script_callbacks, scripts
 
 # All modules are imported now: some hosts take this folder off the path once the script is loaded.
-from mrflow_sched.apps.webui import api, axes, host, run, settings, ui, upscaler, words
+from mrflow_sched.apps.webui import api, axes, host, reporting, run, settings, ui, upscaler, words
 
 HOST = host.attach(import_module)
+reporting.attach_console()
 
 
 class MrFlowScript(scripts.Script):
@@ -121,6 +122,37 @@ class MrFlowScript(scripts.Script):
             *args: Values of the script's controls; not used.
         """
         run.post_sample(p, HOST)
+
+    def postprocess_batch(self, p: Any, *args: Any, images: Any, **kwargs: Any) -> None:
+        """Keep the pixels of drafts; see `run.postprocess_batch`.
+
+        Args:
+            p: The job.
+            *args: Values of the script's controls; not used.
+            images: The batch's images as floats.
+            **kwargs: What else the host says; not used.
+        """
+        run.postprocess_batch(p, images)
+
+    def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
+        """Finish a draft's file, on hosts without the hook below; see `run.postprocess_image`.
+
+        Args:
+            p: The job.
+            pp: The host's record of the image.
+            *args: Values of the script's controls; not used.
+        """
+        run.postprocess_image(p, pp)
+
+    def postprocess_image_after_composite(self, p: Any, pp: Any, *args: Any) -> None:
+        """Finish a draft's file, after what other scripts did to it; see `run.postprocess_image`.
+
+        Args:
+            p: The job.
+            pp: The host's record of the image.
+            *args: Values of the script's controls; not used.
+        """
+        run.postprocess_image(p, pp)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         """Report a finished job and put the job object back; see `run.postprocess`.

@@ -157,7 +157,8 @@ def test_acceptance_05_no_scheduler_setting_reaches_the_refine_list() -> None:
         if family.prediction == "flow":
             shaped = replace(FAMILY, shift=family.shift)
             engine = Scripted(lambda x, sigma: x, shaped)
-            run(engine, make_plan(shaped, 16, 16, low_steps=2, refine_steps=1, sigma=0.12))
+            low_steps = len(family.shift.lists[0]) - 1 if family.shift.lists else 2
+            run(engine, make_plan(shaped, 16, 16, low_steps=low_steps, refine_steps=1, sigma=0.12))
             assert engine.seen[-1] == (16, pytest.approx(0.12))
 
 

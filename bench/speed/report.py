@@ -90,11 +90,15 @@ def limits(presets: Sequence[str]) -> str:
         native = part_costs(make_native_plan(family, wide, high)) or ()
         scale, unit = (1e12, "") if name != "demo" else (1e9, " (GFLOP)")
         cells = [name, f"{wide}x{high}", f"{sum(part.flop for part in native) / scale:.4g}{unit}"]
+        own = {len(sigmas) - 1 for sigmas in family.shift.lists}  # the only step counts of such a family
         for preset in presets:
             low, refine = (int(count) for count in preset.split("+"))
+            if own and low not in own:
+                cells.append("")
+                continue
             plan = make_plan(family, wide, high, low_steps=low, refine_steps=refine)
             cells.append(f"{plan.cost_ratio:.2f}, {work_ratio(plan):.2f}")
-        peak = peak_memory(make_plan(family, wide, high, low_steps=12, refine_steps=1))
+        peak = peak_memory(make_plan(family, wide, high, low_steps=min(own, default=12), refine_steps=1))
         cells.append("" if peak is None else f"{peak.total / 2**30:.1f}")
         rows.append(cells)
     return table(head, rows)

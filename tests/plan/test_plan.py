@@ -30,20 +30,21 @@ FACTORS = st.floats(1.25, 4)
 def plans(draw: st.DrawFn) -> StagedPlan:
     family = get_family(draw(NAMES))
     later = draw(st.integers(1, 3))
+    own_list = family.shift.kind == "list"
     return make_plan(
         family,
         draw(SIDES),
         draw(SIDES),
         draw(st.sampled_from([preset.name for preset in family.presets])),
         factors=draw(st.lists(FACTORS, min_size=later, max_size=later)),
-        low_steps=draw(st.none() | st.integers(1, 30)),
+        low_steps=None if own_list else draw(st.none() | st.integers(1, 30)),
         refine_steps=draw(st.none() | st.lists(st.integers(0, 4), min_size=later, max_size=later)),
         sigma=draw(st.none() | st.floats(0.001, 0.999)),
         solver=draw(st.none() | st.sampled_from(SOLVER_NAMES)),
         refine_curve=draw(st.sampled_from(["linear", "shifted"])),
         shift_tokens=draw(st.integers(1, 4 * TOKENS)),
         guidance=None if family.guidance_kind == "none" else draw(st.none() | st.floats(1, 20)),
-        mu=None if family.shift.kind == "scaled-linear" else draw(st.none() | st.floats(-3, 3)),
+        mu=None if own_list or family.shift.kind == "scaled-linear" else draw(st.none() | st.floats(-3, 3)),
         seed=draw(st.integers(0, 2**63 - 1)),
         seed_rule=draw(st.sampled_from(["offset", "hash"])),
         posterior=draw(st.sampled_from(["mode", "sample"])),

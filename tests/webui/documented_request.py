@@ -1,4 +1,4 @@
-"""The curl command of docs/webui.md, read from the page and sent to any address."""
+"""The curl commands of docs/webui.md, read from the page and sent to any address."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "webui.md"
 DOCUMENTED_ADDRESS = "http://127.0.0.1:7860"
 
 
-def command() -> list[str]:
-    """The command as a shell would split it."""
-    found = re.findall(r"^```\n(curl .*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+def command(route: str = "/sdapi/v1/txt2img") -> list[str]:
+    """The command for a route as a shell would split it."""
+    commands = re.findall(r"^```\n(curl .*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    found = [each for each in commands if f"{DOCUMENTED_ADDRESS}{route} " in each]
     assert len(found) == 1
     return shlex.split(found[0].replace("\\\n", " "))
 

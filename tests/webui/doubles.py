@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mrflow_sched.apps.webui import host as webui_host
@@ -48,6 +52,10 @@ class Opts:
             "always_discard_next_to_last_sigma": False,
             "use_old_hires_fix_width_height": False,
             "mrflow_when_refused": "go on without MrFlow",
+            "samples_format": "png",
+            "enable_pnginfo": True,
+            "sd_model_checkpoint": "checkpoint [0123456789]",
+            "CLIP_stop_at_last_layers": 1,
         }
         self.__dict__["data"] = dict(self.defaults)
 
@@ -95,8 +103,8 @@ class ImageRNG:
 class Vae:
     """Latents are averages of factor x factor pixels, repeated over the channels, plus a random draw."""
 
-    def __init__(self, channels: int, factor: int, five_d: bool, edits: bool = False) -> None:
-        self.channels, self.factor, self.five_d = channels, factor, five_d
+    def __init__(self, channels: int, factor: int, five_d: bool, rgba: bool = False) -> None:
+        self.channels, self.factor, self.five_d, self.colours = channels, factor, five_d, 4 if rgba else 3
         self.pictures: list[int] = []
 
     def encode(self, x: Tensor) -> Tensor:
@@ -108,7 +116,9 @@ class Vae:
 
     def decode(self, z: Tensor) -> Tensor:
         flat = z[:, :, 0] if z.ndim == 5 else z
-        picture = flat[:, :3].repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3).clamp(-1, 1)
+        picture = (
+            flat[:, : self.colours].repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3).clamp(-1, 1)
+        )
         return picture.unsqueeze(1) if z.ndim == 5 else picture
 
 
@@ -128,14 +138,20 @@ class ForgeModel:
     """A Forge engine; `type(model).__name__` is what tells engines apart, so classes are made by `engine`."""
 
     predictor_kind, channels, factor, wan = "const", 16, 8, False
+    shift, repository, rgba = 3.0, "", False
+    is_sdxl = False
 
     def __init__(self, name: str = "checkpoint", neo: bool = False) -> None:
         self.sd_checkpoint_info = SimpleNamespace(name_for_extra=name)
-        self.model_config = SimpleNamespace(huggingface_repo="")
-        self.vae = Vae(self.channels, self.factor, self.wan)
-        predictor = Predictor(self.predictor_kind, 3.0)
+        self.sd_model_hash: str | None = None
+        self.model_config = SimpleNamespace(huggingface_repo=self.repository)
+        self.vae = Vae(self.channels, self.factor, self.wan, self.rgba)
+        predictor = Predictor(self.predictor_kind, self.shift)
         unet = SimpleNamespace(model=SimpleNamespace(predictor=predictor))
         self.forge_objects = SimpleNamespace(unet=unet, vae=SimpleNamespace(latent_channels=self.channels))
+        if neo:
+            frames = (lambda count: max(0, count * 4 - 3), 8, 8)
+            self.forge_objects.vae.upscale_ratio = frames if self.wan else self.factor
         self.use_distilled_cfg_scale = type(self).__name__ == "Flux"
         self.is_inpaint = False
         if neo:
@@ -159,11 +175,16 @@ def engine(name: str, **facts: Any) -> type[ForgeModel]:
 Flux = engine("Flux")
 Flux2 = engine("Flux2", channels=128, factor=16)
 QwenImage = engine("QwenImage", wan=True)
-ZImage = engine("ZImage")
+ZImage = engine("ZImage", repository="Tongyi-MAI/Z-Image-Turbo")  # that of the base model too
 StableDiffusion = engine("StableDiffusion", predictor_kind="epsilon", channels=4)
-StableDiffusionXL = engine("StableDiffusionXL", predictor_kind="epsilon", channels=4)
+StableDiffusionXL = engine("StableDiffusionXL", predictor_kind="epsilon", channels=4, is_sdxl=True)
 Wan = engine("Wan", wan=True)
-Anima = engine("Anima")
+Anima = engine("Anima", wan=True)
+Krea2 = engine("Krea2", wan=True, shift=math.exp(1.15), repository="krea/Krea-2-Raw")
+ErnieImage = engine("ErnieImage", channels=128, factor=16, repository="baidu/ERNIE-Image")
+QwenImage21 = engine("QwenImage21", channels=64, factor=16, rgba=True, repository="Qwen/Qwen-Image-2.1")
+Mugen = engine("Mugen", channels=32, shift=12.0, is_sdxl=True, repository="CabalResearch/Mugen")
+PiD = engine("PiD", channels=3, factor=1, shift=1.5, repository="nvidia/PiD")
 
 
 class LdmModel:
@@ -174,6 +195,7 @@ class LdmModel:
 
     def __init__(self, name: str = "v1-5") -> None:
         self.sd_checkpoint_info = SimpleNamespace(name_for_extra=name)
+        self.sd_model_hash: str | None = None
         self.latent_channels = self.channels
         self.vae = Vae(self.channels, 8, False)
         self.table = Predictor("epsilon").sigmas
@@ -428,6 +450,8 @@ class Txt2Img:
     hr_prompt: Any = ""
     hr_negative_prompt: str = ""
     firstpass_image: Any = None
+    styles: list[str] = field(default_factory=list)
+    is_api: bool = False
 
     def __post_init__(self) -> None:
         self.comments: dict[str, int] = {}
@@ -467,12 +491,14 @@ class Txt2Img:
     def setup_prompts(self) -> None:
         count = self.batch_size * self.n_iter
         self.all_prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt] * count
-        self.all_negative_prompts = [self.negative_prompt] * count
+        negative = self.negative_prompt
+        self.all_negative_prompts = negative if isinstance(negative, list) else [negative] * count
         if self.enable_hr:
             self.hr_prompt = self.hr_prompt or self.prompt
             self.hr_negative_prompt = self.hr_negative_prompt or self.negative_prompt
             self.all_hr_prompts = self.hr_prompt if isinstance(self.hr_prompt, list) else [self.hr_prompt] * count
-            self.all_hr_negative_prompts = [self.hr_negative_prompt] * count
+            negative = self.hr_negative_prompt
+            self.all_hr_negative_prompts = negative if isinstance(negative, list) else [negative] * count
 
     def calculate_target_resolution(self) -> None:
         params = self.extra_generation_params
@@ -483,7 +509,10 @@ class Txt2Img:
             wanted = self.width * self.hr_scale, self.height * self.hr_scale
         else:
             params["Hires resize"] = f"{self.hr_resize_x}x{self.hr_resize_y}"
-            wanted = self.hr_resize_x, self.hr_resize_y
+            wanted = (
+                self.hr_resize_x or self.hr_resize_y * self.width / self.height,
+                self.hr_resize_y or self.hr_resize_x * self.height / self.width,
+            )
         self.hr_upscale_to_x, self.hr_upscale_to_y = (self.ui.round_target(side) for side in wanted)
 
     def init(self) -> None:
@@ -549,7 +578,10 @@ class Txt2Img:
     ) -> Any:
         self.sampler = self.ui.create_sampler(self.sampler_name)
         if self.firstpass_image is not None and self.enable_hr:
-            samples, decoded = None, self.firstpass_image
+            levels = np.array(self.firstpass_image).astype(np.float32) / 255.0 * 2.0 - 1.0
+            samples, decoded = None, torch.from_numpy(np.moveaxis(levels, 2, 0)[None])
+            if self.ui.neo:
+                decoded = ((decoded + 1) / 2).clamp(0, 1)
         else:
             x = self.rng.next()
             x = self.before_sampling(x, x, conditioning, unconditional_conditioning)
@@ -580,6 +612,7 @@ class Txt2Img:
         unit = decoded_samples if ui.neo else (decoded_samples + 1) / 2
         if unit.ndim == 5:
             unit = unit[:, 0]
+        unit = torch.from_numpy((255.0 * unit.clamp(0, 1).numpy()).astype(np.uint8).astype(np.float32)) / 255.0
         size = self.hr_upscale_to_y, self.hr_upscale_to_x
         larger = torch.nn.functional.interpolate(unit, size=size, mode="bilinear") * 2 - 1
         samples = ui.images_to_samples(larger)
@@ -654,6 +687,15 @@ class Hooks:
     def post_sample(self, p: Any, ps: Any, *args: Any) -> None:
         run.post_sample(p, self.api)
 
+    def postprocess_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        run.postprocess_batch(p, kwargs["images"])
+
+    def postprocess_image(self, p: Any, pp: Any, *args: Any) -> None:
+        run.postprocess_image(p, pp)
+
+    def postprocess_image_after_composite(self, p: Any, pp: Any, *args: Any) -> None:
+        run.postprocess_image(p, pp)
+
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         run.postprocess(p, self.api, processed)
 
@@ -684,6 +726,7 @@ class WebUI:
         self.fail_at = self.interrupt_at = -1
         self.twice = False
         self.on_image: Callable[[Any], object] | None = None
+        self.on_finished: Callable[[Any, Any], object] | None = None
         self.at: dict[str, Callable[[Any], object]] = {}
         self.api = webui_host.attach(self.import_module)
         self.script: Any = Hooks(self.api)
@@ -699,13 +742,30 @@ class WebUI:
             return SimpleNamespace(samplers_data_timesteps=[SimpleNamespace(name="DDIM")])
         if name == "backend.args" and self.neo:
             return SimpleNamespace(dynamic_args=self.dynamic_args)
+        if name == "modules.processing":
+            return SimpleNamespace(opt_f=self.model.vae.factor)
+        if name == "modules.infotext_utils":
+            return SimpleNamespace(
+                parse_generation_parameters=parse_generation_parameters, get_override_settings=self.settings_of
+            )
+        if name == "modules.sd_models":
+            return SimpleNamespace(checkpoint_aliases={"0123456789": 1, "fedcba9876": 2})
         raise ImportError(name)
+
+    def settings_of(self, params: dict[str, Any]) -> list[tuple[str, str, Any]]:
+        labels = {"Model hash": "sd_model_checkpoint", "Clip skip": "CLIP_stop_at_last_layers"}
+        found = [(label, key, params[label]) for label, key in labels.items() if label in params]
+        return [entry for entry in found if entry[2] != getattr(self.opts, entry[1])]
+
+    @property
+    def prompt_styles(self) -> Any:
+        return SimpleNamespace(apply_styles_to_prompt=lambda prompt, styles: ", ".join([prompt, *styles]))
 
     def job(self, **fields: Any) -> Any:
         return (Txt2Img if self.kind == "a1111" else ForgeTxt2Img)(self, **fields)
 
     def round_target(self, side: float) -> int:
-        return round(side / 64) * 64 if self.neo else int(side)
+        return math.floor(side / 64 + 0.5) * 64 if self.neo else int(side)
 
     def create_sampler(self, name: str) -> Sampler:
         return (TimestepSampler if SAMPLERS[name][1].get("timesteps") else Sampler)(self, name)
@@ -755,11 +815,13 @@ class WebUI:
             p.width, p.height = (max(round(side / 64), 1) * 64 for side in (p.width, p.height))
         p.setup_prompts()
         count = len(p.all_prompts)
-        p.all_seeds = [p.seed + (i if p.subseed_strength == 0 else 0) for i in range(count)]
-        p.all_subseeds = [p.subseed + i for i in range(count)]
+        step = 1 if p.subseed_strength == 0 else 0
+        p.all_seeds = p.seed if isinstance(p.seed, list) else [p.seed + i * step for i in range(count)]
+        p.all_subseeds = p.subseed if isinstance(p.subseed, list) else [p.subseed + i for i in range(count)]
         self.hook("process", p)
         p.init()
         images: list[Any] = []
+        self.pictures: list[Image.Image] = []
         for n in range(p.n_iter):
             p.iteration = n
             self.state.skipped = False
@@ -768,6 +830,7 @@ class WebUI:
             self._batch(p, n, images)
         infotexts = [create_infotext(p, i) for i in range(len(images))]
         processed = SimpleNamespace(width=p.width, height=p.height, images=images, infotexts=infotexts)
+        processed.pictures, processed.extra_generation_params = self.pictures, p.extra_generation_params
         processed.comments = "".join(f"{comment}\n" for comment in p.comments)
         self.hook("postprocess", p, processed)
         return processed
@@ -800,11 +863,22 @@ class WebUI:
         if not getattr(samples, "already_decoded", False):
             samples = list(self.sd_model.decode_first_stage(samples))
         self.state.nextjob()
+        samples = [picture[0] if picture.ndim == 4 else picture for picture in samples]
+        self.hook("postprocess_batch", p, images=((torch.stack(samples).float() + 1) / 2).clamp(0, 1), batch_number=n)
         for i, picture in enumerate(samples):
-            picture = picture[0] if picture.ndim == 4 else picture
+            p.batch_index = i
+            unit = ((picture.float() + 1) / 2).clamp(0, 1).numpy()
+            pp = SimpleNamespace(image=Image.fromarray((255.0 * np.moveaxis(unit, 0, 2)).astype(np.uint8)))
             if self.on_image is not None:
                 self.on_image(p)
-            self.infotexts.append(create_infotext(p, n * p.batch_size + i))
+            self.hook("postprocess_image", p, pp)
+            if self.on_finished is not None:
+                self.on_finished(p, pp)
+            self.hook("postprocess_image_after_composite", p, pp)
+            infotext = create_infotext(p, n * p.batch_size + i)
+            pp.image.info["parameters"] = as_text(p, infotext, n * p.batch_size + i)
+            self.infotexts.append(infotext)
+            self.pictures.append(pp.image)
             images.append(picture)
 
 
@@ -827,6 +901,30 @@ def create_infotext(p: Any, index: int) -> dict[str, Any]:
             except Exception:  # hosts print it
                 params[key] = None
     return {key: value for key, value in params.items() if value is not None}
+
+
+def as_text(p: Any, params: dict[str, Any], index: int) -> str:
+    """The text of a picture: prompt, negative prompt, and a line of keys."""
+
+    def quoted(value: Any) -> str:
+        text = str(value)
+        return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",\n:") else text
+
+    negative = p.all_negative_prompts[index]
+    lines = [p.all_prompts[index], *([f"Negative prompt: {negative}"] if negative else [])]
+    return "\n".join([*lines, ", ".join(f"{key}: {quoted(value)}" for key, value in params.items())])
+
+
+def parse_generation_parameters(text: str, skip_fields: list[str] | None = None) -> dict[str, Any]:
+    """The hosts' reader: keys of the last line, sizes split in two, and what a missing key means."""
+    *lines, last = text.strip().split("\n")
+    found: dict[str, Any] = {}
+    for key, value in re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last):
+        value = json.loads(value) if value[:1] == value[-1:] == '"' else value
+        size = re.fullmatch(r"(\d+)x(\d+)", value)
+        found.update({f"{key}-1": size[1], f"{key}-2": size[2]} if size else {key: value})
+    found["Prompt"] = "\n".join(line for line in lines if not line.startswith("Negative prompt:"))
+    return found
 
 
 def pasted(params: dict[str, Any]) -> dict[str, str]:

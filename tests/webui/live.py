@@ -31,7 +31,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).parents[2]
 PROBE = Path(__file__).parent / "probe_extension"
 PROBE_NAME = "zz_mrflow_probe"  # sorts last, so that its hooks see what the extension's left
-EXTENSION_NAME = "mrflow"
+EXTENSION_NAME = "mrflow-sched"  # as "Install from URL" calls it
 X2 = REPOSITORY / "mrflow_sched" / "demo" / "weights" / "upscaler" / "x2.safetensors"
 X2_NAME = "mrflow-test-x2"
 READY = "Startup time:"
@@ -177,6 +177,7 @@ class Host:
             "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1",
         }
         environment.pop("PYTHONPATH", None)
+        before = self.log().count(READY)
         self._log = (self.folder / "host.log").open("ab")
         self._process = subprocess.Popen(
             self.installation.command(self._port, self.folder),
@@ -186,7 +187,7 @@ class Host:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
-        self._await_ready(seconds)
+        self._await_ready(seconds, before + 1)
         self.checkpoint = self._choose_checkpoint()
 
     def stop(self) -> None:
@@ -287,14 +288,15 @@ class Host:
         *,
         probe: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
+        scripts: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> Answer:
         """One job. `mrflow`: the extension's argument list, a dict for its one-dict form, or None to send nothing."""
-        scripts: dict[str, Any] = {}
+        asked: dict[str, Any] = dict(scripts or {})
         if mrflow is not None:
-            scripts["mrflow"] = {"args": mrflow if isinstance(mrflow, list) else [mrflow]}
+            asked["mrflow"] = {"args": mrflow if isinstance(mrflow, list) else [mrflow]}
         if probe is not None:
-            scripts["mrflow probe"] = {"args": [json.dumps(probe)]}
+            asked["mrflow probe"] = {"args": [json.dumps(probe)]}
         body = {
             "prompt": "a red circle on green",
             "negative_prompt": "",
@@ -306,7 +308,7 @@ class Host:
             "sampler_name": "Euler",
             "send_images": True,
             "override_settings": {"sd_model_checkpoint": self.checkpoint, **(settings or {})},
-            "alwayson_scripts": scripts,
+            "alwayson_scripts": asked,
             **fields,
         }
         before = len(self.log())

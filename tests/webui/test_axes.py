@@ -215,8 +215,9 @@ def test_the_route_is_added_once() -> None:
     app = App()
     api.register(None, app)
     api.register(None, app)
-    [route] = app.routes
+    route, other = app.routes
     assert (route.path, route.methods) == ("/mrflow/v1/schema", ["GET"])
+    assert (other.path, other.methods) == ("/mrflow/v1/plan", ["POST"])
     assert route.endpoint() == api.schema()
 
 

@@ -42,7 +42,8 @@ def any_controls() -> st.SearchStrategy[Controls]:
 def test_the_order_of_the_arguments_is_fixed() -> None:
     # Bodies of API calls and saved scripts depend on it: only ever append.
     first = ("enabled", "preset", "factor", "low_steps", "refine_steps", "sigma", "shift", "solver", "upscaler")
-    assert (*first, "refine_cfg", "refine_cfg_value", "refine_seed", "colour_guard", "save_stages") == FIELDS
+    last = ("refine_cfg", "refine_cfg_value", "refine_seed", "colour_guard", "save_stages", "draft")
+    assert (*first, *last) == FIELDS
     assert set(LABELS) == set(FIELDS)
     assert len(set(LABELS.values())) == len(FIELDS)
 
@@ -134,5 +135,5 @@ def test_what_is_not_allowed_is_told_in_one_sentence(values: dict[Any, Any], sen
 
 
 def test_too_many_values_are_an_error() -> None:
-    with pytest.raises(ValueError, match="args must hold at most 14 values"):
+    with pytest.raises(ValueError, match="args must hold at most 15 values"):
         Controls.from_args([*Controls().to_dict().values(), 1])

@@ -60,7 +60,7 @@ def flux_loaded(monkeypatch: pytest.MonkeyPatch, *upscalers: str, model: Any = "
 def test_the_line_says_what_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
     flux_loaded(monkeypatch, "2x-Tiny (MrFlow)")
     said = line()
-    for part in ("512×512 ×12", "×2", "1024×1024 ×1", "σ 0.12", "fewer FLOPs", "mrflow-on"):
+    for part in ("512×512 ×12", "×2", "1024×1024 ×1", "σ 0.12", "× faster than 20 steps", "mrflow-on"):
         assert part in said
     assert "<li>" not in said
     assert "800×800 ×7" in line({**PAGE, "width": 1200, "height": 1200}, low_steps=7.0, factor=1.5)
@@ -164,6 +164,71 @@ def test_without_a_host_there_is_a_line_as_well() -> None:
     assert "FLUX.1-dev" in line()
 
 
+class HostJob:
+    """What the hosts' class of jobs does with Hires. fix, rounding as Forge Neo does."""
+
+    def calculate_target_resolution(self: Any) -> None:
+        self.extra_generation_params["Hires upscale"] = self.hr_scale
+        wanted = self.width * self.hr_scale, self.height * self.hr_scale
+        if self.hr_resize_x or self.hr_resize_y:
+            wanted = self.hr_resize_x or self.hr_resize_y * self.width / self.height, self.hr_resize_y
+        self.hr_upscale_to_x, self.hr_upscale_to_y = (int(side / 64 + 0.5) * 64 for side in wanted)
+
+
+HIRES = {"width": 512, "height": 320, "enable_hr": True, "hr_scale": 2.0, "hr_resize_x": 0, "hr_resize_y": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "final"),
+    [
+        ({}, "1024×640"),
+        ({"hr_scale": 1.75}, "896×560"),
+        ({"hr_resize_x": 768}, "768×480"),
+        ({"hr_resize_y": 640}, "1024×640"),
+        ({"hr_resize_x": 1000, "hr_resize_y": 1000}, "1000×1000"),
+        ({"enable_hr": False}, "512×320"),
+        ({"hr_scale": None, "hr_resize_x": 768.0}, "768×480"),
+    ],
+)
+def test_hires_fix_decides_the_final_size(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], final: str) -> None:
+    flux_loaded(monkeypatch, "2x-Tiny (MrFlow)")
+    said = line({**HIRES, **changes})
+    assert f"→ {final} ×1" in said
+    told = f"MrFlow replaces Hires. fix; its target {final.replace('×', 'x')} is the final size."
+    assert (told in said) is (changes.get("enable_hr") is not False)
+
+
+def test_the_hosts_own_rounding_decides_the_hires_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    flux_loaded(monkeypatch, "2x-Tiny (MrFlow)")
+    processing: Any = ModuleType("modules.processing")
+    processing.StableDiffusionProcessingTxt2Img = HostJob
+    monkeypatch.setitem(sys.modules, "modules.processing", processing)
+    assert "→ 896×576 ×1" in line({**HIRES, "hr_scale": 1.75})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hr_scale": float("nan")}, "Hr_scale must be a number above 0 to 100, got nan."),
+        ({"hr_scale": 1e9}, "Hr_scale must be"),
+        ({"hr_resize_x": "wide"}, "Hr_resize_x must be a whole number of pixels"),
+        ({"hr_resize_y": -8}, "Hr_resize_y must be a whole number of pixels"),
+        ({"steps": float("inf")}, "Steps must be a whole number from 1 to 1000, got inf."),
+        ({"cfg_scale": "high"}, "Cfg_scale must be a number"),
+        ({"width": float("nan")}, "Width must be a whole number of pixels"),
+        ({"width": 10**30}, "Width must be a whole number of pixels"),
+        ({"hr_scale": 99}, "must be 1 to 32768 pixels"),
+    ],
+)
+def test_bad_numbers_of_the_page_are_named(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], sentence: str
+) -> None:
+    flux_loaded(monkeypatch)
+    said = line({**HIRES, **changes})
+    assert sentence in said.replace("&#x27;", "'")
+    assert "mrflow-refused" in said
+
+
 # ------------------------------------------------------------------------------------------- what is built, on a double
 
 
@@ -206,7 +271,7 @@ def page(monkeypatch: pytest.MonkeyPatch) -> list[Component]:
 
     flux_loaded(monkeypatch, "2x-Tiny (MrFlow)")
     gradio: Any = ModuleType("gradio")
-    for kind in ("HTML", "Dropdown", "Slider", "Radio", "Checkbox", "Button", "Row", "Accordion"):
+    for kind in ("HTML", "Dropdown", "Slider", "Radio", "Checkbox", "Button", "File", "Row", "Accordion"):
         setattr(gradio, kind, maker(kind))
     gradio.update = lambda **changes: changes
     components: Any = ModuleType("modules.ui_components")
@@ -224,8 +289,12 @@ def slider(name: str) -> Component:
     return Component("Slider", elem_id=f"txt2img_{name}", value=1024)
 
 
+LATER = ("cfg_scale", "steps", "hr-checkbox", "hr_scale", "hr_resize_x", "hr_resize_y")
+
+
 def test_controls_stand_in_the_api_s_order_with_float_numbers(page: list[Component]) -> None:
-    controls = ui.build(False, script())
+    *controls, files = ui.build(False, script())
+    assert (files.label, files.elem_id) == (ui.DROP, "script_mrflow_finish")
     assert [control.label for control in controls] == [LABELS[name] for name in FIELDS]
     assert [control.elem_id for control in controls] == [f"script_mrflow_{name}" for name in FIELDS]
     for name, control in zip(FIELDS, controls, strict=True):
@@ -242,55 +311,82 @@ def test_settings_decide_what_the_page_starts_with_at_each_launch(
 ) -> None:
     opts = SimpleNamespace(mrflow_enabled=True, mrflow_preset="20+1", mrflow_save_stages=True)
     monkeypatch.setattr(sys.modules["modules.shared"], "opts", opts)
-    controls = dict(zip(FIELDS, ui.build(False, script()), strict=True))
+    controls = dict(zip(FIELDS, ui.build(False, script())[:-1], strict=True))
     for name, value in (("enabled", True), ("preset", "20+1"), ("save_stages", True)):
         assert controls[name].value == value
         assert vars(controls[name])["do_not_save_to_config"] is True
 
 
 @pytest.mark.parametrize("order", ["before", "after", "around"])
-def test_the_line_listens_to_everything_in_any_order_of_the_page(page: list[Component], order: str) -> None:
-    owner, width, height = script(), slider("width"), slider("height")
-    early = {"before": [width, height], "around": [width], "after": []}[order]
-    for component in [slider("steps"), *early]:
+@pytest.mark.parametrize("later", [LATER, LATER[:1], ()], ids=["all", "cfg", "size only"])
+def test_the_line_listens_to_everything_in_any_order_of_the_page(
+    page: list[Component], order: str, later: tuple[str, ...]
+) -> None:
+    owner = script()
+    watched = [slider(name) for name in ("width", "height", *later)]
+    early = {"before": len(watched), "around": 1, "after": 0}[order]
+    for component in [slider("seed"), *watched[:early]]:
         ui.after_component(owner, component)
     controls = ui.build(False, owner)
-    for component in (width, height):
-        if component not in early:
-            ui.after_component(owner, component)
-    for component in [*controls, width, height]:
+    for component in [*watched[early:], slider("gallery")]:
+        ui.after_component(owner, component)
+    for component in [*controls, *watched]:
         [listener] = component.listeners
-        assert listener["inputs"] == [*controls, width, height]
+        assert listener["inputs"] == [*controls, *watched]
         assert listener["queue"] is False
         assert listener["show_progress"] == "hidden"
     values = [control.value for control in controls]
-    said, summary, shown = controls[0].listeners[0]["fn"](*values, 1216, 832)
+    others = (1216, 832, *(4.0, 30, False, 2.0, 0, 0)[: len(later)])
+    said, summary, shown = controls[0].listeners[0]["fn"](*values, *others)
     assert "1216×832" in said
+    assert ("faster than 30 steps" if len(later) > 1 else "faster than 20 steps") in said
     assert summary == ""
     assert shown == {"visible": False}
     values[FIELDS.index("refine_cfg")] = "value"
-    assert controls[0].listeners[0]["fn"](*values, 1216, 832)[2] == {"visible": True}
+    assert controls[0].listeners[0]["fn"](*values, *others)[2] == {"visible": True}
+
+
+def test_a_page_with_everything_waits_for_nothing_more(page: list[Component]) -> None:
+    owner = script()
+    controls = ui.build(False, owner)
+    for name in ("width", "height", *LATER):
+        assert not controls[0].listeners
+        ui.after_component(owner, slider(name))
+    assert len(controls[0].listeners) == 1
+
+
+def test_the_line_counts_the_drafts_that_generate_will_finish(page: list[Component]) -> None:
+    owner = script()
+    for component in (slider("width"), slider("height")):
+        ui.after_component(owner, component)
+    controls = ui.build(False, owner)
+    ui.after_component(owner, Component("Gallery", elem_id="txt2img_gallery"))
+    values = [True, *(control.value for control in controls[1:-1])]
+    for files, said in ((["a.png"], "finishes the draft,"), (["a.png", "b.png"], "finishes 2 drafts"), (None, "×12")):
+        assert said in controls[0].listeners[0]["fn"](*values, files, 1024, 1024)[0]
+    values[FIELDS.index("draft")] = True
+    assert "draft 512×512 ×12 · finished later: → " in controls[0].listeners[0]["fn"](*values, None, 1024, 1024)[0]
 
 
 def test_building_again_after_a_reload_listens_once_to_the_new_page(page: list[Component]) -> None:
     for _ in range(2):
         owner = script()
         controls = ui.build(False, owner)
-        for component in (slider("width"), slider("height")):
-            ui.after_component(owner, component)
+        for name in ("width", "height", "gallery", "gallery"):
+            ui.after_component(owner, slider(name))
         assert all(len(control.listeners) == 1 for control in controls)
 
 
 def test_an_api_only_host_builds_without_a_page_around(page: list[Component]) -> None:
     owner = script()
-    assert len(ui.build(False, owner)) == len(ui.build(False, owner)) == len(FIELDS)
+    assert len(ui.build(False, owner)) == len(ui.build(False, owner)) == len(FIELDS) + 1
 
 
 def test_pasting_fills_every_control_and_an_unknown_image_switches_off(page: list[Component]) -> None:
     owner = script()
     controls = ui.build(False, owner)
     fields = owner.infotext_fields
-    assert [component for component, _ in fields] == controls
+    assert [component for component, _ in fields] == controls[:-1]
     assert [source({"Steps": "20"}) for _, source in fields] == list(Controls().to_dict().values())
     pasted = [source({"MrFlow": "8+1 x2 sigma=0.2 v1", "MrFlow solver": "multistep"}) for _, source in fields]
     assert Controls.from_args(pasted) == Controls(enabled=True, preset="8+1", sigma=0.2, solver="multistep")
@@ -474,6 +570,29 @@ def test_the_line_follows_the_page(tab: Tab) -> None:
     assert (found["preset"], found["sigma"], found["refine_cfg"]) == ("20+1", 0.2, "value")
 
 
+@needs_browser
+def test_the_line_follows_steps_and_hires_fix(tab: Tab) -> None:
+    def fill(name: str, value: str) -> None:
+        field = tab.tab.locator(f"#txt2img_{name} input[type=number]").first
+        field.fill(value)
+        field.press("Tab")
+
+    tab.fold("enabled")
+    tab.says("faster than 20 steps")
+    fill("steps", "30")
+    tab.says("faster than 30 steps")
+    box = tab.tab.get_by_label("Hires. fix")
+    box.check()
+    tab.says("1024×1024 ×12 → RealESRGAN_x2plus ×2 → 2048×2048")
+    tab.says("MrFlow replaces Hires. fix; its target 2048x2048 is the final size.")
+    fill("hr_scale", "1.5")
+    tab.says("→ 1536×1536 ×1")
+    fill("hr_resize_x", "1280")
+    tab.says("→ 1280×1280 ×1")
+    box.uncheck()
+    tab.says("→ 1024×1024 ×1")
+
+
 HOLD_ONE = """
 window.held = "no";
 const plainFetch = window.fetch;
@@ -564,9 +683,13 @@ def test_a_folded_header_shows_a_refusal_readable(browser: Any, served: Any, the
 
 
 @needs_browser
-def test_the_schema_answers(tab: Tab) -> None:
+def test_the_routes_answer(tab: Tab) -> None:
     answer = tab.tab.request.get(f"{tab.address}/mrflow/v1/schema")
     assert [argument["name"] for argument in answer.json()["arguments"]] == list(FIELDS)
+    body = {"width": 1024, "height": 1024, "args": {"preset": "6+1"}}
+    answer = tab.tab.request.post(f"{tab.address}/mrflow/v1/plan", data=body)
+    assert (answer.json()["refused"], answer.json()["low"]) == (None, [512, 512])
+    assert tab.tab.request.post(f"{tab.address}/mrflow/v1/plan", data=[body]).status == 422
 
 
 @needs_browser
@@ -578,7 +701,7 @@ def test_a_reordered_page_in_another_language_without_a_model(browser: Any, pyth
         opened = Tab(browser, served)
         opened.fold("enabled")
         opened.says("512×512 ×12")
-        opened.says("× weniger FLOPs")
+        opened.says("-mal so schnell wie ")
         opened.says("Das Modell wird mit dem ersten Bild geladen; bis dahin gilt dieser Plan für FLUX.1-dev.")
         opened.fold("advanced")
         for text in ("Breite", "von selbst", *german.values()):
@@ -602,7 +725,7 @@ def test_a_page_in_chinese_refuses_in_chinese(browser: Any, python: str, tmp_pat
     with serving(python, tmp_path, PAGE_PACK=str(pack)) as served:
         opened = Tab(browser, served)
         opened.find("enabled-visible-checkbox").click()
-        opened.says("FLOPs 约为 1/", where="summary")
+        opened.says(" 步采样", where="summary")
         opened.fold("enabled")
         opened.fold("advanced")
         opened.find("sigma").wait_for(state="visible")

@@ -6,6 +6,7 @@ any architecture; small ones of random weights do.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -18,7 +19,8 @@ from documented_request import send
 from live import X2_NAME, Answer, Host, find_installation
 from PIL import Image, ImageChops
 
-from mrflow_sched.apps.webui.controls import FIELDS, LABELS
+from mrflow_sched.apps.webui import infotext
+from mrflow_sched.apps.webui.controls import FIELDS, LABELS, Controls
 from mrflow_sched.plan.make import make_plan
 
 INSTALLATION, REASON = find_installation(os.environ)
@@ -35,7 +37,12 @@ FLOW_FAMILIES = {
     "SD3Inferencer": "sd3",
     "Chroma": "chroma",
     "ZImage": "z-image-turbo",
+    "Krea2": "krea2-turbo",
+    "ErnieImage": "ernie-image-turbo",
+    "Anima": "anima",
 }
+COARSE = ("Flux2", "ErnieImage", "QwenImage21")
+"""Models with one latent for 16 pixels along a side."""
 SIGMA = 0.12
 # float32 of a float64 list, and on A1111 SD3 the way there and back over a time of 0..1000.
 TOLERANCE = 2e-6
@@ -149,13 +156,14 @@ def check_staged(answer: Answer, *, sigma: float = SIGMA, low_steps: int = 12, r
 def at_network(answer: Answer, *, hires: bool) -> list[float]:
     """The network's own time argument as a sigma; flow networks are called with it, or with 1000 times it."""
     times = [entry["time"][0] for entry in answer.forwards(hires=hires)]
-    return [time / 1000 if "SD3" in answer.of("process")[0]["model"] else time for time in times]
+    model = answer.of("process")[0]["model"]
+    return [time / 1000 if "SD3" in model or model == "ErnieImage" else time for time in times]
 
 
 def expected_size(answer: Answer, size: tuple[int, int]) -> tuple[int, int]:
-    """The nearest multiples of 8, or of 16: FLUX.2's latents are that coarse, and A1111 rounds flow models' sides down
+    """The nearest multiples of 8, or of 16: some latents are that coarse, and A1111 rounds flow models' sides down
     to 16 in the first pass."""
-    grid = 16 if answer.of("process")[0]["model"] in ("SD3Inferencer", "Flux2") else 8
+    grid = 16 if answer.of("process")[0]["model"] in ("SD3Inferencer", *COARSE) else 8
     return int(size[0] / grid + 0.5) * grid, int(size[1] / grid + 0.5) * grid
 
 
@@ -166,6 +174,10 @@ def test_the_script_is_listed_with_its_arguments_in_order(host: Host) -> None:
     scripts = [entry for entry in host.get("/sdapi/v1/script-info") if entry["name"] == "mrflow"]
     assert [entry["is_img2img"] for entry in scripts] == [False]
     assert [argument["label"] for argument in scripts[0]["args"]][: len(FIELDS)] == [LABELS[name] for name in FIELDS]
+
+
+def test_nothing_is_complained_of_at_the_start(host: Host) -> None:
+    assert "wrong extension" not in host.log()
 
 
 def test_off_is_the_host_itself(host: Host, plain: Answer) -> None:
@@ -186,7 +198,7 @@ def test_sizes_and_sigmas_are_the_plans(host: Host, plain: Answer, upscaler: str
     low = low_size(answer)
     assert abs(low[0] / low[1] / (wanted[0] / wanted[1]) - 1) < 0.03
     shapes = [entry["shape"][-2:] for entry in (answer.forwards(hires=False)[0], answer.forwards(hires=True)[0])]
-    cell = 16 if answer.of("process")[0]["model"] == "Flux2" else 8
+    cell = 16 if answer.of("process")[0]["model"] in COARSE else 8
     assert shapes == [[low[1] // cell, low[0] // cell], [wanted[1] // cell, wanted[0] // cell]]
     check_staged(answer)
 
@@ -403,17 +415,19 @@ def test_skipped_in_the_first_pass(host: Host, plain: Answer, upscaler: str) -> 
     assert same(off(host).images[0], plain.images[0])
 
 
-def test_xyz_plot_over_sigma(host: Host, plain: Answer, upscaler: str) -> None:
+def plot(host: Host, wanted: object, axis: str, values: str) -> Answer:
     labels = host.txt2img([False], **job(host)).of("process")[0]["axes"]
     nothing = labels.index("Nothing")
-    index = next(
-        number for number, label in enumerate(labels) if "sigma" in label.lower() and "mrflow" in label.lower()
-    )
+    index = next(number for number, label in enumerate(labels) if axis in label.lower() and "mrflow" in label.lower())
     plots = [entry for entry in host.get("/sdapi/v1/script-info") if entry["name"] == "x/y/z plot"]
     rest = [argument["value"] for argument in plots[0]["args"][9:]]  # the legend, single pictures, seeds, margins
     rest[:2] = False, True
-    arguments = [index, "0.1, 0.3", [], nothing, "", [], nothing, "", [], *rest]
-    answer = host.txt2img(staged(upscaler), script_name="x/y/z plot", script_args=arguments, **job(host))
+    arguments = [index, values, [], nothing, "", [], nothing, "", [], *rest]
+    return host.txt2img(wanted, script_name="x/y/z plot", script_args=arguments, **job(host))
+
+
+def test_xyz_plot_over_sigma(host: Host, plain: Answer, upscaler: str) -> None:
+    answer = plot(host, staged(upscaler), "sigma", "0.1, 0.3")
     assert close(answer.sigmas(hires=True), expected_refine(answer, 0.1) + expected_refine(answer, 0.3))
     assert all(picture.size == SIZE for picture in answer.images[1:3])
     assert not same(answer.images[1], answer.images[2])
@@ -450,6 +464,150 @@ def test_a_job_within_the_job(host: Host, plain: Answer, upscaler: str) -> None:
     assert same(off(host).images[0], plain.images[0])
 
 
+# ----------------------------------------------------------------------------------------------------- known complaints
+# What users of Hires. fix and of extensions like this one report publicly, and what they would find here.
+
+
+def test_each_image_of_a_batch_is_refined_with_its_own_prompt(host: Host, plain: Answer, upscaler: str) -> None:
+    """Elsewhere the second pass took the first prompt of the batch for all (forge 1330, OneButtonPrompt 81)."""
+    prompts = ["a red circle on green", "a wide blue landscape"]
+    wanted = staged(upscaler, sigma=0.5, refine_steps=3)
+    both = host.txt2img(wanted, probe={"prompts": prompts}, **job(host), n_iter=2)
+    for at, prompt in enumerate(prompts):
+        alone = host.txt2img(wanted, **job(host), prompt=prompt, seed=1234 + at)
+        assert same(both.images[-2 + at], alone.images[0])
+
+
+def test_a_distilled_guidance_does_not_stick(host: Host, plain: Answer, upscaler: str) -> None:
+    """Elsewhere the hires pass's value stayed for the next image (forge 1025)."""
+    host.txt2img(staged(upscaler), **{**job(host), "distilled_cfg_scale": 8.0})
+    assert same(off(host).images[0], plain.images[0])
+
+
+def test_an_odd_size_comes_out_at_the_nearest_one_and_a_note_says_so(host: Host, plain: Answer, upscaler: str) -> None:
+    """Elsewhere 1080x1351 came out smaller without a word (A1111 8440)."""
+    answer = host.txt2img(staged(upscaler), **job(host, (540, 676)))
+    wanted = expected_size(answer, (540, 676))
+    assert answer.images[0].size == wanted
+    assert keys(answer)["Size"] == f"{wanted[0]}x{wanted[1]}"
+    assert "540x676 is made at" in answer.comments
+
+
+def test_the_progress_of_a_job_ends_at_its_end(host: Host, plain: Answer, upscaler: str) -> None:
+    """Elsewhere it stayed at a half (A1111 3184, 2663)."""
+    for arguments in (staged(upscaler), staged(upscaler, draft=True)):
+        answer = host.txt2img(arguments, **job(host), n_iter=2)
+        last = answer.of("postprocess")[-1]
+        assert last["job_no"] == last["job_count"]
+
+
+def test_the_button_goes_on_enlarging(host: Host, plain: Answer, upscaler: str) -> None:
+    """Elsewhere a second press did nothing (reForge 277, forge 1535)."""
+    path = host.folder / "step.png"
+    picture = host.txt2img(staged(upscaler), **job(host, (256, 256)))
+    for side in (512, 1024):
+        path.write_bytes(base64.b64decode(picture.encoded(0)))
+        fields = {**job(host, (256, 256)), "hr_scale": 2.0, "hr_upscaler": upscaler, "denoising_strength": 0.4}
+        picture = host.txt2img(staged(upscaler), probe={"upscale": str(path)}, **fields)
+        assert picture.images[0].size == (side, side)
+    assert keys(picture)["MrFlow enlarged"].count(" to ") == 2
+    assert (keys(picture)["Size"], keys(picture)["MrFlow steps"]) == ("256x256", "12+1")
+
+
+# ------------------------------------------------------------------------------------------------- drafts and detailers
+
+
+def test_a_batch_of_drafts_and_each_of_them_finished(host: Host, plain: Answer, upscaler: str) -> None:
+    """The whole run, its drafts, and what is made of them: from the file, from its text, in one job, by the button."""
+    wanted = staged(upscaler, colour_guard="auto")
+    whole = host.txt2img(wanted, **job(host), n_iter=2)
+    drafts = host.txt2img({**wanted, "draft": True}, **job(host), n_iter=2)
+    pictures = drafts.images[-2:]
+    files = [drafts.encoded(len(drafts.images) - 2 + at) for at in (0, 1)]
+    assert [picture.size for picture in pictures] == [low_size(drafts)] * 2
+    assert not drafts.forwards(hires=True)
+    assert (keys(drafts)["Size"], len(keys(drafts)["MrFlow draft"])) == (f"{SIZE[0]}x{SIZE[1]}", 8)
+    # Another job and other values on the way: what counts is in the draft.
+    other = {**job(host, (320, 256)), "prompt": "something else", "seed": 5, "cfg_scale": 3.0}
+    for at in (0, 1):
+        finished = host.txt2img({"finish": files[at]}, **other)
+        assert not finished.forwards(hires=False)
+        assert same(finished.images[0], whole.images[-2 + at])
+        assert finished.infotext == whole.info["infotexts"][-2 + at]
+        check_nothing_left(finished)
+    both = host.txt2img({"finish": [files[1], pictures[0].info["parameters"]]}, **other)
+    assert [same(one, other) for one, other in zip(both.images[-2:], whole.images[:-3:-1], strict=True)] == [True, True]
+    assert len(both.forwards(hires=False)) == 12  # the text alone runs stage 1 again
+    path = host.folder / "draft.png"
+    path.write_bytes(base64.b64decode(files[0]))
+    pressed = host.txt2img({**wanted, "draft": True}, probe={"upscale": str(path)}, **other)
+    assert same(pressed.images[0], whole.images[-2])
+    assert same(off(host).images[0], plain.images[0])
+
+
+def test_a_draft_from_a_batch_is_near_its_image_of_the_whole_batch(host: Host, plain: Answer, upscaler: str) -> None:
+    """Networks round differently in a batch of two; stage 1 is the same batch, the refine step is not."""
+    fields = {**job(host), "batch_size": 2}
+    whole = host.txt2img(staged(upscaler), **fields)
+    drafts = host.txt2img(staged(upscaler, draft=True), **fields)
+    finished = host.txt2img({"finish": drafts.encoded(len(drafts.images) - 1)}, **fields)
+    assert farthest(finished.images[0], whole.images[-1]) <= 4
+
+
+def test_drafts_in_a_plot(host: Host, plain: Answer, upscaler: str) -> None:
+    answer = plot(host, staged(upscaler, draft=True), "low steps", "4, 6")
+    assert [picture.size for picture in answer.images[1:3]] == [low_size(answer)] * 2
+    assert len(answer.forwards(hires=False)) == 10
+    assert not answer.forwards(hires=True)
+    check_nothing_left(answer, allowed=("_mrflow_axes",))
+
+
+def test_what_cannot_be_finished_is_an_error_and_nothing_is_made(host: Host, plain: Answer) -> None:
+    with pytest.raises(RuntimeError, match=r"answered 422.*needs a draft"):
+        host.txt2img({"finish": plain.encoded(0)}, **job(host))
+    assert same(off(host).images[0], plain.images[0])
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["only masked", "whole picture"])
+def test_a_real_detailer_gets_the_final_size_and_the_users_steps(
+    host: Host, plain: Answer, upscaler: str, whole: bool
+) -> None:
+    """ADetailer with a detector of random weights, which finds something everywhere."""
+    titles = {entry["name"] for entry in host.get("/sdapi/v1/script-info")}
+    if "adetailer" not in titles:
+        pytest.skip("ADetailer is not installed in this WebUI.")
+    detector = {"ad_model": "face_tiny.pt", "ad_confidence": 0.0, "ad_mask_k": 1, "ad_denoising_strength": 0.5}
+    asked = [True, False, {**detector, "ad_inpaint_only_masked": not whole}]
+    fields = {**job(host), "n_iter": 2, "scripts": {"adetailer": {"args": asked}}}
+    native, answer = host.txt2img([False], **fields), host.txt2img(staged(upscaler), **fields)
+    seen = answer.of("img2img")
+    assert [(entry["width"], entry["height"], entry["steps"], entry["inputs"]) for entry in seen] == [
+        (entry["width"], entry["height"], entry["steps"], entry["inputs"]) for entry in native.of("img2img")
+    ]
+    assert len(seen) == 2
+    assert (seen[0]["width"], seen[0]["height"], seen[0]["steps"]) == (*SIZE, STEPS)
+    assert [picture.size for picture in answer.images[-2:]] == [SIZE] * 2
+    usual = host.txt2img(staged(upscaler), **job(host), n_iter=2)
+    assert all(not same(one, other) for one, other in zip(answer.images[-2:], usual.images[-2:], strict=True))
+    # Nobody repaints a draft, so it is finished to the image that the detailer then gets.
+    drafts = host.txt2img(staged(upscaler, draft=True), **fields)
+    assert not drafts.of("img2img")
+    finished = host.txt2img({"finish": drafts.encoded(len(drafts.images) - 1)}, **{**fields, "n_iter": 1})
+    assert same(finished.images[0], answer.images[-1])
+    check_nothing_left(answer)
+
+
+def test_what_the_button_did_to_an_image_is_told(host: Host, plain: Answer, upscaler: str) -> None:
+    path = host.folder / "native.png"
+    native = host.txt2img([False], **job(host, (256, 256)))
+    path.write_bytes(base64.b64decode(native.encoded(0)))
+    fields = {**job(host, (256, 256)), "hr_scale": 2.0, "hr_upscaler": upscaler, "denoising_strength": 0.4, "steps": 7}
+    found = keys(host.txt2img(staged(upscaler), probe={"upscale": str(path)}, **fields))
+    assert "256x256 to 512x512" in found["MrFlow enlarged"]
+    assert (found["Size"], found["Steps"]) == ("256x256", str(STEPS))
+    assert "MrFlow" not in found
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -459,7 +617,7 @@ def test_a_refiner_is_refused_and_the_picture_is_the_hosts_own(host: Host, plain
     assert "refiner" in answer.comments
     usual = host.txt2img([False], **job(host), **refined)
     assert same(answer.images[0], usual.images[0])
-    assert answer.infotext == usual.infotext
+    check_refused(host, answer, "refiner", usual)
     check_nothing_left(answer)
 
 
@@ -468,9 +626,13 @@ def test_a_refiner_is_refused_and_the_picture_is_the_hosts_own(host: Host, plain
     [
         ({"enabled": True, "factor": 9}, "factor"),
         ({"enabled": True, "nonsense": 1}, "nonsense"),
+        ({"sgma": 0.2}, "did you mean 'sigma'"),
         ([True, "bad"], "bad"),
+        (["true"], "enabled must be true or false"),
+        ({"sigma": float("nan")}, "sigma must be a number"),
+        ({"low_steps": 10**15}, "low_steps must be a whole number"),
     ],
-    ids=["out of range", "unknown name", "unknown preset"],
+    ids=["out of range", "unknown name", "misspelt name", "unknown preset", "no switch", "NaN", "huge"],
 )
 def test_bad_arguments_cost_one_sentence_and_the_picture_is_the_plain_one(
     host: Host, plain: Answer, arguments: object, word: str
@@ -478,7 +640,30 @@ def test_bad_arguments_cost_one_sentence_and_the_picture_is_the_plain_one(
     answer = host.txt2img(arguments, **job(host))
     assert same(answer.images[0], plain.images[0])
     assert word in answer.comments
-    assert answer.infotext == plain.infotext
+    check_refused(host, answer, word, plain)
+
+
+@pytest.mark.parametrize("arguments", [{"sigma": 5}, {"factor": 4, "preset": "12+1"}], ids=["arguments", "size"])
+def test_a_job_that_is_to_be_stopped_answers_with_an_error(host: Host, plain: Answer, arguments: object) -> None:
+    """Also where the wish is a setting of this one job."""
+    small = job(host, (128, 128))
+    with pytest.raises(RuntimeError, match=r"answered 422.*(sigma must be a number|sides must be at least 64 px)"):
+        host.txt2img(arguments, settings={"mrflow_when_refused": "stop the job"}, **small)
+    assert same(off(host).images[0], plain.images[0])
+
+
+def check_refused(host: Host, answer: Answer, word: str, usual: Answer) -> None:
+    """The reply and the console say why, the text pastes as off, and everything else is the host's own."""
+    told = str(answer.info["extra_generation_params"]["MrFlow"])
+    assert told.startswith("refused (")
+    assert word in told
+    assert "MrFlow: MrFlow" in answer.log
+    assert word in answer.log
+    found = keys(answer)
+    del found["MrFlow"]
+    assert found == keys(usual)
+    parsed = host.post("/sdapi/v1/png-info", {"image": answer.encoded(0)})["parameters"]
+    assert infotext.read(parsed) == Controls()
 
 
 # ------------------------------------------------------------------------------------------------------ nothing remains
@@ -548,3 +733,47 @@ def test_reload_ui(host: Host, plain: Answer, upscaler: str) -> None:
     check_staged(after)
     check_nothing_left(after)
     assert same(off(host).images[0], plain.images[0])
+
+
+def test_the_target_of_hires_fix_is_the_final_size_and_the_plan_route_says_so(host: Host, upscaler: str) -> None:
+    hires = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": upscaler, "denoising_strength": 0.5}
+    fields = {**job(host, (256, 256)), **hires}
+    plan = host.post("/mrflow/v1/plan", {**fields, "cfg_scale": 1.0, "args": staged(upscaler)})
+    answer = host.txt2img(staged(upscaler), **fields)
+    assert plan["refused"] is None
+    assert answer.images[0].size == tuple(plan["final"]) == (384, 384)
+    assert low_size(answer) == tuple(plan["low"]) == (192, 192)
+    sentence = "MrFlow replaces Hires. fix; its target 384x384 is the final size."
+    assert sentence in answer.comments
+    assert sentence in plan["notes"]
+    found = keys(answer)
+    assert found["Size"] == "384x384"
+    assert not [key for key in found if key.startswith("Hires ") and "prompt" not in key]
+    assert len(plan["sigmas"]["first"] or range(13)) == 13
+    assert same(host.txt2img(staged(upscaler), **job(host, (384, 384))).images[0], answer.images[0])
+
+
+def test_the_plan_route_refuses_in_the_words_of_the_job(host: Host) -> None:
+    answer = host.txt2img({"sgma": 0.2}, **job(host))
+    told = host.post("/mrflow/v1/plan", {"args": {"sgma": 0.2}})
+    assert set(told) == {"refused"}
+    assert told["refused"] in answer.comments + answer.log
+
+
+def test_the_sentence_on_speed_never_says_that_native_is_faster(host: Host, upscaler: str) -> None:
+    host.txt2img(staged(upscaler), **job(host))
+    answer = host.txt2img(staged(upscaler), **job(host))
+    assert "MrFlow: 256x256 x12" in answer.comments
+    found = re.search(r"20 steps at this size would take about (\S+) times as long", answer.comments)
+    assert found is None or float(found[1]) >= 1.2
+
+
+def test_a_draft_is_finished_after_a_restart(host: Host, plain: Answer, upscaler: str) -> None:
+    """The last test: the WebUI is stopped and started again."""
+    whole = host.txt2img(staged(upscaler), **job(host))
+    draft = host.txt2img(staged(upscaler, draft=True), **job(host))
+    host.stop()
+    host.start()
+    finished = host.txt2img({"finish": draft.encoded(0)}, **job(host))
+    assert same(finished.images[0], whole.images[0])
+    assert finished.infotext == whole.infotext

@@ -8,7 +8,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from doubles import Anima, Flux, Flux2, LdmModel, Placeholder, QwenImage, Sd3Model, StableDiffusion, ZImage, engine
+from doubles import (
+    Anima,
+    ErnieImage,
+    Flux,
+    Flux2,
+    Krea2,
+    LdmModel,
+    Mugen,
+    PiD,
+    Placeholder,
+    QwenImage,
+    QwenImage21,
+    Sd3Model,
+    StableDiffusion,
+    StableDiffusionXL,
+    ZImage,
+    engine,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_infotext import model
@@ -28,7 +45,7 @@ def make(family: str = "flux1-dev", width: int = 1024, height: int = 1024, names
 
 def test_the_readout() -> None:
     line = make().line
-    assert line == "512×512 ×12 → RealESRGAN_x2plus ×2 → 1024×1024 ×1 @ σ 0.12 · ≈ 11× fewer FLOPs"
+    assert line == "512×512 ×12 → RealESRGAN_x2plus ×2 → 1024×1024 ×1 @ σ 0.12"
     assert make(names=("None", "R-ESRGAN 2x+")).line.startswith("512×512 ×12 → R-ESRGAN ×2 → ")
     assert " → Lanczos ×2 → " in make(names=("None",)).line
     assert make("sdxl", factor=4 / 3).line.endswith(" · experimental")
@@ -69,13 +86,14 @@ def test_shift_and_solver() -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_multistep_is_multistep_and_automatic_is_the_familys_solver(family: str) -> None:
-    made, own = make(family, solver="multistep", low_steps=2), FAMILIES[family].solver
+    steps: dict[str, Any] = {} if FAMILIES[family].shift.kind == "list" else {"low_steps": 2}
+    made, own = make(family, solver="multistep", **steps), FAMILIES[family].solver
     assert (made.solver, made.plan.stages[0].solver) == ("multistep", "multistep")
     assert any("is distilled: Euler suits it better" in note for note in made.notes) == (own == "euler")
-    picked = make(family, solver="automatic", low_steps=2)
+    picked = make(family, solver="automatic", **steps)
     assert (picked.solver, picked.plan.stages[0].solver) == (own, own)
     assert f"Stage 1 uses the solver {own}, which suits {FAMILIES[family].title}." in picked.notes
-    assert not any("solver" in note or "Euler" in note for note in make(family, low_steps=2).notes)
+    assert not any("solver" in note or "Euler" in note for note in make(family, **steps).notes)
 
 
 def test_a_models_own_list_is_answered_whatever_the_count() -> None:
@@ -188,7 +206,22 @@ def test_what_gains_nothing_is_refused() -> None:
         (Flux(name="flux1-schnell"), "flux1-schnell", 8),
         (Flux2(name="flux-2-klein-4b"), "flux2-klein", 16),
         (Flux2(name="flux-2-klein-base-4b"), "flux2-klein-base", 16),
+        (Flux2(name="FLUX.2-klein-9B_fp8", neo=True), "flux2-klein", 16),
+        (Flux2(name="flux2Klein_9bBase", neo=True), "flux2-klein-base", 16),
+        (engine("Flux2", repository="black-forest-labs/FLUX.2-dev")(), "flux2-dev", 16),
         (QwenImage(), "qwen-image", 8),
+        (QwenImage(neo=True), "qwen-image", 8),
+        (QwenImage21(name="qwen_image_2.1_bf16"), "qwen-image-2.1", 16),
+        (QwenImage21(name="qwen_image_2.1_turbo_Q8_0", neo=True), "qwen-image-2.1-turbo", 16),
+        (engine("QwenImage21Engine", factor=16)(neo=True), "qwen-image-2.1", 16),
+        (engine("Qwen21", factor=16)(), "qwen-image-2.1", 16),
+        (Krea2(name="krea2_raw_bf16", neo=True), "krea2", 8),
+        (Krea2(name="krea2_turbo_fp8_scaled", neo=True), "krea2-turbo", 8),
+        (ErnieImage(name="ernie-image"), "ernie-image", 16),
+        (ErnieImage(name="ernie-image-turbo", neo=True), "ernie-image-turbo", 16),
+        (engine("ERNIE", factor=16)(name="ernie"), "ernie-image", 16),
+        (Anima(name="anima-base-v1.0", neo=True), "anima", 8),
+        (engine("Zimage")(name="z_image_turbo"), "z-image-turbo", 8),
         (ZImage(name="z_image_turbo_bf16"), "z-image-turbo", 8),
         (ZImage(name="z_image_bf16"), "z-image", 8),
         (engine("Chroma")(), "chroma", 8),
@@ -198,6 +231,7 @@ def test_what_gains_nothing_is_refused() -> None:
         (Sd3Model(), "sd3", 16),
         (LdmModel(), "sd15", 8),
         (StableDiffusion(), "sd15", 8),
+        (StableDiffusionXL(), "sdxl", 8),
         (engine("StableDiffusionXL", predictor_kind="v_prediction")(), "sdxl", 8),
     ],
 )
@@ -214,14 +248,56 @@ def test_guidance_tells_distilled_models_apart_where_the_name_does_not() -> None
 
     assert (name(ZImage(), 1.0), name(ZImage(), 5.0)) == ("z-image-turbo", "z-image")
     assert (name(Flux2(), 1.0), name(Flux2(), 4.0)) == ("flux2-klein", "flux2-klein-base")
+    assert (name(Krea2(), 1.0), name(Krea2(), 4.5)) == ("krea2-turbo", "krea2")
+    assert (name(ErnieImage(), 1.0), name(ErnieImage(), 4.0)) == ("ernie-image-turbo", "ernie-image")
+    # A name that says it counts more, and Qwen-Image 2.1 is used without CFG in both forms.
+    assert (name(ZImage("z_image_turbo"), 4.0), name(ZImage("zImageBase"), 1.0)) == ("z-image-turbo", "z-image")
+    assert (name(Flux2("klein-base"), 1.0), name(Flux2("klein-4step"), 4.0)) == ("flux2-klein-base", "flux2-klein")
+    assert (name(QwenImage21(), 1.0), name(QwenImage21(), 4.0)) == ("qwen-image-2.1", "qwen-image-2.1")
 
 
-def test_an_unknown_flow_model_keeps_the_hosts_schedule() -> None:
-    info = probe_model(SimpleNamespace(sd_model=Anima()))
-    assert (info.flow, info.known, info.title) == (True, False, "Anima")
+@pytest.mark.parametrize(
+    ("loaded", "shift", "grids"),
+    [
+        (engine("Ideogram4", factor=16)(neo=True), 3.0, (16, 16)),
+        (engine("HunyuanImage", factor=32, shift=5.0)(neo=True), 5.0, (32, 32)),
+        (engine("ChromaDCT", factor=1, shift=1.0)(neo=True), 1.0, (1, 16)),
+        (Mugen(neo=True), 12.0, (8, 8)),
+        (engine("StableDiffusionXL", is_sdxl=True, shift=1.0)("rectified"), 1.0, (8, 8)),
+    ],
+)
+def test_an_unknown_flow_model_keeps_the_hosts_schedule(loaded: Any, shift: float, grids: tuple[int, int]) -> None:
+    info = probe_model(SimpleNamespace(sd_model=loaded))
+    title = type(loaded).__name__
+    assert (info.flow, info.known, info.title, info.experimental, info.refusal) == (True, False, title, False, None)
+    assert (info.grid_final, info.grid_low) == grids
     made = make_recipe(Controls(True), info, 1024, 1024, upscalers=NAMES)
     assert made.first_sigmas is None
     assert made.refine_sigmas == (0.12, 0.0)
+    # Where the host's schedule cannot be used, MrFlow's has the host's shift.
+    ends = 1 / 12, 11 / 12
+    shifted = [shift * end / (1 + (shift - 1) * end) for end in ends]
+    assert [made.first_list(12)[index] for index in (11, 1)] == pytest.approx(shifted, abs=1e-4)
+    assert made.plan.stages[0].sigmas[-1] == 0.0
+
+
+def test_sizes_of_models_whose_latents_are_of_16_pixels_are_multiples_of_16() -> None:
+    for loaded in (ErnieImage(neo=True), QwenImage21(neo=True), engine("Ideogram4", factor=16)(neo=True)):
+        made = make_recipe(Controls(True), probe_model(SimpleNamespace(sd_model=loaded)), 1000, 1240, upscalers=NAMES)
+        assert [side % 16 for side in (made.width, made.height, made.low_width, made.low_height)] == [0, 0, 0, 0]
+
+
+def test_models_that_make_no_image_from_text_alone_are_refused() -> None:
+    def refusal(loaded: Any, **options: bool) -> str | None:
+        host: Any = SimpleNamespace(dynamic_args=None, opts=SimpleNamespace(**options))
+        return probe_model(SimpleNamespace(sd_model=loaded), host).refusal
+
+    assert str(refusal(PiD("pid-2x"))).startswith("MrFlow makes images from text, and pid-2x finishes those of other")
+    assert "edit model anima" in str(refusal(Anima("anima"), anima_do_reference=True))
+    assert refusal(Anima("anima"), anima_do_reference=False) is None
+    assert refusal(Flux(), anima_do_reference=True) is None
+    # These forget the reference before anything is encoded after it.
+    assert refusal(Krea2(), krea2_do_reference=True) is refusal(QwenImage21(), qwen21_do_reference=True) is None
 
 
 def test_without_a_model_there_is_a_sentence() -> None:

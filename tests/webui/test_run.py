@@ -7,14 +7,19 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from doubles import (
     Anima,
+    ErnieImage,
     Flux,
     Flux2,
     Img2Img,
+    Krea2,
+    Mugen,
     QwenImage,
+    QwenImage21,
     Sd3Model,
     StableDiffusion,
     StableDiffusionXL,
@@ -25,10 +30,12 @@ from doubles import (
     create_infotext,
     engine,
     levels,
+    parse_generation_parameters,
     pasted,
 )
+from PIL import Image
 
-from mrflow_sched.apps.webui import axes, infotext, run
+from mrflow_sched.apps.webui import axes, infotext, refusing, run
 from mrflow_sched.apps.webui.controls import Controls
 from mrflow_sched.apps.webui.host import probe_model
 from mrflow_sched.apps.webui.job import ATTRIBUTE
@@ -42,7 +49,7 @@ MADE = {
     *("all_prompts", "all_negative_prompts", "all_seeds", "all_subseeds", "all_hr_prompts", "all_hr_negative_prompts"),
     *("prompts", "negative_prompts", "seeds", "subseeds", "hr_prompts", "hr_negative_prompts", "c", "uc", "rng"),
     *("hr_c", "hr_uc", "extra_network_data", "hr_extra_network_data", "iteration", "sampler"),
-    *("hr_upscale_to_x", "hr_upscale_to_y", "extra_generation_params"),
+    *("hr_upscale_to_x", "hr_upscale_to_y", "extra_generation_params", "batch_index"),
 }
 
 
@@ -62,6 +69,10 @@ def hires_fields(kind: str) -> dict[str, Any]:
     """What a page sends with hires fix."""
     fields: dict[str, Any] = {"enable_hr": True, "hr_upscaler": "None", "hr_scheduler": "Automatic"}
     return fields if kind == "a1111" else {**fields, "hr_additional_modules": ["Use same choices"]}
+
+
+def noise_image(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def untouched(p: Any, before: dict[str, Any]) -> None:
@@ -205,12 +216,12 @@ def test_a_host_schedule_above_one_is_replaced_on_flow_models(solver: str) -> No
 
 
 def test_a_flow_model_without_a_family_keeps_the_hosts_schedule() -> None:
-    ui = WebUI("neo", Anima(neo=True))
+    ui = WebUI("neo", engine("Ideogram4")(neo=True))
     p = ui.job(width=384, height=256)
     ui.generate(p, *ON)
     assert len(levels(ui, "first")) == 12
     assert close(levels(ui, "hires"), [0.12])
-    assert any("does not know the schedule of Anima" in comment for comment in p.comments)
+    assert any("does not know the schedule of Ideogram4" in comment for comment in p.comments)
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DPM++ 3M SDE", "DPM adaptive"])
@@ -436,7 +447,7 @@ def test_the_comment_tells_the_stages_and_their_seconds() -> None:
     [comment] = [comment for comment in p.comments if comment.startswith("MrFlow: 192x128 x12 (")]
     assert "-> R-ESRGAN 2x+ (" in comment
     assert "-> 384x256 x1 at sigma 0.12 (" in comment
-    assert re.search(r" s\); 20 steps at this size would take about \d+\.\d times as long$", comment)
+    assert re.search(r" s\)(; 20 steps at this size would take about \d+\.\d times as long)?$", comment)
     assert comment in result.comments
 
 
@@ -507,6 +518,64 @@ def test_the_colour_guard_takes_a_cast_back(kind: str, cast: float, taken: float
         return result.images[0].mean(dim=(1, 2))
 
     assert (brightness("off") - brightness("auto")).mean() == pytest.approx(taken, abs=0.03 if taken else 1e-6)
+
+
+@pytest.mark.parametrize("guard", ["off", "auto"])
+def test_the_colour_guard_lets_opacity_be(guard: str) -> None:
+    def opacity(guard: str) -> tuple[torch.Tensor, torch.Tensor]:
+        ui = WebUI("neo", QwenImage21(neo=True))
+        decode, passes = ui.model.decode_first_stage, [0]
+
+        def tinted(z: torch.Tensor) -> torch.Tensor:
+            passes[0] += 1
+            return decode(z) * 0.5 + (0.1 if passes[0] == 2 else 0.0)
+
+        ui.model.decode_first_stage = tinted
+        (image,) = ui.generate(ui.job(width=512, height=512), {"colour_guard": guard}).images
+        return image[:3], image[3]
+
+    (colours, alpha), (untouched, own) = opacity(guard), opacity("off")
+    assert torch.equal(alpha, own)
+    assert (untouched - colours).mean() == pytest.approx(0.1 if guard == "auto" else 0.0, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("loaded", "family", "steps"),
+    [
+        (Krea2("krea2_turbo"), "krea2-turbo", 8),
+        (ErnieImage("ernie-image"), "ernie-image", 12),
+        (QwenImage21("qwen-image-2.1"), "qwen-image-2.1", 12),
+        (QwenImage21("qwen-image-2.1-turbo"), "qwen-image-2.1-turbo", 8),
+        (Anima("anima"), "anima", 12),
+    ],
+)
+def test_the_network_of_each_new_engine_is_called_at_the_plans_levels(loaded: Any, family: str, steps: int) -> None:
+    ui = WebUI("neo", type(loaded)(loaded.sd_checkpoint_info.name_for_extra, neo=True))
+    p = ui.job(width=768, height=512, batch_size=2)
+    result = ui.generate(p, {"enabled": True})
+    plan = make_plan(family, 768, 512)
+    assert [stage.steps for stage in plan.stages] == [steps, 1]
+    assert [level for _, level, _ in ui.calls] == pytest.approx([*plan.stages[0].sigmas[:-1], 0.12], abs=1e-6)
+    channels, factor = loaded.channels, loaded.factor
+    assert {shape[:2] for _, _, shape in ui.calls} == {(2, channels)}
+    assert [tuple(image.shape[-2:]) for image in result.images] == [(512, 768)] * 2
+    assert {shape[-2:] for place, _, shape in ui.calls if place == "hires"} == {(512 // factor, 768 // factor)}
+    assert not ui.errors
+
+
+@pytest.mark.parametrize(
+    ("loaded", "own"),
+    [
+        (Flux(neo=True), False),
+        (StableDiffusionXL(neo=True), True),
+        (Mugen(neo=True), True),
+        (engine("StableDiffusionXL", is_sdxl=True)("rectified", neo=True), True),
+    ],
+)
+def test_models_that_are_told_the_size_get_a_conditioning_of_each_size(loaded: Any, own: bool) -> None:
+    ui = WebUI("neo", loaded)
+    ui.generate(ui.job(), *ON)
+    assert (len(ui.texts) == 2) is own
 
 
 # ---------------------------------------------------------------------------------------------------- what is left on p
@@ -658,6 +727,36 @@ def test_hooks_on_copies_neither_disarm_nor_arm_twice(kind: str) -> None:
     untouched(p, before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_comes_after_sampling_sees_the_users_job(kind: str) -> None:
+    """Detailers read size, steps and sampler when the image is finished, before the next batch's noise is made."""
+    ui = webui(kind)
+    names = ("width", "height", "steps", "sampler_name", "denoising_strength")
+    seen: list[Any] = []
+    low: list[Any] = []
+    for name in ("postprocess_batch", "postprocess_image", "postprocess_image_after_composite"):
+        ui.at[name] = lambda p: seen.append(tuple(getattr(p, name) for name in names))
+    ui.at["process_batch"] = lambda p: low.append((p.width, p.height, p.steps, p.rng.shape[-2:]))
+    fields: dict[str, Any] = {"width": 384, "height": 256, "steps": 24, "sampler_name": "DDIM", "n_iter": 3}
+    result = ui.generate(ui.job(**fields, batch_size=2, denoising_strength=0.4), *ON)
+    assert seen == [(384, 256, 24, "DDIM", 0.4)] * 15
+    assert low == [(192, 128, 12, (16, 24))] * 3
+    assert (result.width, result.height) == (384, 256)
+    # Each image is still that of its own seed.
+    alone = webui(kind)
+    single = alone.generate(alone.job(**{**fields, "n_iter": 1}, seed=1004), *ON)
+    assert torch.allclose(single.images[0], result.images[4], atol=1e-6)
+    assert not ui.errors
+
+
+def test_on_hires_fix_the_final_size_is_what_others_see() -> None:
+    ui = webui("forge")
+    seen: list[Any] = []
+    ui.at["postprocess_image"] = lambda p: seen.append((p.width, p.height, p.enable_hr))
+    ui.generate(ui.job(width=1000, height=616), *ON)
+    assert seen == [(1000, 616, True)]
+
+
 def test_a_copy_of_an_armed_job_can_be_generated_itself() -> None:
     ui = webui("forge")
     sizes: list[Any] = []
@@ -716,8 +815,8 @@ REFUSED = [
     ("neo", lambda: QwenImage(name="qwen_image_edit_2509", neo=True), {}, "edit model"),
     ("forge", lambda: engine("StableDiffusionXLRefiner", predictor_kind="epsilon", channels=4)(), {}, "refiner"),
     ("forge", Flux, {"refiner_checkpoint": "sdxl-refiner"}, "switch the refiner off"),
-    ("forge", Flux, {"width": 96, "height": 512}, "sides must be at least 64 px"),
-    ("a1111", Sd3Model, {"width": 96, "height": 96}, "sides must be at least 64 px"),
+    ("forge", Flux, {"width": 96, "height": 512, "hr_scale": 1.0}, "sides must be at least 64 px"),
+    ("a1111", Sd3Model, {"width": 96, "height": 96, "hr_resize_x": 96}, "sides must be at least 64 px"),
 ]
 
 
@@ -736,12 +835,16 @@ def test_a_refused_job_is_made_as_if_mrflow_were_off(
         each.opts.save_images_before_highres_fix = hires
         each.at["process"] = lambda p: snapshots.append(attributes(p))
     results = [each.generate(job, {"save_stages": True}) for each, job in zip((ui, plain), jobs, strict=True)]
-    assert snapshots[0] == snapshots[1]
     [comment] = list(jobs[0].comments)
     assert sentence in comment
     assert comment.endswith(".")
+    key = {"MrFlow": f"refused ({comment[:-1]})"}
+    assert snapshots[0]["extra_generation_params"] == key
+    snapshots[0]["extra_generation_params"] = {}
+    assert snapshots[0] == snapshots[1]
     assert ui.calls == plain.calls
-    assert ui.infotexts == plain.infotexts
+    assert ui.infotexts == [{**text, **key} for text in plain.infotexts]
+    assert infotext.read(pasted(ui.infotexts[0])) == Controls()
     assert ui.saved == plain.saved
     assert all(torch.equal(a, b) for a, b in zip(results[0].images, results[1].images, strict=True))
     after, other = (attributes(job) for job in jobs)
@@ -789,6 +892,65 @@ def test_a_refusal_stops_the_job_where_the_user_wants_that() -> None:
     result = ui.generate(ui.job(), *ON)
     assert result.images == []
     assert not ui.calls
+
+
+@pytest.mark.parametrize("make", [lambda: Wan(neo=True), Flux], ids=["in process", "in before_process"])
+def test_an_api_job_that_is_stopped_ends_in_an_error_with_the_sentence(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class HTTPException(Exception):
+        def __init__(self, status_code: int, detail: str) -> None:
+            super().__init__(detail)
+            self.status_code = status_code
+
+    monkeypatch.setattr(
+        refusing, "import_module", {"fastapi": SimpleNamespace(HTTPException=HTTPException)}.__getitem__
+    )
+    ui = WebUI("neo", make())
+    args = {"preset": "12+1"} if not isinstance(ui.model, Flux) else {"sgma": 0.2}
+    # As a setting of one job, which hosts put into force only after the first hook.
+    p = ui.job(is_api=True, override_settings={"mrflow_when_refused": "stop the job"})
+    with pytest.raises(
+        HTTPException, match=r"makes videos|'sgma' is not a setting of MrFlow; did you mean 'sigma'"
+    ) as e:
+        ui.generate(p, args)
+    assert e.value.status_code == 422
+    assert not ui.calls
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"sgma": 0.2}, "'sgma' is not a setting"),
+        (("true",), "enabled must be true or false"),
+        ((1,), "enabled must be true or false"),
+        ({"sigma": "0.2"}, "sigma must be a number"),
+        ({"sigma": float("nan")}, "sigma must be a number"),
+        ({"sigma": float("inf")}, "sigma must be a number"),
+        ({"low_steps": 10**400}, "low_steps must be a whole number"),
+        ({"preset": {"a": 1}}, "preset must be"),
+        ({"preset": "9999+1"}, "preset must be"),
+        ({"upscaler": 3}, "upscaler must be"),
+        ({"draft": "yes"}, "draft must be true or false"),
+        ({"draft": True, "sigma": -1}, "sigma must be a number"),
+    ],
+)
+def test_an_api_client_reads_why_its_job_was_refused(args: Any, words: str) -> None:
+    ui = webui("neo")
+    p = ui.job(is_api=True)
+    result = ui.generate(p, *(args if isinstance(args, tuple) else (args,)))
+    assert len(ui.calls) == 20
+    assert words in result.extra_generation_params["MrFlow"]
+    assert result.extra_generation_params["MrFlow"].startswith("refused (MrFlow is off for this job: ")
+
+
+def test_an_api_client_reads_the_report() -> None:
+    ui = webui("forge")
+    result = ui.generate(ui.job(width=512, height=512, sampler_name="DDIM"), *ON)
+    report = result.extra_generation_params["MrFlow report"]
+    assert "Euler is used." in report
+    assert "MrFlow: 256x256 x12" in report
+    assert not any("MrFlow report" in text for text in ui.infotexts)
 
 
 class Unreadable:
@@ -852,7 +1014,7 @@ def test_a_job_may_find_no_model_or_another_model_at_first() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_upscale_button_runs_stages_two_to_four(kind: str) -> None:
     ui = webui(kind)
-    picture = torch.rand(1, 3, 512, 512)
+    picture = noise_image(512, 512)
     p = ui.job(width=512, height=512, enable_hr=True, firstpass_image=picture, hr_scale=1.5, hr_upscaler="None")
     p.txt2img_upscale = True
     p.override_settings["save_images_before_highres_fix"] = False
@@ -861,14 +1023,37 @@ def test_the_upscale_button_runs_stages_two_to_four(kind: str) -> None:
     assert tuple(result.images[0].shape) == (3, 768, 768)
     assert not levels(ui, "first")
     assert close(levels(ui, "hires"), [0.3, 0.15])
-    assert ui.infotexts[0]["Size"] == "768x768"
     assert not any(key.startswith("Hires") for key in ui.infotexts[0])
+    assert (
+        ui.infotexts[0]["MrFlow enlarged"]
+        == "512x512 to 768x768 with R-ESRGAN 2x+, 2 at sigma 0.3, refine seed seed + 1"
+    )
+    # Pasted, they make the image that was enlarged: a native one of this size.
+    assert ui.infotexts[0]["Size"] == "512x512"
+    assert not infotext.read(pasted(ui.infotexts[0])).enabled
     untouched(p, {**before, "hr_scheduler": p.hr_scheduler, "hr_prompt": p.hr_prompt})
+
+
+def test_what_the_button_did_is_added_to_what_made_the_image() -> None:
+    ui = webui("forge")
+    made = ui.generate(ui.job(width=512, height=384), *ON)
+    image = made.pictures[0]
+    for step in (1, 2):
+        p = ui.job(width=64, height=64, steps=33, enable_hr=True, firstpass_image=image, hr_upscaler="None")
+        p.txt2img_upscale = True
+        image = ui.generate(p, True, "12+1").pictures[0]
+        params = parse_generation_parameters(image.info["parameters"])
+        assert params["MrFlow enlarged"].count(" to ") == step
+        # Everything else makes the first image, when it is pasted.
+        assert (params["Size-1"], params["Size-2"], params["Steps"], params["MrFlow"]) == (
+            *("512", "384", "12"),
+            "12+1 x2 v1",
+        )
 
 
 def test_the_upscale_button_at_scale_one_takes_the_factor() -> None:
     ui = webui("forge")
-    p = ui.job(width=512, height=512, enable_hr=True, firstpass_image=torch.rand(1, 3, 512, 512), hr_scale=1.0)
+    p = ui.job(width=512, height=512, enable_hr=True, firstpass_image=noise_image(512, 512), hr_scale=1.0)
     p.txt2img_upscale = True
     assert tuple(ui.generate(p, *ON).images[0].shape) == (3, 1024, 1024)
     assert p.hr_scale == 1.0

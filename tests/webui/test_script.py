@@ -4,6 +4,7 @@ path once it is loaded."""
 from __future__ import annotations
 
 import importlib.util
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from doubles import Flux, WebUI, close, levels
 
 from mrflow_sched.apps.webui.controls import FIELDS
+from mrflow_sched.apps.webui.reporting import attach_console
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "mrflow.py"
 
@@ -92,3 +94,21 @@ def test_no_room_needs_a_host_or_gradio_to_be_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_our_log_reaches_the_console_where_the_root_logger_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("mrflow")
+    before = logger.handlers[:], logger.level, logger.propagate
+    logger.handlers = []
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        attach_console()
+        attach_console()  # scripts are loaded again
+        logger.info("512x512")
+        logger.warning("no")
+        assert capsys.readouterr().err == "MrFlow: 512x512\nMrFlow: no\n"
+    finally:
+        root.setLevel(level)
+        logger.handlers, logger.level, logger.propagate = before

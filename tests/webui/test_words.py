@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 from doubles import Flux, Sd3Model, Wan, WebUI, engine
 from test_controls import BAD
+from test_drafts import REFUSED, as_file, draft_file, run_of
 from test_infotext import model
 from test_package_files import LANGUAGES
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui import ui, words
 from mrflow_sched.apps.webui.controls import CHOICES, FIELDS, Controls
+from mrflow_sched.apps.webui.expected import Expected, expect, phrase
+from mrflow_sched.apps.webui.hires import hires_note
 from mrflow_sched.apps.webui.host import probe_model
 from mrflow_sched.apps.webui.job import say
 from mrflow_sched.apps.webui.recipe import make_recipe
@@ -103,6 +106,12 @@ NEVER_SHOWN = {
     "Use same choices",
     "Hires negative prompt",
     "bool | int | float | str",
+    # keys of the metadata: refusals quote them
+    "Distilled CFG Scale",
+    "Seed resize from",
+    "Seed resize from-1",
+    "Seed resize from-2",
+    "Variation seed strength",
     # why a file has no entry in the list of upscalers: logged
     "it is x{}, and x2 and x4 are listed",
     "its name is that of {}",
@@ -194,16 +203,31 @@ def said_by_plans() -> Iterator[str]:
         {"sigma": 0.6, "refine_cfg": "off"},
         {"refine_cfg": "value", "refine_cfg_value": 30.0},
         {"upscaler": "Gone"},
+        {"draft": True},
     ]
     for family, size, chosen in product(sorted(set(FAMILIES) - {"demo"}), sizes, choices):
         info = model(family)
         for names in upscalers if size == sizes[0] else upscalers[2:]:
             try:
-                made = make_recipe(Controls(True, **chosen), info, *size, upscalers=names)
+                controls = Controls(True, **chosen)
+                made = make_recipe(controls, info, *size, upscalers=names)
             except MrFlowError as error:
                 yield str(error)
-            else:
-                yield from (made.line, *made.notes)
+                continue
+            expected = expect(made, info, controls)
+            assert expected is not None
+            yield from (made.line if controls.draft else f"{made.line} · {phrase(expected)}", *made.notes)
+    for expected in (Expected(3.0, 20), Expected(1.0, 8), Expected(1.0, 8, (1536, 1536))):
+        yield phrase(expected)
+
+
+def said_of_pages() -> Iterator[str]:
+    """What is refused of the page's other fields, or of a request for a plan."""
+    for bad in ({"width": 0.5}, {"steps": 0}, {"cfg_scale": -1}, {"hr_scale": 0}, {"hr_resize_x": -1}):
+        try:
+            ui.preview(Controls(True), {"width": 1024, "height": 1024, "enable_hr": True, **bad})
+        except MrFlowError as error:
+            yield str(error)
 
 
 def said_of_arguments() -> Iterator[str]:
@@ -222,7 +246,8 @@ def shape(sentence: str) -> str:
 @functools.cache
 def provoked() -> list[str]:
     """One of each kind of sentence, as it is said."""
-    sentences = [*said_by_plans(), *said_of_arguments(), *said_of_models(), *said_by_jobs()]
+    sentences = [*said_by_plans(), *said_of_pages(), *said_of_arguments(), *said_of_models(), *said_by_jobs()]
+    sentences += said_of_drafts()
     return list({shape(sentence): sentence for sentence in sentences}.values())
 
 
@@ -231,6 +256,7 @@ def said_of_models() -> Iterator[str]:
         Flux("flux1-kontext-dev"),
         Wan("a-video"),
         engine("StableDiffusionXLRefiner")("xl-refiner"),
+        engine("PiD")("pid"),
         OldForge(),
     ):
         refusal = probe_model(SimpleNamespace(sd_model=loaded, cfg_scale=1.0)).refusal
@@ -262,6 +288,34 @@ def said_by_jobs() -> Iterator[str]:
         yield from p.comments
 
 
+def said_of_drafts() -> Iterator[str]:
+    """What jobs say that make drafts, finish them, or cannot."""
+    _, made, result = run_of("forge", {"draft": True})
+    yield from made.comments
+    picture = result.pictures[0]
+    text = picture.info["parameters"]
+    changed, shrunk = picture.point(lambda value: value // 2), picture.resize((128, 96))
+    changed.info["parameters"] = shrunk.info["parameters"] = f"{text}, Model hash: 00000000ff"
+    wrong = [re.sub(f"{name}: [^,]+", f"{name}: much", text) for name in ("Seed", "CFG scale")]
+    for given in (*(make() for make, _ in REFUSED.values()), as_file(changed), as_file(shrunk), *wrong):
+        yield from run_of("forge", {"finish": given})[1].comments
+    yield from run_of("forge", {"finish": draft_file(), "sigma": 0.3})[1].comments
+    file = SimpleNamespace(name=__file__)
+    yield from run_of("forge", True, *[None] * (len(FIELDS) - 1), [file])[1].comments
+
+
+# English that stands in a translation, beside what is quoted or in brackets: another library's error.
+QUOTED = re.compile(r"'[^']*'|[(（][^)）]*[)）]")
+ENGLISH = re.compile(r"(?<!['\w])[a-z]{2,} [a-z]{2,} [a-z]{2,}")
+OTHER_LETTERS = ("zh-Hans", "zh-Hant", "ja", "ko")
+
+
+def halves(language: str, texts: list[str]) -> dict[str, str]:
+    """Those of `texts` of which a language translates a part only."""
+    said = {text: words.in_language(text, language) for text in texts}
+    return {key: text for key, text in said.items() if key != text and ENGLISH.search(QUOTED.sub("", text))}
+
+
 def missing(language: str, texts: list[str]) -> list[str]:
     """Those of `texts` (with {} for what varies) that a language lacks."""
     keys = json.loads((words.FOLDER / f"{language}.json").read_text(encoding="utf-8"))
@@ -281,6 +335,8 @@ def test_every_sentence_in_the_source_is_in_every_language(language: str) -> Non
     found = said_in_the_source()
     assert len(found) > 50
     assert missing(language, found) == [], f"add these to {words.FOLDER}/{language}.json"
+    if language in OTHER_LETTERS:
+        assert halves(language, [text.replace("{}", "7") for text in found]) == {}
 
 
 def test_a_new_sentence_would_be_missed() -> None:
@@ -293,11 +349,8 @@ def test_what_plans_and_refusals_really_say_is_translated_whole(language: str) -
     assert len(provoked()) > 60
     english = [sentence for sentence in provoked() if words.in_language(sentence, language) == sentence]
     assert english == [], f"add these to {words.FOLDER}/{language}.json"
-    if language in ("zh-Hans", "zh-Hant", "ja", "ko"):
-        said = {sentence: words.in_language(sentence, language) for sentence in provoked()}
-        rest = re.compile(r"(?<!['\w])[a-z]{2,} [a-z]{2,} [a-z]{2,}")
-        left = {key: text for key, text in said.items() if rest.search(re.sub(r"'[^']*'", "", text))}
-        assert left == {}, "part of the sentence stays English"
+    if language in OTHER_LETTERS:
+        assert halves(language, provoked()) == {}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -331,9 +384,31 @@ def test_a_sentence_within_a_sentence_is_translated_too() -> None:
     assert said == f"이 작업에는 MrFlow를 사용하지 않습니다: {refusal}"
 
 
-def test_a_hostile_value_takes_no_time() -> None:
-    value = "'" + " or {0} x -> " * 40 + "'"
+@pytest.mark.parametrize("part", [" or {0} x -> ", " · "])
+def test_a_hostile_value_takes_no_time(part: str) -> None:
+    value = "'" + part * 40 + "'"
     assert value in words.in_language(f"preset must be {value}, got {value}.", "fr")
+
+
+SLOW = ("no faster than 8 steps at this size", "in dieser Größe nicht schneller als 8 Schritte")
+PIECES = {
+    "draft 512×512 ×12": "Entwurf 512×512 ×12",
+    "finished later: → Lanczos ×2 → 1024×1024 ×1 @ σ 0.12": (
+        "später fertiggestellt: → Lanczos ×2 → 1024×1024 ×1 @ σ 0.12"
+    ),
+    "experimental": "experimentell",
+    "about 3.0× faster than 20 steps": "etwa 3.0-mal so schnell wie 20 Schritte",
+    SLOW[0]: SLOW[1],
+    f"{SLOW[0]}; pays from about 1536×1536 up": f"{SLOW[1]}; lohnt sich ab etwa 1536×1536",
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_pieces_of_a_line_are_translated_alone_and_together(count: int) -> None:
+    for chosen in combinations(PIECES, count):
+        if sum("steps" in piece for piece in chosen) < 2:  # a line has one comparison
+            german = " · ".join(PIECES[piece] for piece in chosen)
+            assert words.in_language(" · ".join(chosen), "de") == german
 
 
 @pytest.fixture
@@ -352,8 +427,8 @@ def shown(**changes: Any) -> tuple[str, str]:
 @pytest.mark.usefixtures("chinese")
 def test_the_page_speaks_the_users_language() -> None:
     line, summary = shown(solver="multistep", low_steps=2)
-    assert "FLOPs 约为 1/" in line
-    assert "FLOPs 约为 1/" in summary
+    for text in (line, summary):
+        assert re.search(r"@ σ [\d.]+ · (?:速度约为|在此尺寸下不比) 9 步采样", text)
     assert "模型会在生成第一张图像时加载" in line
     assert "是蒸馏模型" in line
     refused, short = shown(sigma=0.01)
@@ -364,5 +439,5 @@ def test_the_page_speaks_the_users_language() -> None:
 @pytest.mark.usefixtures("chinese")
 def test_the_sentences_under_the_image_do_too() -> None:
     job = SimpleNamespace(comments={})
-    say(job, "MrFlow replaces Hires. fix; the final size is 1024x1024.")
-    assert list(job.comments) == ["MrFlow 会取代高分辨率修复（Hires. fix）；最终尺寸为 1024x1024。"]
+    say(job, hires_note(1024, 1024))
+    assert list(job.comments) == ["MrFlow 会取代高分辨率修复（Hires. fix）；其目标尺寸 1024x1024 即最终尺寸。"]

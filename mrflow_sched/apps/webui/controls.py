@@ -74,6 +74,7 @@ LABELS: Mapping[str, str] = MappingProxyType(
         "refine_seed": "Refine seed",
         "colour_guard": "Colour guard",
         "save_stages": "Save stage images",
+        "draft": "Draft",
     }
 )
 """English label of each control: a key of ui-config.json and of the translations, so none is ever changed."""
@@ -101,6 +102,7 @@ class Controls:
         refine_seed: Noise of the refine stage: "seed + 1" (of the seed after the image's), or "host".
         colour_guard: "auto" removes a shift of the mean colour that the later stages introduce, or "off".
         save_stages: Save the low-resolution image too.
+        draft: Make stage 1 only: low-resolution images that can be finished later.
 
     Raises:
         MrFlowError: A value is not allowed.
@@ -120,6 +122,7 @@ class Controls:
     refine_seed: str = "seed + 1"
     colour_guard: str = "off"
     save_stages: bool = False
+    draft: bool = False
 
     def __post_init__(self) -> None:
         for entry in fields(self):

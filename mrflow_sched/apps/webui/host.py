@@ -7,16 +7,20 @@ mixes noise as the model expects it. A1111: no `forge_objects`; flow models have
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from mrflow_sched.plan.families import Family, HostFacts, family_of_host, get_family
+from mrflow_sched._runtime.errors import shown
+from mrflow_sched.plan.families import Family, HostFacts, ShiftRule, family_of_host, get_family
 
 __all__ = [
     "Host",
@@ -27,6 +31,7 @@ __all__ = [
     "kept_random_state",
     "own_attributes",
     "probe_model",
+    "refiner_refusal",
 ]
 
 Noising = Literal["flow", "ve", "none"]
@@ -83,6 +88,48 @@ class HostApi(Protocol):
         """
         ...
 
+    def pixels_per_latent(self) -> int:
+        """Return how many pixels a latent covers on each side, as the host counts for the loaded model.
+
+        Returns:
+            8, or 16 for some models of Forge Neo.
+        """
+        ...
+
+    def read_parameters(self, text: str) -> dict[str, Any]:
+        """Read an image's metadata as the host does when they are pasted.
+
+        Args:
+            text: The metadata.
+
+        Returns:
+            Values by key; sizes are split into keys with "-1" and "-2".
+        """
+        ...
+
+    def settings_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the host's settings that an image was made with and that differ from those of now.
+
+        Args:
+            params: Its metadata, as `read_parameters` gives them.
+
+        Returns:
+            Values by setting. A checkpoint that is not installed is left out.
+        """
+        ...
+
+    def with_styles(self, prompt: str, styles: Sequence[str]) -> str:
+        """Return a prompt with the user's styles filled in.
+
+        Args:
+            prompt: The prompt.
+            styles: Names of styles.
+
+        Returns:
+            The prompt as the host would use it.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class _WebUI:
@@ -92,6 +139,9 @@ class _WebUI:
     rng: Any
     samplers: frozenset[str]
     dynamic_args: Any
+    processing: Any = None
+    infotexts: Any = None
+    checkpoints: Any = None
 
     @property
     def opts(self) -> Any:
@@ -118,6 +168,33 @@ class _WebUI:
                 seed_resize_from_h=p.seed_resize_from_h,
                 seed_resize_from_w=p.seed_resize_from_w,
             ).next()
+
+    def pixels_per_latent(self) -> int:
+        # Neo sets it anew for each model.
+        return int(getattr(self.processing, "opt_f", 8))
+
+    def read_parameters(self, text: str) -> dict[str, Any]:
+        parse = self.infotexts.parse_generation_parameters
+        # Hosts since 1.10 leave out what the user does not want pasted, unless they are told otherwise.
+        return dict(parse(text, []) if len(inspect.signature(parse).parameters) > 1 else parse(text))
+
+    def settings_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        find = getattr(self.infotexts, "get_override_settings", None)
+        found = {} if find is None else {str(key): value for _, key, value in find(dict(params))}
+        known = getattr(self.checkpoints, "checkpoint_aliases", {})
+        if found.get("sd_model_checkpoint") not in known:
+            found.pop("sd_model_checkpoint", None)
+        modules = _stems(getattr(self.opts, "forge_additional_modules", None))
+        if _stems(found.get("forge_additional_modules")) == modules:
+            found.pop("forge_additional_modules", None)
+        return found
+
+    def with_styles(self, prompt: str, styles: Sequence[str]) -> str:
+        return str(self.shared.prompt_styles.apply_styles_to_prompt(prompt, list(styles)))
+
+
+def _stems(paths: Any) -> list[str]:
+    return [PurePath(str(path)).stem for path in paths or ()]
 
 
 def own_attributes(thing: Any) -> dict[str, Any]:
@@ -156,17 +233,25 @@ def attach(import_module: Callable[[str], Any]) -> HostApi:
     Returns:
         The WebUI.
     """
-    samplers: frozenset[str] = frozenset()
-    try:
-        data = import_module("modules.sd_samplers_timesteps").samplers_data_timesteps
-        samplers = frozenset(str(entry.name) for entry in data)
-    except (ImportError, AttributeError):
-        pass
-    try:
-        dynamic_args = import_module("backend.args").dynamic_args
-    except (ImportError, AttributeError):
-        dynamic_args = None
-    return _WebUI(import_module("modules.shared"), import_module("modules.rng"), samplers, dynamic_args)
+
+    def found(*names: str) -> Any:
+        for name in names:
+            try:
+                return import_module(name)
+            except ImportError:
+                continue
+        return None
+
+    data = getattr(found("modules.sd_samplers_timesteps"), "samplers_data_timesteps", ())
+    return _WebUI(
+        import_module("modules.shared"),
+        import_module("modules.rng"),
+        samplers=frozenset(str(entry.name) for entry in data),
+        dynamic_args=getattr(found("backend.args"), "dynamic_args", None),
+        processing=found("modules.processing"),
+        infotexts=found("modules.infotext_utils", "modules.generation_parameters_copypaste"),
+        checkpoints=found("modules.sd_models"),
+    )
 
 
 @dataclass(frozen=True)
@@ -199,6 +284,21 @@ def capabilities(p: Any) -> Host:
 
 
 # ----------------------------------------------------------------------------------------------------------- the model
+
+
+def refiner_refusal(checkpoint: Any) -> str | None:
+    """Return why a job with a refiner cannot run staged.
+
+    Args:
+        checkpoint: The refiner that the job asks for, as hosts name it.
+
+    Returns:
+        A sentence for the user; None where it asks for none.
+    """
+    if checkpoint in (None, "", "None", "none"):
+        return None
+    name = shown(checkpoint)
+    return f"MrFlow cannot be used with the refiner {name}; switch the refiner off, or generate without MrFlow."
 
 
 @dataclass(frozen=True)
@@ -249,17 +349,27 @@ def probe_model(p: Any, host: HostApi | None = None) -> ModelInfo:
     flow = _is_flow(model)
     family, known = _family(p, model, engine, name, flow)
     refusal = _refusal(model, engine, name, flow, noising, family.title, host)
-    new_forge = _predictor(model) is not None
+    pixels = _pixels(model, family, flow)
     return ModelInfo(
         family=family,
         title=family.title,
         flow=flow,
         experimental=not flow,
         refusal=refusal,
-        grid_final=16 if flow and (family.shift.kind == "flux2" or not new_forge) else family.vae_factor,
-        grid_low=family.grid,
+        grid_final=pixels,
+        grid_low=math.lcm(family.grid, pixels),
         known=known,
     )
+
+
+def _pixels(model: Any, family: Family, flow: bool) -> int:
+    """Return how many pixels along a side the host makes of one value of the model's latents."""
+    vae = getattr(getattr(model, "forge_objects", None), "vae", None)
+    ratios = (getattr(vae, name, None) for name in ("upscale_ratio", "downscale_ratio"))
+    told = next((ratio for ratio in ratios if isinstance(ratio, int)), 0)  # VAEs of videos have functions there
+    # Flow models of A1111 round to 16; FLUX.2's latents are packed on every host.
+    packed = flow and (family.shift.kind == "flux2" or _predictor(model) is None)
+    return max(told, 16) if packed else told or family.vae_factor
 
 
 def _refused(family: str, title: str, sentence: str) -> ModelInfo:
@@ -273,7 +383,11 @@ def _refusal(
     record = getattr(host, "dynamic_args", None)
     if engine.startswith("Wan") or bool(getattr(record, "wan", False)):
         return f"MrFlow makes images, and {name or engine} makes videos; {_PLAIN}."
+    if engine == "PiD" or bool(getattr(record, "pid", False)):
+        return f"MrFlow makes images from text, and {name or engine} finishes those of other models; {_PLAIN}."
     edits = any(bool(getattr(record, kind, False)) for kind in ("kontext", "edit"))
+    # With this option Anima's encoder makes each picture, that of stage 1 too, a reference of what follows.
+    edits = edits or (engine == "Anima" and bool(getattr(getattr(host, "opts", None), "anima_do_reference", False)))
     if edits or _EDITS.search(name):
         return f"MrFlow cannot be used with the edit model {name or engine}, which encodes reference images; {_PLAIN}."
     if engine == "StableDiffusionXLRefiner":
@@ -290,10 +404,10 @@ def _refusal(
 
 def _family(p: Any, model: Any, engine: str, name: str, flow: bool) -> tuple[Family, bool]:
     """Return the family of the loaded model, and whether its schedule is known."""
-    repository = getattr(getattr(model, "model_config", None), "huggingface_repo", "")
     facts = HostFacts(
         engine=engine,
-        text=f"{name} {repository}".lower(),
+        name=name.lower(),
+        repository=str(getattr(getattr(model, "model_config", None), "huggingface_repo", "")).lower(),
         flow=flow,
         guidance=getattr(p, "cfg_scale", None),
         distilled_scale=bool(getattr(model, "use_distilled_cfg_scale", True)),
@@ -303,8 +417,19 @@ def _family(p: Any, model: Any, engine: str, name: str, flow: bool) -> tuple[Fam
     found = family_of_host(facts)
     if found is not None:
         return found, True
-    # The grid and the guidance of most flow models; its schedule is not asked for.
-    return replace(get_family("z-image"), name="flow", title=engine or "flow model"), False
+    # The grid and the guidance of models like it, and the shift that the host gives it.
+    like = get_family("sdxl" if facts.is_sdxl else "z-image")
+    shift = ShiftRule("static", shift=_host_shift(model) or 1.0)
+    return replace(like, name="flow", title=engine or "flow model", prediction="flow", shift=shift), False
+
+
+def _host_shift(model: Any) -> float | None:
+    """Return the static shift of the host's table of sigmas, read off at its middle; None where there is no table."""
+    table = getattr(_predictor(model), "sigmas", None)
+    if not isinstance(table, Tensor) or table.ndim != 1 or len(table) < 2:
+        return None
+    middle = float(table[len(table) // 2 - 1])
+    return max(middle / (1.0 - middle), 1.0) if 0.0 < middle < 1.0 else None
 
 
 def _checkpoint_name(model: Any) -> str:

@@ -5,12 +5,17 @@
 `MrFlow` holds the preset that ran ("automatic" before it where it was chosen for the model), the size factor, what the
 user set instead of the preset's numbers (`low=8`, `refine=2`, `sigma=0.15`), and the version of these rules. The other
 keys hold a choice that is not the default, or tell a reader what ran.
+
+    MrFlow: refused (MrFlow cannot be used with the refiner ...)      made without MrFlow; pastes as off
+    MrFlow draft: 1a2b3c4d                                            stage 1 only, with the checksum of its pixels
+    MrFlow enlarged: 512x512 to 1024x1024 with RealESRGAN ...         an image, enlarged by the upscale button
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mrflow_sched
@@ -18,10 +23,14 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui.controls import AUTOMATIC, CHOICES, FIELDS, Controls
 from mrflow_sched.apps.webui.recipe import Recipe
 
-__all__ = ["KEY", "PREFIX", "field_value", "read", "write"]
+__all__ = ["DRAFT", "ENLARGED", "KEY", "PREFIX", "enlarged", "field_value", "joined", "ran", "read", "refused", "write"]
 
 KEY = "MrFlow"
 PREFIX = "MrFlow "
+DRAFT = "MrFlow draft"
+"""Key of an image that is stage 1 only: the CRC-32 of its pixels, eight hexadecimal digits."""
+ENLARGED = "MrFlow enlarged"
+"""Key of an image that the gallery's upscale button enlarged. The other keys are those of the image before it."""
 VERSION = "v1"
 
 _CHOICE_KEYS = {
@@ -31,7 +40,9 @@ _CHOICE_KEYS = {
     "colour_guard": "MrFlow colour guard",
 }
 _OVERRIDES = {"low": "low_steps", "refine": "refine_steps", "sigma": "sigma"}
-_PICKED = re.compile(rf"{AUTOMATIC} \(.*\)", re.DOTALL)
+_PICKED = re.compile(rf"{AUTOMATIC} \((.*)\)", re.DOTALL)
+_RAN = re.compile(r"([0-9]{1,3})\+([0-9]{1,2})")
+_REFUSED = "refused ("
 _PRESET = re.compile(r"[0-9]+\+[0-9]+")
 
 
@@ -72,6 +83,36 @@ def write(controls: Controls, recipe: Recipe) -> dict[str, str]:
     return keys
 
 
+def refused(sentence: str) -> str:
+    """Write the value of the main key for an image that was made without MrFlow, though it was asked for.
+
+    Args:
+        sentence: Why.
+
+    Returns:
+        A value that `read` takes as off.
+    """
+    return f"{_REFUSED}{sentence.rstrip('.')})"
+
+
+def enlarged(controls: Controls, recipe: Recipe, before: str | None = None) -> str:
+    """Write the value of `ENLARGED`.
+
+    Args:
+        controls: What the user chose.
+        recipe: What ran; its low size is that of the image that was enlarged.
+        before: The value that this image carried already.
+
+    Returns:
+        What was done to the image, in words; what was done before stands first.
+    """
+    done = (
+        f"{recipe.low_width}x{recipe.low_height} to {recipe.width}x{recipe.height} with {recipe.upscaler}, "
+        f"{recipe.refine_steps} at sigma {_number(recipe.sigma)}, refine seed {controls.refine_seed}"
+    )
+    return f"{before}; {done}" if before else done
+
+
 def read(params: Mapping[str, Any]) -> Controls:
     """Read the controls from an image's metadata.
 
@@ -82,10 +123,10 @@ def read(params: Mapping[str, Any]) -> Controls:
         params: The keys as a host parses them; values shaped "512x512" may come split into keys with "-1" and "-2".
 
     Returns:
-        The controls; all defaults, with MrFlow off, where our main key is missing.
+        The controls; all defaults, with MrFlow off, where our main key is missing or says that MrFlow was refused.
     """
     main = _get(params, KEY)
-    if main is None:
+    if main is None or main.startswith(_REFUSED):
         return Controls()
     found: dict[str, Any] = {"enabled": True, **_from_main(main)}
     for name, key in _CHOICE_KEYS.items():
@@ -96,7 +137,52 @@ def read(params: Mapping[str, Any]) -> Controls:
     kind, _, value = (_get(params, "MrFlow refine CFG") or "").partition(" ")
     found.update(refine_cfg=kind or None, refine_cfg_value=_to_number(value))
     found["save_stages"] = _get(params, "MrFlow save stages") == "on"
+    found["draft"] = _get(params, DRAFT) is not None
     return Controls(**{name: value for name, value in found.items() if _usable(name, value)})
+
+
+def joined(params: Mapping[str, Any], names: Sequence[str] = ()) -> dict[str, str]:
+    """Return all our keys of an image's metadata as they were written.
+
+    Args:
+        params: As in `read`.
+        names: Other keys that are wanted too.
+
+    Returns:
+        Values by key, in order; sizes are whole again, and what is missing is left out.
+    """
+    found: dict[str, str] = {}
+    for key in params:
+        name = key.removesuffix("-1") if f"{key.removesuffix('-1')}-2" in params else key
+        value = _get(params, name)
+        ours = name == KEY or (name.startswith(PREFIX) and not name.endswith("-2"))
+        if value is not None and (ours or name in names):
+            found[name] = value
+    return found
+
+
+def ran(params: Mapping[str, Any]) -> Controls:
+    """Read the controls from an image's metadata, with the numbers and the upscaler that really ran.
+
+    What "automatic" and a preset stand for may have changed since: other files are installed, presets were improved.
+
+    Args:
+        params: As in `read`.
+
+    Returns:
+        The controls that `read` gives, with every number set.
+    """
+    found: dict[str, Any] = {}
+    upscaler = _PICKED.fullmatch(_get(params, "MrFlow upscaler") or "")
+    if upscaler is not None:
+        found["upscaler"] = upscaler[1]
+    steps = _RAN.fullmatch(_get(params, "MrFlow steps") or "")
+    if steps is not None:
+        found["low_steps"], found["refine_steps"] = int(steps[1]), int(steps[2])
+    found["sigma"] = _to_number(_get(params, "MrFlow sigma") or "")
+    controls = read(params)
+    usable = {name: value for name, value in found.items() if value is not None and _usable(name, value)}
+    return replace(controls, **usable)
 
 
 def field_value(name: str) -> Callable[[Mapping[str, Any]], Any]:

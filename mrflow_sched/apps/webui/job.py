@@ -6,9 +6,11 @@ shallow copies of `p`, which carry the same run without being its owner.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from mrflow_sched.apps.webui.controls import Controls
 from mrflow_sched.apps.webui.host import HostApi, ModelInfo, own_attributes
 from mrflow_sched.apps.webui.recipe import Recipe
 from mrflow_sched.apps.webui.words import translated
+
+if TYPE_CHECKING:
+    from mrflow_sched.apps.webui.drafts import Draft
 
 __all__ = [
     "ABSENT",
@@ -28,12 +33,14 @@ __all__ = [
     "change_known",
     "current",
     "install",
+    "lend",
     "override",
     "own",
     "put_back",
     "release_sampler",
     "remember",
     "say",
+    "take_back",
     "tidy",
 ]
 
@@ -54,28 +61,51 @@ class Run:
     Attributes:
         owner: The job object that this run belongs to.
         controls: What the user chose.
-        wanted: (width, height) in pixels of the final image, as asked for.
-        button: The job came from the gallery's upscale button.
+        wanted: The job's width and height in pixels, as asked for; those of the final image for drafts.
+        button: The job came from the gallery's upscale button, with an image that is no draft.
+        drafts: What the job finishes, one for each batch; empty for other jobs.
+        source: For a job of the button, the metadata that its image brings along.
         originals: Attributes of `owner` as they were, by name, to be put back.
         settings: For each option that is overridden: its value in the job's override settings, and the host's.
         model: The loaded model; None until it is loaded.
         recipe: All numbers of the job; None until the model is loaded.
         marks: When each part of this batch began, in seconds of `time.perf_counter`.
-        seconds: How long each part took, over all batches.
+        seconds: How long each part took, over all batches: "start", "upscale" and "refine" are the whole; within them,
+            "before" the first pass, "first" and "network" in the samplers of the two passes, "decode" at the end.
+        first_cfg: The first pass's guidance, while hosts with one guidance for both passes run the other.
         stopped_early: The user interrupted in a first pass.
+        lent: Values of ours that stand aside while other extensions work on finished images, by name.
+        pixels: The images of a draft's batch (h, w, 3), as the host made them and nothing else changed them.
+        said: What was said under the image.
     """
 
     owner: Any
     controls: Controls
     wanted: tuple[int, int]
-    button: bool
+    button: bool = False
+    drafts: tuple[Draft, ...] = ()
+    source: dict[str, str] = field(default_factory=dict[str, str])
     originals: dict[str, Any] = field(default_factory=dict[str, Any])
     settings: dict[str, tuple[Any, Any]] = field(default_factory=dict[str, "tuple[Any, Any]"])
     model: ModelInfo | None = None
     recipe: Recipe | None = None
     marks: dict[str, float] = field(default_factory=dict[str, float])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    first_cfg: float | None = None
     stopped_early: bool = False
+    lent: dict[str, Any] = field(default_factory=dict[str, Any])
+    pixels: list[Any] = field(default_factory=list[Any])
+    said: list[str] = field(default_factory=list[str])
+
+    def end_part(self, name: str, begin: float | None) -> None:
+        """Add the seconds of a part that ends now.
+
+        Args:
+            name: The part.
+            begin: When it began, in seconds of `time.perf_counter`; None: that is not known, and its sum is NaN.
+        """
+        took = math.nan if begin is None else time.perf_counter() - begin
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
 
 
 def current(p: Any) -> Run | None:
@@ -111,6 +141,9 @@ def say(p: Any, sentence: str) -> None:
         p: The job.
         sentence: What the user should read, in English; hosts show equal ones once.
     """
+    run = own(p)
+    if run is not None:
+        run.said.append(sentence)
     sentence, comment = translated(sentence), getattr(p, "comment", None)
     if callable(comment):
         comment(sentence)
@@ -248,6 +281,40 @@ def install(run: Run, p: Any, name: str, work: Callable[..., Any]) -> None:
     """
     before = own_attributes(p).get(name, ABSENT)
     change(run, p, name, _Replacement(p, run, name, before, work))
+
+
+# ------------------------------------------------------------------------------------------------------------- lending
+
+_READ_AFTER_SAMPLING = ("width", "height", "steps", "sampler_name", "denoising_strength")
+
+
+def lend(run: Run, p: Any) -> None:
+    """Show the user's job to whoever works on the finished images: the final size, their steps and sampler.
+
+    Args:
+        run: The job's run, which keeps our values.
+        p: The job.
+    """
+    recipe = run.recipe
+    if recipe is None or run.lent:
+        return
+    final = {"width": recipe.width, "height": recipe.height}
+    for name in _READ_AFTER_SAMPLING:
+        if run.originals.get(name, ABSENT) is not ABSENT:
+            run.lent[name] = getattr(p, name)
+            setattr(p, name, final.get(name, run.originals[name]))
+
+
+def take_back(run: Run, p: Any) -> None:
+    """Undo `lend`, before the next batch.
+
+    Args:
+        run: The job's run.
+        p: The job.
+    """
+    for name, value in run.lent.items():
+        setattr(p, name, value)
+    run.lent.clear()
 
 
 # -------------------------------------------------------------------------------------------------------- putting back

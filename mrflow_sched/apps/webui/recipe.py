@@ -12,8 +12,8 @@ from typing import Any
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui.controls import AUTOMATIC, Controls
 from mrflow_sched.apps.webui.host import ModelInfo
-from mrflow_sched.apps.webui.upscaler import MARK, pick_automatic, scale_in_name
-from mrflow_sched.plan.cost import work_ratio
+from mrflow_sched.apps.webui.upscaler import MARK, pick_automatic
+from mrflow_sched.plan.checks import MAX_SIDE
 from mrflow_sched.plan.families import TIERS, Family, Preset
 from mrflow_sched.plan.make import make_sized_plan
 from mrflow_sched.plan.notes import size_notes
@@ -187,7 +187,7 @@ def make_recipe(
         *_notes(controls, model),
         upscaler_note,
     )
-    return replace(recipe, notes=tuple(note for note in notes if note), line=_line(recipe))
+    return replace(recipe, notes=tuple(note for note in notes if note), line=_line(recipe, draft=controls.draft))
 
 
 def fit_sizes(model: ModelInfo, width: int, height: int, factor: float) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -206,10 +206,10 @@ def fit_sizes(model: ModelInfo, width: int, height: int, factor: float) -> tuple
         (width, height) of the final image and of the low-resolution one, in pixels.
 
     Raises:
-        MrFlowError: `width` or `height` is below 1.
+        MrFlowError: `width` or `height` is below 1 or above 32768.
     """
-    if width < 1 or height < 1:
-        raise MrFlowError(f"width and height must be at least 1, got {width!r} and {height!r}.")
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise MrFlowError(f"width and height must be 1 to {MAX_SIDE} pixels, got {width!r} and {height!r}.")
     final = snap(width, model.grid_final), snap(height, model.grid_final)
     wanted = final[0] / factor, final[1] / factor
 
@@ -302,21 +302,15 @@ def _notes(controls: Controls, model: ModelInfo) -> list[str]:
     return notes
 
 
-def _line(recipe: Recipe) -> str:
+def _line(recipe: Recipe, *, draft: bool) -> str:
     scale = recipe.width / recipe.low_width
-    parts = [
-        f"{recipe.low_width}×{recipe.low_height} ×{recipe.low_steps} → {_spoken(recipe.upscaler)} ×{scale:.3g} → "
-        f"{recipe.width}×{recipe.height} ×{recipe.refine_steps} @ σ {recipe.sigma:.4g}",
-        f"≈ {work_ratio(recipe.plan, upscaler=_work_of(recipe.upscaler)):.2g}× fewer FLOPs",
-    ]
-    return " · ".join([*parts, "experimental"] if recipe.experimental else parts)
-
-
-def _work_of(upscaler: str) -> str:
-    """Return the upscaler of the cost model (`plan.cost`) that is nearest to the one of this name."""
-    if upscaler in ("None", "Lanczos", "Nearest"):
-        return "lanczos"
-    return "x4" if scale_in_name(upscaler) == 4 else "x2"
+    first = f"{recipe.low_width}×{recipe.low_height} ×{recipe.low_steps}"
+    later = (
+        f"→ {_spoken(recipe.upscaler)} ×{scale:.3g} → {recipe.width}×{recipe.height} ×{recipe.refine_steps} @ σ "
+        f"{recipe.sigma:.4g}"
+    )
+    line = f"draft {first} · finished later: {later}" if draft else f"{first} {later}"
+    return f"{line} · experimental" if recipe.experimental else line
 
 
 def _spoken(upscaler: str) -> str:

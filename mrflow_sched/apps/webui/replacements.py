@@ -14,8 +14,9 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def sample_hr_pass(
         run: Its run.
         call: The host's method.
         samples: The host's latents of the first pass, passed on.
-        decoded: The images of the first pass (B, ..., 3, h, w), with which the colour guard compares.
+        decoded: The images of the first pass (B, ..., C, h, w), with which the colour guard compares.
         *args: Passed on.
         **kwargs: Passed on.
 
@@ -93,9 +94,11 @@ def sample_hr_pass(
     """
     run.marks.setdefault("upscale", time.perf_counter())
     release_sampler(run)
+    decoded = _untruncated(decoded, getattr(p, "firstpass_image", None))
     try:
         with steady_encoding(p.sd_model, p.seeds or []):
             result = call(samples, decoded, *args, **kwargs)
+            run.end_part("decode", run.marks.get("sampled"))
     finally:
         release_sampler(run)
     if run.controls.colour_guard == "auto" and isinstance(decoded, Tensor) and isinstance(result, list):
@@ -114,16 +117,15 @@ def hr_conds(p: Any, run: Run, call: Callable[..., Any]) -> Any:
     Returns:
         What the host's method returned, or None.
     """
-    if p.hr_c is None and _same_text(p, run):
+    if p.hr_c is None and _same_text(p):
         p.hr_c = p.c
         p.hr_uc = None if getattr(p, "hr_cfg", None) == 1 else p.uc
         return None
     return call()
 
 
-def _same_text(p: Any, run: Run) -> bool:
-    model = run.model
-    if model is None or model.family.name == "sdxl" or p.c is None:  # SDXL is conditioned on the size
+def _same_text(p: Any) -> bool:
+    if p.c is None or bool(getattr(p.sd_model, "is_sdxl", False)):  # SDXL is conditioned on the size
         return False
     if p.uc is None and getattr(p, "hr_cfg", 1) != 1:
         return False
@@ -140,18 +142,40 @@ def _guard_colours(before: Tensor, after: list[Any], *, unit_range: bool) -> Non
     """Move the mean of each channel in the images `after` back to that of `before` where it drifted.
 
     Args:
-        before: (B, ..., 3, h, w) in [-1, 1], or in [0, 1] on some hosts.
-        after: Images (..., 3, H, W) in [-1, 1]; corrected ones are replaced in the list.
+        before: (B, ..., C, h, w) in [-1, 1], or in [0, 1] on some hosts: three colours, and whatever else follows
+            them, such as opacity, is let be.
+        after: Images (..., C, H, W) in [-1, 1]; corrected ones are replaced in the list.
         unit_range: The host may give `before` in [0, 1]; values below 0 show that it did not.
     """
-    low = before.float()
+    low = before[..., :3, :, :].float()
     if not unit_range or float(low.min()) < -0.01:
         low = (low + 1.0) / 2.0
+    low = (low.clamp(0.0, 1.0) * 255.0).floor() / 255.0  # the 8 bits that were upscaled, which a draft has too
     for i, image in enumerate(after[: low.shape[0]]):
-        shift = colour_shift(low[i], (image.float() + 1.0) / 2.0)
+        colours = image[..., :3, :, :]
+        shift = colour_shift(low[i], (colours.float() + 1.0) / 2.0)
         if bool(shift.any()):
-            after[i] = image - (2.0 * shift).reshape(3, 1, 1).to(image)
+            moved = colours - (2.0 * shift).reshape(3, 1, 1).to(image)
+            after[i] = torch.cat([moved, image[..., 3:, :, :]], dim=-3)
             logger.info("colour guard: means moved by %s", [f"{-float(value):+.3f}" for value in shift])
+
+
+def _untruncated(decoded: Any, image: Any) -> Any:
+    """Return an image that the host took from a file so that its 8 bits come out of the next truncation unchanged.
+
+    Hosts scale 8 bits to floats and cut them back to 8 bits before they upscale; on the way some values lose 1.
+
+    Args:
+        decoded: (1, ..., 3, h, w) in [-1, 1], or in [0, 1] on some hosts.
+        image: The image; None where stage 1 made `decoded`.
+    """
+    if image is None or not isinstance(decoded, Tensor):
+        return decoded
+    levels = torch.as_tensor(np.array(image, np.float32)).movedim(-1, 0).reshape(decoded.shape)
+    unit = (levels + 0.5) / 255.0
+    signed = 2.0 * unit - 1.0
+    nearer = (decoded.float() - unit).abs().mean() < (decoded.float() - signed).abs().mean()
+    return (unit if bool(nearer) else signed).to(decoded)
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
@@ -178,9 +202,8 @@ def prepare_first_pass(p: Any, run: Run, recipe: Recipe) -> None:
     if solver is None and model.flow and "sigmas" not in inspect.signature(sampler.func).parameters:
         say(p, f"The sampler {p.sampler_name} chooses its own sigmas; Euler is used.")
         solver = "euler"
-    if solver is not None:
-        run.originals.setdefault("sampler.func", (sampler, sampler.func))
-        sampler.func = _host_solver(solver)
+    run.originals.setdefault("sampler.func", (sampler, sampler.func))
+    sampler.func = _timed(sampler.func if solver is None else _host_solver(solver), run, "first")
 
 
 def prepare_refine(p: Any, run: Run) -> None:
@@ -188,26 +211,43 @@ def prepare_refine(p: Any, run: Run) -> None:
 
     Args:
         p: The job, whose sampler's function is wrapped.
-        run: Its run, where the seconds are added under "network".
+        run: Its run, where the seconds are added.
     """
     sampler = getattr(p, "sampler", None)
     if sampler is not None and not getattr(sampler.func, "mrflow", False):
         run.originals.setdefault("sampler.func", (sampler, sampler.func))
-        sampler.func = _timed(sampler.func, run)
+        sampler.func = _timed(sampler.func, run, "network")
 
 
-def _timed(func: Callable[..., Any], run: Run) -> Callable[..., Any]:
+def _timed(func: Callable[..., Any], run: Run, part: Literal["first", "network"]) -> Callable[..., Any]:
+    """Wrap a host's sampling function: its seconds are those of `part`, NaN where it does not come to its end."""
+
     @functools.wraps(func)  # hosts look at the signature
     def timed(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        begin = time.perf_counter()
-        result = func(model, x, *args, **kwargs)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        run.seconds["network"] = run.seconds.get("network", 0.0) + time.perf_counter() - begin
+        if part == "first":
+            run.end_part("before", run.marks.get("start"))
+        begin: float | None = time.perf_counter()
+        try:
+            result = func(model, x, *args, **kwargs)
+            _settle(x.device)
+        except BaseException:
+            begin = None
+            raise
+        finally:
+            run.end_part(part, begin)
+        run.marks["sampled"] = time.perf_counter()
         return result
 
     timed.mrflow = True  # pyright: ignore[reportAttributeAccessIssue]
     return timed
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until a device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type in ("mps", "xpu"):
+        getattr(torch, device.type).synchronize()
 
 
 def _usable(sigmas: Sequence[float]) -> bool:

@@ -1,22 +1,41 @@
-"""What a job reports: metadata while it runs, sentences under the image and in the log."""
+"""What a job reports: metadata while it runs, sentences under the image, to API clients and on the console."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from mrflow_sched.apps.webui import infotext
+from mrflow_sched.apps.webui.expected import LEAST, learn, steps_beside, times_as_long
 from mrflow_sched.apps.webui.host import HostApi
 from mrflow_sched.apps.webui.job import Run, say
+from mrflow_sched.apps.webui.recipe import Recipe
 
-__all__ = ["forget", "report", "take_times", "write_infotext"]
+__all__ = ["attach_console", "forget", "report", "take_times", "write_infotext"]
 
 logger = logging.getLogger("mrflow")
 
 # Host keys that say hires fix would switch it on when the metadata is pasted; its prompts do not.
 _HIRES_PROMPTS = ("Hires prompt", "Hires negative prompt")
+
+
+def attach_console() -> None:
+    """Let our log reach the console, once: some hosts leave the root logger at errors only."""
+    if any(isinstance(handler, _Console) for handler in logger.handlers):
+        return
+    handler = _Console(sys.stderr)
+    handler.setFormatter(logging.Formatter("MrFlow: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+class _Console(logging.StreamHandler[Any]):
+    """Our handler, known again after a reload of the page's scripts."""
 
 
 def write_infotext(p: Any, run: Run | None) -> None:
@@ -31,19 +50,40 @@ def write_infotext(p: Any, run: Run | None) -> None:
     if run is None or run.recipe is None:
         return
     recipe, params = run.recipe, p.extra_generation_params
-    params.update(infotext.write(run.controls, recipe))
+    if run.button:
+        _write_enlarged(p, run, recipe)
+        return
+    if run.drafts:
+        # As the run that goes on at once would have written them, whatever "automatic" stands for today.
+        params.update(infotext.joined(run.drafts[0].params))
+        params.pop(infotext.DRAFT, None)
+    else:
+        params.update(infotext.write(run.controls, recipe))
     for key in list(params):
         if key.startswith("Hires ") and key not in _HIRES_PROMPTS:
             params[key] = None
     params["Denoising strength"] = None
     # These win over what the host writes from `p`, also when it asks again after the job is tidied.
-    if run.button:
-        params["Size"] = f"{p.hr_upscale_to_x or recipe.width}x{p.hr_upscale_to_y or recipe.height}"
-        return
     params["Size"] = f"{recipe.width}x{recipe.height}"
     params["Steps"] = recipe.low_steps
     if "sampler_name" in run.originals:
         params["Sampler"] = p.sampler_name
+
+
+def _write_enlarged(p: Any, run: Run, recipe: Recipe) -> None:
+    """Write the metadata of an image that the upscale button enlarged: those of the image before, and what was done.
+
+    Pasted, they make the image that was enlarged.
+    """
+    params, before = p.extra_generation_params, run.source
+    for key in list(params):
+        if key.startswith("Hires ") and key not in _HIRES_PROMPTS:
+            params[key] = None
+    params["Denoising strength"] = None
+    params["Size"] = f"{recipe.low_width}x{recipe.low_height}"
+    params.update(before)
+    done = replace(recipe, width=p.hr_upscale_to_x or recipe.width, height=p.hr_upscale_to_y or recipe.height)
+    params[infotext.ENLARGED] = infotext.enlarged(run.controls, done, before.get(infotext.ENLARGED))
 
 
 def forget(p: Any) -> None:
@@ -53,7 +93,7 @@ def forget(p: Any) -> None:
         p: The job that is about to start.
     """
     params = p.extra_generation_params
-    if params and infotext.KEY in params:
+    if params and any(key == infotext.KEY or key.startswith(infotext.PREFIX) for key in params):
         ours = (infotext.KEY, "Size", "Steps", "Sampler", "Denoising strength")
         for key in list(params):
             if key in ours or key.startswith((infotext.PREFIX, "Hires ")):
@@ -88,17 +128,21 @@ def report(p: Any, run: Run, host: HostApi) -> None:
         return f" ({run.seconds[name]:.1f} s)" if name in run.seconds else ""
 
     low = f"{recipe.low_width}x{recipe.low_height}"
-    first = low if run.button else f"{low} x{recipe.low_steps}{spent('start')}"
+    first = f"{low} x{recipe.low_steps}{spent('start')}"
+    if run.controls.draft:
+        _say(p, f"MrFlow: draft {first}; finished, it is {recipe.width}x{recipe.height}.")
+        return
+    if run.button or (run.drafts and run.drafts[0].image is not None):
+        first = low
     if run.stopped_early:
         say(p, f"MrFlow: stopped in the first pass; the image is the low-resolution one, {low}.")
     else:
         final = f"{recipe.width}x{recipe.height}"
         sentence = (
             f"MrFlow: {first} -> {recipe.upscaler}{spent('upscale')} -> {final} x{recipe.refine_steps} at sigma "
-            f"{recipe.sigma:.4g}{spent('refine')}{_ratio(run)}"
+            f"{recipe.sigma:.4g}{spent('refine')}{_ratio(p, run)}"
         )
-        say(p, sentence)
-        logger.info("%s", sentence)
+        _say(p, sentence)
     for entry in host.upscalers():
         take = getattr(getattr(entry, "scaler", None), "take_sentences", None)
         if entry.name == recipe.upscaler and callable(take):
@@ -106,14 +150,20 @@ def report(p: Any, run: Run, host: HostApi) -> None:
                 say(p, str(said))  # pyright: ignore[reportUnknownArgumentType]
 
 
-def _ratio(run: Run) -> str:
-    """Compare the job with the user's own number of steps at the final size, at the speed of the refine pass.
+def _say(p: Any, sentence: str) -> None:
+    say(p, sentence)
+    logger.info("%s", sentence.removeprefix("MrFlow: "))
 
-    For the other side only the network is counted. Empty where the refine steps had another guidance.
-    """
-    recipe, steps, network = run.recipe, run.originals.get("steps"), run.seconds.get("network", 0.0)
-    if recipe is None or not isinstance(steps, int) or run.controls.refine_cfg != "same" or not network:
+
+def _ratio(p: Any, run: Run) -> str:
+    """Compare the job with the user's own number of steps at the final size, where its seconds allow that."""
+    recipe, model, controls = run.recipe, run.model, run.controls
+    refine = {"same": p.cfg_scale, "off": 1.0, "value": controls.refine_cfg_value}[controls.refine_cfg]
+    if recipe is None or model is None or run.button or run.drafts or refine != p.cfg_scale:
         return ""
-    ours = sum(run.seconds.get(name, 0.0) for name in ("start", "upscale", "refine"))
-    ratio = steps * network / recipe.refine_steps / ours
+    learn(recipe, model, run.seconds, p.batch_size * (getattr(p, "iteration", 0) + 1), p.cfg_scale)
+    steps = steps_beside(model, run.originals.get("steps", p.steps))
+    ratio = times_as_long(recipe, model, run.seconds, steps)
+    if ratio is None or ratio < LEAST:
+        return ""
     return f"; {steps} steps at this size would take about {ratio:.1f} times as long"

@@ -1,8 +1,10 @@
-"""The life of one job on a host: arm -> fit -> each pass -> tidy. One function per hook; the script only delegates.
+"""The life of one job on a host: arm -> fit -> each pass -> lend -> tidy. One function per hook; the script delegates.
 
 All state is kept on the job object `p`, in `p._mrflow` (a `Run`); nothing is kept on the script, in a module, on the
 host or on its samplers. The host samples: hires fix is switched on, and our schedules reach the host through
-`p.sampler_noise_scheduler_override`, which it calls in both passes.
+`p.sampler_noise_scheduler_override`, which it calls in both passes. A draft is the first pass alone, without hires fix;
+a job that finishes drafts gives them to the host in place of its first pass. From the end of a batch's sampling to the
+next batch the job is lent to those who work on finished images (detailers), with the user's own size and steps.
 
 Hooks are called twice, on shallow copies of `p`, and out of order by other extensions. A `Run` knows its `owner`: a
 copy of an armed job gets a run of its own, and only the owner's tidies up.
@@ -12,18 +14,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
-from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.apps.webui import infotext
 from mrflow_sched.apps.webui.axes import overrides
-from mrflow_sched.apps.webui.controls import Controls
-from mrflow_sched.apps.webui.host import HostApi, capabilities, own_attributes, probe_model
+from mrflow_sched.apps.webui.controls import FIELDS, Controls
+from mrflow_sched.apps.webui.drafts import Draft, asked_drafts, checksum, set_job
+from mrflow_sched.apps.webui.hires import hires_note, hires_target
+from mrflow_sched.apps.webui.host import HostApi, capabilities, own_attributes, probe_model, refiner_refusal
 from mrflow_sched.apps.webui.job import (
-    ABSENT,
     ATTRIBUTE,
     METHODS,
     Run,
@@ -32,14 +38,18 @@ from mrflow_sched.apps.webui.job import (
     change_known,
     current,
     install,
+    lend,
     override,
     own,
     put_back,
+    release_sampler,
     remember,
     say,
+    take_back,
     tidy,
 )
 from mrflow_sched.apps.webui.recipe import Recipe, make_recipe
+from mrflow_sched.apps.webui.refusing import guarded, reason, refuse, refuse_run
 from mrflow_sched.apps.webui.replacements import (
     hr_conds,
     prepare_first_pass,
@@ -49,7 +59,6 @@ from mrflow_sched.apps.webui.replacements import (
     target_resolution,
 )
 from mrflow_sched.apps.webui.reporting import forget, report, take_times, write_infotext
-from mrflow_sched.apps.webui.settings import when_refused
 
 __all__ = [
     "before_hr",
@@ -57,6 +66,8 @@ __all__ = [
     "before_process_batch",
     "post_sample",
     "postprocess",
+    "postprocess_batch",
+    "postprocess_image",
     "process",
     "process_batch",
     "process_before_every_sampling",
@@ -64,8 +75,10 @@ __all__ = [
 
 logger = logging.getLogger("mrflow")
 
+REPORT = "MrFlow report"
+"""Where the host's facts of a job hold what was said under the image. It is not in the metadata of files."""
+
 _SAME_MODULES = ["Use same choices"]
-_NO_REFINER = (None, "", "None", "none")
 
 
 # -------------------------------------------------------------------------------------------------------------- arming
@@ -83,28 +96,34 @@ def before_process(p: Any, args: Sequence[Any], host: HostApi) -> None:
         return
     run = getattr(p, ATTRIBUTE, None)
     try:
-        controls = _controls(p, args)
+        drafts = () if isinstance(run, Run) and run.drafts else asked_drafts(p, args, host)
+    except Exception as error:
+        _leave(p, run)
+        refuse(p, host, reason(error, stop=True), stop=True)
+        return
+    try:
+        controls = drafts[0].controls if drafts else _controls(p, args)
     except Exception as error:
         _leave(p, run)
         if not _off(args):
-            refusal = isinstance(error, MrFlowError)
-            _refused(p, host, f"MrFlow is off for this job: {error}" if refusal else _fault(error))
+            told = isinstance(error, MrFlowError)
+            refuse(p, host, f"MrFlow is off for this job: {error}" if told else reason(error))
         return
-    if run is not None and controls == run.controls:
+    if run is not None and (run.drafts or (controls == run.controls and not drafts)):
         if run.owner is not p:
             _adopt(p, run, host)
         return
     _leave(p, run)
     if not controls.enabled:
         return
-    if getattr(p, "refiner_checkpoint", None) not in _NO_REFINER:
-        sentence = (
-            f"MrFlow cannot be used with the refiner {p.refiner_checkpoint}; switch the refiner off, or generate "
-            "without MrFlow."
-        )
-        _refused(p, host, sentence)
+    if drafts:
+        guarded(_arm_finish, p, drafts, host)
         return
-    _guarded(_arm, p, controls, host)
+    refusal = refiner_refusal(getattr(p, "refiner_checkpoint", None))
+    if refusal is not None:
+        refuse(p, host, refusal)
+        return
+    guarded(_arm, p, controls, host)
 
 
 def _off(args: Sequence[Any]) -> bool:
@@ -115,26 +134,68 @@ def _off(args: Sequence[Any]) -> bool:
 
 def _controls(p: Any, args: Sequence[Any]) -> Controls:
     """Read the script's arguments; what a plot set for this job replaces them."""
-    controls, cell = Controls.from_args(args), overrides(p)
+    listed = bool(args) and not isinstance(args[0], Mapping)
+    controls, cell = Controls.from_args(args[: len(FIELDS)] if listed else args), overrides(p)
     return replace(controls, **cell) if cell else controls
 
 
 def _arm(p: Any, controls: Controls, host: HostApi) -> None:
     run = Run(p, controls, (p.width, p.height), bool(getattr(p, "txt2img_upscale", False)))
+    if controls.draft and run.button:
+        run.controls = replace(controls, draft=False)
     setattr(p, ATTRIBUTE, run)
-    for name in ("hr_prompt", "hr_negative_prompt", "all_hr_prompts", "all_hr_negative_prompts"):
-        if not p.enable_hr:
-            remember(run, p, name)
+    _remember_job(p, run)
+    if run.controls.draft:
+        change(run, p, "enable_hr", False)
+        # ADetailer's own mark for jobs that it leaves alone: a draft is not repainted.
+        change(run, p, "_ad_disabled", True)
+        # A draft is finished from its pixels and its metadata, so both are kept whole.
+        override(run, p, host, "samples_format", "png")
+        override(run, p, host, "enable_pnginfo", True)
+        return
+    if run.button:
+        run.source = _source(p, host)
     change(run, p, "enable_hr", True)
     override(run, p, host, "img2img_extra_noise", 0)
     if controls.save_stages and not run.button:
         override(run, p, host, "save_images_before_highres_fix", True)
 
 
+def _source(p: Any, host: HostApi) -> dict[str, str]:
+    """Return what the metadata of the image under the button says of how that image was made."""
+    text = str(getattr(getattr(p, "firstpass_image", None), "info", {}).get("parameters", ""))
+    found = infotext.joined(host.read_parameters(text) if text else {}, ("Steps", "Sampler", "Size"))
+    if found.get(infotext.KEY, "").startswith("refused"):
+        del found[infotext.KEY]
+    return found
+
+
+def _arm_finish(p: Any, drafts: tuple[Draft, ...], host: HostApi) -> None:
+    run = Run(p, drafts[0].controls, drafts[0].size, drafts=drafts)
+    setattr(p, ATTRIBUTE, run)
+    _remember_job(p, run)
+    set_job(run, p, host)
+    p.extra_generation_params.pop("Original Size", None)
+    change(run, p, "enable_hr", True)
+    override(run, p, host, "img2img_extra_noise", 0)
+
+
+def _remember_job(p: Any, run: Run) -> None:
+    """Keep what hosts change before our next hook: they round the size, and fill in the prompts of the hires pass."""
+    for name in ("width", "height"):
+        remember(run, p, name)
+    for name in ("hr_prompt", "hr_negative_prompt", "all_hr_prompts", "all_hr_negative_prompts"):
+        if not p.enable_hr:
+            remember(run, p, name)
+
+
 def _adopt(p: Any, run: Run, host: HostApi) -> None:
     """Give `p`, a copy of an armed job, a run of its own, with the methods bound to it."""
-    own = replace(run, owner=p, originals=dict(run.originals), settings=dict(run.settings), marks={}, seconds={})
+    fresh: dict[str, Any] = {"marks": {}, "seconds": {}, "lent": {}, "pixels": [], "said": []}
+    own = replace(run, owner=p, originals=dict(run.originals), settings=dict(run.settings), **fresh)
     setattr(p, ATTRIBUTE, own)
+    for name, value in run.lent.items():
+        setattr(p, name, value)
     for name in METHODS:
         if getattr(own_attributes(p).get(name), "mrflow", False):
             setattr(p, name, own_attributes(p)[name].rebound(p, own))
@@ -161,23 +222,25 @@ def process(p: Any, host: HostApi) -> None:
     """
     run = own(p)
     if run is not None and run.recipe is None:
-        _guarded(_fit, p, run, host)
+        guarded(_fit, p, run, host)
 
 
 def _fit(p: Any, run: Run, host: HostApi) -> None:
     run.model = probe_model(p, host)
-    wanted = _button_size(p, run) if run.button else run.wanted
+    controls = run.drafts[0].pinned if run.drafts else run.controls
     try:
-        recipe = make_recipe(run.controls, run.model, *wanted, upscalers=host.upscalers())
+        recipe = make_recipe(controls, run.model, *_final_size(p, run), upscalers=host.upscalers())
+        _check_drafts(p, run, recipe)
     except MrFlowError as error:
-        _refuse(p, run, host, str(error))
+        refuse_run(p, run, host, str(error))
         return
     if run.button:
-        recipe = replace(recipe, low_width=p.width, low_height=p.height)
+        width, height = getattr(getattr(p, "firstpass_image", None), "size", (p.width, p.height))
+        recipe = replace(recipe, low_width=width, low_height=height)
     run.recipe = recipe
     if not run.button:
-        if run.originals.get("enable_hr") is True:
-            say(p, f"MrFlow replaces Hires. fix; the final size is {recipe.width}x{recipe.height}.")
+        if run.originals.get("enable_hr") is True and not run.drafts:
+            say(p, hires_note(recipe.width, recipe.height))
         for sentence in recipe.notes:
             say(p, sentence)
     if not capabilities(p).has_every_sampling:
@@ -187,31 +250,54 @@ def _fit(p: Any, run: Run, host: HostApi) -> None:
     logger.info("%s", recipe.line)
     if not run.button:
         _fit_first_pass(p, run, recipe, host)
-    _fit_refine_pass(p, run, recipe)
+    if run.controls.draft:
+        install(run, p, "sample", sample)
+        for name, key in (("hr_prompt", "Hires prompt"), ("hr_negative_prompt", "Hires negative prompt")):
+            if getattr(p, name, ""):
+                p.extra_generation_params[key] = host.with_styles(getattr(p, name), p.styles)
+    else:
+        _fit_refine_pass(p, run, recipe)
 
 
-def _button_size(p: Any, run: Run) -> tuple[int, int]:
-    """Return about the size that the host will give to an image from the gallery's upscale button."""
-    if getattr(p, "hr_resize_x", 0) or getattr(p, "hr_resize_y", 0):
-        width, height = p.hr_resize_x, p.hr_resize_y
-        return width or height * p.width // p.height, height or width * p.height // p.width
-    if p.hr_scale <= 1:
-        change(run, p, "hr_scale", run.controls.factor)
-    return int(p.width * p.hr_scale), int(p.height * p.hr_scale)
+def _check_drafts(p: Any, run: Run, recipe: Recipe) -> None:
+    """Refuse drafts that the loaded model would have made at another size; say what else would not be equal."""
+    for draft in run.drafts:
+        low = recipe.low_width, recipe.low_height
+        if draft.image is not None and draft.image.size != low:
+            raise MrFlowError(
+                f"The draft is {draft.image.width}x{draft.image.height}, and its metadata with the loaded model make "
+                f"{low[0]}x{low[1]}; load the draft's checkpoint, or give the file as it was saved."
+            )
+        if draft.changed:
+            say(p, "The draft's pixels were changed after it was made: what is finished is near it, not equal.")
+        made, loaded = draft.params.get("Model hash"), getattr(p.sd_model, "sd_model_hash", None)
+        if made and loaded and str(made) != str(loaded):
+            say(p, f"The draft was made with the checkpoint {made}, which is not here; {loaded} finishes it.")
+
+
+def _final_size(p: Any, run: Run) -> tuple[int, int]:
+    """Return the wanted size: the target of Hires. fix where that is on, and for the gallery's upscale button."""
+    if run.button:
+        if p.hr_scale <= 1 and not (p.hr_resize_x or p.hr_resize_y):
+            change(run, p, "hr_scale", run.controls.factor)
+        return hires_target(own_attributes(p), type(p))
+    if run.drafts or run.originals.get("enable_hr") is not True:
+        return run.wanted
+    # Hosts may have rounded the size since.
+    return hires_target({**own_attributes(p), "width": run.wanted[0], "height": run.wanted[1]}, type(p))
 
 
 def _fit_first_pass(p: Any, run: Run, recipe: Recipe, host: HostApi) -> None:
     model = run.model
-    # Hosts may have rounded the size since; the job is left with the one that was asked for.
-    run.originals.update(width=run.wanted[0], height=run.wanted[1])
     change(run, p, "width", recipe.low_width)
     change(run, p, "height", recipe.low_height)
     change(run, p, "steps", recipe.low_steps)
-    change(run, p, "hr_scale", recipe.width / recipe.low_width)
-    change(run, p, "hr_resize_x", recipe.width)
-    change(run, p, "hr_resize_y", recipe.height)
-    if hasattr(p, "calculate_target_resolution"):
-        install(run, p, "calculate_target_resolution", target_resolution)
+    if not run.controls.draft:
+        change(run, p, "hr_scale", recipe.width / recipe.low_width)
+        change(run, p, "hr_resize_x", recipe.width)
+        change(run, p, "hr_resize_y", recipe.height)
+        if hasattr(p, "calculate_target_resolution"):
+            install(run, p, "calculate_target_resolution", target_resolution)
     if model is not None and model.flow and p.sampler_name in host.timestep_samplers():
         say(p, f"The sampler {p.sampler_name} cannot follow a flow model's sigmas; Euler is used.")
         change(run, p, "sampler_name", "Euler")
@@ -253,6 +339,13 @@ def before_process_batch(p: Any, host: HostApi) -> None:
     run = current(p)
     if run is None or run.recipe is None:
         return
+    if run.lent:
+        take_back(run, p)
+        # The host made its generator with the size that was lent; nothing was drawn from it yet.
+        shape, side = p.rng.shape, host.pixels_per_latent()
+        p.rng.shape = (*shape[:-2], p.height // side, p.width // side)
+    if run.drafts:
+        p.firstpass_image = run.drafts[min(getattr(p, "iteration", 0), len(run.drafts) - 1)].image
     run.marks = {"start": time.perf_counter()}
     answer(run, p, None if run.recipe.first_sigmas is None else run.recipe.first_list)
 
@@ -303,6 +396,7 @@ def before_hr(p: Any, host: HostApi) -> None:
     p.hr_second_pass_steps = run.recipe.refine_steps
     answer(run, p, run.recipe.refine_list)
     if not hasattr(p, "hr_cfg"):
+        run.first_cfg = p.cfg_scale
         change(run, p, "cfg_scale", _refine_cfg(p, run.controls))
     write_infotext(p, run)
 
@@ -318,13 +412,44 @@ def post_sample(p: Any, host: HostApi) -> None:
     if run is None:
         return
     take_times(run)
-    put_back(run, p, "cfg_scale")
+    release_sampler(run)
     put_back(run, p, "sampler_noise_scheduler_override")
+    if run.first_cfg is not None:
+        p.cfg_scale, run.first_cfg = run.first_cfg, None
     write_infotext(p, run)
     if "refine" not in run.marks and getattr(host.state, "interrupted", False):
         run.stopped_early = True
     if getattr(p, "iteration", 0) >= p.n_iter - 1 or run.stopped_early:
         report(p, run, host)
+    lend(run, p)
+
+
+def postprocess_batch(p: Any, images: Tensor) -> None:
+    """Keep the pixels of a batch of drafts, before anything else works on them.
+
+    Args:
+        p: The job.
+        images: (B, 3, h, w) in [0, 1], as the host is about to save them.
+    """
+    run = current(p)
+    if run is not None and run.controls.draft:
+        levels = images.float().clamp(0.0, 1.0).movedim(-3, -1).cpu().numpy() * 255.0
+        run.pixels = list(levels.astype(np.uint8))  # cut off, as hosts do, also before they upscale
+
+
+def postprocess_image(p: Any, finished: Any) -> None:
+    """Put a draft's own pixels into its file, with their checksum in the metadata.
+
+    Args:
+        p: The job.
+        finished: The host's record of one image, as `image`.
+    """
+    run = current(p)
+    at = getattr(p, "batch_index", 0)
+    if run is None or at >= len(run.pixels):
+        return
+    finished.image = Image.fromarray(run.pixels[at])
+    p.extra_generation_params[infotext.DRAFT] = checksum(run.pixels[at])
 
 
 def postprocess(p: Any, host: HostApi, processed: Any) -> None:
@@ -333,58 +458,18 @@ def postprocess(p: Any, host: HostApi, processed: Any) -> None:
     Args:
         p: The job.
         host: The WebUI.
-        processed: What the host returns for the job; its width and height become the final ones.
+        processed: What the host returns for the job; what was said under the image is added to its facts, which
+            API clients get.
     """
     run = own(p)
     if run is None:
         return
-    recipe = run.recipe
-    if recipe is not None and not run.button:
-        for name, low, final in (
-            ("width", recipe.low_width, recipe.width),
-            ("height", recipe.low_height, recipe.height),
-        ):
-            if getattr(processed, name, None) == low:
-                setattr(processed, name, final)
+    facts = getattr(processed, "extra_generation_params", None)
+    if run.said and isinstance(facts, dict):
+        # A new dict: the host's is in the metadata of the next cell of a plot.
+        processed.extra_generation_params = {**cast("dict[str, Any]", facts), REPORT: " ".join(run.said)}
     kept = {name: getattr(p, name) for name in ("all_hr_prompts", "all_hr_negative_prompts") if hasattr(p, name)}
     tidy(p, run)
     # The metadata made after this (a plot's grid) still looks its prompts up there.
     for name, value in kept.items():
         setattr(p, name, value)
-
-
-# ------------------------------------------------------------------------------------------------------------ refusing
-
-
-def _refuse(p: Any, run: Run, host: HostApi, sentence: str) -> None:
-    """Put everything back as if MrFlow were off, also the options, which the host has set by now."""
-    for key, (before, option) in run.settings.items():
-        host.opts.data[key] = option if before is ABSENT else before
-    tidy(p, run)
-    _refused(p, host, sentence)
-
-
-def _refused(p: Any, host: HostApi, sentence: str) -> None:
-    say(p, sentence)
-    logger.warning("%s", sentence)
-    if when_refused(host.opts) == "stop":
-        host.state.interrupt()
-
-
-def _fault(error: Exception) -> str:
-    """Log an error that is no refusal, and return the sentence for the user."""
-    logger.error("MrFlow failed", exc_info=error)
-    return f"MrFlow failed ({type(error).__name__}: {first_line(error)}); the image is made without it."
-
-
-def _guarded(work: Callable[..., None], p: Any, *args: Any) -> None:
-    """Run a step before sampling; if it fails, the image is made without MrFlow. The last of `args` is the host."""
-    try:
-        work(p, *args)
-    except Exception as error:
-        sentence = _fault(error)
-        run = own(p)
-        if run is None:
-            _refused(p, args[-1], sentence)
-        else:
-            _refuse(p, run, args[-1], sentence)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ LABELS = {
 }
 INFO = {
     "mrflow_enabled": "also for API jobs that send no MrFlow arguments",
-    "mrflow_when_refused": "a sentence under the image says why in both cases",
+    "mrflow_when_refused": "a sentence under the image says why in both cases; a stopped API job ends in an error",
 }
 
 
@@ -75,13 +75,15 @@ def defaults(opts: Any) -> Controls:
     )
 
 
-def when_refused(opts: Any) -> Literal["go on", "stop"]:
+def when_refused(opts: Any, overrides: Mapping[str, Any] | None = None) -> Literal["go on", "stop"]:
     """Return what the user wants when MrFlow cannot be used for a job.
 
     Args:
         opts: The host's options.
+        overrides: The job's own settings, which hosts put into the options only later.
 
     Returns:
         "go on" (make the image without MrFlow) or "stop" (make none).
     """
-    return "stop" if getattr(opts, "mrflow_when_refused", None) == WHEN_REFUSED[1] else "go on"
+    chosen = (overrides or {}).get("mrflow_when_refused", getattr(opts, "mrflow_when_refused", None))
+    return "stop" if chosen == WHEN_REFUSED[1] else "go on"

@@ -14,23 +14,48 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-from mrflow_sched._runtime.errors import MrFlowError, first_line
-from mrflow_sched.apps.webui import settings
+from mrflow_sched._runtime.errors import MrFlowError, first_line, quoted
+from mrflow_sched.apps.webui import drafts, settings
 from mrflow_sched.apps.webui.controls import AUTOMATIC, CHOICES, FIELDS, LABELS, LIMITS, Controls
+from mrflow_sched.apps.webui.expected import Expected, expect, phrase
+from mrflow_sched.apps.webui.hires import hires_note, hires_target
 from mrflow_sched.apps.webui.host import ModelInfo, capabilities, probe_model
 from mrflow_sched.apps.webui.infotext import field_value
-from mrflow_sched.apps.webui.recipe import make_recipe
+from mrflow_sched.apps.webui.recipe import Recipe, make_recipe
 from mrflow_sched.apps.webui.words import translated
+from mrflow_sched.plan.checks import MAX_SIDE, MAX_STEPS, checked_number, checked_whole, is_number
 from mrflow_sched.plan.families import get_family
 
-__all__ = ["ADVANCED", "INFO", "after_component", "build", "plan_html"]
+__all__ = [
+    "ADVANCED",
+    "DROP",
+    "FINISH_CHOSEN",
+    "FINISH_FILES",
+    "INFO",
+    "Preview",
+    "after_component",
+    "build",
+    "finish_line",
+    "plan_html",
+    "preview",
+    "refusal",
+]
 
 logger = logging.getLogger("mrflow")
 
 ADVANCED = "Advanced settings"
 """Label of the folded part."""
+
+FINISH_FILES = "Finish drafts from files"
+"""Label of the part where drafts of another day are finished."""
+
+FINISH_CHOSEN = "MrFlow: finish the selected draft, or all that are marked (Ctrl + click marks a draft)"
+"""Hint of the button under the gallery."""
+
+DROP = "Draft images (PNG); Generate finishes them at full size"
+"""Label of its box."""
 
 INFO: Mapping[str, str] = {
     "preset": "automatic suits the loaded model; or low steps + refine steps, also your own, such as 16+2",
@@ -45,12 +70,25 @@ INFO: Mapping[str, str] = {
     "refine_cfg": "guidance of the refine steps; off halves their cost",
     "refine_seed": "noise of the refine steps",
     "colour_guard": "auto removes a colour shift that the later stages introduce",
+    "draft": "low-resolution images only, in a fraction of the time; finish the ones you like",
 }
 """The hint under each control: keys of the translations, like the labels."""
 
 # Components of the page that the line depends on: elem_id -> what they hold.
-_WATCHED = {"txt2img_width": "width", "txt2img_height": "height", "txt2img_cfg_scale": "cfg_scale"}
+_WATCHED = {
+    "txt2img_width": "width",
+    "txt2img_height": "height",
+    "txt2img_cfg_scale": "cfg_scale",
+    "txt2img_steps": "steps",
+    "txt2img_hr-checkbox": "enable_hr",
+    "txt2img_hr_scale": "hr_scale",
+    "txt2img_hr_resize_x": "hr_resize_x",
+    "txt2img_hr_resize_y": "hr_resize_y",
+}
 _NEEDED = ("width", "height")
+_UPSCALE_BUTTON = "txt2img_upscale"
+_LAST = "txt2img_gallery"
+"""Made after everything that the user can put in another order."""
 
 # The first clause of a sentence, in any of our languages; what stands in brackets is not looked into.
 _CLAUSE = re.compile(r"(?:[(（][^)）]*[)）]|:(?!\s)|[^;:；：。])+")
@@ -64,6 +102,7 @@ class _Page:
     outputs: list[Any] = field(default_factory=list[Any])
     refresh: Any = None
     watched: dict[str, Any] = field(default_factory=dict[str, Any])
+    complete: bool = False
     live: bool = False
 
 
@@ -79,7 +118,7 @@ def build(is_img2img: bool, script: Any) -> list[Any]:
             into the controls.
 
     Returns:
-        The components, in the order of `Controls`.
+        The components, in the order of `Controls`, and the box for drafts to finish.
     """
     gr = import_module("gradio")
     shared = import_module("modules.shared")
@@ -92,12 +131,18 @@ def build(is_img2img: bool, script: Any) -> list[Any]:
         with made["enabled"].extra():
             summary = gr.HTML(value="", elem_id=script.elem_id("summary"))
         line = gr.HTML(value="", elem_id=script.elem_id("plan"))
-        make.dropdown("preset", list(CHOICES["preset"]))
+        with gr.Row():
+            make.dropdown("preset", list(CHOICES["preset"]))
+            make.checkbox("draft")
         with gr.Accordion(label=ADVANCED, open=False, elem_id=script.elem_id("advanced")):
             _advanced(gr, make, [AUTOMATIC, *_upscaler_names(shared)])
+        with gr.Accordion(label=FINISH_FILES, open=False, elem_id=script.elem_id("finish_files")):
+            finish = gr.File(
+                label=DROP, file_count="multiple", file_types=[".png"], elem_id=script.elem_id(drafts.FINISH)
+            )
         refresh = gr.Button(value="↻", visible=False, elem_id=script.elem_id("refresh"))
     _keep_out_of_ui_config(made["enabled"], made["preset"], made["save_stages"])
-    page.controls = [made[name] for name in FIELDS]
+    page.controls = [*(made[name] for name in FIELDS), finish]
     page.outputs, page.refresh, page.live = [line, summary, made["refine_cfg_value"]], refresh, False
     script.infotext_fields = [(made[name], field_value(name)) for name in FIELDS]
     _make_live(page, gr)
@@ -171,7 +216,7 @@ def _upscaler_names(shared: Any) -> list[str]:
 
 
 def after_component(script: Any, component: Any) -> None:
-    """Take note of a component that the host made; the width, height and CFG of txt2img change the line.
+    """Take note of a component that the host made; some of txt2img change the line.
 
     The user orders the sections of the page, so these may be made before or after our own controls.
 
@@ -179,11 +224,18 @@ def after_component(script: Any, component: Any) -> None:
         script: The host's script object, on which the page's state is kept.
         component: Any component of the page.
     """
-    name = _WATCHED.get(str(getattr(component, "elem_id", None)))
-    if name is not None:
-        page = _page(script)
-        page.watched[name] = component
-        _make_live(page, import_module("gradio"))
+    elem_id = str(getattr(component, "elem_id", None))
+    if elem_id == _UPSCALE_BUTTON:
+        # Made here, it stands beside that button, under the gallery. The page's script does the rest.
+        button = import_module("modules.ui_components").ToolButton
+        button(value="🏁", elem_id="mrflow_finish", tooltip=FINISH_CHOSEN)
+    if elem_id not in _WATCHED and elem_id != _LAST:
+        return
+    page = _page(script)
+    if elem_id in _WATCHED:
+        page.watched[_WATCHED[elem_id]] = component
+    page.complete = page.complete or elem_id == _LAST or len(page.watched) == len(_WATCHED)
+    _make_live(page, import_module("gradio"))
 
 
 def _page(script: Any) -> _Page:
@@ -194,14 +246,15 @@ def _page(script: Any) -> _Page:
 
 
 def _make_live(page: _Page, gr: Any) -> None:
-    """Connect the line once all components that it needs are there."""
-    if page.live or not page.controls or any(name not in page.watched for name in _NEEDED):
+    """Connect the line once all components that it depends on are there; some hosts lack a few."""
+    ready = page.complete and page.controls and all(name in page.watched for name in _NEEDED)
+    if page.live or not ready:
         return
     page.live = True
     names = list(page.watched)
 
     def update(*values: Any) -> tuple[str, str, Any]:
-        chosen, others = values[: len(FIELDS)], dict(zip(names, values[len(FIELDS) :], strict=True))
+        chosen, others = values[: len(FIELDS)], dict(zip((drafts.FINISH, *names), values[len(FIELDS) :], strict=True))
         line, summary = plan_html(chosen, others)
         shown = chosen[FIELDS.index("refine_cfg")] == "value"
         return line, summary, gr.update(visible=shown)
@@ -218,28 +271,43 @@ def plan_html(chosen: Sequence[Any], page: Mapping[str, Any]) -> tuple[str, str]
 
     Args:
         chosen: Values of the controls, in the order of `controls.FIELDS`.
-        page: "width" and "height" in pixels, and "cfg_scale" where the page has it.
+        page: As in `preview`, and the files in the box for drafts.
 
     Returns:
         Two pieces of HTML, in the user's language: the line with its notes, and for the accordion's header the line
         alone, or what is refused in short; it is empty while MrFlow is off.
     """
+    waiting = len(page.get(drafts.FINISH) or ())
     try:
         controls = Controls.from_args(list(chosen))
-        line, notes = _plan(controls, page)
+        if waiting:
+            line, notes = finish_line(waiting), ()
+        else:
+            made = preview(controls, page)
+            line, notes = made.line, made.notes
         state = "on" if controls.enabled else "off"
-    except MrFlowError as error:
-        line, notes, state = _sentence(error), (), "refused"
     except Exception as error:
-        logger.exception("MrFlow failed")
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        line, notes, state = f"MrFlow failed ({reason}); see the console.", (), "refused"
+        line, notes, state = refusal(error), (), "refused"
     enabled = bool(chosen) and chosen[0] is True
     line = translated(line)
     items = "".join(f"<li>{html.escape(translated(note))}</li>" for note in notes)
     body = f'<p class="mrflow-line">{html.escape(line)}</p>' + (f"<ul>{items}</ul>" if items else "")
     summary = _summary(line, state) if enabled else ""
     return f'<div class="mrflow-plan mrflow-{state}" role="status">{body}</div>', summary
+
+
+def finish_line(count: int) -> str:
+    """Say what a job does that finishes drafts.
+
+    Args:
+        count: How many.
+
+    Returns:
+        A sentence for the user.
+    """
+    if count == 1:
+        return "Generate finishes the draft, with its own settings."
+    return f"Generate finishes {count} drafts, each with its own settings."
 
 
 def _summary(line: str, state: str) -> str:
@@ -249,38 +317,106 @@ def _summary(line: str, state: str) -> str:
     return f'<span class="mrflow-{state}" title="{html.escape(line)}">{html.escape(short)}</span>'
 
 
-def _sentence(error: Exception) -> str:
-    text = str(error)
-    return text[:1].upper() + text[1:]
+def refusal(error: Exception) -> str:
+    """Say why there is no plan; a fault is logged too.
+
+    Args:
+        error: What `Controls.from_args` or `preview` raised.
+
+    Returns:
+        A sentence for the user.
+    """
+    if isinstance(error, MrFlowError):
+        text = str(error)
+        return text[:1].upper() + text[1:]
+    logger.error("failed", exc_info=error)
+    return f"MrFlow failed ({type(error).__name__}: {first_line(error)}); see the console."
 
 
-def _plan(controls: Controls, page: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+@dataclass(frozen=True)
+class Preview:
+    """What a job will do.
+
+    Attributes:
+        recipe: All its numbers.
+        model: The model they are for.
+        expected: How it compares with native sampling; None for a model whose cost is not known.
+        line: All in one line.
+        notes: Sentences for the user.
+    """
+
+    recipe: Recipe
+    model: ModelInfo
+    expected: Expected | None
+    line: str
+    notes: tuple[str, ...]
+
+
+def preview(controls: Controls, page: Mapping[str, Any]) -> Preview:
+    """Decide what a job with these values would do.
+
+    Args:
+        controls: What the user chose.
+        page: "width" and "height" in pixels, and where known "steps", "cfg_scale", "enable_hr", "hr_scale",
+            "hr_resize_x" and "hr_resize_y", as the page or the API has them.
+
+    Returns:
+        What will run.
+
+    Raises:
+        MrFlowError: It cannot run, or a value is not allowed.
+    """
     shared = sys.modules.get("modules.shared")
-    model, note = _loaded(shared, page)
-    if model.refusal is not None:
-        raise MrFlowError(model.refusal)
+    steps, guidance = _steps(page.get("steps")), _scale(page.get("cfg_scale"))
     width, height = (_side(name, page.get(name)) for name in _NEEDED)
+    hires = page.get("enable_hr") is True
+    if hires:
+        host_class = getattr(sys.modules.get("modules.processing"), "StableDiffusionProcessingTxt2Img", None)
+        asked = {"hr_scale": 2.0, "applied_old_hires_behavior_to": None, **page, "width": width, "height": height}
+        width, height = hires_target(asked, host_class)
+    model, note = _loaded(shared, page)
     upscalers = () if shared is None else list(shared.sd_upscalers)
     recipe = make_recipe(controls, model, width, height, upscalers=upscalers)
-    return recipe.line, (*recipe.notes, *((note,) if note else ()))
+    expected = expect(recipe, model, controls, steps, guidance)
+    line = recipe.line if expected is None or controls.draft else f"{recipe.line} · {phrase(expected)}"
+    notes = hires_note(recipe.width, recipe.height) if hires else None, *recipe.notes, note
+    return Preview(recipe, model, expected, line, tuple(each for each in notes if each))
 
 
 def _side(name: str, value: Any) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError) as error:
-        raise MrFlowError(f"{name} must be a whole number of pixels, got {value!r}.") from error
+    if not is_number(value) or value != value or abs(value) > MAX_SIDE or value != int(value):
+        raise MrFlowError(f"{name} must be a whole number of pixels up to {MAX_SIDE}, got {quoted(value)}.")
+    return int(value)
+
+
+def _steps(value: Any) -> int | None:
+    if value is None:
+        return None
+    whole = isinstance(value, float) and value.is_integer()  # gradio's sliders may give floats
+    return checked_whole(int(value) if whole else value, "steps", 1, MAX_STEPS)
+
+
+def _scale(value: Any) -> float | None:
+    return None if value is None else checked_number(value, "cfg_scale", 0, 1000)
 
 
 # ----------------------------------------------------------------------------------------------------- the loaded model
 
 _UNLOADED: tuple[tuple[str, str], ...] = (
+    ("klein.*base", "flux2-klein-base"),
     ("klein", "flux2-klein"),
+    (r"qwen.*2[._]?1.*turbo", "qwen-image-2.1-turbo"),
+    (r"qwen.*2[._]?1", "qwen-image-2.1"),
     ("qwen", "qwen-image"),
     (r"z[-_ ]?image.*turbo", "z-image-turbo"),
     (r"z[-_ ]?image", "z-image"),
     ("chroma", "chroma"),
+    (r"krea[-_ ]?2.*turbo", "krea2-turbo"),
+    (r"krea[-_ ]?2", "krea2"),
     ("krea", "flux1-krea"),
+    (r"ernie.*turbo", "ernie-image-turbo"),
+    ("ernie", "ernie-image"),
+    ("anima(?!te|g)", "anima"),
     ("schnell", "flux1-schnell"),
     ("flux", "flux1-dev"),
     ("lumina", "lumina2"),
@@ -297,7 +433,8 @@ def _loaded(shared: Any, page: Mapping[str, Any]) -> tuple[ModelInfo, str | None
     data = getattr(sys.modules.get("modules.sd_models"), "model_data", None)
     job = SimpleNamespace(sd_model=getattr(data, "sd_model", None), cfg_scale=page.get("cfg_scale"))
     if capabilities(job).noising != "none":
-        return probe_model(job), None
+        record = getattr(sys.modules.get("backend.args"), "dynamic_args", None)
+        return probe_model(job, cast("Any", SimpleNamespace(dynamic_args=record))), None
     chosen = str(getattr(getattr(shared, "opts", None), "sd_model_checkpoint", None) or "")
     found = next((name for pattern, name in _UNLOADED if re.search(pattern, chosen.lower())), "flux1-dev")
     family = get_family(found)

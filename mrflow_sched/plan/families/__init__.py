@@ -16,13 +16,16 @@ from typing import Any, Protocol, cast
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.plan.families import (
+    anima,
     auraflow,
     chroma,
     demo,
+    ernie,
     flux1,
     flux2,
     hidream,
     hunyuan,
+    krea2,
     lumina2,
     qwen,
     sana,
@@ -77,6 +80,9 @@ _MODULES: tuple[FamilyModule, ...] = (
     auraflow,
     hunyuan,
     hidream,
+    krea2,
+    ernie,
+    anima,
     sdxl,
     demo,
 )

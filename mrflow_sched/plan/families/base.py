@@ -223,7 +223,8 @@ class HostFacts:
 
     Attributes:
         engine: Name of the class that holds the model.
-        text: Names of the checkpoint and of the repository it is configured by, in lower case.
+        name: The checkpoint's name, in lower case: for what the model itself cannot tell.
+        repository: The repository that its configuration names, in lower case.
         flow: It predicts a velocity.
         guidance: The job's CFG scale; None: no job.
         distilled_scale: The network reads a guidance scale.
@@ -232,12 +233,27 @@ class HostFacts:
     """
 
     engine: str
-    text: str = ""
+    name: str = ""
+    repository: str = ""
     flow: bool = True
     guidance: float | None = None
     distilled_scale: bool = True
     is_sd3: bool = False
     is_sdxl: bool = False
+
+
+def named_distilled(name: str) -> bool | None:
+    """Whether a checkpoint's name says that it is distilled to few steps, where two models share one network.
+
+    Args:
+        name: The name in lower case.
+
+    Returns:
+        True for names such as "z_image_turbo", False for those such as "krea2-raw"; None where it says neither.
+    """
+    if re.search(r"turbo|(?<!un)(?<!un[-_ ])(?<!de)(?<!de[-_ ])distill|lightning|(?<![0-9])[1-9][-_ ]?steps?", name):
+        return True
+    return False if re.search(r"base|distill|(?<![a-z])raw(?![a-z])", name) else None
 
 
 def never(facts: Any) -> bool:

@@ -33,11 +33,12 @@ def _schnell(pipe: Any) -> bool:
 
 
 def _host_schnell(facts: HostFacts) -> bool:
-    return facts.flow and facts.engine == "Flux" and ("schnell" in facts.text or not facts.distilled_scale)
+    said = "schnell" in f"{facts.name} {facts.repository}"
+    return facts.flow and facts.engine == "Flux" and (said or not facts.distilled_scale)
 
 
 def _host_krea(facts: HostFacts) -> bool:
-    return facts.flow and facts.engine == "Flux" and not _host_schnell(facts) and "krea" in facts.text
+    return facts.flow and facts.engine == "Flux" and not _host_schnell(facts) and "krea" in facts.name
 
 
 def _host_dev(facts: HostFacts) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, Preset, ShiftRule, always
+from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, Preset, ShiftRule, always, named_distilled
 from mrflow_sched.plan.families.shared import (
     ASSUMED,
     ASSUMED_PRESETS,
@@ -28,12 +28,21 @@ def _base(pipe: Any) -> bool:
     return not _distilled(pipe)
 
 
-def _host_base(facts: HostFacts) -> bool:
-    return facts.flow and facts.engine == "Flux2" and ("base" in facts.text or facts.guidance not in (None, 1))
+def _host_dev(facts: HostFacts) -> bool:
+    return facts.flow and facts.engine == "Flux2" and "flux.2-dev" in facts.repository
+
+
+def _host_klein(facts: HostFacts) -> bool:
+    return facts.flow and facts.engine == "Flux2" and not _host_dev(facts)
 
 
 def _host_distilled(facts: HostFacts) -> bool:
-    return facts.flow and facts.engine == "Flux2" and not _host_base(facts)
+    named = named_distilled(facts.name)
+    return _host_klein(facts) and (facts.guidance in (None, 1) if named is None else named)
+
+
+def _host_base(facts: HostFacts) -> bool:
+    return _host_klein(facts) and not _host_distilled(facts)
 
 
 _KLEIN_PIPELINE = PipelineInfo(
@@ -139,6 +148,7 @@ _FLUX2_DEV = Family(
         layout="Flux2Layout",
         text_outputs=("prompt_embeds", ""),
     ),
+    host=_host_dev,
     sources=sources(
         "multistep",
         shift="diffusers Flux2Pipeline, empirical mu",

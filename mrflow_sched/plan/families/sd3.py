@@ -29,8 +29,8 @@ def _medium(pipe: Any) -> bool:
 
 
 def _host_large(facts: HostFacts) -> bool:
-    spelled = facts.text.replace("35", "3.5").replace("3_5", "3.5")
-    return _host(facts) and "large" in facts.text and "3.5" in spelled
+    said = f"{facts.name} {facts.repository}"
+    return _host(facts) and "large" in said and "3.5" in said.replace("35", "3.5").replace("3_5", "3.5")
 
 
 def _host_medium(facts: HostFacts) -> bool:

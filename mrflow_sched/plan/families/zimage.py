@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mrflow_sched.plan.families.base import Family, HostFacts, NetworkCost, PipelineInfo, Preset, ShiftRule
+from mrflow_sched.plan.families.base import (
+    Family,
+    HostFacts,
+    NetworkCost,
+    PipelineInfo,
+    Preset,
+    ShiftRule,
+    named_distilled,
+)
 from mrflow_sched.plan.families.shared import (
     ASSUMED_PRESETS,
     DIFFUSERS,
@@ -26,12 +34,18 @@ def _base(pipe: Any) -> bool:
     return not _turbo(pipe)
 
 
+def _host(facts: HostFacts) -> bool:
+    return facts.flow and facts.engine.lower() == "zimage"
+
+
 def _host_turbo(facts: HostFacts) -> bool:
-    return facts.flow and facts.engine == "ZImage" and ("turbo" in facts.text or facts.guidance == 1)
+    # Hosts configure both by Turbo's repository.
+    named = named_distilled(facts.name)
+    return _host(facts) and (facts.guidance == 1 if named is None else named)
 
 
 def _host_base(facts: HostFacts) -> bool:
-    return facts.flow and facts.engine == "ZImage" and not _host_turbo(facts)
+    return _host(facts) and not _host_turbo(facts)
 
 
 _PIPELINE = PipelineInfo(

@@ -38,6 +38,11 @@ def sizes(script: Any) -> list[Any]:
         gr.Slider(64, 2048, 1024, step=8, label="Width", elem_id="txt2img_width"),
         gr.Slider(64, 2048, 1024, step=8, label="Height", elem_id="txt2img_height"),
         gr.Slider(1, 30, 1.0, step=0.5, label="CFG Scale", elem_id="txt2img_cfg_scale"),
+        gr.Slider(1, 150, 20, step=1, label="Sampling steps", elem_id="txt2img_steps"),
+        gr.Checkbox(False, label="Hires. fix", elem_id="txt2img_hr-checkbox"),
+        gr.Slider(1, 4, 2.0, step=0.05, label="Upscale by", elem_id="txt2img_hr_scale"),
+        gr.Slider(0, 2048, 0, step=8, label="Resize width to", elem_id="txt2img_hr_resize_x"),
+        gr.Slider(0, 2048, 0, step=8, label="Resize height to", elem_id="txt2img_hr_resize_y"),
     ]
     for component in made:
         script.after_component(component)
@@ -111,7 +116,8 @@ def add_to_head(*, scripts: list[Path], styles: list[Path]) -> None:
 if __name__ == "__main__":
     page = build()
     add_to_head(
-        scripts=[HERE / "page.js", ROOT / "javascript" / "mrflow.js"], styles=[HERE / "page.css", ROOT / "style.css"]
+        scripts=[HERE / "page.js", *sorted((ROOT / "javascript").glob("*.js"))],
+        styles=[HERE / "page.css", ROOT / "style.css"],
     )
     app, url, _ = page.launch(
         server_name="127.0.0.1", server_port=int(sys.argv[1]), prevent_thread_lock=True, quiet=True, show_api=False

@@ -5,7 +5,7 @@ line appended to the file that the environment variable MRFLOW_PROBE_FILE names;
 written. It changes a job only when its one argument, a line of JSON, asks for it: {"interrupt_at": n} interrupts before
 the n-th forward, {"skip_at": n} skips the picture there, {"upscale": path} makes the job the one that the gallery's
 upscale button starts for that picture, and {"detail": true} draws a corner of every picture anew with a job of its own,
-as detailers do.
+as detailers do. {"prompts": [...]} gives each image a prompt of its own, as wildcard extensions do.
 """
 
 from __future__ import annotations
@@ -190,6 +190,25 @@ def _draw_corner_anew(p: Any, picture: Any) -> Any:
     return result
 
 
+def _watch_img2img() -> None:
+    """Note every img2img job, also those that detailers start within a job, with scripts of their own choice."""
+    kind = processing.StableDiffusionProcessingImg2Img
+    if getattr(kind.init, "probe", False):
+        return
+    before = kind.init
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = [list(image.size) for image in self.init_images or [] if hasattr(image, "size")]
+        _write("img2img", width=self.width, height=self.height, steps=self.steps, inputs=inputs)
+        return before(self, *args, **kwargs)
+
+    setattr(init, "probe", True)  # noqa: B010
+    kind.init = init
+
+
+_watch_img2img()
+
+
 class ProbeScript(scripts.Script):
     def title(self) -> str:
         return "mrflow probe"
@@ -223,6 +242,11 @@ class ProbeScript(scripts.Script):
         _note("before_process", p)
 
     def process(self, p: Any, *args: Any) -> None:
+        prompts = _asked(args).get("prompts")
+        if prompts:
+            p.all_prompts = list(prompts)
+            if getattr(p, "all_hr_prompts", None):
+                p.all_hr_prompts = list(prompts)
         _note("process", p, model=type(p.sd_model).__name__, axes=_axes())
 
     def before_process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
@@ -260,7 +284,9 @@ class ProbeScript(scripts.Script):
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
         comments = getattr(processed, "comments", "") or ""
-        _note("postprocess", p, left=_left_on(p), comments=comments, generation=dict(p.extra_generation_params))
+        counts = {"job_no": shared.state.job_no, "job_count": shared.state.job_count}
+        generation = dict(p.extra_generation_params)
+        _note("postprocess", p, left=_left_on(p), comments=comments, generation=generation, **counts)
         _State.current = None
 
 
