@@ -755,6 +755,7 @@ class WebUI:
     def settings_of(self, params: dict[str, Any]) -> list[tuple[str, str, Any]]:
         labels = {"Model hash": "sd_model_checkpoint", "Clip skip": "CLIP_stop_at_last_layers"}
         found = [(label, key, params[label]) for label, key in labels.items() if label in params]
+        found = [(label, key, int(value) if key.startswith("CLIP") else value) for label, key, value in found]
         return [entry for entry in found if entry[2] != getattr(self.opts, entry[1])]
 
     @property
@@ -891,6 +892,8 @@ def create_infotext(p: Any, index: int) -> dict[str, Any]:
         "CFG scale": p.cfg_scale,
         "Seed": p.all_seeds[index],
         "Size": f"{p.width}x{p.height}",
+        "Variation seed": p.all_subseeds[index] if p.subseed_strength else None,
+        "Variation seed strength": p.subseed_strength or None,
         "Denoising strength": p.extra_generation_params.get("Denoising strength"),
         **p.extra_generation_params,
     }

@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui import infotext
-from mrflow_sched.apps.webui.drafts import checksum, read_draft
+from mrflow_sched.apps.webui.drafts import mark, read_draft
 from mrflow_sched.apps.webui.infotext import DRAFT
 
 KINDS = ("a1111", "forge", "neo")
@@ -165,7 +165,7 @@ def test_a_draft_keeps_what_others_do_to_images_away_from_its_pixels() -> None:
     assert not hasattr(p, "_ad_disabled")
     assert (ui.opts.samples_format, ui.opts.enable_pnginfo) == ("jpg", False)
     params = parse_generation_parameters(drafts.pictures[0].info["parameters"])
-    assert params[DRAFT] == checksum(pixels(drafts.pictures[0]))
+    assert params[DRAFT] == mark(pixels(drafts.pictures[0]))
     assert (params["Size-1"], params["Size-2"]) == ("512", "384")
     assert any("MrFlow: draft 256x192 x12" in comment for comment in p.comments)
 
@@ -193,6 +193,10 @@ def with_text(before: str, after: str) -> str:
     return as_file(picture)
 
 
+def varied() -> str:
+    return as_file(run_of("forge", {"draft": True}, subseed_strength=0.3)[2].pictures[0])
+
+
 def draft_file() -> str:
     return as_file(run_of("forge", {"draft": True})[2].pictures[0])
 
@@ -210,13 +214,29 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no image": (lambda: base64.b64encode(b"hello there").decode(), "is no image"),
     "cut off": (lambda: draft_file()[:2000], "damaged"),
     "a number": (lambda: 7, "must be a draft's image in base64"),
-    "no seed": (lambda: with_text("Seed: 1000", "Seed: much"), "The draft's Seed must be a whole number, got 'much'"),
-    "no size": (lambda: with_text("Size: 512x384", "Size: large"), "The draft's Size must be a whole number, got None"),
+    "no seed": (
+        lambda: with_text("Seed: 1000", "Seed: much"),
+        "The draft's Seed must be a whole number up to 18446744073709551615, got 'much'",
+    ),
+    "no size": (
+        lambda: with_text("Size: 512x384", "Size: large"),
+        "The draft's Size must be two whole numbers such as 512x768, got 'large'",
+    ),
     "no guidance": (lambda: with_text("CFG scale: 3.0", "CFG scale: NaNo"), "The draft's CFG scale must be a number"),
     "a huge size": (
         lambda: with_text("Size: 512x384", "Size: 900000x900000"),
         "must be 1 to 32768 pixels",
     ),
+    "not a number": (lambda: with_text("CFG scale: 3.0", "CFG scale: nan"), "The draft's CFG scale must be a number"),
+    "a huge seed": (lambda: with_text("Seed: 1000", f"Seed: {10**30}"), "Seed must be a whole number up to"),
+    "a setting": (lambda: with_text("Seed: 1000", "Seed: 1000, Clip skip: abc"), "The draft's settings cannot be used"),
+    "refused once": (lambda: with_text("MrFlow: automatic 12+1 x2 v1", "MrFlow: refused (x)"), "needs a draft"),
+    "another size": (lambda: with_text("MrFlow size: 256x192", "MrFlow size: 128x96"), "its metadata say 128x96"),
+    "cut base64": (lambda: draft_file()[:2001], "its base64 is cut off or not clean"),
+    "a bad one of two": (lambda: [draft_file(), "hello"], "Draft 2 of 2: finish needs a draft"),
+    "nothing": (lambda: "", "must be a draft's image in base64"),
+    "an empty list": (list, "must be a draft's image in base64"),
+    "variations": (lambda: [draft_file(), varied()], "differ in Variation seed strength"),
     "differing": (other_settings, "differ in CFG scale; finish them one by one"),
     "too many": (lambda: ["x"] * 101, "at most 100"),
 }
@@ -244,14 +264,14 @@ def test_other_arguments_beside_finish_are_refused() -> None:
     ]
 
 
-def test_a_draft_of_another_model_is_told_or_refused() -> None:
+def test_a_draft_of_another_model_loads_it_or_is_refused() -> None:
     _, _, drafts = run_of("forge", {"draft": True})
-    text = drafts.pictures[0].info["parameters"] + ", Model hash: 00000000ff"
+    text = drafts.pictures[0].info["parameters"] + ", Model hash: 00000000ff, Model: gone"
     drafts.pictures[0].info["parameters"] = text
     ui = webui("forge")
     p = ui.job()
-    ui.generate(p, {"finish": as_file(drafts.pictures[0])})
-    assert any("made with the checkpoint 00000000ff" in comment for comment in p.comments)
+    assert ui.generate(p, {"finish": as_file(drafts.pictures[0])}).images == []
+    assert any("made with the checkpoint gone (00000000ff), which is not installed" in said for said in p.comments)
     # The checkpoint is here, but not loaded: the host loads it for this job.
     drafts.pictures[0].info["parameters"] = text.replace("00000000ff", "fedcba9876")
     ui = webui("forge")
@@ -260,6 +280,44 @@ def test_a_draft_of_another_model_is_told_or_refused() -> None:
     ui.generate(ui.job(), {"finish": as_file(drafts.pictures[0])})
     assert seen == ["fedcba9876"]
     assert ui.opts.sd_model_checkpoint == "checkpoint [0123456789]"
+
+
+def test_transparency_that_an_editor_or_the_host_adds_is_taken_off() -> None:
+    _, _, whole = run_of("a1111", {})
+    _, _, drafts = run_of("a1111", {"draft": True})
+    picture = drafts.pictures[0].convert("RGBA")
+    picture.info["parameters"] = drafts.pictures[0].info["parameters"]
+    ui = webui("a1111")
+    p = ui.job()
+    finished = ui.generate(p, {"finish": as_file(picture)})
+    assert equal(finished.pictures[0], whole.pictures[0])
+    assert not any("near it" in comment for comment in p.comments)
+
+
+def test_line_breaks_in_base64_do_no_harm() -> None:
+    _, _, drafts = run_of("forge", {"draft": True})
+    packed = as_file(drafts.pictures[0])
+    broken = "\n".join(packed[at : at + 76] for at in range(0, len(packed), 76)) + "\n"
+    assert read_draft(broken).image is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_of_other_prompts_keep_their_own_texts(kind: str) -> None:
+    made = [run_of(kind, {"draft": True}, prompt=prompt)[2].pictures[0] for prompt in ("a red circle", "blue")]
+    ui = webui(kind)
+    finished = ui.generate(ui.job(), {"finish": [as_file(picture) for picture in made]})
+    texts = [picture.info["parameters"] for picture in finished.pictures]
+    assert [text.split("\n")[0] for text in texts] == ["a red circle", "blue"]
+    assert not any("Hires" in text for text in texts)
+
+
+def test_an_interrupted_draft_is_no_draft() -> None:
+    ui = webui("forge")
+    ui.interrupt_at = 4
+    drafts = ui.generate(ui.job(**JOB), {"draft": True})
+    params = infotext.parse(drafts.pictures[0].info["parameters"])
+    assert params["MrFlow stopped"] == "first pass"
+    assert DRAFT not in params
 
 
 def test_changed_pixels_are_told() -> None:
@@ -279,12 +337,12 @@ def test_changed_pixels_are_told() -> None:
 
 
 def test_a_draft_is_read_from_an_image_or_its_text() -> None:
-    ui, _, drafts = run_of("forge", {"draft": True})
-    found = read_draft(drafts.pictures[0], ui.api)
+    _, _, drafts = run_of("forge", {"draft": True})
+    found = read_draft(drafts.pictures[0])
     assert (found.prompt, found.negative, found.size, found.changed) == ("a lighthouse", "fog, rain", (512, 384), False)
-    assert read_draft("data:image/png;base64," + as_file(drafts.pictures[0]), ui.api).image is not None
+    assert read_draft("data:image/png;base64," + as_file(drafts.pictures[0])).image is not None
     with pytest.raises(MrFlowError, match="needs a draft"):
-        read_draft("words " * 200_000, ui.api)
+        read_draft("words " * 200_000)
 
 
 def test_a_model_that_cannot_run_staged_makes_no_draft() -> None:

@@ -497,7 +497,7 @@ class Tab:
         shown = self.tab.locator("#page_values textarea").first
         self.tab.locator("#page_show").click()
         self.tab.wait_for_function("() => document.querySelector('#page_values textarea').value.startsWith('[')")
-        return dict(zip(FIELDS, json.loads(shown.input_value()), strict=True))
+        return dict(zip(FIELDS, json.loads(shown.input_value())[: len(FIELDS)], strict=True))
 
     def shoot(self, name: str) -> None:
         if SHOTS:

@@ -520,8 +520,9 @@ def test_the_button_goes_on_enlarging(host: Host, plain: Answer, upscaler: str) 
 def test_a_batch_of_drafts_and_each_of_them_finished(host: Host, plain: Answer, upscaler: str) -> None:
     """The whole run, its drafts, and what is made of them: from the file, from its text, in one job, by the button."""
     wanted = staged(upscaler, colour_guard="auto")
-    whole = host.txt2img(wanted, **job(host), n_iter=2)
-    drafts = host.txt2img({**wanted, "draft": True}, **job(host), n_iter=2)
+    fields = {**job(host), "cfg_scale": 2.5, "n_iter": 2}
+    whole = host.txt2img(wanted, **fields)
+    drafts = host.txt2img({**wanted, "draft": True}, **fields)
     pictures = drafts.images[-2:]
     files = [drafts.encoded(len(drafts.images) - 2 + at) for at in (0, 1)]
     assert [picture.size for picture in pictures] == [low_size(drafts)] * 2

@@ -55,6 +55,8 @@ def schema() -> dict[str, Any]:
         "object with these names as its only entry; such an object switches MrFlow on unless it says otherwise",
         "size": "width and height are those of the finished image",
         "arguments": [_argument(name) for name in FIELDS],
+        "finish": "an object {'finish': X}, or X behind the arguments of a list, finishes drafts: X is a draft's image "
+        "in base64, or its metadata as text, or a list of these",
         "example": {
             "prompt": "a lighthouse on a cliff, evening light",
             "width": 1024,
@@ -129,7 +131,10 @@ def _arguments(body: Mapping[str, Any]) -> Any:
         scripts = _object(body.get("alwayson_scripts") or {}, "alwayson_scripts")
         [entry, *_] = [value for name, value in scripts.items() if name.lower() == "mrflow"] or [{}]
         given = _object(entry, "alwayson_scripts.mrflow").get("args", {})
-    return [given] if isinstance(given, dict) else given
+    # Behind the controls a list may go on with drafts to finish.
+    if isinstance(given, list) and len(cast("list[Any]", given)) == len(FIELDS) + 1:
+        return cast("list[Any]", given)[:-1]
+    return [cast("dict[str, Any]", given)] if isinstance(given, dict) else cast("Any", given)
 
 
 def _waiting(args: Any) -> int:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 import os
+import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +29,7 @@ from mrflow_sched.apps.webui.host import HostApi
 from mrflow_sched.apps.webui.job import Run, change, change_known, override
 from mrflow_sched.images.formats import check_bytes, check_room, reader_of, refusing
 
-__all__ = ["FINISH", "Draft", "asked_drafts", "checksum", "read_draft", "set_job"]
+__all__ = ["FINISH", "Draft", "asked_drafts", "mark", "read_draft", "set_job"]
 
 FINISH = "finish"
 """Name of the script's last argument: the drafts to finish."""
@@ -34,10 +37,12 @@ FINISH = "finish"
 MAX_DRAFTS = 100
 _LONGEST_TEXT = 10**6
 _PARAMETERS = "parameters"
+_PNG = "iVBORw0KGgo"  # how every PNG begins in base64
 _NEGATIVE = "Negative prompt:"
-# What the drafts of one job must share: the rest is set for each image.
-_EACH = ("Prompt", "Negative prompt", "Seed", "Variation seed", infotext.DRAFT)
-_SHARED = ("Size-1", "Size-2", "CFG scale", "Distilled CFG Scale", "Shift", "Sampler", "Schedule type", "Model hash")
+# What drafts of one job may differ in; everything else in their metadata must be the same.
+_EACH = ("Seed", "Variation seed", "Lora hashes", "TI hashes", "Version", "User", "MrFlow version", infotext.DRAFT)
+_RGBA = " RGBA"
+_MAX_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Draft:
 
     Attributes:
         image: Its pixels; None where only its metadata were given, and stage 1 runs again.
-        params: Its metadata, as the host reads them.
+        text: Its metadata.
+        params: Their last line by key.
         prompt: Its prompt, as it was used: styles and wildcards are filled in.
         negative: Its negative prompt.
         size: (width, height) of the final image in pixels.
@@ -54,7 +60,8 @@ class Draft:
     """
 
     image: Image.Image | None
-    params: Mapping[str, Any]
+    text: str
+    params: Mapping[str, str]
     prompt: str
     negative: str
     size: tuple[int, int]
@@ -74,13 +81,12 @@ class Draft:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def asked_drafts(p: Any, args: Sequence[Any], host: HostApi) -> tuple[Draft, ...]:
+def asked_drafts(p: Any, args: Sequence[Any]) -> tuple[Draft, ...]:
     """Return the drafts that a job is to finish.
 
     Args:
         p: The job. With MrFlow on, an image from the gallery's upscale button that is a draft is one to finish.
         args: The script's arguments: an object with "finish", or a list that goes on behind the controls.
-        host: The WebUI, which reads metadata.
 
     Returns:
         The drafts in order; empty for all other jobs.
@@ -94,6 +100,8 @@ def asked_drafts(p: Any, args: Sequence[Any], host: HostApi) -> tuple[Draft, ...
         given = named.pop(FINISH, None)
         if named.pop("enabled", True) is False:
             return ()
+        if given is not None and not given:
+            raise MrFlowError(_needed(given))
         if given and named:
             raise MrFlowError(
                 f"finish takes its settings from the draft; leave {', '.join(map(quoted, named))} out, or generate "
@@ -105,20 +113,30 @@ def asked_drafts(p: Any, args: Sequence[Any], host: HostApi) -> tuple[Draft, ...
         sources = cast("list[Any]", given) if isinstance(given, (list, tuple)) else [given]
         if len(sources) > MAX_DRAFTS:
             raise MrFlowError(f"finish takes at most {MAX_DRAFTS} drafts in a job, got {len(sources)}.")
-        return _checked(tuple(read_draft(source, host) for source in sources))
+        return _checked(tuple(_numbered(sources)))
     image = getattr(p, "firstpass_image", None)
     on = bool(args) and (args[0] is True or isinstance(args[0], Mapping))
     if on and isinstance(image, Image.Image) and infotext.DRAFT in str(image.info.get(_PARAMETERS, "")):
-        return (read_draft(image, host),)
+        return (read_draft(image),)
     return ()
 
 
-def read_draft(source: Any, host: HostApi) -> Draft:
+def _numbered(sources: Sequence[Any]) -> Iterator[Draft]:
+    """Read drafts; a refusal says which of several it is about."""
+    for number, source in enumerate(sources, 1):
+        try:
+            yield read_draft(source)
+        except MrFlowError as error:
+            if len(sources) == 1:
+                raise
+            raise MrFlowError(f"Draft {number} of {len(sources)}: {error}") from error
+
+
+def read_draft(source: Any) -> Draft:
     """Read a draft.
 
     Args:
         source: An image, a file of the page's upload box, a draft's file in base64, or its metadata as text.
-        host: The WebUI, which reads metadata.
 
     Returns:
         The draft.
@@ -132,44 +150,62 @@ def read_draft(source: Any, host: HostApi) -> Draft:
         name = os.path.basename(str(source.name))
         with refusing(f"the draft {quoted(name)}"):
             check_bytes(os.stat(source.name).st_size)
-            with open(source.name, "rb") as file:
-                image, text = _opened(file.read(), f"the draft {quoted(name)}")
+            image, text = _opened(Path(source.name).read_bytes(), f"the draft {quoted(name)}")
     elif isinstance(source, str) and source.strip():
         image, text = _of_text(source)
     else:
-        raise MrFlowError(f"finish must be a draft's image in base64, or its metadata as text, got {quoted(source)}.")
-    params = host.read_parameters(text) if 0 < len(text) <= _LONGEST_TEXT else {}
-    if infotext.DRAFT not in params or infotext.KEY not in params:
+        raise MrFlowError(_needed(source))
+    params = infotext.parse(text) if 0 < len(text) <= _LONGEST_TEXT else {}
+    if infotext.DRAFT not in params or not infotext.read(params).enabled:
         raise MrFlowError(
             'finish needs a draft: an image made with MrFlow\'s "Draft" on, with its metadata; this one has none that '
             "say so."
         )
-    size = _whole(params.get("Size-1"), "Size"), _whole(params.get("Size-2"), "Size")
-    if image is not None and image.mode not in ("RGB", "RGBA"):  # some models draw transparency
-        image = image.convert("RGB")
-    changed = image is not None and checksum(np.asarray(image)) != str(params[infotext.DRAFT])
-    return Draft(image, params, *_prompts(text), size, changed)
+    size = _sides(params.get("Size"), "Size")
+    changed = False
+    if image is not None:
+        low = _sides(params.get("MrFlow size"), "MrFlow size")
+        if image.size != low:  # before its pixels are decoded: the file may declare any number of them
+            raise MrFlowError(
+                f"The draft is {image.width}x{image.height}, and its metadata say {low[0]}x{low[1]}; give the file as "
+                "it was saved."
+            )
+        with refusing("the draft in finish"):
+            # Only few models draw transparency; hosts and editors add it to files of the others.
+            image = image.convert("RGBA" if params[infotext.DRAFT].endswith(_RGBA) else "RGB")
+        changed = mark(np.asarray(image)) != params[infotext.DRAFT]
+    return Draft(image, text, params, *_prompts(text), size, changed)
 
 
-def checksum(pixels: Any) -> str:
-    """Sum up an image's pixels, so that a changed one is noticed.
+def _needed(given: Any) -> str:
+    return f"finish must be a draft's image in base64, or its metadata as text, got {quoted(given)}."
+
+
+def mark(pixels: Any) -> str:
+    """Write the value of `infotext.DRAFT`, by which a changed image is noticed.
 
     Args:
         pixels: (h, w, 3 or 4) uint8.
 
     Returns:
-        Their CRC-32, eight hexadecimal digits.
+        The CRC-32 of its colours, eight hexadecimal digits; "RGBA" after them where it has transparency.
     """
-    return f"{zlib.crc32(np.ascontiguousarray(pixels).tobytes()):08x}"
+    colours = np.ascontiguousarray(pixels[..., :3]).tobytes()
+    return f"{zlib.crc32(colours):08x}{_RGBA if pixels.shape[-1] == 4 else ''}"
 
 
 def _of_text(text: str) -> tuple[Image.Image | None, str]:
     """Return what is in base64, with or without the head of a data address; any other text is metadata."""
     head, comma, rest = text.partition(",")
-    packed = rest if comma and head.startswith("data:") else text
+    joined = "".join(text.split())
+    packed = joined if joined.startswith(_PNG) else text
+    if comma and head.startswith("data:"):
+        packed = "".join(rest.split())
     try:
         data = base64.b64decode(packed, validate=True)
     except (binascii.Error, ValueError):
+        if packed.startswith(_PNG):
+            raise MrFlowError("the draft in finish is damaged: its base64 is cut off or not clean.") from None
         return None, text
     return _opened(data, "the draft in finish")
 
@@ -183,7 +219,6 @@ def _opened(data: bytes, what: str) -> tuple[Image.Image, str]:
             raise MrFlowError(f"{what} is no image; give the PNG that was saved.")
         image = reader(file)
         check_room(*image.size)
-        image.load()
     return image, str(image.info.get(_PARAMETERS, ""))
 
 
@@ -196,12 +231,10 @@ def _prompts(text: str) -> tuple[str, str]:
 
 def _checked(drafts: tuple[Draft, ...]) -> tuple[Draft, ...]:
     """Refuse drafts that one job cannot finish together."""
+    first = drafts[0].params
     for draft in drafts[1:]:
-        first = drafts[0].params
-        names = {*_SHARED, *(name for name in (*first, *draft.params) if name.startswith(infotext.PREFIX))}
-        differing = sorted(
-            name for name in (infotext.KEY, *names) if name not in _EACH and first.get(name) != draft.params.get(name)
-        )
+        names = dict.fromkeys((*first, *draft.params))
+        differing = [name for name in names if name not in _EACH and first.get(name) != draft.params.get(name)]
         if differing:
             raise MrFlowError(f"The drafts in finish differ in {', '.join(differing)}; finish them one by one.")
     return drafts
@@ -223,14 +256,16 @@ def set_job(run: Run, p: Any, host: HostApi) -> None:
     def each(values: list[Any]) -> Any:
         return values if len(values) > 1 else values[0]
 
+    variations = [_whole(draft.params.get("Variation seed", 0), "Variation seed", _MAX_SEED) for draft in drafts]
+    resized = _sides(first.get("Seed resize from", "0x0"), "Seed resize from")
     fields: dict[str, Any] = {
         "prompt": each([draft.prompt for draft in drafts]),
         "negative_prompt": each([draft.negative for draft in drafts]),
-        "seed": each([_whole(draft.params.get("Seed"), "Seed") for draft in drafts]),
-        "subseed": each([_whole(draft.params.get("Variation seed", 0), "Variation seed") for draft in drafts]),
+        "seed": each([_whole(draft.params.get("Seed"), "Seed", _MAX_SEED) for draft in drafts]),
+        "subseed": each(variations),
         "subseed_strength": _number(first.get("Variation seed strength", 0), "Variation seed strength"),
-        "seed_resize_from_w": _whole(first.get("Seed resize from-1", 0), "Seed resize from"),
-        "seed_resize_from_h": _whole(first.get("Seed resize from-2", 0), "Seed resize from"),
+        "seed_resize_from_w": resized[0],
+        "seed_resize_from_h": resized[1],
         "n_iter": len(drafts),
         "batch_size": 1,
         "styles": [],
@@ -249,30 +284,45 @@ def set_job(run: Run, p: Any, host: HostApi) -> None:
     guidance = first.get("Distilled CFG Scale", first.get("Shift"))
     if guidance is not None:
         change_known(run, p, "distilled_cfg_scale", _number(guidance, "Distilled CFG Scale"))
+    for key, value in host.settings_of(drafts[0].text).items():
+        override(run, p, host, key, value)
+    _set_checkpoint(run, p, host, first)
+
+
+def _set_checkpoint(run: Run, p: Any, host: HostApi, params: Mapping[str, str]) -> None:
+    """Let the host load the draft's checkpoint, where another one is chosen."""
     settings: dict[str, Any] = p.override_settings or {}
-    checkpoint = str(settings.get("sd_model_checkpoint") or getattr(host.opts, "sd_model_checkpoint", None) or "")
-    for key, value in host.settings_of(first).items():
-        if key != "sd_model_checkpoint" or not _same_model(first, checkpoint):
-            override(run, p, host, key, value)
+    chosen = str(settings.get("sd_model_checkpoint") or getattr(host.opts, "sd_model_checkpoint", None) or "")
+    named = params.get("Model hash") or params.get("Model") or ""
+    if named in chosen:  # a title of the host's menu, "name.safetensors [hash]"; or the draft names none
+        return
+    if not host.has_checkpoint(named):
+        raise MrFlowError(
+            f"The draft was made with the checkpoint {params.get('Model', named)} ({named}), which is not installed "
+            "here; install it, and finish the draft then."
+        )
+    override(run, p, host, "sd_model_checkpoint", named)
 
 
-def _same_model(params: Mapping[str, Any], checkpoint: str) -> bool:
-    """Return whether the checkpoint of a host's menu, "name.safetensors [hash]", is the one that a draft names."""
-    named = str(params.get("Model hash") or params.get("Model") or "")
-    return named == "" or named in checkpoint
-
-
-def _whole(value: Any, name: str) -> int:
-    try:
+def _whole(value: Any, name: str, most: int) -> int:
+    if str(value).isdecimal() and len(str(value)) <= 20 and int(value) <= most:
         return int(value)
-    except (TypeError, ValueError) as error:
-        raise MrFlowError(f"The draft's {name} must be a whole number, got {quoted(value)}.") from error
+    raise MrFlowError(f"The draft's {name} must be a whole number up to {most}, got {quoted(value)}.")
+
+
+def _sides(value: Any, name: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", str(value))
+    if match is None:
+        raise MrFlowError(f"The draft's {name} must be two whole numbers such as 512x768, got {quoted(value)}.")
+    return int(match[1]), int(match[2])
 
 
 def _number(value: Any, name: str) -> float:
     try:
         number = float(value)
-        # The page gives whole numbers as such, and that is how the metadata write them.
-        return int(value) if str(value).isdigit() else number
-    except (TypeError, ValueError) as error:
-        raise MrFlowError(f"The draft's {name} must be a number, got {quoted(value)}.") from error
+        if math.isfinite(number):
+            # The page gives whole numbers as such, and that is how the metadata write them.
+            return int(value) if str(value).isdecimal() else number
+    except (TypeError, ValueError):
+        pass
+    raise MrFlowError(f"The draft's {name} must be a number, got {quoted(value)}.")

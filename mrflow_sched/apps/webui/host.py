@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mrflow_sched._runtime.errors import shown
+from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
 from mrflow_sched.plan.families import Family, HostFacts, ShiftRule, family_of_host, get_family
 
 __all__ = [
@@ -96,25 +96,28 @@ class HostApi(Protocol):
         """
         ...
 
-    def read_parameters(self, text: str) -> dict[str, Any]:
-        """Read an image's metadata as the host does when they are pasted.
-
-        Args:
-            text: The metadata.
-
-        Returns:
-            Values by key; sizes are split into keys with "-1" and "-2".
-        """
-        ...
-
-    def settings_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def settings_of(self, text: str) -> dict[str, Any]:
         """Return the host's settings that an image was made with and that differ from those of now.
 
         Args:
-            params: Its metadata, as `read_parameters` gives them.
+            text: Its metadata.
 
         Returns:
-            Values by setting. A checkpoint that is not installed is left out.
+            Values by setting, without the checkpoint.
+
+        Raises:
+            MrFlowError: A value cannot be used.
+        """
+        ...
+
+    def has_checkpoint(self, name: str) -> bool:
+        """Tell whether a checkpoint is installed.
+
+        Args:
+            name: Its name, title or hash, as the host's setting takes it.
+
+        Returns:
+            Whether the host would load it.
         """
         ...
 
@@ -173,21 +176,23 @@ class _WebUI:
         # Neo sets it anew for each model.
         return int(getattr(self.processing, "opt_f", 8))
 
-    def read_parameters(self, text: str) -> dict[str, Any]:
-        parse = self.infotexts.parse_generation_parameters
-        # Hosts since 1.10 leave out what the user does not want pasted, unless they are told otherwise.
-        return dict(parse(text, []) if len(inspect.signature(parse).parameters) > 1 else parse(text))
-
-    def settings_of(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        find = getattr(self.infotexts, "get_override_settings", None)
-        found = {} if find is None else {str(key): value for _, key, value in find(dict(params))}
-        known = getattr(self.checkpoints, "checkpoint_aliases", {})
-        if found.get("sd_model_checkpoint") not in known:
-            found.pop("sd_model_checkpoint", None)
+    def settings_of(self, text: str) -> dict[str, Any]:
+        parse, find = self.infotexts.parse_generation_parameters, getattr(self.infotexts, "get_override_settings", None)
+        try:
+            # Hosts since 1.10 leave out what the user does not want pasted, unless they are told otherwise.
+            params = parse(text, []) if len(inspect.signature(parse).parameters) > 1 else parse(text)
+            found = {} if find is None else {str(key): value for _, key, value in find(dict(params))}
+        except Exception as error:  # whatever a host raises for a value of the wrong kind
+            raise MrFlowError(f"The draft's settings cannot be used ({first_line(error)}).") from error
+        # Found by whoever finishes a draft: users may have switched off that hosts follow it.
+        found.pop("sd_model_checkpoint", None)
         modules = _stems(getattr(self.opts, "forge_additional_modules", None))
         if _stems(found.get("forge_additional_modules")) == modules:
             found.pop("forge_additional_modules", None)
         return found
+
+    def has_checkpoint(self, name: str) -> bool:
+        return name in getattr(self.checkpoints, "checkpoint_aliases", {})
 
     def with_styles(self, prompt: str, styles: Sequence[str]) -> str:
         return str(self.shared.prompt_styles.apply_styles_to_prompt(prompt, list(styles)))

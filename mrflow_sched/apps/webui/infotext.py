@@ -13,6 +13,7 @@ keys hold a choice that is not the default, or tell a reader what ran.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,12 +24,28 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui.controls import AUTOMATIC, CHOICES, FIELDS, Controls
 from mrflow_sched.apps.webui.recipe import Recipe
 
-__all__ = ["DRAFT", "ENLARGED", "KEY", "PREFIX", "enlarged", "field_value", "joined", "ran", "read", "refused", "write"]
+__all__ = [
+    "DRAFT",
+    "ENLARGED",
+    "KEY",
+    "PREFIX",
+    "STOPPED",
+    "enlarged",
+    "field_value",
+    "joined",
+    "parse",
+    "ran",
+    "read",
+    "refused",
+    "write",
+]
 
 KEY = "MrFlow"
 PREFIX = "MrFlow "
 DRAFT = "MrFlow draft"
 """Key of an image that is stage 1 only: the CRC-32 of its pixels, eight hexadecimal digits."""
+STOPPED = "MrFlow stopped"
+"""Key of an image whose job was interrupted or skipped: the pass that did not end."""
 ENLARGED = "MrFlow enlarged"
 """Key of an image that the gallery's upscale button enlarged. The other keys are those of the image before it."""
 VERSION = "v1"
@@ -43,6 +60,7 @@ _OVERRIDES = {"low": "low_steps", "refine": "refine_steps", "sigma": "sigma"}
 _PICKED = re.compile(rf"{AUTOMATIC} \((.*)\)", re.DOTALL)
 _RAN = re.compile(r"([0-9]{1,3})\+([0-9]{1,2})")
 _REFUSED = "refused ("
+_VALUE = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _PRESET = re.compile(r"[0-9]+\+[0-9]+")
 
 
@@ -81,6 +99,27 @@ def write(controls: Controls, recipe: Recipe) -> dict[str, str]:
         keys["MrFlow save stages"] = "on"
     keys["MrFlow version"] = mrflow_sched.__version__
     return keys
+
+
+def parse(text: str) -> dict[str, str]:
+    """Read the last line of an image's metadata. Hosts' own readers fill in, split and change values.
+
+    Args:
+        text: The metadata.
+
+    Returns:
+        Values by key, as they were written.
+    """
+    found: dict[str, str] = {}
+    for match in _VALUE.finditer(text.strip().rpartition("\n")[2]):
+        key, value = match[1].strip(), match[2].strip()
+        if value.startswith('"'):
+            try:
+                value = str(json.loads(value))
+            except ValueError:
+                continue
+        found.setdefault(key, value)
+    return found
 
 
 def refused(sentence: str) -> str:

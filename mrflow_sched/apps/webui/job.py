@@ -72,8 +72,9 @@ class Run:
         marks: When each part of this batch began, in seconds of `time.perf_counter`.
         seconds: How long each part took, over all batches: "start", "upscale" and "refine" are the whole; within them,
             "before" the first pass, "first" and "network" in the samplers of the two passes, "decode" at the end.
+        sampler: Name of the sampler that the job was decided for; other extensions put their own in its place.
         first_cfg: The first pass's guidance, while hosts with one guidance for both passes run the other.
-        stopped_early: The user interrupted in a first pass.
+        stopped: The pass in which the user last interrupted or skipped, "first" or "refine"; empty: none.
         lent: Values of ours that stand aside while other extensions work on finished images, by name.
         pixels: The images of a draft's batch (h, w, 3), as the host made them and nothing else changed them.
         said: What was said under the image.
@@ -91,8 +92,9 @@ class Run:
     recipe: Recipe | None = None
     marks: dict[str, float] = field(default_factory=dict[str, float])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    sampler: str = ""
     first_cfg: float | None = None
-    stopped_early: bool = False
+    stopped: str = ""
     lent: dict[str, Any] = field(default_factory=dict[str, Any])
     pixels: list[Any] = field(default_factory=list[Any])
     said: list[str] = field(default_factory=list[str])
@@ -301,7 +303,8 @@ def lend(run: Run, p: Any) -> None:
     final = {"width": recipe.width, "height": recipe.height}
     for name in _READ_AFTER_SAMPLING:
         if run.originals.get(name, ABSENT) is not ABSENT:
-            run.lent[name] = getattr(p, name)
+            # An extension's own sampler of this batch is gone by the next.
+            run.lent[name] = run.sampler if name == "sampler_name" else getattr(p, name)
             setattr(p, name, final.get(name, run.originals[name]))
 
 

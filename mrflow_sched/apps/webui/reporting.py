@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -53,21 +53,44 @@ def write_infotext(p: Any, run: Run | None) -> None:
     if run.button:
         _write_enlarged(p, run, recipe)
         return
+    params.update(infotext.write(run.controls, recipe))
     if run.drafts:
-        # As the run that goes on at once would have written them, whatever "automatic" stands for today.
-        params.update(infotext.joined(run.drafts[0].params))
-        params.pop(infotext.DRAFT, None)
-    else:
-        params.update(infotext.write(run.controls, recipe))
+        # As the run that goes on at once wrote it, whatever preset "automatic" stands for today.
+        params[infotext.KEY] = run.drafts[0].params[infotext.KEY]
     for key in list(params):
         if key.startswith("Hires ") and key not in _HIRES_PROMPTS:
             params[key] = None
+    for key, name, shown in (
+        ("Hires prompt", "all_hr_prompts", "all_prompts"),
+        ("Hires negative prompt", "all_hr_negative_prompts", "all_negative_prompts"),
+    ):
+        if callable(params.get(key)):
+            params[key] = _HiresText(name, shown)
     params["Denoising strength"] = None
     # These win over what the host writes from `p`, also when it asks again after the job is tidied.
     params["Size"] = f"{recipe.width}x{recipe.height}"
     params["Steps"] = recipe.low_steps
     if "sampler_name" in run.originals:
-        params["Sampler"] = p.sampler_name
+        params["Sampler"] = run.sampler
+
+
+@dataclass(frozen=True)
+class _HiresText:
+    """An image's own text of the refine pass, where it differs; hosts' own writers look at the batch's first images.
+
+    Attributes:
+        name: The job's list of such texts.
+        shown: The job's list of texts of the first pass.
+    """
+
+    name: str
+    shown: str
+
+    def __call__(self, p: Any, index: int, **others: Any) -> str | None:
+        at = index if index >= p.batch_size else index + getattr(p, "iteration", 0) * p.batch_size
+        texts: list[Any] = getattr(p, self.name) or []
+        shown: list[Any] = getattr(p, self.shown) or []
+        return str(texts[at]) if at < min(len(texts), len(shown)) and texts[at] != shown[at] else None
 
 
 def _write_enlarged(p: Any, run: Run, recipe: Recipe) -> None:
@@ -129,13 +152,15 @@ def report(p: Any, run: Run, host: HostApi) -> None:
 
     low = f"{recipe.low_width}x{recipe.low_height}"
     first = f"{low} x{recipe.low_steps}{spent('start')}"
-    if run.controls.draft:
+    if run.controls.draft and not run.stopped:
         _say(p, f"MrFlow: draft {first}; finished, it is {recipe.width}x{recipe.height}.")
         return
     if run.button or (run.drafts and run.drafts[0].image is not None):
         first = low
-    if run.stopped_early:
+    if run.stopped == "first":
         say(p, f"MrFlow: stopped in the first pass; the image is the low-resolution one, {low}.")
+    elif run.stopped:
+        say(p, "MrFlow: stopped in the refine pass; the image is not refined to its end.")
     else:
         final = f"{recipe.width}x{recipe.height}"
         sentence = (

@@ -26,7 +26,7 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui import infotext
 from mrflow_sched.apps.webui.axes import overrides
 from mrflow_sched.apps.webui.controls import FIELDS, Controls
-from mrflow_sched.apps.webui.drafts import Draft, asked_drafts, checksum, set_job
+from mrflow_sched.apps.webui.drafts import Draft, asked_drafts, mark, set_job
 from mrflow_sched.apps.webui.hires import hires_note, hires_target
 from mrflow_sched.apps.webui.host import HostApi, capabilities, own_attributes, probe_model, refiner_refusal
 from mrflow_sched.apps.webui.job import (
@@ -96,7 +96,7 @@ def before_process(p: Any, args: Sequence[Any], host: HostApi) -> None:
         return
     run = getattr(p, ATTRIBUTE, None)
     try:
-        drafts = () if isinstance(run, Run) and run.drafts else asked_drafts(p, args, host)
+        drafts = () if isinstance(run, Run) and run.drafts else asked_drafts(p, args)
     except Exception as error:
         _leave(p, run)
         refuse(p, host, reason(error, stop=True), stop=True)
@@ -154,17 +154,17 @@ def _arm(p: Any, controls: Controls, host: HostApi) -> None:
         override(run, p, host, "enable_pnginfo", True)
         return
     if run.button:
-        run.source = _source(p, host)
+        run.source = _source(p)
     change(run, p, "enable_hr", True)
     override(run, p, host, "img2img_extra_noise", 0)
     if controls.save_stages and not run.button:
         override(run, p, host, "save_images_before_highres_fix", True)
 
 
-def _source(p: Any, host: HostApi) -> dict[str, str]:
+def _source(p: Any) -> dict[str, str]:
     """Return what the metadata of the image under the button says of how that image was made."""
     text = str(getattr(getattr(p, "firstpass_image", None), "info", {}).get("parameters", ""))
-    found = infotext.joined(host.read_parameters(text) if text else {}, ("Steps", "Sampler", "Size"))
+    found = infotext.joined(infotext.parse(text), ("Steps", "Sampler", "Size"))
     if found.get(infotext.KEY, "").startswith("refused"):
         del found[infotext.KEY]
     return found
@@ -250,6 +250,12 @@ def _fit(p: Any, run: Run, host: HostApi) -> None:
     logger.info("%s", recipe.line)
     if not run.button:
         _fit_first_pass(p, run, recipe, host)
+    run.sampler = p.sampler_name
+    if len(run.drafts) > 1:
+        # The host filled them in from lists; its own scripts and others expect texts.
+        for name in ("hr_prompt", "hr_negative_prompt"):
+            if isinstance(getattr(p, name, None), list):
+                change(run, p, name, getattr(p, name)[0])
     if run.controls.draft:
         install(run, p, "sample", sample)
         for name, key in (("hr_prompt", "Hires prompt"), ("hr_negative_prompt", "Hires negative prompt")):
@@ -270,9 +276,6 @@ def _check_drafts(p: Any, run: Run, recipe: Recipe) -> None:
             )
         if draft.changed:
             say(p, "The draft's pixels were changed after it was made: what is finished is near it, not equal.")
-        made, loaded = draft.params.get("Model hash"), getattr(p.sd_model, "sd_model_hash", None)
-        if made and loaded and str(made) != str(loaded):
-            say(p, f"The draft was made with the checkpoint {made}, which is not here; {loaded} finishes it.")
 
 
 def _final_size(p: Any, run: Run) -> tuple[int, int]:
@@ -346,6 +349,7 @@ def before_process_batch(p: Any, host: HostApi) -> None:
         p.rng.shape = (*shape[:-2], p.height // side, p.width // side)
     if run.drafts:
         p.firstpass_image = run.drafts[min(getattr(p, "iteration", 0), len(run.drafts) - 1)].image
+    p.extra_generation_params.pop(infotext.STOPPED, None)
     run.marks = {"start": time.perf_counter()}
     answer(run, p, None if run.recipe.first_sigmas is None else run.recipe.first_list)
 
@@ -377,7 +381,7 @@ def process_before_every_sampling(p: Any, host: HostApi, x: Tensor, noise: Tenso
         return
     prepare_refine(p, run)
     if run.controls.refine_seed != "host":
-        seeds, subseeds = ([int(seed) + 1 for seed in seeds] for seeds in (p.seeds, p.subseeds))
+        seeds, subseeds = ([(int(seed) + 1) % 2**64 for seed in seeds] for seeds in (p.seeds, p.subseeds))
         noise.copy_(host.make_noise(p, noise.shape[1:], seeds, subseeds))
 
 
@@ -417,9 +421,11 @@ def post_sample(p: Any, host: HostApi) -> None:
     if run.first_cfg is not None:
         p.cfg_scale, run.first_cfg = run.first_cfg, None
     write_infotext(p, run)
-    if "refine" not in run.marks and getattr(host.state, "interrupted", False):
-        run.stopped_early = True
-    if getattr(p, "iteration", 0) >= p.n_iter - 1 or run.stopped_early:
+    interrupted = bool(getattr(host.state, "interrupted", False))
+    if interrupted or getattr(host.state, "skipped", False):
+        run.stopped = "first" if "refine" not in run.marks else "refine"
+        p.extra_generation_params[infotext.STOPPED] = f"{run.stopped} pass"
+    if getattr(p, "iteration", 0) >= p.n_iter - 1 or interrupted:
         report(p, run, host)
     lend(run, p)
 
@@ -438,7 +444,7 @@ def postprocess_batch(p: Any, images: Tensor) -> None:
 
 
 def postprocess_image(p: Any, finished: Any) -> None:
-    """Put a draft's own pixels into its file, with their checksum in the metadata.
+    """Put a draft's own pixels into its file, with their mark in the metadata.
 
     Args:
         p: The job.
@@ -446,10 +452,10 @@ def postprocess_image(p: Any, finished: Any) -> None:
     """
     run = current(p)
     at = getattr(p, "batch_index", 0)
-    if run is None or at >= len(run.pixels):
+    if run is None or run.stopped or at >= len(run.pixels):  # what was stopped is no draft
         return
     finished.image = Image.fromarray(run.pixels[at])
-    p.extra_generation_params[infotext.DRAFT] = checksum(run.pixels[at])
+    p.extra_generation_params[infotext.DRAFT] = mark(run.pixels[at])
 
 
 def postprocess(p: Any, host: HostApi, processed: Any) -> None:
