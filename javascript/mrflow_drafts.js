@@ -6,6 +6,8 @@ const mrflowDrafts = {
     marked: new Set(),
     shown: "",
     busy: false,
+    stopped: false,
+    nothing: "Select a draft under the gallery first, or mark several with Ctrl + click.",
 
     gallery() {
         return gradioApp().querySelector("#txt2img_gallery");
@@ -36,7 +38,17 @@ const mrflowDrafts = {
         return mrflowDrafts.thumbnails("small").findIndex((item) => item.classList.contains("selected"));
     },
 
+    images() {
+        return mrflowDrafts.thumbnails("small").map((item) => item.querySelector("img")?.src).join();
+    },
+
+    say(text) {
+        const said = typeof getTranslation === "function" ? getTranslation(text) : undefined;
+        alert(`MrFlow: ${said ?? text}`);
+    },
+
     click(event) {
+        if (event.target.closest("#txt2img_interrupt, #txt2img_interrupting, #txt2img_skip")) mrflowDrafts.stopped = true;
         if (event.target.closest("#mrflow_finish")) {
             mrflowDrafts.finish();
             return;
@@ -63,7 +75,10 @@ const mrflowDrafts = {
     // Another job's images: nothing of them is marked yet.
     changed() {
         const text = mrflowDrafts.information();
-        if (!mrflowDrafts.busy && text !== mrflowDrafts.shown) mrflowDrafts.marked.clear();
+        if (text !== mrflowDrafts.shown) {
+            if (!mrflowDrafts.busy) mrflowDrafts.marked.clear();
+            mrflow.ask(); // this machine's seconds may be known now
+        }
         mrflowDrafts.shown = text;
         mrflowDrafts.paint();
     },
@@ -80,11 +95,30 @@ const mrflowDrafts = {
         return gradioApp().querySelector("#txt2img_interrupt")?.style.display === "block";
     },
 
+    // The gallery may still put its own selection back after a job, so the choice has to stay for a while.
     async select(at) {
-        if (mrflowDrafts.selected() === at) return true;
-        const small = mrflowDrafts.thumbnails("small");
-        (small.length ? small : mrflowDrafts.thumbnails("lg"))[at]?.click();
-        return mrflowDrafts.until(() => mrflowDrafts.selected() === at, 25);
+        for (let tries = 5; tries > 0; tries--) {
+            if (mrflowDrafts.selected() !== at) {
+                const small = mrflowDrafts.thumbnails("small");
+                (small.length ? small : mrflowDrafts.thumbnails("lg"))[at]?.click();
+            }
+            await mrflowDrafts.until(() => mrflowDrafts.selected() === at, 10);
+            if (!(await mrflowDrafts.until(() => mrflowDrafts.selected() !== at, 4))) return true;
+        }
+        return false;
+    },
+
+    // Through the WebUI's own button; whether the image was replaced.
+    async finishOne(at) {
+        if (!(await mrflowDrafts.select(at)) || !mrflowDrafts.drafts().has(at)) return false;
+        const [before, images] = [mrflowDrafts.information(), mrflowDrafts.images()];
+        gradioApp().querySelector("#txt2img_upscale")?.click();
+        await mrflowDrafts.until(() => mrflowDrafts.running() || mrflowDrafts.information() !== before, 50);
+        await mrflowDrafts.until(() => !mrflowDrafts.running(), Infinity);
+        await mrflowDrafts.until(() => mrflowDrafts.information() !== before, 25);
+        if (mrflowDrafts.information() === before) return false; // it failed, or was refused
+        await mrflowDrafts.until(() => mrflowDrafts.images() !== images, 25);
+        return !mrflowDrafts.stopped;
     },
 
     async finish() {
@@ -92,18 +126,15 @@ const mrflowDrafts = {
         const drafts = mrflowDrafts.drafts();
         const chosen = mrflowDrafts.marked.size ? [...mrflowDrafts.marked] : [mrflowDrafts.selected()];
         const picks = chosen.filter((at) => drafts.has(at)).sort((one, other) => other - one);
+        if (picks.length === 0 && drafts.size === 1) picks.push(...drafts);
+        if (picks.length === 0) mrflowDrafts.say(mrflowDrafts.nothing);
         const box = gradioApp().querySelector("#script_mrflow_enabled-visible-checkbox");
         if (picks.length && box && !box.checked) box.click();
         mrflowDrafts.busy = true;
+        mrflowDrafts.stopped = false;
         try {
             for (const at of picks) {
-                if (!(await mrflowDrafts.select(at))) return;
-                const before = mrflowDrafts.information();
-                gradioApp().querySelector("#txt2img_upscale")?.click();
-                if (!(await mrflowDrafts.until(mrflowDrafts.running, 50))) return;
-                await mrflowDrafts.until(() => !mrflowDrafts.running(), Infinity);
-                await mrflowDrafts.until(() => mrflowDrafts.information() !== before, 25);
-                if (mrflowDrafts.information() === before) return; // it failed, or was refused
+                if (!(await mrflowDrafts.finishOne(at))) return;
                 mrflowDrafts.marked.delete(at);
                 mrflowDrafts.paint();
             }

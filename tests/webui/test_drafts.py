@@ -352,3 +352,32 @@ def test_a_model_that_cannot_run_staged_makes_no_draft() -> None:
     assert len(ui.calls) == 20
     assert "MrFlow" in p.extra_generation_params
     assert not hasattr(p, "_ad_disabled")
+
+
+def test_a_grid_of_drafts_is_no_draft() -> None:
+    ui = webui("forge")
+    p = ui.job(**JOB)
+    ui.generate(p, {"draft": True})
+    mark_of = p.extra_generation_params[DRAFT]
+    assert mark_of(use_main_prompt=False) == str(mark_of)
+    assert mark_of(use_main_prompt=True) is None
+
+
+def test_a_plot_finishes_no_drafts() -> None:
+    file = draft_file()
+    ui = webui("forge")
+    p = ui.job()
+    p.script_args = [3, True]
+    assert ui.generate(p, {"finish": file}).images == []
+    assert list(p.comments) == ["Drafts cannot be finished by a script such as X/Y/Z plot; set Script to None."]
+
+
+def test_what_is_left_of_a_finish_that_was_interrupted_says_so() -> None:
+    file = draft_file()
+    ui = webui("forge")
+    ui.interrupt_at = 1
+    p = ui.job()
+    finished = ui.generate(p, {"finish": [file, file]})
+    assert len(finished.images) == 1
+    assert infotext.parse(finished.pictures[0].info["parameters"])["MrFlow stopped"] == "refine pass"
+    assert any("stopped in the refine pass" in said for said in p.comments)

@@ -200,7 +200,7 @@ def _checked_text(name: str, value: Any) -> str:
 
 def _checked_preset(value: Any) -> str:
     if isinstance(value, str):
-        match = _STEPS_NAME.fullmatch(value)
+        match = _STEPS_NAME.fullmatch("".join(value.split()))
         if match is None and value.lower() in CHOICES["preset"]:
             return value.lower()
         if match is not None:

@@ -163,8 +163,9 @@ def report(p: Any, run: Run, host: HostApi) -> None:
         say(p, "MrFlow: stopped in the refine pass; the image is not refined to its end.")
     else:
         final = f"{recipe.width}x{recipe.height}"
+        upscaler = "Lanczos" if recipe.upscaler == "None" else recipe.upscaler
         sentence = (
-            f"MrFlow: {first} -> {recipe.upscaler}{spent('upscale')} -> {final} x{recipe.refine_steps} at sigma "
+            f"MrFlow: {first} -> {upscaler}{spent('upscale')} -> {final} x{recipe.refine_steps} at sigma "
             f"{recipe.sigma:.4g}{spent('refine')}{_ratio(p, run)}"
         )
         _say(p, sentence)

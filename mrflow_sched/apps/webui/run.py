@@ -173,6 +173,8 @@ def _source(p: Any) -> dict[str, str]:
 def _arm_finish(p: Any, drafts: tuple[Draft, ...], host: HostApi) -> None:
     run = Run(p, drafts[0].controls, drafts[0].size, drafts=drafts)
     setattr(p, ATTRIBUTE, run)
+    if (getattr(p, "script_args", None) or [0])[0] not in (0, "0", None, "", "None"):
+        raise MrFlowError("Drafts cannot be finished by a script such as X/Y/Z plot; set Script to None.")
     _remember_job(p, run)
     set_job(run, p, host)
     p.extra_generation_params.pop("Original Size", None)
@@ -455,7 +457,16 @@ def postprocess_image(p: Any, finished: Any) -> None:
     if run is None or run.stopped or at >= len(run.pixels):  # what was stopped is no draft
         return
     finished.image = Image.fromarray(run.pixels[at])
-    p.extra_generation_params[infotext.DRAFT] = mark(run.pixels[at])
+    p.extra_generation_params[infotext.DRAFT] = _Mark(mark(run.pixels[at]))
+
+
+class _Mark(str):
+    """A draft's mark: of images, but not of the grid of them. Hosts before 1.9 take it as text."""
+
+    __slots__ = ()
+
+    def __call__(self, *, use_main_prompt: bool = False, **others: Any) -> str | None:
+        return None if use_main_prompt else str(self)
 
 
 def postprocess(p: Any, host: HostApi, processed: Any) -> None:

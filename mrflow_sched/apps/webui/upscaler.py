@@ -39,7 +39,7 @@ MARK = " (MrFlow)"
 
 HINT = (
     "No x2 super-resolution model was found, so {stand_in}; put an ESRGAN-type x2 file such as RealESRGAN_x2plus.pth "
-    "into the WebUI's models/ESRGAN folder and reload the page."
+    "into the WebUI's models/ESRGAN folder and use Reload UI in the settings."
 )
 _SCALES = (2, 4)
 # "4x-UltraSharp", "2xNomos", "RealESRGAN_x2plus", "DAT x4"; not the sizes in "512x512" or "1x2x".
