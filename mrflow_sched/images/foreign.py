@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, cast
 
 from mrflow_sched._runtime.errors import quoted
-from mrflow_sched.images.parameters import PARAMETERS
+from mrflow_sched.images.parameters import PARAMETERS, read_parameters
 from mrflow_sched.plan.checks import MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS
 
 MAX_TEXT = 8_000_000
@@ -22,8 +22,6 @@ MAX_TEXT = 8_000_000
 
 _LONGEST_WAY = 32  # links in a row; graphs that people draw have a dozen
 _MOST_SAMPLERS = 8
-_VALUE = re.compile(r"(?:^|,)\s*(Steps|Seed|CFG scale|Distilled CFG Scale|Size): ?([^,\n]{1,40})")
-_NEGATIVE = "Negative prompt:"
 _SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
 # Inputs that hold a node's text, its number, or lead on to them.
 _TEXTS = ("text", "t5xxl", "text_g", "clip_l", "clip_g", "text_l", "prompt", "string", "value")
@@ -76,18 +74,10 @@ def read_foreign(texts: Mapping[str, str]) -> ForeignRun | None:
 
 
 def _a1111(text: str) -> ForeignRun | None:
-    lines = text.strip().split("\n")
-    values: dict[str, str] = {}
-    last = next((at for at in range(len(lines) - 1, -1, -1) if lines[at].startswith("Steps: ")), None)
-    if last is not None:
-        for found in _VALUE.finditer(lines[last]):
-            values.setdefault(found.group(1), found.group(2).strip())
-        lines = lines[:last]
-    split = next((at for at, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
-    prompt = _text("\n".join(lines[:split]).strip())
+    parts = read_parameters(text)
+    values, prompt, negative = parts.values, _text(parts.prompt.strip()), _text(parts.negative.strip())
     if not prompt:
         return None
-    negative = _text("\n".join(lines[split:])[len(_NEGATIVE) :].strip())
     seed, (width, height) = _whole(values.get("Seed"), 0, MAX_SEED), _sides(values.get("Size"))
     return ForeignRun(
         program="A1111",

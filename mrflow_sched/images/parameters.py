@@ -6,6 +6,9 @@ The layout is that of AUTOMATIC1111's PNG info, which WebUIs, image viewers and 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
@@ -17,6 +20,51 @@ if TYPE_CHECKING:
 
 PARAMETERS = "parameters"
 """Key of the text in an image file."""
+
+_NEGATIVE = "Negative prompt:"
+_FIRST = "Steps: "
+_VALUE = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A `parameters` text in its parts.
+
+    Attributes:
+        prompt: The prompt, line by line as it was written.
+        negative: The negative prompt; empty where there was none.
+        values: The values of the last line by name, as they were written; the first one where a name comes twice.
+    """
+
+    prompt: str
+    negative: str
+    values: Mapping[str, str]
+
+
+def read_parameters(text: str) -> Parameters:
+    """Read a `parameters` text, of any program that writes like A1111.
+
+    Args:
+        text: The text. The last line that begins with "Steps: " holds the values; a text without one is all prompt.
+
+    Returns:
+        Its parts; a value that is quoted and damaged is left out.
+    """
+    lines = text.strip().split("\n")
+    last = next((at for at in range(len(lines) - 1, -1, -1) if lines[at].startswith(_FIRST)), len(lines))
+    values: dict[str, str] = {}
+    for match in _VALUE.finditer(lines[last] if last < len(lines) else ""):
+        value = match[2].strip()
+        if value.startswith('"'):
+            try:
+                value = str(json.loads(value))
+            except ValueError:
+                continue
+        values.setdefault(match[1].strip(), value)
+    written = lines[:last]
+    split = next((at for at, line in enumerate(written) if line.startswith(_NEGATIVE)), len(written))
+    negative = "\n".join(written[split:]).removeprefix(_NEGATIVE).removeprefix(" ")
+    return Parameters("\n".join(written[:split]), negative, values)
 
 
 def parameters_text(record: RunRecord) -> str:
@@ -56,7 +104,7 @@ def parameters_text(record: RunRecord) -> str:
         values["Version"] = f"mrflow-sched {record.versions['mrflow-sched']}"
     lines = [record.prompt]
     if record.negative:
-        lines.append(f"Negative prompt: {record.negative}")
+        lines.append(f"{_NEGATIVE} {record.negative}")
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in values.items()))
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui import infotext
 from mrflow_sched.apps.webui.drafts import mark, read_draft
 from mrflow_sched.apps.webui.infotext import DRAFT
+from mrflow_sched.images.parameters import read_parameters
 
 KINDS = ("a1111", "forge", "neo")
 JOB: dict[str, Any] = {"width": 512, "height": 384, "negative_prompt": "fog, rain", "cfg_scale": 3.0}
@@ -315,7 +316,7 @@ def test_an_interrupted_draft_is_no_draft() -> None:
     ui = webui("forge")
     ui.interrupt_at = 4
     drafts = ui.generate(ui.job(**JOB), {"draft": True})
-    params = infotext.parse(drafts.pictures[0].info["parameters"])
+    params = read_parameters(drafts.pictures[0].info["parameters"]).values
     assert params["MrFlow stopped"] == "first pass"
     assert DRAFT not in params
 
@@ -379,5 +380,5 @@ def test_what_is_left_of_a_finish_that_was_interrupted_says_so() -> None:
     p = ui.job()
     finished = ui.generate(p, {"finish": [file, file]})
     assert len(finished.images) == 1
-    assert infotext.parse(finished.pictures[0].info["parameters"])["MrFlow stopped"] == "refine pass"
+    assert read_parameters(finished.pictures[0].info["parameters"]).values["MrFlow stopped"] == "refine pass"
     assert any("stopped in the refine pass" in said for said in p.comments)

@@ -6,7 +6,6 @@ The order of the fields is the order of the API's positional arguments: new ones
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
@@ -14,6 +13,7 @@ from typing import Any, cast
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.plan.families import FAMILIES, TIERS
+from mrflow_sched.plan.families.base import steps_in
 
 __all__ = ["AUTOMATIC", "CHOICES", "FIELDS", "LABELS", "LIMITS", "Controls"]
 
@@ -21,13 +21,12 @@ AUTOMATIC = "automatic"
 """The preset, the upscaler or the solver that suits the loaded model."""
 
 _LONGEST_NAME = 300
-_STEPS_NAME = re.compile(r"([0-9]{1,3})\+([0-9]{1,2})")
 
 
 def _preset_names() -> tuple[str, ...]:
     """Return `AUTOMATIC`, the tiers, then each preset that any family has, most steps first, named ones last."""
     known = {preset.name: preset for family in FAMILIES.values() for preset in family.presets}
-    stepped = [name for name in known if _STEPS_NAME.fullmatch(name)]
+    stepped = [name for name in known if steps_in(name)]
     named = [name for name in known if name not in stepped]
     return (AUTOMATIC, *TIERS, *sorted(stepped, key=lambda name: -known[name].low_steps), *named)
 
@@ -200,11 +199,11 @@ def _checked_text(name: str, value: Any) -> str:
 
 def _checked_preset(value: Any) -> str:
     if isinstance(value, str):
-        match = _STEPS_NAME.fullmatch("".join(value.split()))
-        if match is None and value.lower() in CHOICES["preset"]:
+        steps = steps_in("".join(value.split()))
+        if not steps and value.lower() in CHOICES["preset"]:
             return value.lower()
-        if match is not None:
-            low, refine = int(match[1]), int(match[2])
+        if len(steps) == 2:
+            low, refine = steps
             if 1 <= low <= LIMITS["low_steps"][1] and 1 <= refine <= LIMITS["refine_steps"][1]:
                 return f"{low}+{refine}"
     named = ", ".join(map(repr, (AUTOMATIC, *TIERS)))

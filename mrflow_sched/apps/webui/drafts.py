@@ -28,6 +28,7 @@ from mrflow_sched.apps.webui.controls import FIELDS, Controls
 from mrflow_sched.apps.webui.host import HostApi
 from mrflow_sched.apps.webui.job import Run, change, change_known, override
 from mrflow_sched.images.formats import check_bytes, check_room, reader_of, refusing
+from mrflow_sched.images.parameters import PARAMETERS, read_parameters
 
 __all__ = ["FINISH", "Draft", "asked_drafts", "mark", "read_draft", "set_job"]
 
@@ -36,9 +37,7 @@ FINISH = "finish"
 
 MAX_DRAFTS = 100
 _LONGEST_TEXT = 10**6
-_PARAMETERS = "parameters"
 _PNG = "iVBORw0KGgo"  # how every PNG begins in base64
-_NEGATIVE = "Negative prompt:"
 # What drafts of one job may differ in; everything else in their metadata must be the same.
 _EACH = ("Seed", "Variation seed", "Lora hashes", "TI hashes", "Version", "User", "MrFlow version", infotext.DRAFT)
 _RGBA = " RGBA"
@@ -116,7 +115,7 @@ def asked_drafts(p: Any, args: Sequence[Any]) -> tuple[Draft, ...]:
         return _checked(tuple(_numbered(sources)))
     image = getattr(p, "firstpass_image", None)
     on = bool(args) and (args[0] is True or isinstance(args[0], Mapping))
-    if on and isinstance(image, Image.Image) and infotext.DRAFT in str(image.info.get(_PARAMETERS, "")):
+    if on and isinstance(image, Image.Image) and infotext.DRAFT in str(image.info.get(PARAMETERS, "")):
         return (read_draft(image),)
     return ()
 
@@ -145,7 +144,7 @@ def read_draft(source: Any) -> Draft:
         MrFlowError: It is none of these, cannot be read, or its metadata are not those of a draft.
     """
     if isinstance(source, Image.Image):
-        image, text = source, str(source.info.get(_PARAMETERS, ""))
+        image, text = source, str(source.info.get(PARAMETERS, ""))
     elif hasattr(source, "name"):
         name = os.path.basename(str(source.name))
         with refusing(f"the draft {quoted(name)}"):
@@ -155,7 +154,8 @@ def read_draft(source: Any) -> Draft:
         image, text = _of_text(source)
     else:
         raise MrFlowError(_needed(source))
-    params = infotext.parse(text) if 0 < len(text) <= _LONGEST_TEXT else {}
+    parts = read_parameters(text if len(text) <= _LONGEST_TEXT else "")
+    params = parts.values
     if infotext.DRAFT not in params or not infotext.read(params).enabled:
         raise MrFlowError(
             'finish needs a draft: an image made with MrFlow\'s "Draft" on, with its metadata; this one has none that '
@@ -174,7 +174,7 @@ def read_draft(source: Any) -> Draft:
             # Only few models draw transparency; hosts and editors add it to files of the others.
             image = image.convert("RGBA" if params[infotext.DRAFT].endswith(_RGBA) else "RGB")
         changed = mark(np.asarray(image)) != params[infotext.DRAFT]
-    return Draft(image, text, params, *_prompts(text), size, changed)
+    return Draft(image, text, params, parts.prompt, parts.negative, size, changed)
 
 
 def _needed(given: Any) -> str:
@@ -219,14 +219,7 @@ def _opened(data: bytes, what: str) -> tuple[Image.Image, str]:
             raise MrFlowError(f"{what} is no image; give the PNG that was saved.")
         image = reader(file)
         check_room(*image.size)
-    return image, str(image.info.get(_PARAMETERS, ""))
-
-
-def _prompts(text: str) -> tuple[str, str]:
-    """Return the prompt and the negative prompt as they stand in the text: hosts may take styles out of them."""
-    lines = [line.strip() for line in text.strip().split("\n")[:-1]]
-    at = next((number for number, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines))
-    return "\n".join(lines[:at]), "\n".join(lines[at:]).removeprefix(_NEGATIVE).strip()
+    return image, str(image.info.get(PARAMETERS, ""))
 
 
 def _checked(drafts: tuple[Draft, ...]) -> tuple[Draft, ...]:

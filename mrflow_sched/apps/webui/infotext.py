@@ -13,7 +13,6 @@ keys hold a choice that is not the default, or tell a reader what ran.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ import mrflow_sched
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui.controls import AUTOMATIC, CHOICES, FIELDS, Controls
 from mrflow_sched.apps.webui.recipe import Recipe
+from mrflow_sched.plan.families.base import steps_in
 
 __all__ = [
     "DRAFT",
@@ -33,7 +33,6 @@ __all__ = [
     "enlarged",
     "field_value",
     "joined",
-    "parse",
     "ran",
     "read",
     "refused",
@@ -43,7 +42,7 @@ __all__ = [
 KEY = "MrFlow"
 PREFIX = "MrFlow "
 DRAFT = "MrFlow draft"
-"""Key of an image that is stage 1 only: the CRC-32 of its pixels, eight hexadecimal digits."""
+"""Key of an image that is stage 1 only: the CRC-32 of its colours, and "RGBA" where it has transparency."""
 STOPPED = "MrFlow stopped"
 """Key of an image whose job was interrupted or skipped: the pass that did not end."""
 ENLARGED = "MrFlow enlarged"
@@ -58,10 +57,7 @@ _CHOICE_KEYS = {
 }
 _OVERRIDES = {"low": "low_steps", "refine": "refine_steps", "sigma": "sigma"}
 _PICKED = re.compile(rf"{AUTOMATIC} \((.*)\)", re.DOTALL)
-_RAN = re.compile(r"([0-9]{1,3})\+([0-9]{1,2})")
 _REFUSED = "refused ("
-_VALUE = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
-_PRESET = re.compile(r"[0-9]+\+[0-9]+")
 
 
 def write(controls: Controls, recipe: Recipe) -> dict[str, str]:
@@ -99,27 +95,6 @@ def write(controls: Controls, recipe: Recipe) -> dict[str, str]:
         keys["MrFlow save stages"] = "on"
     keys["MrFlow version"] = mrflow_sched.__version__
     return keys
-
-
-def parse(text: str) -> dict[str, str]:
-    """Read the last line of an image's metadata. Hosts' own readers fill in, split and change values.
-
-    Args:
-        text: The metadata.
-
-    Returns:
-        Values by key, as they were written.
-    """
-    found: dict[str, str] = {}
-    for match in _VALUE.finditer(text.strip().rpartition("\n")[2]):
-        key, value = match[1].strip(), match[2].strip()
-        if value.startswith('"'):
-            try:
-                value = str(json.loads(value))
-            except ValueError:
-                continue
-        found.setdefault(key, value)
-    return found
 
 
 def refused(sentence: str) -> str:
@@ -215,9 +190,9 @@ def ran(params: Mapping[str, Any]) -> Controls:
     upscaler = _PICKED.fullmatch(_get(params, "MrFlow upscaler") or "")
     if upscaler is not None:
         found["upscaler"] = upscaler[1]
-    steps = _RAN.fullmatch(_get(params, "MrFlow steps") or "")
-    if steps is not None:
-        found["low_steps"], found["refine_steps"] = int(steps[1]), int(steps[2])
+    steps = steps_in(_get(params, "MrFlow steps") or "")
+    if len(steps) == 2:
+        found["low_steps"], found["refine_steps"] = steps
     found["sigma"] = _to_number(_get(params, "MrFlow sigma") or "")
     controls = read(params)
     usable = {name: value for name, value in found.items() if value is not None and _usable(name, value)}
@@ -252,7 +227,7 @@ def _from_main(text: str) -> dict[str, Any]:
         found["preset"] = words.pop(0)
         if words and not words[0].startswith("x"):
             words.pop(0)  # what was chosen
-    elif words and (words[0] in CHOICES["preset"] or _PRESET.fullmatch(words[0])):
+    elif words and (words[0] in CHOICES["preset"] or steps_in(words[0])):
         found["preset"] = words.pop(0)
     for word in words:
         name, _, value = word.partition("=")

@@ -15,6 +15,7 @@ from mrflow_sched.apps.webui.host import ModelInfo
 from mrflow_sched.apps.webui.upscaler import MARK, pick_automatic
 from mrflow_sched.plan.checks import MAX_SIDE
 from mrflow_sched.plan.families import TIERS, Family, Preset
+from mrflow_sched.plan.families.base import steps_in
 from mrflow_sched.plan.make import make_sized_plan
 from mrflow_sched.plan.notes import size_notes
 from mrflow_sched.plan.recipes import sigmas_from_recipe
@@ -29,7 +30,6 @@ LEAST_SIDE = 64
 """The least side of the low-resolution image, in pixels; models draw nothing coherent below it."""
 
 _SCALE_AT_END = re.compile(r"\s+[1-9]x\+?$")
-_STEPS_NAME = re.compile(r"([0-9]+)\+([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -234,10 +234,9 @@ def _preset(controls: Controls, family: Family) -> tuple[Preset, str | None]:
         return default, None
     if controls.preset in (*TIERS, *(preset.name for preset in family.presets)):
         return family.get_preset(controls.preset), None
-    match = _STEPS_NAME.fullmatch(controls.preset)
-    if match is None:
+    steps = steps_in(controls.preset)
+    if not steps:
         return default, f"{family.title} has no preset {controls.preset!r}; {default.name} is used."
-    steps = int(match[1]), int(match[2])
     return replace(default, name=controls.preset, low_steps=steps[0], refine_steps=steps[1]), None
 
 

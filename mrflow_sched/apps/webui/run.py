@@ -59,6 +59,7 @@ from mrflow_sched.apps.webui.replacements import (
     target_resolution,
 )
 from mrflow_sched.apps.webui.reporting import forget, report, take_times, write_infotext
+from mrflow_sched.images.parameters import PARAMETERS, read_parameters
 
 __all__ = [
     "before_hr",
@@ -163,8 +164,8 @@ def _arm(p: Any, controls: Controls, host: HostApi) -> None:
 
 def _source(p: Any) -> dict[str, str]:
     """Return what the metadata of the image under the button says of how that image was made."""
-    text = str(getattr(getattr(p, "firstpass_image", None), "info", {}).get("parameters", ""))
-    found = infotext.joined(infotext.parse(text), ("Steps", "Sampler", "Size"))
+    text = str(getattr(getattr(p, "firstpass_image", None), "info", {}).get(PARAMETERS, ""))
+    found = infotext.joined(read_parameters(text).values, ("Steps", "Sampler", "Size"))
     if found.get(infotext.KEY, "").startswith("refused"):
         del found[infotext.KEY]
     return found
@@ -335,7 +336,7 @@ def _refine_cfg(p: Any, controls: Controls) -> float:
 
 
 def before_process_batch(p: Any, host: HostApi) -> None:
-    """Set the plan's schedule for the first pass of the coming batch, whatever the batch before left.
+    """Make the job ours again for the coming batch: sizes, the schedule of its first pass, the draft that it finishes.
 
     Args:
         p: The job.
@@ -408,7 +409,9 @@ def before_hr(p: Any, host: HostApi) -> None:
 
 
 def post_sample(p: Any, host: HostApi) -> None:
-    """Take the times after both passes of a batch, and put back what was set for this batch only.
+    """Take the times after both passes of a batch, put back what was set for it only, and lend the job to others.
+
+    What the user stopped is noted in the metadata; the job is reported after its last batch.
 
     Args:
         p: The job.
@@ -437,7 +440,7 @@ def postprocess_batch(p: Any, images: Tensor) -> None:
 
     Args:
         p: The job.
-        images: (B, 3, h, w) in [0, 1], as the host is about to save them.
+        images: (B, 3, h, w), or 4 channels with transparency, in [0, 1], as the host is about to save them.
     """
     run = current(p)
     if run is not None and run.controls.draft:
@@ -470,13 +473,12 @@ class _Mark(str):
 
 
 def postprocess(p: Any, host: HostApi, processed: Any) -> None:
-    """Report the final size of a finished job, and put the job object back.
+    """Add what was said under the image to the facts of a finished job, and put the job object back.
 
     Args:
         p: The job.
         host: The WebUI.
-        processed: What the host returns for the job; what was said under the image is added to its facts, which
-            API clients get.
+        processed: What the host returns for the job; API clients get its facts.
     """
     run = own(p)
     if run is None:
