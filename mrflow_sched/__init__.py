@@ -20,6 +20,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent unless t
 if TYPE_CHECKING:
     from mrflow_sched._runtime.errors import MrFlowError
     from mrflow_sched.apps.pipeline import MrFlow, MrFlowOutput
+    from mrflow_sched.drafts import Draft, draft, finish
     from mrflow_sched.engines import Engine, MrFlowScheduler
     from mrflow_sched.plan.families import FAMILIES, Family, Preset, ShiftRule, get_family
     from mrflow_sched.plan.make import make_native_plan, make_plan
@@ -46,6 +47,9 @@ _ROOMS = {
     "MrFlowError": "_runtime.errors",
     "MrFlowOutput": "apps.pipeline",
     "MrFlowScheduler": "engines",
+    "Draft": "drafts",
+    "draft": "drafts",
+    "finish": "drafts",
     "load_upscaler": "upscaling",
     "sample_staged": "sampler",
     "StagedResult": "sampler",
@@ -53,6 +57,7 @@ _ROOMS = {
 
 __all__ = [
     "FAMILIES",
+    "Draft",
     "Engine",
     "Family",
     "MrFlow",
@@ -64,6 +69,8 @@ __all__ = [
     "Stage",
     "StagedPlan",
     "StagedResult",
+    "draft",
+    "finish",
     "get_family",
     "load_upscaler",
     "make_native_plan",

@@ -101,6 +101,8 @@ def sample_staged(
     image: Tensor | None = None,
     start_sigma: float | None = None,
     seeds: Sequence[int] | None = None,
+    latents: Tensor | None = None,
+    until: int | None = None,
     method: Method | None = None,
 ) -> StagedResult:
     """Make the images of a plan (arXiv 2607.01642; docs/method.md, section 1.2); a plan of one stage samples natively.
@@ -129,6 +131,10 @@ def sample_staged(
             sigma, and runs the part of its schedule below it.
         seeds: One per image; if None, they follow from the plan's seed and seed rule. With the rule "offset", image i
             of a batch is what seed + i makes alone.
+        latents: What stage 1 sampled in another run, (*latent_shape) or (B, *latent_shape): `StagedResult.latents` with
+            `until=1`. It is decoded, and the later stages go on as they would have there, to the last bit.
+        until: The last stage to run, from 1; None: all. With 1 the result is stage 1's image and latents: a draft
+            (`mrflow_sched.drafts`).
         method: How stages are sampled and joined; None: what the plan asks for (`mrflow_sched.methods.method_of`).
 
     Returns:
@@ -143,7 +149,7 @@ def sample_staged(
     upscaler = as_upscaler(upscaler)
     keep_stages, colour_guard = checked_flag(keep_stages, "keep_stages"), checked_flag(colour_guard, "colour_guard")
     refine = (refine_prompt, refine_negative_prompt, refine_lora_scale)
-    asked = request_of(engine, plan, prompt, negative_prompt, refine, batch, image, start_sigma, seeds)
+    asked = request_of(engine, plan, prompt, negative_prompt, refine, batch, image, start_sigma, seeds, latents, until)
     method = method_of(plan) if method is None else method
     kept = Kept(asked.batch, keep_stages, asked.image if asked.first else None)
     track = Tracker(asked.stages, asked.costs, engine.device, None if callback is None else callers_own(callback))
@@ -165,7 +171,11 @@ def sample_staged(
                 stage, behind = asked.stages[index], run_progress(asked.stages[0].sigmas, asked.stages[index].sigmas)
                 noise = asked.noise_seeds(plan, index)
                 run = StageRun(engine, plan, stage, index, text[index], noise, upscaler, behind, hooks, track)
-                _run_stage(run, method, asked.image, kept, last=stage is asked.stages[-1])
+                last = index == len(asked.stages) - 1
+                if index == 0 and asked.latents is not None:
+                    _decode(run, asked.latents, set(), kept, last=last)
+                else:
+                    _run_stage(run, method, asked.image, kept, last=last)
                 if kept.hopeless:
                     break
             if colour_guard:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SeedRule = Literal["offset", "hash"]
 Posterior = Literal["mode", "sample"]
+Noise = Literal["own", "nested"]
 Number = TypeVar("Number", int, float)
 
 MIN_FACTOR, MAX_FACTOR = 1.25, 4.0

@@ -14,13 +14,14 @@ from mrflow_sched.plan.checks import (
     Number,
     checked_side,
     checked_tile,
+    checked_whole,
     listed,
 )
 from mrflow_sched.plan.families import Family, ShiftRule, get_family
 from mrflow_sched.plan.families.base import steps_in
 from mrflow_sched.plan.notes import plan_notes
 from mrflow_sched.plan.options import OPTIONS, MadeOptions, NativeOptions, PlanOptions, check_options
-from mrflow_sched.plan.recipes import explicit_recipe, sigmas_from_recipe
+from mrflow_sched.plan.recipes import explicit_recipe, recipe_of_steps, sigmas_from_recipe
 from mrflow_sched.plan.schedule import (
     MAX_MU,
     Sigmas,
@@ -160,6 +161,29 @@ def make_sized_plan(
     return replace(plan, notes=plan_notes(plan, family, stretches=stretches, grid=grid))
 
 
+def with_first_steps(plan: StagedPlan, steps: int) -> StagedPlan:
+    """A plan with another number of steps in stage 1, as cheap drafts take them.
+
+    Args:
+        plan: The plan.
+        steps: 1 to 1000.
+
+    Returns:
+        The same plan where its stage 1 has that many steps.
+
+    Raises:
+        MrFlowError: `steps` is out of range, or stage 1 has a list of sigmas instead of a rule.
+    """
+    first = plan.stages[0]
+    if checked_whole(steps, "steps", 1, MAX_STEPS) == first.steps:
+        return plan
+    recipe = recipe_of_steps(first.recipe, steps)
+    sigmas = sigmas_from_recipe(recipe)
+    each = first.forwards / solver_evaluations(first.solver, first.steps)
+    forwards = math.ceil(each * solver_evaluations(first.solver, steps))
+    return replace(plan, stages=(replace(first, sigmas=sigmas, recipe=recipe, forwards=forwards), *plan.stages[1:]))
+
+
 def _checked_sizes(sizes: object) -> list[tuple[int, int]]:
     found = listed(sizes)
     if not 2 <= len(found) <= MAX_STAGES:
@@ -233,6 +257,7 @@ def _assemble(
         # Six digits say all that is known of a cost and keep the plan's line short.
         attention=float(f"{family.attention_cost / family.linear_cost:.6g}"),
         tile=checked_tile(_value(given, "tile"), family),
+        noise=_value(given, "noise"),
     )
     return replace(plan, notes=plan_notes(plan, family))
 

@@ -27,7 +27,7 @@ LARGEST_AREA = 2.0
 SIDE_SLACK = 0.95
 
 
-OF_STAGE_1 = ("low_steps", "sigmas", "mu", "shift_tokens", "guidance_interval")
+OF_STAGE_1 = ("low_steps", "sigmas", "mu", "shift_tokens", "guidance_interval", "noise")
 """Options that decide how stage 1 is sampled, and nothing else."""
 # A relative change of shape between two stages up to this is not visible.
 SLIGHT_STRETCH = 0.002

@@ -21,6 +21,7 @@ from mrflow_sched.plan.checks import (
     MAX_STAGES,
     MAX_STEPS,
     MIN_FACTOR,
+    Noise,
     Posterior,
     SeedRule,
     checked_interval,
@@ -259,6 +260,14 @@ class CallOptions(_WalkOptions, total=False):
         ),
     ]
     refine_curve: Annotated[Literal["linear", "shifted"], Option(help="spacing of the refine sigmas", default="linear")]
+    noise: Annotated[
+        Noise,
+        Option(
+            help="what stage 1 starts from: noise of its own size (own), or the final size's noise, shrunk (nested), "
+            "which keeps the layout of the native image of that seed",
+            default="own",
+        ),
+    ]
     shift_tokens: Annotated[
         Literal["low", "final"] | int,
         Option(

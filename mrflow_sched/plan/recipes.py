@@ -19,7 +19,7 @@ from mrflow_sched.plan.schedule import (
     validate_sigmas,
 )
 
-__all__ = ["explicit_recipe", "read_number", "sigmas_from_recipe"]
+__all__ = ["explicit_recipe", "read_number", "recipe_of_steps", "sigmas_from_recipe"]
 
 _MOST_NUMBERS = 4
 
@@ -99,6 +99,25 @@ def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
         "recipe must begin with native, beta, scaled-linear, zero-snr, edm, linear, shifted, list or none: "
         f"{quoted(kind)}."
     )
+
+
+def recipe_of_steps(recipe: str, steps: int) -> str:
+    """The schedule of a recipe with another number of steps; its shift stays.
+
+    Args:
+        recipe: A recipe of stage 1.
+        steps: 1 to 1000.
+
+    Returns:
+        The other recipe.
+
+    Raises:
+        MrFlowError: The recipe spells out its values, so that it has no other number of steps.
+    """
+    kind, *words = recipe.split(" ")
+    if kind in ("list", "none"):
+        raise MrFlowError(f"steps={steps} cannot be taken, as stage 1 has sigmas of its own; leave steps out.")
+    return " ".join([kind, str(steps), *words[1:]])
 
 
 def read_number(text: str) -> float:

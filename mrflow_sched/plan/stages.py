@@ -17,6 +17,7 @@ from mrflow_sched.plan.checks import (
     MAX_SEED,
     MAX_STAGES,
     MAX_TOKENS,
+    Noise,
     Posterior,
     SeedRule,
     check_choice,
@@ -152,6 +153,7 @@ class StagedPlan:
         attention: Cost of attention: one forward on n tokens, text included, costs n (1 + `attention` n) in units that
             cancel.
         tile: Side in pixels of the tiles in which the network sees later stages that are larger; 0: whole images.
+        noise: What stage 1 starts from: noise of its "own" size, or that of the final size, shrunk ("nested").
         notes: Sentences for the user; not part of equality.
 
     Raises:
@@ -171,6 +173,7 @@ class StagedPlan:
     text_tokens: int = 0
     attention: float = 0.0
     tile: int = 0
+    noise: Noise = "own"
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -184,6 +187,7 @@ class StagedPlan:
         object.__setattr__(self, "seed", checked_whole(self.seed, "seed", 0, MAX_SEED))
         check_choice(self.seed_rule, "seed_rule", ("offset", "hash"))
         check_choice(self.posterior, "posterior", ("mode", "sample"))
+        check_choice(self.noise, "noise", ("own", "nested"))
         object.__setattr__(self, "native_steps", checked_whole(self.native_steps, "native_steps", 1, MAX_FORWARDS))
         object.__setattr__(
             self, "native_forwards", checked_whole(self.native_forwards, "native_forwards", 1, MAX_FORWARDS)
@@ -314,6 +318,7 @@ class StagedPlan:
             "forwards": self.forwards,
             **{name: getattr(self, name) for name in PLAN_NUMBERS},
             "tile": self.tile,
+            "noise": self.noise,
             "notes": list(self.notes),
         }
 
@@ -348,6 +353,7 @@ class StagedPlan:
                 stages=tuple(Stage(**stage_from_dict(stage)) for stage in data["stages"]),
                 **{name: data[name] for name in PLAN_NUMBERS},
                 tile=data.get("tile", 0),
+                noise=data.get("noise", "own"),
                 notes=tuple(shown(note, _LONGEST_NOTE) for note in data["notes"][:_MOST_NOTES]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:

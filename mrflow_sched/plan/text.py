@@ -53,6 +53,8 @@ def plan_to_string(plan: StagedPlan) -> str:
     }
     if plan.tile:
         values["tile"] = str(plan.tile)
+    if plan.noise != "own":
+        values["noise"] = plan.noise
     head = [f"{name}={value}" for name, value in values.items()]
     text = ";".join([FORMAT, *head, *(_stage_to_string(stage) for stage in plan.stages)])
     return f"{text};#{checksum(text, plan.stages)}"
@@ -172,7 +174,7 @@ def _interval(text: str) -> tuple[float, float]:
     return read_number(low), read_number(high)
 
 
-_OPTIONAL = ("tile", "mu", "guidance_interval", "seed_rule", "posterior")
+_OPTIONAL = ("tile", "noise", "mu", "guidance_interval", "seed_rule", "posterior")
 _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
         "family": str,
@@ -186,6 +188,7 @@ _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "text_tokens": _whole,
         "attention": read_number,
         "tile": _whole,
+        "noise": str,
     }
 )
 _STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(

@@ -18,7 +18,8 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.sampling.answers import float_tensor
 from mrflow_sched.sampling.engine import Guidance, capabilities_of
 from mrflow_sched.sampling.handoff import encode_images, handoff, stage_noise
-from mrflow_sched.sampling.noise import add_noise, draw_noise, model_sigmas, ve_to_sigma
+from mrflow_sched.sampling.noise import add_noise, model_sigmas, ve_to_sigma
+from mrflow_sched.sampling.shrink import shrink_noise
 from mrflow_sched.sampling.solvers import evaluations_per_step, get_solver, solver_forwards
 from mrflow_sched.upscaling.fit import upscale_to
 
@@ -212,12 +213,10 @@ class Plain:
             Latents (B, *latent_shape), float32, at the stage's first sigma.
         """
         stage, engine, posterior = run.stage, run.engine, run.plan.posterior
-        shape = engine.latent_shape(stage.width, stage.height)
+        noise = _first_noise(run, "mode" if image is None else posterior)
         if image is None:
-            noise = draw_noise(shape, run.seeds, device=engine.device)
             clean = torch.zeros_like(noise)
         else:
-            noise = stage_noise(shape, posterior, run.seeds, device=engine.device)
             fitted = upscale_to(image, stage.width, stage.height)
             clean = encode_images(engine, fitted, posterior, run.seeds, warn=run.hooks.say)
         family = engine.family
@@ -308,6 +307,20 @@ class Wrapper:
             Latents at the stage's first sigma; None where it has no steps.
         """
         return self.inner.handoff(run, images)
+
+
+def _first_noise(run: StageRun, posterior: str) -> Tensor:
+    """Noise of stage 1, (B, *latent_shape): of its own size, or what native sampling would start from, shrunk."""
+    engine, own = run.engine, run.engine.latent_shape(run.stage.width, run.stage.height)
+    if run.plan.noise == "own":
+        return stage_noise(own, posterior, run.seeds, device=engine.device)
+    full = engine.latent_shape(run.plan.width, run.plan.height)
+    if len(own) != 3:
+        raise MrFlowError(
+            f"noise='nested' needs latents (C, h, w), and those of {engine.family.title} have the shape {own}; leave "
+            "it out."
+        )
+    return shrink_noise(stage_noise(full, posterior, run.seeds), own[-2], own[-1]).to(engine.device)
 
 
 def _keep(run: StageRun, image: Tensor) -> None:

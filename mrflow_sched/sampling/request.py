@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched._runtime.values import check_dense, check_unit_range
-from mrflow_sched.plan.checks import is_number, plain
+from mrflow_sched.plan.checks import checked_whole, is_number, plain
 from mrflow_sched.plan.notes import image_notes
 from mrflow_sched.plan.recipes import explicit_recipe
 from mrflow_sched.plan.stages import StagedPlan
@@ -70,6 +70,7 @@ class Request:
         stages: The stages, the first of them cut where it starts from an image.
         costs: The network's cost of each, in any unit.
         image: (B, 3, H, W), float32 in [0, 1], or None.
+        latents: (B, *latent_shape), float32: what stage 1 sampled, to be decoded; None: it is to be sampled.
         first: The first stage that is run, from 0: 1 where `image` replaces stage 1.
         seeds: The caller's own, or None.
         notes: The plan's notes that hold for this run, and what becomes of `image`.
@@ -79,6 +80,7 @@ class Request:
     stages: tuple[Stage, ...]
     costs: tuple[float, ...]
     image: Tensor | None
+    latents: Tensor | None
     first: int
     seeds: tuple[int, ...] | None
     notes: tuple[str, ...]
@@ -98,7 +100,8 @@ class Request:
         Returns:
             As many as stages.
         """
-        made = {each: each.encoded(engine) for each in dict.fromkeys(self.texts[self.first :])}
+        read = self.texts[self.first if self.latents is None else 1 :]
+        made = {each: each.encoded(engine) for each in dict.fromkeys(read)}
         for text in made.values():
             for note in getattr(text, "notes", ()):
                 warn(note)
@@ -129,6 +132,8 @@ def request_of(
     image: object,
     start_sigma: object,
     seeds: object,
+    latents: object = None,
+    until: object = None,
 ) -> Request:
     """The arguments of `sample_staged` that say what is to be made, checked.
 
@@ -142,6 +147,8 @@ def request_of(
         image: None for none.
         start_sigma: None for none.
         seeds: None: those of the plan.
+        latents: None for none.
+        until: None: the last stage.
 
     Returns:
         The request.
@@ -157,11 +164,19 @@ def request_of(
     given = None if image is None else _start_images(image, engine, count)
     start = None if start_sigma is None else _start_of(start_sigma, given)
     stages, costs = _stages_of(plan, start, given)
+    made = None if latents is None else _finished_latents(latents, engine, stages[0], count, given)
+    if made is not None:
+        costs = (0.0, *costs[1:])
+    last = len(stages) if until is None else checked_whole(until, "until", 1, len(stages))
+    if last == 1 and made is None and given is not None and start is None:
+        raise MrFlowError("until=1 ends with stage 1, which image replaces; leave one of the two out.")
+    stages, costs = stages[:last], costs[:last]
     return Request(
         texts=(first, *[later] * (len(stages) - 1)),
         stages=stages,
         costs=costs,
         image=given,
+        latents=made,
         first=0 if given is None or start is not None else 1,
         seeds=_checked_seeds(seeds, count),
         notes=plan.notes if given is None else image_notes(plan, given.shape[-1], given.shape[-2], start),
@@ -344,6 +359,25 @@ def _start_images(image: object, engine: Engine, batch: int) -> Tensor:
         raise MrFlowError(f"image must hold floats from 0 to 1, got {image.dtype}; divide 8-bit values by 255.")
     check_unit_range(images, "image")
     return images.to(engine.device, torch.float32).expand(batch, -1, -1, -1)
+
+
+def _finished_latents(latents: object, engine: Engine, stage: Stage, batch: int, image: Tensor | None) -> Tensor:
+    """The latents that stage 1 sampled before, as (B, *latent_shape) on the device. Raises MrFlowError."""
+    if image is not None:
+        raise MrFlowError("latents and image both replace stage 1; leave one of them out.")
+    shape = (batch, *engine.latent_shape(stage.width, stage.height))
+    if not isinstance(latents, Tensor):
+        raise MrFlowError(f"latents is {_kind(latents)}; give the latents of stage 1, a tensor {shape}.")
+    check_dense(latents, "latents")
+    whole = latents if latents.ndim == len(shape) else latents[None]
+    if tuple(whole.shape) != shape or not whole.is_floating_point():
+        raise MrFlowError(
+            f"latents must be {shape} in floats, as stage 1 at {stage.width}x{stage.height} leaves them, got "
+            f"{tuple(latents.shape)}, {latents.dtype}."
+        )
+    if not bool(whole.isfinite().all()):
+        raise MrFlowError("latents hold NaN or infinity, from which no image is made; sample stage 1 again.")
+    return whole.to(engine.device, torch.float32)
 
 
 def _start_of(start_sigma: object, image: Tensor | None) -> float:

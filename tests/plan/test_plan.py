@@ -562,7 +562,8 @@ def test_the_shortest_line_reads() -> None:
 BROKEN_SECOND = [
     (_HEAD, "must hold at least one stage"),
     (f"mrflow3;family=a;{_STAGE}", "it is of version 'mrflow3', which this mrflow_sched does not know; update"),
-    (f"{_HEAD};noise=pink;{_STAGE}", "field 'noise' is unknown, perhaps of a newer mrflow_sched; update it"),
+    (f"{_HEAD};colour=pink;{_STAGE}", "field 'colour' is unknown, perhaps of a newer mrflow_sched; update it"),
+    (f"{_HEAD};noise=pink;{_STAGE}", "noise must be 'own' or 'nested', got 'pink'"),
     (f"{_HEAD};{_STAGE}".replace("solver=", "colour=red solver="), "field 'colour' is unknown"),
     (f"{_HEAD};seed=1;{_STAGE}", "is not of the form name=value, or repeats a name"),
     (f"{_HEAD};word;{_STAGE}", "is not of the form name=value"),
