@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -186,7 +186,7 @@ def finish(
     Raises:
         MrFlowError: Arguments that do not fit.
     """
-    if not isinstance(draft, Draft):
+    if not isinstance(cast("object", draft), Draft):
         raise MrFlowError(f"draft is {type(draft).__name__}; give one that mrflow_sched.drafts.draft returned.")
     return sample_staged(
         *(engine, draft.plan, draft.prompt),

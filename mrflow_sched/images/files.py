@@ -7,6 +7,7 @@ import io
 import os
 import stat
 import struct
+import zlib
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -36,6 +37,7 @@ MAX_TEXT_BYTES = PngImagePlugin.MAX_TEXT_MEMORY
 """Most bytes of the texts in a PNG, Pillow's own limit on what they hold."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_LAST_CHUNK = 12  # bytes of IEND
 _HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header, ends
 
 
@@ -69,6 +71,8 @@ def save_new(
     image: Tensor,
     text: Mapping[str, str] | None = None,
     suffix: str = ".png",
+    *,
+    chunks: Mapping[bytes, bytes] | None = None,
 ) -> Path:
     """Write an image under the first free name of `stem`, `stem-2`, `stem-3` ..., never over another file.
 
@@ -83,6 +87,7 @@ def save_new(
         text: As in `save_png`.
         suffix: ".png", ".jpg", ".jpeg" or ".webp", which decides the format (`formats.encode`). Ask
             `formats.check_writable` before a long run whether the format can hold the size.
+        chunks: Of a PNG: further chunks, type -> content, behind the image's own.
 
     Returns:
         The path of the file, `folder` / (`stem`, perhaps "-2" ..., `suffix`).
@@ -92,7 +97,7 @@ def save_new(
         MissingFileError: The folder does not exist.
         FileError: The file cannot be written (no permission, disk full).
     """
-    data = _encoded(image, suffix, text)
+    data = _with_chunks(_encoded(image, suffix, text), chunks or {})
     try:
         return write_new(Path(folder), stem, suffix, data)
     except OSError as error:
@@ -215,6 +220,15 @@ def _opened(file: BinaryIO, path: str | os.PathLike[str], *, own: bool = False) 
 
 def _encoded(image: Tensor, suffix: str, text: Mapping[str, str] | None) -> bytes:
     return encode(picture_of(to_8_bit(image)), suffix, text or {})
+
+
+def _with_chunks(png: bytes, chunks: Mapping[bytes, bytes]) -> bytes:
+    """A PNG with further chunks before its last one, IEND."""
+    made = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks.items()
+    ]
+    return png[:-_LAST_CHUNK] + b"".join(made) + png[-_LAST_CHUNK:] if made else png
 
 
 def _refuse_write(target: Path, error: OSError) -> NoReturn:

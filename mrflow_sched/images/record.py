@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line, quoted
+from mrflow_sched.plan.checks import MAX_STEPS
 
 KEY = "mrflow"
 """PNG text key that holds the record."""
@@ -86,6 +87,9 @@ class RunRecord:
         loras: The LoRAs on the model, in their order.
         refine_prompt: The prompt of the stages after the first; None: `prompt`.
         refine_negative: Their negative prompt; None: `negative`.
+        draft: The image is stage 1's, and the run goes on from it: the mark of its pixels (`drafts.mark`). None: it is
+            no draft.
+        draft_steps: The fewer steps of a draft that is for ranking alone.
     """
 
     plan: str
@@ -111,6 +115,8 @@ class RunRecord:
     loras: tuple[RecordedLora, ...] = ()
     refine_prompt: str | None = None
     refine_negative: str | None = None
+    draft: str | None = None
+    draft_steps: int | None = None
 
     def to_json(self) -> str:
         """The record as JSON.
@@ -241,6 +247,7 @@ _LONGEST = 12 * (5 * MAX_PROMPT + 2 * MAX_ENTRIES * MAX_WORD)
 _OLD: Mapping[str, Any] = MappingProxyType(
     {
         **dict.fromkeys(("start", "start_sha256", "strength", "refine_prompt", "refine_negative")),
+        **dict.fromkeys(("draft", "draft_steps")),
         "unfinished": False,
         "dtypes": {},
         "loras": [],
@@ -274,6 +281,8 @@ _KINDS: Mapping[str, Callable[[object], bool]] = MappingProxyType(
         "loras": _are_loras,
         "refine_prompt": _is_text(MAX_PROMPT, optional=True),
         "refine_negative": _is_text(MAX_PROMPT, optional=True),
+        "draft": _is_word_or_none,
+        "draft_steps": lambda value: value is None or _is_whole(1, MAX_STEPS)(value),
     }
 )
 

@@ -7,6 +7,7 @@ map here, D, averages and stays white: D D^T = I, so what it makes of standard n
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -58,5 +59,6 @@ def _white_mean(size: int, smaller: int) -> Tensor:
     overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
     mean = overlap.clamp_min(0.0) * (smaller / size)
     # With A = U S V^T, (A A^T)^(-1/2) A = U V^T.
-    parts: tuple[Tensor, Tensor, Tensor] = torch.linalg.svd(mean, full_matrices=False)  # pyright: ignore[reportUnknownMemberType]
-    return parts[0] @ parts[2]
+    parts = torch.linalg.svd(mean, full_matrices=False)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    left, _, right = cast("tuple[Tensor, Tensor, Tensor]", parts)
+    return left @ right

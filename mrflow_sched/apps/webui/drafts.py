@@ -13,7 +13,6 @@ import io
 import math
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from mrflow_sched.apps.webui import infotext
 from mrflow_sched.apps.webui.controls import FIELDS, Controls
 from mrflow_sched.apps.webui.host import HostApi
 from mrflow_sched.apps.webui.job import Run, change, change_known, override
+from mrflow_sched.images.drafts import RGBA, mark
 from mrflow_sched.images.formats import check_bytes, check_room, reader_of, refusing
 from mrflow_sched.images.parameters import PARAMETERS, read_parameters
 
@@ -40,7 +40,6 @@ _LONGEST_TEXT = 10**6
 _PNG = "iVBORw0KGgo"  # how every PNG begins in base64
 # What drafts of one job may differ in; everything else in their metadata must be the same.
 _EACH = ("Seed", "Variation seed", "Lora hashes", "TI hashes", "Version", "User", "MrFlow version", infotext.DRAFT)
-_RGBA = " RGBA"
 _MAX_SEED = 2**64 - 1
 
 
@@ -172,26 +171,13 @@ def read_draft(source: Any) -> Draft:
             )
         with refusing("the draft in finish"):
             # Only few models draw transparency; hosts and editors add it to files of the others.
-            image = image.convert("RGBA" if params[infotext.DRAFT].endswith(_RGBA) else "RGB")
+            image = image.convert("RGBA" if params[infotext.DRAFT].endswith(RGBA) else "RGB")
         changed = mark(np.asarray(image)) != params[infotext.DRAFT]
     return Draft(image, text, params, parts.prompt, parts.negative, size, changed)
 
 
 def _needed(given: Any) -> str:
     return f"finish must be a draft's image in base64, or its metadata as text, got {quoted(given)}."
-
-
-def mark(pixels: Any) -> str:
-    """Write the value of `infotext.DRAFT`, by which a changed image is noticed.
-
-    Args:
-        pixels: (h, w, 3 or 4) uint8.
-
-    Returns:
-        The CRC-32 of its colours, eight hexadecimal digits; "RGBA" after them where it has transparency.
-    """
-    colours = np.ascontiguousarray(pixels[..., :3]).tobytes()
-    return f"{zlib.crc32(colours):08x}{_RGBA if pixels.shape[-1] == 4 else ''}"
 
 
 def _of_text(text: str) -> tuple[Image.Image | None, str]:
