@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mrflow_sched.sampling.progress import Progress
     from mrflow_sched.upscaling.role import PixelUpscaler
 
-__all__ = ["Draft", "draft", "finish", "make_drafts"]
+__all__ = ["Draft", "TextMemory", "draft", "finish", "make_drafts"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def make_drafts(
         raise MrFlowError("a draft is the first of several stages, and the plan has one; plan with stages=2.")
     cheap = plan if steps is None else with_first_steps(plan, steps)
     used = None if cheap is plan else steps
-    reading: Any = _OneText(engine)
+    reading: Any = TextMemory().reading(engine)
     for text in prompts:
         for seed in all_seeds:
             result = sample_staged(
@@ -224,18 +224,52 @@ def _seeds(plan: StagedPlan, batch: object, seeds: Sequence[int] | None) -> tupl
     return tuple(checked_whole(seed, "seeds", 0, MAX_SEED) for seed in seeds)
 
 
-class _OneText:
+class TextMemory:
+    """The last text that was encoded, for runs of the same one."""
+
+    def __init__(self) -> None:
+        """Remember nothing yet."""
+        self._asked: Any = None
+        self._text: Any = None
+
+    def reading(self, engine: Engine) -> Any:
+        """An engine that encodes a text once.
+
+        Args:
+            engine: Encodes, and does all else.
+
+        Returns:
+            The same engine, asking this memory first.
+        """
+        return _Remembering(engine, self)
+
+    def text(self, asked: object, encode: Callable[[], Any]) -> Any:
+        """The conditioning of a text.
+
+        Args:
+            asked: What tells one text from another.
+            encode: Makes it, where it is not the last one.
+
+        Returns:
+            What `encode` returned.
+        """
+        if asked != self._asked:
+            self._text = encode()
+            self._asked = asked
+        return self._text
+
+
+class _Remembering:
     """An engine that encodes a text once for many runs of it; all else is the wrapped engine's own."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, memory: TextMemory) -> None:
         """Wrap `engine`.
 
         Args:
-            engine: Its text is remembered.
+            engine: Encodes what `memory` does not hold.
+            memory: The last text.
         """
-        self._engine = engine
-        self._asked: Any = None
-        self._text: Any = None
+        self._engine, self._memory = engine, memory
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -256,8 +290,6 @@ class _OneText:
         Returns:
             What it returned; to the texts of the last call, that again.
         """
-        asked = (tuple(prompts), None if negative_prompts is None else tuple(negative_prompts), tuple(more.items()))
-        if asked != self._asked:
-            self._text = self._engine.encode_text(prompts, negative_prompts, **more)
-            self._asked = asked
-        return self._text
+        negatives = None if negative_prompts is None else tuple(negative_prompts)
+        asked = (tuple(prompts), negatives, tuple(more.items()))
+        return self._memory.text(asked, lambda: self._engine.encode_text(prompts, negative_prompts, **more))

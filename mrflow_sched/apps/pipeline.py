@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from mrflow_sched.apps.asked import (
     tensor_inputs_of,
     texts_of,
 )
+from mrflow_sched.apps.drafting import MrFlowDraft, make_drafts
 from mrflow_sched.apps.formatted import formatted
 from mrflow_sched.apps.options import DECIDED, PLAN_OPTIONS, FileUpscaler, unknown_argument, unknown_option, upscaler_of
 from mrflow_sched.engines.diffusers.arguments import check_arguments
@@ -46,7 +47,7 @@ from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.engines.diffusers.view import HINT
 from mrflow_sched.images.alpha import split_alpha
 from mrflow_sched.images.convert import from_pictures
-from mrflow_sched.plan.checks import checked_flag, checked_side, checked_whole
+from mrflow_sched.plan.checks import checked_flag, checked_side, checked_whole, listed
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.notes import idle_notes
@@ -58,6 +59,7 @@ from mrflow_sched.sampling.request import check_function
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from mrflow_sched.drafts import TextMemory
     from mrflow_sched.engines.diffusers.layouts import Layout
     from mrflow_sched.plan.families import Family
     from mrflow_sched.plan.options import MadeOptions
@@ -76,6 +78,7 @@ __all__ = ["MrFlow", "MrFlowOutput"]
 logger = logging.getLogger(__name__)
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_OF_FINISH = ("output_type", "keep_stages", "callback", "cancel")
 
 
 @dataclass(frozen=True)
@@ -301,6 +304,97 @@ class MrFlow:
         Raises:
             MrFlowError: An argument that does not fit.
         """
+        own = {name: value for name, value in locals().items() if name not in ("self", "prompt", "more")}
+        return self._run(prompt, **own, **more)[0]
+
+    def draft(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        **options: Any,
+    ) -> tuple[MrFlowDraft, ...]:
+        """Stage 1 alone, cheaply, for many images to choose from; each is sampled by itself.
+
+        Args:
+            prompt: One, or a list.
+            num_images_per_prompt: Drafts of each prompt.
+            seed: As in the call.
+            generator: Likewise.
+            **options: The other arguments of the call, which hold for the whole run; of `image`, `strength`,
+                `output_type` and `keep_stages` there are none.
+
+        Returns:
+            The drafts, in the order of the images that the call would make.
+
+        Raises:
+            MrFlowError: An argument that does not fit.
+        """
+        return make_drafts(self._run, prompt, num_images_per_prompt, seed, generator, options)
+
+    @overload
+    def finish(self, drafts: MrFlowDraft, **options: Any) -> MrFlowOutput: ...
+    @overload
+    def finish(self, drafts: Sequence[MrFlowDraft], **options: Any) -> list[MrFlowOutput]: ...
+    def finish(self, drafts: Any, **options: Any) -> Any:
+        """The later stages of drafts: the images of their whole runs, bit for bit.
+
+        Args:
+            drafts: One of `draft`, or several.
+            **options: `output_type`, `keep_stages`, `callback` and `cancel` of the call.
+
+        Returns:
+            As the call of that one seed returns; a list for several drafts.
+
+        Raises:
+            MrFlowError: Something else than a draft, or another option.
+        """
+        other = next((name for name in options if name not in _OF_FINISH), None)
+        if other is not None:
+            raise MrFlowError(f"finish takes {', '.join(_OF_FINISH)}, and {other} from the draft; leave it out.")
+        given = listed(drafts) if isinstance(drafts, (list, tuple)) else [drafts]
+        found = [each for each in given if isinstance(each, MrFlowDraft)]
+        if len(found) < len(given):
+            wrong = next(type(each).__name__ for each in given if not isinstance(each, MrFlowDraft))
+            raise MrFlowError(f"drafts holds {wrong}; give what MrFlow.draft returned.")
+        made = [
+            self._run(each.prompt, **{**each.options, **options}, seed=each.seed, latents=each.latents)[0]
+            for each in found
+        ]
+        return made[0] if isinstance(drafts, MrFlowDraft) else made
+
+    def _run(
+        self,
+        prompt: str | Sequence[str] | None,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        preset: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        refine_prompt: str | Sequence[str] | None = None,
+        refine_negative_prompt: str | Sequence[str] | None = None,
+        refine_lora_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        image: Any = None,
+        strength: float | None = None,
+        callback: Callable[[Progress], object] | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        cancel: Callable[[], bool] | None = None,
+        keep_stages: bool = False,
+        method: Method | None = None,
+        latents: Tensor | None = None,
+        until: int | None = None,
+        memory: TextMemory | None = None,
+        **more: Any,
+    ) -> tuple[MrFlowOutput, Tensor | None]:
+        """A call that may begin behind stage 1 or end with it; also the latents of the last stage."""
         if output_type not in _OUTPUT_TYPES:
             raise MrFlowError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
         keep_stages = checked_flag(keep_stages, "keep_stages")
@@ -356,7 +450,7 @@ class MrFlow:
             guided_by_two=two,
         )
         result = sample_staged(
-            engine,
+            engine if memory is None else memory.reading(engine),
             plan,
             prompts,
             negative_prompt=negatives,
@@ -371,6 +465,8 @@ class MrFlow:
             image=pixels,
             start_sigma=strength,
             seeds=seeds,
+            latents=latents,
+            until=until,
             method=method,
         )
         images = formatted(result, alpha, output_type, engine)
@@ -383,7 +479,7 @@ class MrFlow:
         for sentence in said:
             logger.warning("%s", sentence)
         compiling = () if self._compiler is None else self._compiler.notes
-        return MrFlowOutput(
+        output = MrFlowOutput(
             images=images,
             plan=plan,
             seeds=seeds,
@@ -395,6 +491,7 @@ class MrFlow:
             faults=result.faults,
             nsfw_content_detected=engine.rejected,
         )
+        return output, result.latents
 
     def _sorted(self, more: Mapping[str, Any], call_names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """`more` as (options of the plan, arguments of the pipeline's call); any other name is refused."""

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from mrflow_sched.measure.fonts import Fonts
 from mrflow_sched.measure.runs import Run
 
-__all__ = ["PAPER", "SAMPLING", "draw_sheet"]
+__all__ = ["INK", "PAPER", "QUIET", "SAMPLING", "Pen", "draw_sheet", "wrap"]
 
-PAPER, _INK, _QUIET = (250, 249, 246), (28, 30, 34), (110, 114, 122)
+PAPER, INK, QUIET = (250, 249, 246), (28, 30, 34), (110, 114, 122)
 SAMPLING = (52, 101, 164)
 _PARTS = {
     "text": (117, 80, 123),
@@ -31,17 +31,40 @@ _WORD = re.compile(rf"(\s*)([{_WIDE}]|[^\s{_WIDE}]+)")
 
 
 @dataclass(frozen=True)
-class _Pen:
-    """A canvas and fonts at sizes relative to the panels."""
+class Pen:
+    """A canvas and fonts at sizes relative to its pictures.
+
+    Attributes:
+        draw: The canvas.
+        unit: Pixels of the size 1.
+        fonts: What to write with.
+    """
 
     draw: ImageDraw.ImageDraw
     unit: int
     fonts: Fonts
 
     def width(self, text: str, size: float) -> float:
+        """Width of a line.
+
+        Args:
+            text: The line.
+            size: Of the font, in units.
+
+        Returns:
+            Pixels.
+        """
         return self.fonts.width(text, round(self.unit * size))
 
-    def write(self, place: tuple[float, float], text: str, size: float = 1.0, fill: tuple[int, ...] = _INK) -> None:
+    def write(self, place: tuple[float, float], text: str, size: float = 1.0, fill: tuple[int, ...] = INK) -> None:
+        """Write a line.
+
+        Args:
+            place: (x, y) of its upper left corner in pixels.
+            text: The line.
+            size: Of the font, in units.
+            fill: RGB colour of 0 to 255.
+        """
         self.fonts.write(self.draw, place, text, round(self.unit * size), fill)
 
 
@@ -66,8 +89,8 @@ def draw_sheet(
     gap = unit * 3 // 2
     width = 2 * panel[0] + 3 * gap
     fonts = fonts or Fonts()
-    pen = _Pen(ImageDraw.Draw(Image.new("RGB", (1, 1))), unit, fonts)
-    title = _wrap(pen, f'"{prompt}"', 1.25, width - 2 * gap, lines=3)
+    pen = Pen(ImageDraw.Draw(Image.new("RGB", (1, 1))), unit, fonts)
+    title = wrap(pen, f'"{prompt}"', 1.25, width - 2 * gap, lines=3)
     legend = _legend(pen, native, staged, width - 2 * gap)
     remark = _remark(fonts, prompt)
     below_title = gap + round(len(title) * unit * 1.7)
@@ -75,11 +98,11 @@ def draw_sheet(
     bars = top + panel[1] + 5 * unit
     height = bars + round(unit * (5.2 + 1.6 * len(legend))) + gap
     canvas = Image.new("RGB", (width, height), PAPER)
-    pen = _Pen(ImageDraw.Draw(canvas), unit, fonts)
+    pen = Pen(ImageDraw.Draw(canvas), unit, fonts)
     for number, line in enumerate(title):
         pen.write((gap, gap + number * unit * 1.7), line, 1.25)
     if remark:
-        pen.write((gap, below_title), remark, 0.9, _QUIET)
+        pen.write((gap, below_title), remark, 0.9, QUIET)
     for column, (run, image) in enumerate(zip((native, staged), images, strict=True)):
         left = gap + column * (panel[0] + gap)
         canvas.paste(image.resize(panel, Image.Resampling.NEAREST), (left, top))
@@ -96,15 +119,15 @@ def _remark(fonts: Fonts, prompt: str) -> str:
     return f"{fonts.missing}: no installed font has this letter (Noto fonts do); the prompt is in this file's PNG text."
 
 
-def _label(pen: _Pen, place: tuple[float, float], run: Run, native: Run, magnify: int) -> None:
+def _label(pen: Pen, place: tuple[float, float], run: Run, native: Run, magnify: int) -> None:
     left, top = place
     ratio = "" if run is native else f", {native.seconds / run.seconds:.1f} times as fast"
     pen.write((left, top), f"{run.title}: {run.seconds:.2f} s{ratio}", 1.2)
     shown = f", shown {magnify}x" if magnify > 1 else ""
-    pen.write((left, top + 1.8 * pen.unit), f"{run.detail}{shown}", 0.9, _QUIET)
+    pen.write((left, top + 1.8 * pen.unit), f"{run.detail}{shown}", 0.9, QUIET)
 
 
-def _bars(pen: _Pen, place: tuple[float, float], width: float, runs: Sequence[Run]) -> None:
+def _bars(pen: Pen, place: tuple[float, float], width: float, runs: Sequence[Run]) -> None:
     """One bar per run, its length the run's seconds, cut into the run's parts in order."""
     left, top = place
     label = max(pen.width(run.name, 1.0) for run in runs) + pen.unit
@@ -120,7 +143,7 @@ def _bars(pen: _Pen, place: tuple[float, float], width: float, runs: Sequence[Ru
         pen.write((start + pen.unit / 2, line + 0.2 * pen.unit), f"{run.seconds:.2f} s")
 
 
-def _legend(pen: _Pen, native: Run, staged: Run, width: float) -> list[list[tuple[str, str, float]]]:
+def _legend(pen: Pen, native: Run, staged: Run, width: float) -> list[list[tuple[str, str, float]]]:
     """Lines of (part, text, x offset): the seconds of every part of both runs, wrapped to `width`."""
     lines: list[list[tuple[str, str, float]]] = []
     for run in (native, staged):
@@ -139,7 +162,7 @@ def _legend(pen: _Pen, native: Run, staged: Run, width: float) -> list[list[tupl
     return lines
 
 
-def _write_legend(pen: _Pen, place: tuple[float, float], lines: list[list[tuple[str, str, float]]]) -> None:
+def _write_legend(pen: Pen, place: tuple[float, float], lines: list[list[tuple[str, str, float]]]) -> None:
     left, top = place
     for number, line in enumerate(lines):
         y = top + number * 1.6 * pen.unit
@@ -153,10 +176,18 @@ def _colour(part: str) -> tuple[int, int, int]:
     return next((colour for word, colour in _PARTS.items() if word in part), SAMPLING)
 
 
-def _wrap(pen: _Pen, text: str, size: float, width: float, lines: int) -> list[str]:
-    """At most `lines` lines of `text`, the last one ended by dots where words were left out.
+def wrap(pen: Pen, text: str, size: float, width: float, lines: int) -> list[str]:
+    """A text broken into lines, at spaces and between letters of Chinese, Japanese and Korean.
 
-    Lines break at spaces and between letters of Chinese, Japanese and Korean.
+    Args:
+        pen: Measures.
+        text: Any text.
+        size: Of the font, in units.
+        width: Of a line in pixels.
+        lines: How many at most; the last one ends in dots where words were left out.
+
+    Returns:
+        The lines.
     """
     found: list[str] = [""]
     for space, word in _WORD.findall(text):
@@ -170,7 +201,7 @@ def _wrap(pen: _Pen, text: str, size: float, width: float, lines: int) -> list[s
     return found
 
 
-def _clip(pen: _Pen, text: str, size: float, width: float) -> str:
+def _clip(pen: Pen, text: str, size: float, width: float) -> str:
     text = text[:1000]  # no line holds more, and measuring a page of text repeatedly takes minutes
     while len(text) > 1 and pen.width(text, size) > width:
         text = text[:-5] + "..." if len(text) > 8 else text[:-1]

@@ -326,11 +326,6 @@ def _sample(
 ) -> StagedResult:
     from mrflow_sched.sampler import sample_staged
 
-    def cancel() -> bool:
-        if stop.at_once:  # the exception of the second Ctrl-C was lost
-            stop.check()
-        return stop.requested
-
     return sample_staged(
         loaded.engine,
         job.plan,
@@ -341,7 +336,7 @@ def _sample(
         batch=job.batch,
         upscaler=loaded.upscaler,
         callback=callback,
-        cancel=cancel,
+        cancel=stop.polled,
         keep_stages=keep_stages,
         image=None if job.start is None else job.start.pixels,
         start_sigma=None if job.start is None else job.start.strength,

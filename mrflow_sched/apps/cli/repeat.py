@@ -113,10 +113,7 @@ def _new_job(file: Path, foreign: ForeignRun, family: str | Family, changes: Cha
 
 def _recorded_job(file: Path, record: RunRecord, model: ModelChoices, image: Path | None) -> Job:
     """Make the job of a record. The whole batch runs again, because the last bits depend on the batch's size."""
-    if record.model != EMBEDDED and model.model is None:
-        raise MrFlowError(f"{str(file)!r} was made with the model {record.model!r}; name it with --model DIR.")
-    if record.model == EMBEDDED and model.model is not None:
-        raise MrFlowError(f"{str(file)!r} was made with the embedded model; leave out --model.")
+    check_source(str(file), model, record)
     start = _recorded_start(file, record, image)
     if record.unfinished:
         say(f"{str(file)!r} is an unfinished image; its run is now completed.")
@@ -184,6 +181,22 @@ def check_weights(model: ModelChoices, file: Path | None, record: RunRecord) -> 
     Raises:
         MrFlowError: The weights are others than those of the record.
     """
+    check_model(model, record)
+    other = other_upscaler(file, record)
+    if other is not None:
+        raise MrFlowError(other)
+
+
+def check_model(model: ModelChoices, record: RunRecord) -> None:
+    """Refuse to go on from a record with another model. Hashes tell; nothing is loaded.
+
+    Args:
+        model: The model that was asked for.
+        record: The record.
+
+    Raises:
+        MrFlowError: The weights are others than those of the record.
+    """
     from mrflow_sched import demo
     from mrflow_sched.engines.diffusers.folder import model_fingerprint
 
@@ -192,14 +205,44 @@ def check_weights(model: ModelChoices, file: Path | None, record: RunRecord) -> 
             f"the image was made with other weights of {record.model!r} than those found; "
             "give --model the folder that it was made with."
         )
+
+
+def other_upscaler(file: Path | None, record: RunRecord) -> str | None:
+    """What to say where the upscaler is not that of a record.
+
+    Args:
+        file: The upscaler's file; None means Lanczos.
+        record: The record.
+
+    Returns:
+        One sentence; None where it is the same, or the run had none.
+    """
     digest = None if file is None else hash_of(file)
-    if record.upscaler != "none" and digest != record.upscaler_sha256:
-        advice = "leave out --upscaler" if record.upscaler_sha256 is None else "give that file with --upscaler"
-        found = "Lanczos" if file is None else file.stem
-        raise MrFlowError(
-            f"the image was made with the upscaler {_named(record.upscaler, record.upscaler_sha256)}, "
-            f"not {_named(found, digest)}; {advice}."
-        )
+    if record.upscaler == "none" or digest == record.upscaler_sha256:
+        return None
+    advice = "leave out --upscaler" if record.upscaler_sha256 is None else "give that file with --upscaler"
+    found = "Lanczos" if file is None else file.stem
+    return (
+        f"the image was made with the upscaler {_named(record.upscaler, record.upscaler_sha256)}, "
+        f"not {_named(found, digest)}; {advice}."
+    )
+
+
+def check_source(name: str, model: ModelChoices, record: RunRecord) -> None:
+    """Refuse a record of the embedded model beside --model, and one of another model without it.
+
+    Args:
+        name: Of the image file, as it stands in the sentence.
+        model: The model that was asked for.
+        record: The record of the image.
+
+    Raises:
+        MrFlowError: They do not fit.
+    """
+    if record.model != EMBEDDED and model.model is None:
+        raise MrFlowError(f"{name!r} was made with the model {record.model!r}; name it with --model DIR.")
+    if record.model == EMBEDDED and model.model is not None:
+        raise MrFlowError(f"{name!r} was made with the embedded model; leave out --model.")
 
 
 def _named(name: str | None, digest: str | None) -> str:

@@ -68,6 +68,19 @@ class Stop:
         """Whether Ctrl-C was pressed after a stop was requested."""
         return self._again
 
+    def polled(self) -> bool:
+        """Whether the sampler is to stop: its `cancel`.
+
+        Returns:
+            As `requested`.
+
+        Raises:
+            Stopped: Ctrl-C was pressed a second time, and the exception of that was lost.
+        """
+        if self.at_once:
+            self.check()
+        return self.requested
+
     def check(self) -> None:
         """Raise `Stopped` where the command is to end: to be called where nothing is worth keeping.
 
