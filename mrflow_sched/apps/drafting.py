@@ -57,7 +57,8 @@ def make_drafts(
     """Make drafts one by one.
 
     Args:
-        run: A call of `MrFlow` for one image: the output and the latents of its last stage.
+        run: Stage 1 of one image, from its prompt, the arguments of its call and a memory for texts: the output and the
+            latents.
         prompt: One, or a list.
         num_images_per_prompt: Drafts of each prompt.
         seed: As in the call.
@@ -86,7 +87,7 @@ def make_drafts(
     for number, own in enumerate(seeds):
         text = None if prompt is None else prompts[number]
         whole = {**options, **{name: values[number] for name, values in texts.items() if values is not None}}
-        output, latents = run(text, seed=own, until=1, memory=memory, **whole)
+        output, latents = run(text, {**whole, "seed": own}, memory)
         if output.cancelled:
             break
         if latents is not None:

@@ -15,9 +15,9 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -111,6 +111,32 @@ class MrFlowOutput:
     unfinished: bool
     faults: tuple[Fault | None, ...] = ()
     nsfw_content_detected: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of a call that `MrFlow` itself reads, as `MrFlow.__call__` describes them."""
+
+    width: int | None = None
+    height: int | None = None
+    preset: str | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    refine_prompt: str | Sequence[str] | None = None
+    refine_negative_prompt: str | Sequence[str] | None = None
+    refine_lora_scale: float | None = None
+    num_images_per_prompt: int = 1
+    guidance_scale: float | None = None
+    seed: int | Sequence[int] | None = None
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+    output_type: str = "pil"
+    image: Any = None
+    strength: float | None = None
+    callback: Callable[[Progress], object] | None = None
+    callback_on_step_end: Callable[..., Any] | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] | None = None
+    cancel: Callable[[], bool] | None = None
+    keep_stages: bool = False
+    method: Method | None = None
 
 
 class MrFlow:
@@ -305,7 +331,7 @@ class MrFlow:
             MrFlowError: An argument that does not fit.
         """
         own = {name: value for name, value in locals().items() if name not in ("self", "prompt", "more")}
-        return self._run(prompt, **own, **more)[0]
+        return self._run(prompt, _Asked(**own), more)[0]
 
     def draft(
         self,
@@ -332,7 +358,11 @@ class MrFlow:
         Raises:
             MrFlowError: An argument that does not fit.
         """
-        return make_drafts(self._run, prompt, num_images_per_prompt, seed, generator, options)
+
+        def run(text: str | None, values: Mapping[str, Any], memory: TextMemory) -> tuple[MrFlowOutput, Tensor | None]:
+            return self._run(text, *_split(values), until=1, memory=memory)
+
+        return make_drafts(run, prompt, num_images_per_prompt, seed, generator, options)
 
     @overload
     def finish(self, drafts: MrFlowDraft, **options: Any) -> MrFlowOutput: ...
@@ -354,13 +384,13 @@ class MrFlow:
         other = next((name for name in options if name not in _OF_FINISH), None)
         if other is not None:
             raise MrFlowError(f"finish takes {', '.join(_OF_FINISH)}, and {other} from the draft; leave it out.")
-        given = listed(drafts) if isinstance(drafts, (list, tuple)) else [drafts]
+        given = listed(cast("object", drafts)) if isinstance(drafts, (list, tuple)) else [drafts]
         found = [each for each in given if isinstance(each, MrFlowDraft)]
         if len(found) < len(given):
             wrong = next(type(each).__name__ for each in given if not isinstance(each, MrFlowDraft))
             raise MrFlowError(f"drafts holds {wrong}; give what MrFlow.draft returned.")
         made = [
-            self._run(each.prompt, **{**each.options, **options}, seed=each.seed, latents=each.latents)[0]
+            self._run(each.prompt, *_split({**each.options, **options, "seed": each.seed}), latents=each.latents)[0]
             for each in found
         ]
         return made[0] if isinstance(drafts, MrFlowDraft) else made
@@ -368,57 +398,38 @@ class MrFlow:
     def _run(
         self,
         prompt: str | Sequence[str] | None,
+        asked: _Asked,
+        more: Mapping[str, Any],
         *,
-        width: int | None = None,
-        height: int | None = None,
-        preset: str | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        refine_prompt: str | Sequence[str] | None = None,
-        refine_negative_prompt: str | Sequence[str] | None = None,
-        refine_lora_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        guidance_scale: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        output_type: str = "pil",
-        image: Any = None,
-        strength: float | None = None,
-        callback: Callable[[Progress], object] | None = None,
-        callback_on_step_end: Callable[..., Any] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
-        cancel: Callable[[], bool] | None = None,
-        keep_stages: bool = False,
-        method: Method | None = None,
         latents: Tensor | None = None,
         until: int | None = None,
         memory: TextMemory | None = None,
-        **more: Any,
     ) -> tuple[MrFlowOutput, Tensor | None]:
         """A call that may begin behind stage 1 or end with it; also the latents of the last stage."""
-        if output_type not in _OUTPUT_TYPES:
-            raise MrFlowError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}.")
-        keep_stages = checked_flag(keep_stages, "keep_stages")
-        check_function(callback_on_step_end, "callback_on_step_end")
-        each = checked_whole(num_images_per_prompt, "num_images_per_prompt", 1)
-        guidance_scale, strength = scale_of(guidance_scale, "guidance_scale"), strength_of(strength, image)
-        width, height = (
-            None if side is None else checked_side(side, name) for name, side in (("width", width), ("height", height))
-        )
+        if asked.output_type not in _OUTPUT_TYPES:
+            raise MrFlowError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {asked.output_type!r}.")
+        keep_stages = checked_flag(asked.keep_stages, "keep_stages")
+        image = asked.image
+        check_function(asked.callback_on_step_end, "callback_on_step_end")
+        each = checked_whole(asked.num_images_per_prompt, "num_images_per_prompt", 1)
+        guidance_scale, strength = scale_of(asked.guidance_scale, "guidance_scale"), strength_of(asked.strength, image)
+        sides = (("width", asked.width), ("height", asked.height))
+        width, height = (None if side is None else checked_side(side, name) for name, side in sides)
         layout = find_layout(self.pipe, self._family)
         numbers, arguments = self._sorted(more, layout.call_names)
-        if callback_on_step_end is not None:
-            arguments["callback_on_step_end"] = callback_on_step_end
-        if callback_on_step_end_tensor_inputs is not None:
+        if asked.callback_on_step_end is not None:
+            arguments["callback_on_step_end"] = asked.callback_on_step_end
+        if asked.callback_on_step_end_tensor_inputs is not None:
             arguments["callback_on_step_end_tensor_inputs"] = tensor_inputs_of(
-                callback_on_step_end_tensor_inputs, self.pipe
+                asked.callback_on_step_end_tensor_inputs, self.pipe
             )
         check_arguments(self.pipe, arguments)
         prompts = prompts_of(prompt, arguments, each)
-        negatives = texts_of(negative_prompt, "negative_prompt", len(prompts), each)
-        refine = refine_texts(refine_prompt, refine_negative_prompt, arguments, len(prompts), each)
+        negatives = texts_of(asked.negative_prompt, "negative_prompt", len(prompts), each)
+        refine = refine_texts(asked.refine_prompt, asked.refine_negative_prompt, arguments, len(prompts), each)
         if refine[1] is not None and negatives is None:
             negatives = [""] * len(prompts)
-        seeds = seeds_of(seed, generator, len(prompts))
+        seeds = seeds_of(asked.seed, asked.generator, len(prompts))
         _check_image(self.pipe, image, arguments)
         said: list[str] = []
         pixels, alpha = None, None
@@ -436,7 +447,7 @@ class MrFlow:
         scale = _guidance(layout, guidance_scale, arguments)
         if scale is not None:
             numbers["guidance"] = scale
-        plan = make_plan(layout.family, wide, high, preset, seed=seeds[0], **numbers)
+        plan = make_plan(layout.family, wide, high, asked.preset, seed=seeds[0], **numbers)
         if image is not None and strength is None:
             plan = replace(plan, notes=(*plan.notes, *idle_notes(numbers)))
         if plan.tile and arguments.get(HINT) is not None:
@@ -456,20 +467,20 @@ class MrFlow:
             negative_prompt=negatives,
             refine_prompt=refine[0],
             refine_negative_prompt=refine[1],
-            refine_lora_scale=refine_lora_scale,
+            refine_lora_scale=asked.refine_lora_scale,
             colour_guard=self._colour_guard,
             upscaler=self._upscaler_on(engine.device),
-            callback=callback,
-            cancel=cancel,
+            callback=asked.callback,
+            cancel=asked.cancel,
             keep_stages=keep_stages,
             image=pixels,
             start_sigma=strength,
             seeds=seeds,
             latents=latents,
             until=until,
-            method=method,
+            method=asked.method,
         )
-        images = formatted(result, alpha, output_type, engine)
+        images = formatted(result, alpha, asked.output_type, engine)
         said.extend(_image_warnings(self.pipe, image, layout))
         said.extend(
             f"Image {number} is black, as the pipeline's safety checker rejected it."
@@ -575,6 +586,13 @@ def _image_size(image: Tensor, width: int | None, height: int | None, factor: fl
     if width is None:
         return round(columns * (height or rows) / rows), height or rows
     return width, round(rows * width / columns)
+
+
+def _split(options: Mapping[str, Any]) -> tuple[_Asked, dict[str, Any]]:
+    """The arguments of a call that `MrFlow` reads, and the others."""
+    names = {each.name for each in fields(_Asked)}
+    own = {name: value for name, value in options.items() if name in names}
+    return _Asked(**own), {name: value for name, value in options.items() if name not in names}
 
 
 def _names(function: Callable[..., Any]) -> frozenset[str]:

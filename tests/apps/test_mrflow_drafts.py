@@ -95,3 +95,21 @@ def test_what_has_no_meaning_is_refused() -> None:
         flow.finish(made, width=32)
     with pytest.raises(MrFlowError, match="drafts holds str"):
         flow.finish("draft.png")  # pyright: ignore[reportArgumentType,reportCallIssue]
+
+
+def test_the_call_itself_takes_no_latents() -> None:
+    flow = MrFlow(tiny_pipelines.make("flux1-dev"))
+    for name in ("latents", "until", "memory"):
+        options: dict[str, Any] = {**NUMBERS, name: 1}
+        with pytest.raises(MrFlowError, match=name):
+            flow("a cat", seed=1, **options)
+    with pytest.raises(MrFlowError, match="lowsteps is neither"):
+        flow.draft("a cat", lowsteps=1, **NUMBERS)
+
+
+def test_a_finished_draft_keeps_nested_noise() -> None:
+    flow = MrFlow(tiny_pipelines.make("flux1-dev"))
+    (made,) = flow.draft("a cat", seed=2, noise="nested", **NUMBERS)
+    whole = flow("a cat", seed=2, noise="nested", output_type="pt", **NUMBERS)
+    assert torch.equal(flow.finish(made, output_type="pt").images, whole.images)
+    assert not torch.equal(flow("a cat", seed=2, output_type="pt", **NUMBERS).images, whole.images)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow_sched import make_native_plan, make_plan
+from mrflow_sched.demo.judge import Judge
 from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.sampler import sample_staged
@@ -59,7 +60,7 @@ def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path |
     """Write ``evaluation.json`` and sheets; the judge is the classifier trained on rendered scenes."""
     engine = PipelineEngine.from_folder(weights, family="demo")
     upscaler = load_upscaler(weights / "upscaler" / "x2.safetensors")
-    judge = classifier.Judge()
+    judge = Judge()
     judge.load_state_dict(torch.load(work / "classifier.pt", weights_only=True))
     scenes = test_scenes(per_category)
     prompts = [caption(scene) for scene in scenes]

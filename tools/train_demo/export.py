@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_file, save_file
 
+from mrflow_sched.demo.judge import WEIGHTS
 from tools.train_demo import flow, text, vae
 
 
@@ -60,6 +61,12 @@ def export(work: Path, folder: Path) -> None:
     save_file({key: value.half().contiguous() for key, value in state.items()}, folder / "upscaler" / "x2.safetensors")
     for path in folder.rglob("*.json"):
         path.write_text(_without_paths(path.read_text()))
+
+
+def export_judge(work: Path, file: Path = WEIGHTS) -> None:
+    """Write the trained judge in half the bytes, without the counters of its normalisation."""
+    state = torch.load(work / "classifier.pt", weights_only=True)
+    save_file({n: v.to(torch.bfloat16).contiguous() for n, v in state.items() if v.is_floating_point()}, file)
 
 
 def _name_as_released(path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from mrflow_sched.demo import scenes as S
+from mrflow_sched.demo.judge import FIELDS, labels
 
 _TOKENIZERS: Any = transformers  # their annotations name other arguments than they take
 WIDTH = 128
@@ -97,40 +98,6 @@ def make_encoders(t5_vocab: int, clip_vocab: int) -> tuple[T5EncoderModel, CLIPT
 ROLES = ["other", "eos", "glue", "ground", "sky", "word", "ink", "wall", "detail", "light", "side"]
 ROLES += [f"{kind}{index}" for index in range(2) for kind in ("colour", "texture", "shape")]
 ROLES += [f"letter{k}/{n}" for n in range(2, S.MAX_LETTERS + 1) for k in range(n)]
-
-FIELDS: dict[str, tuple[str, ...]] = {
-    "category": S.CATEGORIES,
-    **{
-        f"{kind}{index}": options
-        for index in range(2)
-        for kind, options in (("colour", tuple(S.COLOURS)), ("texture", S.TEXTURES), ("shape", S.SHAPES))
-    },
-    "ground": S.GROUNDS,
-    "sky": S.SKIES,
-    "ink": tuple(S.COLOURS),
-    "wall": tuple(S.COLOURS),
-    "detail": S.DETAILS,
-    "light": S.LIGHTS,
-    "side": S.SIDES,
-    **{f"letter{k}": tuple(S.LETTERS) for k in range(S.MAX_LETTERS)},
-    "length": ("0", "2", "3", "4", "5"),
-}
-
-
-def labels(scene: S.Scene) -> dict[str, int]:
-    """Index of every attribute in :data:`FIELDS`, -1 where the scene has none."""
-    out = dict.fromkeys(FIELDS, -1)
-    values: dict[str, str] = {
-        key: getattr(scene, key) for key in ("category", "ground", "sky", "ink", "wall", "detail", "light", "side")
-    }
-    for index, thing in enumerate(scene.things):
-        values |= {f"colour{index}": thing.colour, f"texture{index}": thing.texture, f"shape{index}": thing.shape}
-    values |= {f"letter{k}": char for k, char in enumerate(scene.word)}
-    values["length"] = str(len(scene.word))
-    for field, value in values.items():
-        if value:
-            out[field] = FIELDS[field].index(value)
-    return out
 
 
 def token_roles(scene: S.Scene, *, name_sky: bool = True) -> list[int]:

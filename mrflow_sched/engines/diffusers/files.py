@@ -28,6 +28,7 @@ __all__ = [
     "TRANSFORMERS_STEM",
     "Weights",
     "check_files",
+    "check_part",
     "folder_fingerprint",
     "missing_files",
     "part_names",
@@ -164,8 +165,21 @@ def check_files(folder: Path, index: Mapping[str, Any]) -> None:
     for file in _files(folder):
         _check_code(folder, file)
     for name in names:
-        for file in _files(folder / name):
-            _check_file(folder, file)
+        check_part(folder, name)
+
+
+def check_part(folder: Path, name: str) -> None:
+    """Refuse a part that would make a library run code, fetch something, or work without end.
+
+    Args:
+        folder: The model's.
+        name: Of the part, a folder in it.
+
+    Raises:
+        MrFlowError: The first thing that is wrong.
+    """
+    for file in _files(folder / name):
+        _check_file(folder, file)
 
 
 def _check_entry(folder: Path, name: str, value: list[Any], names: list[str]) -> None:
