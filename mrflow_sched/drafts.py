@@ -17,19 +17,20 @@ from torch import Tensor
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan.checks import MAX_SEED, checked_whole
 from mrflow_sched.plan.make import with_first_steps
+from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.sampling.engine import Capabilities, capabilities_of
 from mrflow_sched.sampling.request import text_items
 
 if TYPE_CHECKING:
-    from mrflow_sched.plan.stages import StagedPlan
+    from mrflow_sched.images.record import RunRecord
     from mrflow_sched.sampler import StagedResult
     from mrflow_sched.sampling.engine import Engine
     from mrflow_sched.sampling.method import Method
     from mrflow_sched.sampling.progress import Progress
     from mrflow_sched.upscaling.role import PixelUpscaler
 
-__all__ = ["Draft", "TextMemory", "draft", "finish", "make_drafts"]
+__all__ = ["Draft", "TextMemory", "draft", "draft_of", "finish", "make_drafts"]
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +201,38 @@ def finish(
         colour_guard=colour_guard,
         latents=draft.latents,
         method=method,
+    )
+
+
+def draft_of(name: str, record: RunRecord, image: Tensor, latents: Tensor | None) -> Draft:
+    """The draft that a file holds (`mrflow_sched.images.drafts.read_draft`).
+
+    Args:
+        name: Of the file, for a refusal.
+        record: What it says of its run.
+        image: Its pixels, (3, h, w), float32 in [0, 1].
+        latents: Its latents, or None.
+
+    Returns:
+        The draft; without latents where it was for ranking alone.
+
+    Raises:
+        MrFlowError: The run has no later stages, or began with an image.
+    """
+    plan = StagedPlan.from_string(record.plan)
+    if len(plan.stages) < 2 or record.start_sha256 is not None:
+        raise MrFlowError(
+            f"{name} says that its run has no later stages, or began with an image; its text was altered."
+        )
+    return Draft(
+        plan=replace(plan, seed=record.seed),
+        prompt=record.prompt,
+        image=image,
+        latents=None if record.draft_steps is not None else latents,
+        negative_prompt=record.negative,
+        refine_prompt=record.refine_prompt,
+        refine_negative_prompt=record.refine_negative,
+        steps=record.draft_steps,
     )
 
 

@@ -417,8 +417,9 @@ def _tell(made: Made) -> None:
     prompts = list(dict.fromkeys(prompt for prompt, _ in made.reports))
     for prompt, known in made.reports:
         if prompt in prompts[:_FEW]:
-            for line in known.lines():
-                say(line if len(prompts) == 1 else f"{prompt}: {line}")
+            told = known.lines()
+            line = f"{told[0]} {told[-1]}"
+            say(line if len(prompts) == 1 else f"{prompt}: {line}")
 
 
 def _save_sheet(folder: Path, made: Made) -> None:

@@ -34,7 +34,6 @@ from mrflow_sched.apps.cli.repeat import check_model, check_source, other_upscal
 from mrflow_sched.apps.cli.results import Results, check_format
 from mrflow_sched.apps.cli.stopping import Stopped, current
 from mrflow_sched.images.record import RunRecord
-from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,25 +199,11 @@ def _read(name: str, file: Path, listed: RunRecord | None) -> Picked:
 
 
 def _picked_of(name: str, record: RunRecord, latents: Tensor | None, image: Tensor, *, changed: bool) -> Picked:
-    from mrflow_sched.drafts import Draft
+    from mrflow_sched.drafts import draft_of
 
-    plan = StagedPlan.from_string(record.plan)
-    if len(plan.stages) < 2 or record.start_sha256 is not None:
-        raise MrFlowError(
-            f"{name} says that its run has no later stages, or began with an image; its text was altered."
-        )
-    draft = Draft(
-        plan=plan,
-        prompt=record.prompt,
-        image=image,
-        latents=None if changed or record.draft_steps is not None else latents,
-        negative_prompt=record.negative,
-        refine_prompt=record.refine_prompt,
-        refine_negative_prompt=record.refine_negative,
-        steps=record.draft_steps,
-    )
+    draft = draft_of(name, record, image, None if changed else latents)
     job = Job(
-        plan,
+        draft.plan,
         record.prompt,
         record.negative,
         source=record,
