@@ -1,1 +1,1 @@
-"""Benches of drafts and previews."""
+"""Measures drafts and previews on the embedded model, one section a file."""

@@ -23,6 +23,7 @@ from mrflow_sched.demo.scenes import caption
 from mrflow_sched.measure.ranking import Gain, expected_gain, spearman
 from mrflow_sched.measure.scores import NAMES, Score, get_score
 
+MOST_PROMPTS, LEAST_SEEDS = 4, 64
 RESAMPLES = 200
 LARGEST_NORMAL = {4: 1.0294, 8: 1.4236}
 """Expected value of the largest of n draws from a standard normal distribution (Teichroew 1956)."""
@@ -96,20 +97,32 @@ def rows_of(
     return found
 
 
-def section(
-    *, prompts: int, seeds: int, folder: Path, more_scores: Sequence[str] = (), resamples: int = RESAMPLES
-) -> str:
+def section(*, prompts: int, seeds: int, folder: Path) -> str:
+    """The section for the page of the whole package: ranks need many seeds, and few prompts.
+
+    Args:
+        prompts: How many prompts; those above `MOST_PROMPTS` are left out.
+        seeds: Seeds of each, at least `LEAST_SEEDS`.
+        folder: Keeps the pictures; a run that was stopped goes on from there.
+
+    Returns:
+        Markdown.
+    """
+    return f"## Scores of drafts\n\n{ranked(min(prompts, MOST_PROMPTS), max(seeds, LEAST_SEEDS), folder)}"
+
+
+def ranked(prompts: int, seeds: int, folder: Path, more_scores: Sequence[str] = (), resamples: int = RESAMPLES) -> str:
     """Measure and report.
 
     Args:
-        prompts: Number of prompts, 2 or more.
+        prompts: How many prompts, 2 or more.
         seeds: Seeds of each.
-        folder: Keeps the pictures; a run that was stopped goes on from there.
+        folder: Keeps the pictures.
         more_scores: Scores beside our own, for instance "clip:FOLDER".
         resamples: Bootstrap samples of seeds for the intervals.
 
     Returns:
-        Markdown without a heading of the first level.
+        Markdown without a heading.
 
     Raises:
         ValueError: There are fewer than two prompts, or fewer seeds than drafts to choose from.
@@ -126,7 +139,7 @@ def section(
         tables[text] = rows_of(scores, made[index], text, made[other][FULL_DRAFT], texts[other], resamples)
     parts = [_introduction(seeds), _summary(tables)]
     parts += [f"### “{text}”\n\n{_table(rows)}" for text, rows in tables.items()]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _introduction(seeds: int) -> str:
@@ -177,14 +190,14 @@ def _table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--seeds", type=int, default=64)
+    parser.add_argument("--prompts", type=int, default=MOST_PROMPTS)
+    parser.add_argument("--seeds", type=int, default=LEAST_SEEDS)
     parser.add_argument("--score", action="append", default=[], help="a score beside our own: clip:FOLDER")
-    parser.add_argument("--folder", type=Path, default=Path("runs/previews"), help="keeps the pictures")
+    parser.add_argument("--folder", type=Path, default=Path("out/previews"), help="keeps the pictures")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     asked = parser.parse_args()
-    text = section(prompts=asked.prompts, seeds=asked.seeds, folder=asked.folder, more_scores=asked.score)
-    (asked.out / "ranks.md").write_text(f"# Scores of drafts\n\n{text}", encoding="utf-8")
+    text = ranked(asked.prompts, asked.seeds, asked.folder, more_scores=asked.score)
+    (asked.out / "ranks.md").write_text(f"# Scores of drafts\n\n{text}\n", encoding="utf-8")
     print(text)
 
 

@@ -40,17 +40,17 @@ def made(monkeypatch: pytest.MonkeyPatch) -> type[Maker]:
 
 
 def test_pictures_are_made_once_and_a_stopped_run_goes_on(made: type[Maker], tmp_path: Path) -> None:
-    first = ranks.section(prompts=2, seeds=16, folder=tmp_path, resamples=2)
+    first = ranks.ranked(2, 16, tmp_path, resamples=2)
     assert made.made == 32
     some = sorted(tmp_path.rglob("*.safetensors"))
     assert len(some) == 4
     some[0].unlink()
-    assert ranks.section(prompts=2, seeds=16, folder=tmp_path, resamples=2) == first
+    assert ranks.ranked(2, 16, tmp_path, resamples=2) == first
     assert made.made == 32 + pictures.TOGETHER
 
 
 def test_perfect_drafts_are_perfect_and_random_ones_are_not(made: type[Maker], tmp_path: Path) -> None:
-    text = ranks.section(prompts=2, seeds=32, folder=tmp_path, resamples=2)
+    text = ranks.ranked(2, 32, tmp_path, resamples=2)
     for scene in pictures.scenes(2):
         assert f"### “{caption(scene)}”" in text
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
@@ -62,9 +62,19 @@ def test_perfect_drafts_are_perfect_and_random_ones_are_not(made: type[Maker], t
     assert max(map(abs, blind)) < 0.7
 
 
+def test_the_section_takes_many_seeds_of_few_prompts(
+    made: type[Maker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(ranks, "ranked", lambda prompts, seeds, folder: asked.append((prompts, seeds)) or "text")
+    assert ranks.section(prompts=24, seeds=2, folder=tmp_path) == "## Scores of drafts\n\ntext"
+    ranks.section(prompts=2, seeds=100, folder=tmp_path)
+    assert asked == [(4, 64), (2, 100)]
+
+
 def test_too_few_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="too few"):
-        ranks.section(prompts=1, seeds=64, folder=tmp_path)
+        ranks.ranked(1, 64, tmp_path)
 
 
 def test_a_row_without_order_has_no_share() -> None:

@@ -138,6 +138,41 @@ def test_every_image_is_scored_by_its_own_text(clip: Path) -> None:
     assert get_score(f"-clip:{clip}")(many, texts).tolist() == pytest.approx([-each for each in alone], abs=1e-5)
 
 
+def old(folder: Path) -> None:
+    """As the first CLIP folders have it: plain numbers, and nothing of scaling or the filter."""
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "size": SIDE,
+                "crop_size": SIDE,
+                "do_center_crop": True,
+                "image_mean": [0.48145466, 0.4578275, 0.40821073],
+                "image_std": [0.26862954, 0.26130258, 0.27577711],
+                "feature_extractor_type": "CLIPFeatureExtractor",
+            }
+        )
+    )
+
+
+def new(folder: Path) -> None:
+    """As transformers 5 saves a whole processor."""
+    said = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(
+        json.dumps({"processor_class": "CLIPProcessor", "image_processor": said})
+    )
+
+
+@pytest.mark.parametrize("rewrite", [old, new])
+def test_older_and_newer_folders_say_the_same(clip: Path, clip_copy: Path, rewrite: Callable[[Path], None]) -> None:
+    rewrite(clip_copy)
+    assert Preprocessing.of(clip_copy.parent, clip_copy) == Preprocessing.of(clip.parent, clip)
+    (clip_copy / "README.md").write_text("A model.")
+    (clip_copy / "pytorch_model.bin").write_bytes(b"not read")
+    tensor, _ = images(48, 40)
+    assert torch.equal(get_score(f"clip:{clip_copy}")(tensor, PROMPTS), get_score(f"clip:{clip}")(tensor, PROMPTS))
+
+
 def test_images_are_prepared_without_rounding(clip: Path) -> None:
     prepared = Preprocessing.of(clip.parent, clip)(torch.full((1, 3, 40, 50), 0.123456))
     assert prepared.shape == (1, 3, SIDE, SIDE)

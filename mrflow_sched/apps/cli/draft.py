@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from mrflow_sched.plan.stages import StagedPlan
     from mrflow_sched.sampling.progress import Progress
 
+_LEAST = 3
+"""Finished images below which their order says nothing."""
+
 _FEW = 3
 """Prompts up to which reports are told one by one; --json has all of them."""
 
@@ -296,13 +299,19 @@ def _make_all(request: DraftRequest, made: Made) -> None:
 
 
 def _scores(request: DraftRequest) -> list[Score]:
-    """The scores that were asked for; what cannot be read is refused before a model is loaded."""
+    """The scores that were asked for, tried on a grey picture: what they refuse is told before a model is loaded."""
     if not request.scores:
         return []
+    import torch
+
     from mrflow_sched._runtime.device import resolve_device
     from mrflow_sched.measure.scores import get_score
 
-    return [get_score(name, device=resolve_device(request.model.device)) for name in request.scores]
+    scores = [get_score(name, device=resolve_device(request.model.device)) for name in request.scores]
+    for score in scores:
+        for prompt in dict.fromkeys(request.prompts):
+            score(torch.full((1, 3, 64, 64), 0.5), [prompt])
+    return scores
 
 
 def _of_steps(request: DraftRequest, plan: StagedPlan) -> Iterator[str]:
@@ -400,7 +409,7 @@ def _finish_best(
 
 def _compare(made: Made, drafted: Sequence[SavedDraft], images: Sequence[Any], scores: Sequence[Score]) -> None:
     """Note how far the scores of drafts told those of the finished images."""
-    if len(images) < 2:
+    if len(images) < _LEAST:
         return
     import torch
 

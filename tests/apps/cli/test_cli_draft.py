@@ -170,7 +170,7 @@ def test_cheap_drafts_are_told_to_be_for_ranking(mrflow: Any, tmp_path: Path, mo
 
 
 def test_scores_order_the_drafts_and_the_best_are_finished(mrflow: Any, tmp_path: Path) -> None:
-    words = ("--batch", "4", "--score", "saturation", "--score", "contrast", "--keep", "2", "--json")
+    words = ("--batch", "4", "--score", "saturation", "--score", "contrast", "--keep", "3", "--json")
     code, out, err = mrflow("draft", PROMPT, *SMALL, *words, "--out", str(tmp_path))
     assert code == 0
     found = json.loads(out)
@@ -178,7 +178,7 @@ def test_scores_order_the_drafts_and_the_best_are_finished(mrflow: Any, tmp_path
     ranks = [{name: sorted(row["scores"][name] for row in found["drafts"]) for name in ("saturation", "contrast")}][0]
     places = [sum(ranks[name].index(row["scores"][name]) for name in ranks) for row in found["drafts"]]
     assert places == sorted(places, reverse=True)
-    assert [each["seed"] for each in found["finished"]["details"]] == [row["seed"] for row in found["drafts"][:2]]
+    assert [each["seed"] for each in found["finished"]["details"]] == [row["seed"] for row in found["drafts"][:3]]
     for each in found["finished"]["details"]:
         assert Path(each["path"]).read_bytes() == whole(mrflow, tmp_path / "whole", each["seed"])
     assert {report["score"] for report in found["reports"]} == {"saturation", "contrast"}
@@ -230,6 +230,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("draft", "a", "--keep", "2"), "nothing says which those are; give --score too"),
     (("draft", "a", "--score", "contrast", "--batch", "2", "--keep", "3"), "more than the 2 drafts"),
     (("draft", "a", "--score", "beauty"), "beauty"),
+    (("draft", "a cat in the rain", "--score", "judge"), "reads only what the embedded model draws"),
     (("draft", "a", "--draft-steps", "0"), "--draft-steps"),
     (("draft", "a", "--sigmas", "1,0.5,0", "--draft-steps", "1"), "stage 1 has sigmas of its own"),
     (("finish", "none.png"), "there is no image file 'none.png'"),
