@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: zipfi
     here = [path for path in (ROOT / "mrflow_sched").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     code = {path.relative_to(ROOT).as_posix() for path in here if path.suffix == ".py" or path.name == "py.typed"}
     data = {path for path in here if {"weights", "languages"} & set(path.parts) and path.suffix in DATA}
-    data.add(ROOT / "mrflow_sched" / "demo" / "judge.safetensors")
+    data |= {ROOT / "mrflow_sched" / "demo" / "judge.safetensors", ROOT / "mrflow_sched" / "apps" / "ui" / "page.css"}
     assert names == code | {path.relative_to(ROOT).as_posix() for path in data}
     assert {"mrflow_sched/sampler.py", "mrflow_sched/apps/cli/main.py", "mrflow_sched/py.typed"} <= names
 

@@ -58,7 +58,7 @@ def rewritten(path: Path, change: Any = None, *, keep_text: bool = True) -> None
     info = PngImagePlugin.PngInfo()
     for name, value in texts.items():
         if keep_text and isinstance(value, str):
-            info.add_text(name, value)
+            info.add_text(str(name), value)
     image.save(path, pnginfo=info)
 
 

@@ -1,0 +1,178 @@
+"""What the page says: the plan before a run, the progress, the result, a refusal; as HTML with all text escaped."""
+
+from __future__ import annotations
+
+import html
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+
+from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched.apps.ui.choices import Choices
+from mrflow_sched.apps.ui.jobs import Job
+from mrflow_sched.apps.ui.studio import Studio
+from mrflow_sched.apps.ui.work import Made
+from mrflow_sched.demo.words import unknown_words
+from mrflow_sched.plan.cost import Speeds, work_ratio
+from mrflow_sched.plan.stages import StagedPlan
+
+NAMES = {"low_steps": "Low steps", "refine_steps": "Refine steps", "sigma": "Sigma", "preset": "Preset"}
+"""The labels of controls that go by another name in a plan's refusals."""
+
+_NAMED = 5
+_NAME = re.compile(rf"\A({'|'.join(NAMES)})(?= )")
+
+
+def plan_html(studio: Studio, choices: Choices, speeds: Speeds | None) -> str:
+    """The live line: what will run, or why it cannot. Never raises.
+
+    Args:
+        studio: The model.
+        choices: Values of the controls.
+        speeds: This machine's, from the last run; None: none is known yet.
+
+    Returns:
+        The line and its notes.
+    """
+    try:
+        plan = choices.plan(studio.family)
+        studio.check(plan)
+    except Exception as error:
+        return refused_html(studio, error)
+    notes = [*plan.notes, *_prompt_notes(studio, choices)]
+    return _box("on", plan_line(plan, studio, speeds), notes)
+
+
+def plan_line(plan: StagedPlan, studio: Studio, speeds: Speeds | None) -> str:
+    """A plan in one line.
+
+    Args:
+        plan: The plan.
+        studio: The model and the upscaler.
+        speeds: As in `plan_html`.
+
+    Returns:
+        Sizes, steps, forwards and what to expect.
+    """
+    first, *later = plan.stages
+    parts = [f"{first.width}×{first.height} ×{first.steps}"]
+    for before, stage in zip(plan.stages, later, strict=False):
+        refine = f" ×{stage.steps} @ σ {stage.start_sigma:.4g}" if stage.steps else ""
+        parts.append(f"{studio.upscaler_name} ×{stage.width / before.width:.3g}")
+        parts.append(f"{stage.width}×{stage.height}{refine}")
+    line = f"{' → '.join(parts)} · {plan.forwards} forwards"
+    ratio = work_ratio(plan, studio.family)
+    line += f" · about {ratio:.2g}× less work than {plan.native_steps} steps" if ratio > 1 else ""
+    seconds = None if speeds is None else sum(value for _, value in speeds.predict(plan, studio.family))
+    return line if seconds is None else f"{line} · about {seconds:.2g} s"
+
+
+def _prompt_notes(studio: Studio, choices: Choices) -> Iterable[str]:
+    unknown = unknown_words(choices.prompt) if studio.embedded else ()
+    if unknown:
+        more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
+        named = ", ".join(repr(word[:24]) for word in unknown[:_NAMED])
+        yield f"The embedded model does not know {named}{more}; the words that it knows are listed below."
+
+
+def learned(studio: Studio, made: Made) -> Speeds | None:
+    """This machine's speeds, from an image that was made.
+
+    Args:
+        studio: The model.
+        made: The image.
+
+    Returns:
+        The speeds; None where the run does not show them (one stage, stopped, an unknown family).
+    """
+    if made.unfinished:
+        return None
+    try:
+        seconds = {timing.name: timing.seconds for timing in made.timings}
+        return Speeds.measured(made.wish.plan, seconds, studio.family)
+    except MrFlowError:
+        return None
+
+
+def progress_html(job: Job) -> str:
+    """How far a job is.
+
+    Args:
+        job: The job.
+
+    Returns:
+        A bar and a few words.
+    """
+    percent = round(100 * job.fraction)
+    bar = f'<div class="mrflow-bar"><div style="width:{percent}%"></div></div>'
+    return f'<div class="mrflow-box mrflow-on" role="status">{bar}<p>{html.escape(job.words)} · {percent} %</p></div>'
+
+
+def made_html(made: Sequence[Made]) -> str:
+    """What was made.
+
+    Args:
+        made: The images of a job, in order.
+
+    Returns:
+        Names, seeds and seconds, and what is to be said of them.
+    """
+    notes = dict.fromkeys(note for each in made for note in each.notes)
+    said = [
+        f"{'Unfinished, saved' if each.unfinished else 'Saved'} as {each.path} · seed {each.wish.plan.seed} · "
+        f"{each.seconds:.2f} s"
+        for each in made
+    ]
+    return _box("done", said[-1], [*said[:-1], *notes])
+
+
+def said_html(sentence: str) -> str:
+    """A sentence that is neither a result nor a refusal.
+
+    Args:
+        sentence: The sentence.
+
+    Returns:
+        The sentence in a box.
+    """
+    return _box("off", sentence, ())
+
+
+def refused_html(studio: Studio, error: BaseException) -> str:
+    """Why something was not done; of a fault, the terminal gets the traceback.
+
+    Args:
+        studio: Knows refusals.
+        error: What was raised.
+
+    Returns:
+        One sentence in a box.
+    """
+    sentence = studio.refusal(error)
+    if sentence is None:
+        traceback.print_exception(error, file=sys.stderr)
+        sentence = (
+            f"A fault of mrflow, or of a library or model that it uses ({type(error).__name__}: {first_line(error)}); "
+            "the terminal shows where."
+        )
+    named = _NAME.sub(lambda found: NAMES[found[1]], sentence)
+    return _box("refused", named[:1].upper() + named[1:], ())
+
+
+def escaped(text: str) -> str:
+    """Text as it may stand in HTML.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The text, escaped.
+    """
+    return html.escape(text)
+
+
+def _box(state: str, line: str, notes: Iterable[str]) -> str:
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    body = f"<p>{html.escape(line)}</p>" + (f"<ul>{items}</ul>" if items else "")
+    return f'<div class="mrflow-box mrflow-{state}" role="status">{body}</div>'
