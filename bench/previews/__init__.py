@@ -1,1 +1,1 @@
-"""Measures drafts and previews on the embedded model, one section a file."""
+"""Benches of drafts and previews, one section a file (`python -m bench.previews`)."""

@@ -14,30 +14,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mrflow_sched.measure.metrics import ssim
+
+__all__ = [
+    "BANDS",
+    "LEVELS",
+    "Basis",
+    "Projected",
+    "Scale",
+    "colour",
+    "frechet",
+    "interval",
+    "perceptual",
+    "project",
+    "pyramid",
+    "resamples",
+    "sliced_wasserstein",
+    "spectrum",
+    "spectrum_distance",
+    "ssim",
+]
+
 LEVELS = 4  # of the Laplacian pyramid: bands from the finest, and the residual
 PATCH, PATCHES, DIRECTIONS = 7, 64, 64  # of the sliced Wasserstein distance: side, number per image, projections
 COMPONENTS = 24  # principal components of the ground truth's features, for the Frechet distance
 BANDS = 16  # rings of the power spectrum
 
 # -------------------------------------------------------------------------------------------------------------- images
-
-
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004), (N,): Gaussian window of 11, sigma 1.5, mean over colours."""
-    axis = torch.arange(11, dtype=torch.float32) - 5
-    window = torch.exp(-(axis**2) / (2 * 1.5**2))
-    window = window / window.sum()
-    kernel = (window[:, None] * window).expand(3, 1, 11, 11)
-
-    def blur(x: Tensor) -> Tensor:
-        return functional.conv2d(x, kernel, groups=3)
-
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-    both = blur(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    score = (2 * mean_a * mean_b + c1) * (2 * both + c2)
-    return (score / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).flatten(1).mean(1)
 
 
 def perceptual(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

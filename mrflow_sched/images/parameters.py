@@ -76,7 +76,8 @@ def parameters_text(record: RunRecord) -> str:
     Returns:
         The prompt; a line "Negative prompt: ..." where there is one; and a line with steps, solver and guidance of the
         first stage that ran, the seed that makes this image alone, the final size, the model's name, the image that the
-        run started from with the fraction of noise that it was given, and what MrFlow did.
+        run started from with the fraction of noise that it was given, how the image was made where it is a preview of
+        all this, and what MrFlow did.
 
     Raises:
         MrFlowError: The record's plan cannot be read.
@@ -100,6 +101,8 @@ def parameters_text(record: RunRecord) -> str:
         values["Refine sigma"] = " ".join(f"{stage.start_sigma:g}" for stage in later)
     if len(plan.stages) > 1:
         values["Upscaler"] = record.upscaler
+    if record.preview is not None:
+        values["Preview"] = record.preview
     if "mrflow-sched" in record.versions:
         values["Version"] = f"mrflow-sched {record.versions['mrflow-sched']}"
     lines = [record.prompt]

@@ -90,6 +90,8 @@ class RunRecord:
         draft: The image is stage 1's, and the run goes on from it: the mark of its pixels (`drafts.mark`). None: it is
             no draft.
         draft_steps: The fewer steps of a draft that is for ranking alone.
+        preview: How the image was made cheaply ("few, 6 steps"), where it is a preview of the run and not its result;
+            else None.
     """
 
     plan: str
@@ -117,6 +119,7 @@ class RunRecord:
     refine_negative: str | None = None
     draft: str | None = None
     draft_steps: int | None = None
+    preview: str | None = None
 
     def to_json(self) -> str:
         """The record as JSON.
@@ -247,7 +250,7 @@ _LONGEST = 12 * (5 * MAX_PROMPT + 2 * MAX_ENTRIES * MAX_WORD)
 _OLD: Mapping[str, Any] = MappingProxyType(
     {
         **dict.fromkeys(("start", "start_sha256", "strength", "refine_prompt", "refine_negative")),
-        **dict.fromkeys(("draft", "draft_steps")),
+        **dict.fromkeys(("draft", "draft_steps", "preview")),
         "unfinished": False,
         "dtypes": {},
         "loras": [],
@@ -283,6 +286,7 @@ _KINDS: Mapping[str, Callable[[object], bool]] = MappingProxyType(
         "refine_negative": _is_text(MAX_PROMPT, optional=True),
         "draft": _is_word_or_none,
         "draft_steps": lambda value: value is None or _is_whole(1, MAX_STEPS)(value),
+        "preview": _is_word_or_none,
     }
 )
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mrflow_sched.plan.stages import StagedPlan
 
 # Wide, detailed, lettered, smooth.
-_PROMPTS = (
+USUAL_PROMPTS = (
     "a harbour at dawn with fishing boats, mountains behind it",
     "a crowded market street, many small stalls and signs, detailed photograph",
     'a shop window with the words "OPEN TODAY" painted on it',
@@ -202,7 +202,7 @@ def _measured_prompts(request: CalibrateRequest) -> tuple[str, ...]:
     if request.images:
         return ("",) * len(request.images)
     if request.model.model is not None:
-        return _PROMPTS
+        return USUAL_PROMPTS
     from mrflow_sched import demo
 
     return demo.example_prompts()

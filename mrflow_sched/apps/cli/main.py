@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import mrflow_sched
-from mrflow_sched.apps.cli import calibrate, compare, doctor, draft, families, finish, generate, plan, ui
+from mrflow_sched.apps.cli import calibrate, compare, doctor, draft, families, finish, generate, plan, preview, ui
 from mrflow_sched.apps.cli.console import FAULT, FAULT_SENTENCE, REFUSED, Outcome, refusal_of, say
 from mrflow_sched.apps.cli.options import Commands, Parser
 from mrflow_sched.apps.cli.stopping import STOPPED, Stopped, watching
@@ -37,7 +37,7 @@ class Command(Protocol):
 
 _ABOUT = "Make images with text-to-image flow models: few steps at low resolution, upscaling, one step at full size."
 
-COMMANDS: tuple[Command, ...] = (plan, families, generate, draft, finish, compare, calibrate, doctor, ui)
+COMMANDS: tuple[Command, ...] = (plan, families, generate, draft, finish, preview, compare, calibrate, doctor, ui)
 """All commands, in the order of the help."""
 
 

@@ -125,13 +125,14 @@ def common_options() -> Parser:
 # --- the plan ----------------------------------------------------------------------------------
 
 
-def plan_options(*, native: bool = True) -> Parser:
+def plan_options(*, native: bool = True, staged: bool = True) -> Parser:
     """Make the options that decide a plan, from `plan.options.OPTIONS`.
 
     What the user leaves out comes from the family and its preset.
 
     Args:
-        native: Offer --native; False is for commands that need a staged plan.
+        native: Offer --native; False is for commands that need a staged plan, or a native one.
+        staged: Offer what only staged plans have; False is for commands that need a native plan.
 
     Returns:
         A parser for argparse's `parents=`, whose results `PlanChoices.from_args` reads.
@@ -140,16 +141,19 @@ def plan_options(*, native: bool = True) -> Parser:
     group = parser.add_argument_group("the plan (what is left out comes from the family's preset)")
     group.add_argument("--size", type=size_option, metavar="WxH", help="size of the final image in pixels")
     for option in OPTIONS.values():
+        if option.applies == "staged" and not staged:
+            continue
         if option.name != "native":
             _add_option(group, option)
         elif native:
             group.add_argument("--native", action="store_true", default=None, help=option.help)
-    group.add_argument(
-        "--calibration",
-        type=path_option,
-        metavar="FILE",
-        help="a file written by `mrflow calibrate`: its preset is the default",
-    )
+    if staged:
+        group.add_argument(
+            "--calibration",
+            type=path_option,
+            metavar="FILE",
+            help="a file written by `mrflow calibrate`: its preset is the default",
+        )
     return parser
 
 
@@ -226,7 +230,7 @@ class PlanChoices:
         Returns:
             The choices.
         """
-        return cls(args.size, _given_options(args), args.calibration)
+        return cls(args.size, _given_options(args), getattr(args, "calibration", None))
 
     def make_plan(self, family: str | Family, start: StartImage | None = None) -> StagedPlan:
         """Make the plan that the options ask for; what was not given is left to `plan.make.make_plan`.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.apps.cli.console import say
 from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage, hash_of, read_start
 from mrflow_sched.apps.cli.load import EMBEDDED, UPSCALER, Job
@@ -117,6 +117,8 @@ def _recorded_job(file: Path, record: RunRecord, model: ModelChoices, image: Pat
     start = _recorded_start(file, record, image)
     if record.unfinished:
         say(f"{str(file)!r} is an unfinished image; its run is now completed.")
+    if record.preview is not None:
+        say(f"{str(file)!r} is a preview ({shown(record.preview)}); its native run is now made in full.")
     plan = StagedPlan.from_string(record.plan)
     later = record.refine_prompt, record.refine_negative
     return Job(plan, record.prompt, record.negative, record.batch, (record.image,), record, start, *later)
