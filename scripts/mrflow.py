@@ -99,7 +99,7 @@ class MrFlowScript(scripts.Script):
             p: The job.
             *args: Values of the script's controls; not used.
             x: The latents that sampling starts from.
-            noise: The noise that the host will add; overwritten in place in the hires pass.
+            noise: The noise that the host will add; where ours is wanted, it is overwritten in place.
             **kwargs: What else the host says; not used.
         """
         run.process_before_every_sampling(p, HOST, x, noise)

@@ -50,6 +50,8 @@ SETTINGS: Mapping[str, Any] = {
     "always_discard_next_to_last_sigma": False,
     "img2img_extra_noise": 0.0,
     "sgm_noise_multiplier": False,
+    "randn_source": "GPU",
+    "eta_noise_seed_delta": 0,
 }
 
 

@@ -87,6 +87,7 @@ def test_every_axis_is_a_control_that_takes_its_values(options: dict[str, AxisOp
         "upscaler": "2x-Bar (MrFlow)",
         "solver": "multistep",
         "enabled": "True",
+        "keep_composition": "True",
     }
     assert {name for name, _ in axes.AXES} == set(values) <= set(FIELDS)
     job = SimpleNamespace()
@@ -95,7 +96,7 @@ def test_every_axis_is_a_control_that_takes_its_values(options: dict[str, AxisOp
         option.confirm(job, [values[name]])
         option.apply(job, values[name], [values[name]])
     controls = Controls.from_args([dict(axes.overrides(job))])
-    assert controls == Controls(**{**values, "enabled": True})
+    assert controls == Controls(**{**values, "enabled": True, "keep_composition": True})
 
 
 def test_cells_do_not_share_values(options: dict[str, AxisOption]) -> None:
@@ -122,6 +123,7 @@ def test_cells_do_not_share_values(options: dict[str, AxisOption]) -> None:
         ("SR model", "9x-Nothing", "upscaler must be 'automatic' or one of None, Lanczos"),
         ("Stage 1 solver", "euler", "solver must be"),
         ("Enabled", "maybe", "enabled must be true or false"),
+        ("Keep composition", "maybe", "keep_composition must be true or false"),
     ],
 )
 def test_bad_values_are_refused_before_the_first_cell(

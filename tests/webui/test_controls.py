@@ -36,6 +36,7 @@ def any_controls() -> st.SearchStrategy[Controls]:
         refine_seed=st.sampled_from(CHOICES["refine_seed"]),
         colour_guard=st.sampled_from(CHOICES["colour_guard"]),
         save_stages=st.booleans(),
+        keep_composition=st.booleans(),
     )
 
 
@@ -43,7 +44,7 @@ def test_the_order_of_the_arguments_is_fixed() -> None:
     # Bodies of API calls and saved scripts depend on it: only ever append.
     first = ("enabled", "preset", "factor", "low_steps", "refine_steps", "sigma", "shift", "solver", "upscaler")
     last = ("refine_cfg", "refine_cfg_value", "refine_seed", "colour_guard", "save_stages", "draft")
-    assert (*first, *last) == FIELDS
+    assert (*first, *last, "keep_composition") == FIELDS
     assert set(LABELS) == set(FIELDS)
     assert len(set(LABELS.values())) == len(FIELDS)
 
@@ -135,5 +136,5 @@ def test_what_is_not_allowed_is_told_in_one_sentence(values: dict[Any, Any], sen
 
 
 def test_too_many_values_are_an_error() -> None:
-    with pytest.raises(ValueError, match="args must hold at most 15 values"):
+    with pytest.raises(ValueError, match="args must hold at most 16 values"):
         Controls.from_args([*Controls().to_dict().values(), 1])

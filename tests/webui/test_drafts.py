@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui import infotext
+from mrflow_sched.apps.webui.controls import FIELDS
 from mrflow_sched.apps.webui.drafts import mark, read_draft
 from mrflow_sched.apps.webui.infotext import DRAFT
 from mrflow_sched.images.parameters import read_parameters
@@ -129,7 +130,7 @@ def test_a_file_of_the_page_is_finished(tmp_path: Any) -> None:
     path = tmp_path / "draft.png"
     path.write_bytes(base64.b64decode(as_file(drafts.pictures[0])))
     ui = webui("forge")
-    values = [True, *(None,) * 14, [SimpleNamespace(name=str(path))]]
+    values = [True, *(None,) * (len(FIELDS) - 1), [SimpleNamespace(name=str(path))]]
     assert equal(ui.generate(ui.job(), *values).pictures[0], whole.pictures[0])
     # Off is off, whatever lies in the box.
     off = webui("forge")

@@ -366,6 +366,8 @@ def test_the_line_counts_the_drafts_that_generate_will_finish(page: list[Compone
         assert said in controls[0].listeners[0]["fn"](*values, files, 1024, 1024)[0]
     values[FIELDS.index("draft")] = True
     assert "draft 512×512 ×12 · finished later: → " in controls[0].listeners[0]["fn"](*values, None, 1024, 1024)[0]
+    values[FIELDS.index("keep_composition")] = True
+    assert " · keeps composition" in controls[0].listeners[0]["fn"](*values, None, 1024, 1024)[0]
 
 
 def test_building_again_after_a_reload_listens_once_to_the_new_page(page: list[Component]) -> None:
@@ -388,8 +390,10 @@ def test_pasting_fills_every_control_and_an_unknown_image_switches_off(page: lis
     fields = owner.infotext_fields
     assert [component for component, _ in fields] == controls[:-1]
     assert [source({"Steps": "20"}) for _, source in fields] == list(Controls().to_dict().values())
-    pasted = [source({"MrFlow": "8+1 x2 sigma=0.2 v1", "MrFlow solver": "multistep"}) for _, source in fields]
-    assert Controls.from_args(pasted) == Controls(enabled=True, preset="8+1", sigma=0.2, solver="multistep")
+    keys = {"MrFlow": "8+1 x2 sigma=0.2 v1", "MrFlow solver": "multistep", "MrFlow noise": "nested"}
+    pasted = [source(keys) for _, source in fields]
+    wanted = Controls(enabled=True, preset="8+1", sigma=0.2, solver="multistep", keep_composition=True)
+    assert Controls.from_args(pasted) == wanted
 
 
 # -------------------------------------------------------------------------------------------------------- real browsers

@@ -19,7 +19,7 @@ UPSCALER = "2x-Tiny (MrFlow)"
 SIZE = {"width": 1024, "height": 768, "steps": 20, "cfg_scale": 1.0}
 KEYS = {
     *("refused", "line", "notes", "family", "model", "low", "final", "low_steps", "refine_steps", "sigma", "solver"),
-    *("upscaler", "experimental", "sigmas", "expected"),
+    *("upscaler", "noise", "experimental", "sigmas", "expected"),
 }
 
 
@@ -51,6 +51,13 @@ def test_the_answer_is_the_plan() -> None:
     assert answer["expected"]["than_steps"] == 20
     faster = answer["expected"]["faster"]
     assert answer["line"].endswith(f" @ σ 0.2 · about {faster:.1f}× faster than 20 steps")
+
+
+def test_what_stage_1_starts_from_is_told() -> None:
+    kept, usual = (asked(**job({"preset": "12+1", **choice})) for choice in ({"keep_composition": True}, {}))
+    assert (kept["noise"], usual["noise"]) == ("nested", "own")
+    assert kept["line"].replace(" · keeps composition", "") == usual["line"]
+    assert " · keeps composition · about " in kept["line"]
 
 
 def test_the_documented_command_is_answered() -> None:

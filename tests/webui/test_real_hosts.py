@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from documented_request import send
 from live import X2_NAME, Answer, Host, find_installation
 from PIL import Image, ImageChops
@@ -22,6 +23,7 @@ from PIL import Image, ImageChops
 from mrflow_sched.apps.webui import infotext
 from mrflow_sched.apps.webui.controls import FIELDS, LABELS, Controls
 from mrflow_sched.plan.make import make_plan
+from mrflow_sched.sampling.shrink import shrink_noise
 
 INSTALLATION, REASON = find_installation(os.environ)
 pytestmark = pytest.mark.skipif(INSTALLATION is None, reason=REASON)
@@ -422,7 +424,7 @@ def plot(host: Host, wanted: object, axis: str, values: str) -> Answer:
     plots = [entry for entry in host.get("/sdapi/v1/script-info") if entry["name"] == "x/y/z plot"]
     rest = [argument["value"] for argument in plots[0]["args"][9:]]  # the legend, single pictures, seeds, margins
     rest[:2] = False, True
-    arguments = [index, values, [], nothing, "", [], nothing, "", [], *rest]
+    arguments = [index, values, values.split(", "), nothing, "", [], nothing, "", [], *rest]
     return host.txt2img(wanted, script_name="x/y/z plot", script_args=arguments, **job(host))
 
 
@@ -512,6 +514,56 @@ def test_the_button_goes_on_enlarging(host: Host, plain: Answer, upscaler: str) 
         assert picture.images[0].size == (side, side)
     assert keys(picture)["MrFlow enlarged"].count(" to ") == 2
     assert (keys(picture)["Size"], keys(picture)["MrFlow steps"]) == ("256x256", "12+1")
+
+
+# ------------------------------------------------------------------------------------------- the composition of a seed
+
+
+@pytest.mark.parametrize(
+    ("size", "factor", "settings"),
+    [
+        (SIZE, 2.0, {}),
+        ((640, 448), 1.5, {"randn_source": "CPU", "eta_noise_seed_delta": 3}),
+        (SIZE, 2.0, {"randn_source": "NV"}),
+    ],
+    ids=["whole ratio", "other ratio", "other source of random numbers"],
+)
+def test_stage_1_starts_from_the_noise_of_the_hosts_own_picture(
+    host: Host, plain: Answer, upscaler: str, size: tuple[int, int], factor: float, settings: dict[str, Any]
+) -> None:
+    """By the latents of the first call of the network. The same image then from the metadata and from the draft."""
+    fields = {**job(host, size), "subseed": 7, "subseed_strength": 0.3, "settings": settings}
+    kept = staged(upscaler, factor=factor, keep_composition=True)
+
+    def started(mrflow: Any) -> tuple[Any, Answer]:
+        path = host.folder / "start.pt"
+        answer = host.txt2img(mrflow, probe={"keep_start": str(path)}, **fields)
+        return torch.load(path, weights_only=True)[:1].float(), answer
+
+    native, _ = started([False])
+    low, answer = started(kept)
+    usual, _ = started({**kept, "keep_composition": False})
+    shrunk = shrink_noise(native.flatten(1, -3), *low.shape[-2:]).reshape(low.shape)
+    near = (low - shrunk).abs().max() / low.std()
+    assert float(near) < 1e-5
+    assert float((usual - shrunk).abs().max() / low.std()) > 1.0
+    assert keys(answer)["MrFlow noise"] == "nested"
+    assert same(host.txt2img(infotext=answer.infotext, **job(host, size), styles=[]).images[0], answer.images[0])
+    draft = host.txt2img({**kept, "draft": True}, **fields)
+    for source in (draft.encoded(0), draft.images[0].info["parameters"]):
+        finished = host.txt2img({"finish": source}, **job(host, (320, 256)))
+        assert same(finished.images[0], answer.images[0])
+        assert finished.infotext == answer.infotext
+        check_nothing_left(finished)
+    check_nothing_left(answer)
+    assert same(off(host).images[0], plain.images[0])
+
+
+def test_the_plot_compares_both_compositions(host: Host, plain: Answer, upscaler: str) -> None:
+    answer = plot(host, staged(upscaler), "keep composition", "True, False")
+    alone = [host.txt2img(staged(upscaler, keep_composition=value), **job(host)) for value in (True, False)]
+    assert [same(one, other.images[0]) for one, other in zip(answer.images[1:3], alone, strict=True)] == [True, True]
+    assert not same(answer.images[1], answer.images[2])
 
 
 # ------------------------------------------------------------------------------------------------- drafts and detailers

@@ -204,6 +204,7 @@ def said_by_plans() -> Iterator[str]:
         {"refine_cfg": "value", "refine_cfg_value": 30.0},
         {"upscaler": "Gone"},
         {"draft": True},
+        {"keep_composition": True},
     ]
     for family, size, chosen in product(sorted(set(FAMILIES) - {"demo"}), sizes, choices):
         info = model(family)

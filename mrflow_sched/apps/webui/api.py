@@ -168,6 +168,7 @@ def _answer(made: Preview) -> dict[str, Any]:
         "sigma": recipe.sigma,
         "solver": recipe.solver,
         "upscaler": recipe.upscaler,
+        "noise": recipe.plan.noise,
         "experimental": recipe.experimental,
         "sigmas": {
             "first": None if recipe.first_sigmas is None else list(recipe.first_sigmas),

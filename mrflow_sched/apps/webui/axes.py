@@ -25,9 +25,11 @@ AXES: tuple[tuple[str, type], ...] = (
     ("upscaler", str),
     ("solver", str),
     ("enabled", str),
+    ("keep_composition", str),
 )
 """Field of `Controls` and the type to which the plot converts its values, in the order of the menu (append only)."""
 
+_SWITCHES = ("enabled", "keep_composition")
 _SWITCH = {"true": True, "false": False}
 
 
@@ -97,7 +99,7 @@ def _option(module: Any, label: str, name: str, kind: type, upscaler_names: Call
 def _choices(name: str, upscaler_names: Callable[[], list[str]]) -> Callable[[], list[str]] | None:
     if name == "upscaler":
         return lambda: [AUTOMATIC, *upscaler_names()]
-    if name == "enabled":
+    if name in _SWITCHES:
         return lambda: ["True", "False"]
     if name in CHOICES:
         return lambda: list(CHOICES[name])
@@ -132,6 +134,6 @@ def _confirmer(name: str, upscaler_names: Callable[[], list[str]]) -> Callable[[
 
 
 def _value(name: str, x: Any) -> Any:
-    if name == "enabled":
+    if name in _SWITCHES:
         return _SWITCH.get(str(x).strip().lower(), x)
     return x.strip() if isinstance(x, str) else x

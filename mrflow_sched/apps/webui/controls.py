@@ -74,6 +74,7 @@ LABELS: Mapping[str, str] = MappingProxyType(
         "colour_guard": "Colour guard",
         "save_stages": "Save stage images",
         "draft": "Draft",
+        "keep_composition": "Keep composition",
     }
 )
 """English label of each control: a key of ui-config.json and of the translations, so none is ever changed."""
@@ -102,6 +103,7 @@ class Controls:
         colour_guard: "auto" removes a shift of the mean colour that the later stages introduce, or "off".
         save_stages: Save the low-resolution image too.
         draft: Make stage 1 only: low-resolution images that can be finished later.
+        keep_composition: Start stage 1 from the noise that the WebUI itself would make the final size from, shrunk.
 
     Raises:
         MrFlowError: A value is not allowed.
@@ -122,6 +124,7 @@ class Controls:
     colour_guard: str = "off"
     save_stages: bool = False
     draft: bool = False
+    keep_composition: bool = False
 
     def __post_init__(self) -> None:
         for entry in fields(self):

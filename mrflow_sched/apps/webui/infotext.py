@@ -28,6 +28,7 @@ __all__ = [
     "DRAFT",
     "ENLARGED",
     "KEY",
+    "NOISE",
     "PREFIX",
     "STOPPED",
     "enlarged",
@@ -47,6 +48,8 @@ STOPPED = "MrFlow stopped"
 """Key of an image whose job was interrupted or skipped: the pass that did not end."""
 ENLARGED = "MrFlow enlarged"
 """Key of an image that the gallery's upscale button enlarged. The other keys are those of the image before it."""
+NOISE = "MrFlow noise"
+"""Key of an image whose stage 1 started from the shrunk noise of the final size: "nested"."""
 VERSION = "v1"
 
 _CHOICE_KEYS = {
@@ -91,6 +94,8 @@ def write(controls: Controls, recipe: Recipe) -> dict[str, str]:
             keys[key] = getattr(controls, name)
     if controls.refine_cfg != Controls.refine_cfg or controls.refine_cfg_value != Controls.refine_cfg_value:
         keys["MrFlow refine CFG"] = f"{controls.refine_cfg} {_number(controls.refine_cfg_value)}"
+    if controls.keep_composition:
+        keys[NOISE] = "nested"
     if controls.save_stages:
         keys["MrFlow save stages"] = "on"
     keys["MrFlow version"] = mrflow_sched.__version__
@@ -150,6 +155,7 @@ def read(params: Mapping[str, Any]) -> Controls:
         found["upscaler"] = upscaler
     kind, _, value = (_get(params, "MrFlow refine CFG") or "").partition(" ")
     found.update(refine_cfg=kind or None, refine_cfg_value=_to_number(value))
+    found["keep_composition"] = _get(params, NOISE) == "nested"
     found["save_stages"] = _get(params, "MrFlow save stages") == "on"
     found["draft"] = _get(params, DRAFT) is not None
     return Controls(**{name: value for name, value in found.items() if _usable(name, value)})

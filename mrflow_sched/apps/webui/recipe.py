@@ -260,6 +260,7 @@ def _plan(
         sigma=controls.sigma or preset.sigma,
         solver=_solver(controls, family) or "euler",
         refine_guidance=refine_guidance if family.guidance_kind == "cfg" else None,
+        noise="nested" if controls.keep_composition else "own",
     )
 
 
@@ -309,6 +310,8 @@ def _line(recipe: Recipe, *, draft: bool) -> str:
         f"{recipe.sigma:.4g}"
     )
     line = f"draft {first} · finished later: {later}" if draft else f"{first} {later}"
+    if recipe.plan.noise == "nested":
+        line = f"{line} · keeps composition"
     return f"{line} · experimental" if recipe.experimental else line
 
 

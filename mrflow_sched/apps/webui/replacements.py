@@ -13,6 +13,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, cast
 
@@ -20,13 +21,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mrflow_sched._runtime.errors import first_line
+from mrflow_sched.apps.webui import infotext
 from mrflow_sched.apps.webui.encode import steady_encoding
+from mrflow_sched.apps.webui.host import HostApi
 from mrflow_sched.apps.webui.job import Run, answer, release_sampler, say, tidy
 from mrflow_sched.apps.webui.recipe import Recipe
+from mrflow_sched.sampling.shrink import shrink_noise
 from mrflow_sched.sampling.solvers import get_solver
 from mrflow_sched.upscaling.colours import colour_shift
 
-__all__ = ["hr_conds", "prepare_first_pass", "prepare_refine", "sample", "sample_hr_pass", "target_resolution"]
+__all__ = [
+    "hr_conds",
+    "nest_noise",
+    "prepare_first_pass",
+    "prepare_refine",
+    "sample",
+    "sample_hr_pass",
+    "target_resolution",
+]
 
 logger = logging.getLogger("mrflow")
 
@@ -204,6 +217,30 @@ def prepare_first_pass(p: Any, run: Run, recipe: Recipe) -> None:
         solver = "euler"
     run.originals.setdefault("sampler.func", (sampler, sampler.func))
     sampler.func = _timed(sampler.func if solver is None else _host_solver(solver), run, "first")
+
+
+def nest_noise(p: Any, run: Run, recipe: Recipe, host: HostApi, noise: Tensor) -> None:
+    """Let the first pass start from what the host would make the final image of these seeds from, shrunk.
+
+    Args:
+        p: The job.
+        run: Its run; where there is no such noise, its controls say so from then on.
+        recipe: The run's recipe.
+        host: The WebUI, which draws the noise.
+        noise: The host's noise of the first pass (B, C, ..., h, w), overwritten in place.
+    """
+    side = host.pixels_per_latent()
+    shape = *noise.shape[1:-2], recipe.height // side, recipe.width // side
+    try:
+        full = host.make_noise(p, shape, p.seeds, p.subseeds)
+        small = shrink_noise(full.flatten(1, -3), noise.shape[-2], noise.shape[-1])
+    except Exception as error:  # hosts go on after a failed hook, and the metadata would say what was not done
+        logger.warning("failed", exc_info=error)
+        run.controls = replace(run.controls, keep_composition=False)
+        p.extra_generation_params.pop(infotext.NOISE, None)
+        say(p, f"The composition is not kept, as the noise cannot be shrunk ({first_line(error)}).")
+        return
+    noise.copy_(small.reshape(noise.shape))
 
 
 def prepare_refine(p: Any, run: Run) -> None:

@@ -52,6 +52,7 @@ from mrflow_sched.apps.webui.recipe import Recipe, make_recipe
 from mrflow_sched.apps.webui.refusing import guarded, reason, refuse, refuse_run
 from mrflow_sched.apps.webui.replacements import (
     hr_conds,
+    nest_noise,
     prepare_first_pass,
     prepare_refine,
     sample,
@@ -230,7 +231,12 @@ def process(p: Any, host: HostApi) -> None:
 
 def _fit(p: Any, run: Run, host: HostApi) -> None:
     run.model = probe_model(p, host)
+    able = capabilities(p).has_every_sampling
+    if run.controls.keep_composition and not able and not (run.drafts and run.drafts[0].image is not None):
+        run.controls = replace(run.controls, keep_composition=False)
+        say(p, "This WebUI has no hook before sampling, so the composition is not kept.")
     controls = run.drafts[0].pinned if run.drafts else run.controls
+    controls = replace(controls, keep_composition=run.controls.keep_composition)
     try:
         recipe = make_recipe(controls, run.model, *_final_size(p, run), upscalers=host.upscalers())
         _check_drafts(p, run, recipe)
@@ -246,7 +252,7 @@ def _fit(p: Any, run: Run, host: HostApi) -> None:
             say(p, hires_note(recipe.width, recipe.height))
         for sentence in recipe.notes:
             say(p, sentence)
-    if not capabilities(p).has_every_sampling:
+    if not able:
         logger.info("This WebUI has no hook before sampling: the refine noise is drawn from the image's own seed.")
         if recipe.solver is not None:
             say(p, "This WebUI has no hook before sampling, so stage 1 uses the WebUI's sampler.")
@@ -368,19 +374,21 @@ def process_batch(p: Any, host: HostApi) -> None:
 
 
 def process_before_every_sampling(p: Any, host: HostApi, x: Tensor, noise: Tensor) -> None:
-    """Set the solver of the first pass, or the refine noise of the hires pass. Called twice, it changes nothing more.
+    """Set the solver and the noise of the first pass, or the noise of the hires pass. Twice changes nothing more.
 
     Args:
         p: The job.
         host: The WebUI.
         x: The latents (B, C, ..., h, w) that sampling starts from; not used.
-        noise: The noise of the same shape that the host will add; in the hires pass it is overwritten in place.
+        noise: The noise of the same shape that the host will add; where ours is wanted, it is overwritten in place.
     """
     run = current(p)
     if run is None or run.recipe is None:
         return
     if not p.is_hr_pass:
         prepare_first_pass(p, run, run.recipe)
+        if run.controls.keep_composition:
+            nest_noise(p, run, run.recipe, host, noise)
         return
     prepare_refine(p, run)
     if run.controls.refine_seed != "host":

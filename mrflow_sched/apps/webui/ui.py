@@ -71,6 +71,7 @@ INFO: Mapping[str, str] = {
     "refine_seed": "noise of the refine steps",
     "colour_guard": "auto removes a colour shift that the later stages introduce",
     "draft": "low-resolution images only, in a fraction of the time; finish the ones you like",
+    "keep_composition": "layout near that of this seed without MrFlow; details still differ",
 }
 """The hint under each control: keys of the translations, like the labels."""
 
@@ -134,6 +135,7 @@ def build(is_img2img: bool, script: Any) -> list[Any]:
         with gr.Row():
             make.dropdown("preset", list(CHOICES["preset"]))
             make.checkbox("draft")
+            make.checkbox("keep_composition")
         with gr.Accordion(label=ADVANCED, open=False, elem_id=script.elem_id("advanced")):
             _advanced(gr, make, [AUTOMATIC, *_upscaler_names(shared)])
         with gr.Accordion(label=FINISH_FILES, open=False, elem_id=script.elem_id("finish_files")):

@@ -5,7 +5,8 @@ line appended to the file that the environment variable MRFLOW_PROBE_FILE names;
 written. It changes a job only when its one argument, a line of JSON, asks for it: {"interrupt_at": n} interrupts before
 the n-th forward, {"skip_at": n} skips the picture there, {"upscale": path} makes the job the one that the gallery's
 upscale button starts for that picture, and {"detail": true} draws a corner of every picture anew with a job of its own,
-as detailers do. {"prompts": [...]} gives each image a prompt of its own, as wildcard extensions do.
+as detailers do. {"prompts": [...]} gives each image a prompt of its own, as wildcard extensions do, and
+{"keep_start": path} writes the latents that the first pass starts from to a file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import threading
 from typing import Any
 
+import torch
 from modules import (  # pyright: ignore
     processing,
     script_callbacks,
@@ -44,6 +46,7 @@ class _State:
     current: Any = None
     interrupt_at = 0
     skip_at = 0
+    keep_start = ""
     hooks: tuple[Any, ...] = ()
 
 
@@ -111,6 +114,9 @@ def _sigma(params: Any) -> None:
     if p is not None:
         sigma = params.sigma.detach().double().flatten().tolist()
         _write("sigma", hires=bool(getattr(p, "is_hr_pass", False)), sigma=sigma, shape=list(params.x.shape))
+        if _State.keep_start:
+            torch.save(params.x.detach().cpu().clone(), _State.keep_start)
+            _State.keep_start = ""
 
 
 def _fingerprint() -> dict[str, str]:
@@ -238,6 +244,7 @@ class ProbeScript(scripts.Script):
         _State.current = p
         _State.interrupt_at = int(_asked(args).get("interrupt_at", 0))
         _State.skip_at = int(_asked(args).get("skip_at", 0))
+        _State.keep_start = str(_asked(args).get("keep_start", ""))
         _write("fingerprint", values=_fingerprint())
         _note("before_process", p)
 
