@@ -14,6 +14,7 @@ from mrflow_sched.apps.cli.stopping import current
 from mrflow_sched.images.files import read_text
 from mrflow_sched.images.parameters import read_parameters
 from mrflow_sched.images.record import RunRecord
+from mrflow_sched.measure import preview_kinds
 from mrflow_sched.plan.stages import StagedPlan
 
 SMALL = ("--size", "32x32", "--steps", "8", "--dtype", "float32", "--device", "cpu")
@@ -72,12 +73,22 @@ def test_previews_of_prompts_are_the_same_alone(mrflow: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["chain-pixels", "chain-average", "chain-polyphase"])
-def test_a_chain_that_was_never_checked_says_so(mrflow: Any, tmp_path: Path, kind: str) -> None:
+def test_a_chain_that_was_never_checked_says_so(
+    mrflow: Any, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview_kinds, "MEASURED", {})
     code, out, err = mrflow("preview", "a red star", *SMALL, "--kind", kind, "--out", str(tmp_path))
     assert code == 0
     assert f"{kind} was never checked on" in err
     assert "mrflow preview --check" in err
     assert RunRecord.from_json(read_text(out.strip())["mrflow"]).preview == kind
+
+
+def test_a_chain_that_was_checked_says_what_came_of_it(mrflow: Any, tmp_path: Path) -> None:
+    for kind, told in (("chain-pixels", False), ("chain-polyphase", True)):
+        _, _, err = mrflow("preview", "a red star", *SMALL, "--kind", kind, "--out", str(tmp_path))
+        assert "never checked" not in err
+        assert (f"{kind} does not keep its word on demo" in err) is told
 
 
 def test_check_prints_every_kind(mrflow: Any, tmp_path: Path) -> None:
