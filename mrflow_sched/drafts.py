@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.plan.checks import MAX_SEED, checked_whole
+from mrflow_sched._runtime.errors import MrFlowError, quoted
+from mrflow_sched.plan.checks import MAX_SEED, checked_whole, listed, plain
 from mrflow_sched.plan.make import with_first_steps
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
@@ -68,22 +68,56 @@ class Draft:
         return self.plan.seed
 
 
-def draft(engine: Engine, plan: StagedPlan, prompt: str | Sequence[str], **options: Any) -> tuple[Draft, ...]:
+def draft(
+    engine: Engine,
+    plan: StagedPlan,
+    prompt: str | Sequence[str],
+    *,
+    batch: int = 1,
+    seeds: Sequence[int] | None = None,
+    negative_prompt: str | None = None,
+    refine_prompt: str | None = None,
+    refine_negative_prompt: str | None = None,
+    steps: int | None = None,
+    callback: Callable[[Progress], object] | None = None,
+    cancel: Callable[[], bool] | None = None,
+    method: Method | None = None,
+) -> tuple[Draft, ...]:
     """Stage 1 alone, for several seeds of one or several prompts.
 
     Args:
-        engine: Predicts, encodes and decodes.
+        engine: As in `make_drafts`, as all that follow.
         plan: Of the whole run.
         prompt: One text, or several: each gets all seeds.
-        **options: As in `make_drafts`.
+        batch: How many seeds of each prompt.
+        seeds: One for each draft of a prompt.
+        negative_prompt: For all of them.
+        refine_prompt: The prompt of the later stages.
+        refine_negative_prompt: Their negative prompt.
+        steps: Fewer steps than the plan's, for ranking alone.
+        callback: Called with `Progress`.
+        cancel: Polled at every step.
+        method: How stage 1 is sampled.
 
     Returns:
         The drafts: all seeds of the first prompt, then of the second. Fewer where the run was cancelled.
 
     Raises:
-        MrFlowError: As in `make_drafts`.
+        MrFlowError: Arguments that do not fit.
     """
-    return tuple(make_drafts(engine, plan, prompt, **options))
+    made = make_drafts(
+        *(engine, plan, prompt),
+        batch=batch,
+        seeds=seeds,
+        negative_prompt=negative_prompt,
+        refine_prompt=refine_prompt,
+        refine_negative_prompt=refine_negative_prompt,
+        steps=steps,
+        callback=callback,
+        cancel=cancel,
+        method=method,
+    )
+    return tuple(made)
 
 
 def make_drafts(
@@ -129,6 +163,11 @@ def make_drafts(
     if len(plan.stages) < 2:
         raise MrFlowError("a draft is the first of several stages, and the plan has one; plan with stages=2.")
     cheap = plan if steps is None else with_first_steps(plan, steps)
+    if cheap.stages[0].steps > plan.stages[0].steps:
+        raise MrFlowError(
+            f"steps must be at most the {plan.stages[0].steps} of the plan's stage 1, got {steps!r}; leave it out for "
+            "whole drafts."
+        )
     used = None if cheap is plan else steps
     reading: Any = TextMemory().reading(engine)
     for text in prompts:
@@ -252,9 +291,10 @@ def _seeds(plan: StagedPlan, batch: object, seeds: Sequence[int] | None) -> tupl
         count = checked_whole(batch, "batch", 1)
         last = checked_whole(plan.seed + count - 1, "the seed of the last draft", 0, MAX_SEED)
         return tuple(range(plan.seed, last + 1))
-    if not seeds:
-        raise MrFlowError("seeds must hold at least one seed, got none; give one for each draft of a prompt.")
-    return tuple(checked_whole(seed, "seeds", 0, MAX_SEED) for seed in seeds)
+    given = listed(list(seeds) if isinstance(seeds, range) else plain(seeds))
+    if not given:
+        raise MrFlowError(f"seeds must be a list of at least one seed, got {quoted(seeds)}; or give batch.")
+    return tuple(checked_whole(seed, "seeds", 0, MAX_SEED) for seed in given)
 
 
 class TextMemory:

@@ -161,6 +161,7 @@ def sample_staged(
     logger.info("plan %s", plan.to_string())
     for note in asked.notes:
         logger.info("%s", note)
+    track.estimate = asked.latents  # until there is an image
     cancelled = False
     with torch.set_grad_enabled(method.gradients):
         try:

@@ -207,12 +207,16 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, Any], sentence: str) 
 
 def test_drafts_that_cannot_be_made_are_refused() -> None:
     plan = make_plan(FIELD.family, 64, 64)
-    for arguments, sentence in (
-        ({"seeds": []}, "seeds must hold at least one"),
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"seeds": []}, "seeds must be a list of at least one seed"),
+        ({"seeds": 5}, "seeds must be a list of at least one seed, got 5"),
+        ({"seeds": "12"}, "seeds must be a list of at least one seed, got '12'"),
+        ({"steps": 90}, "steps must be at most the 12 of the plan's stage 1, got 90"),
         ({"seeds": [-1]}, "seeds must be a whole number from 0"),
         ({"batch": 0}, "batch must be a whole number"),
         ({"steps": 0}, "steps must be a whole number from 1"),
-    ):
+    ]
+    for arguments, sentence in cases:
         with pytest.raises(MrFlowError, match=sentence):
             draft(FIELD, plan, "red", **arguments)
     with pytest.raises(MrFlowError, match="the plan has one; plan with stages=2"):
@@ -221,6 +225,12 @@ def test_drafts_that_cannot_be_made_are_refused() -> None:
         draft(FIELD, make_plan(FIELD.family, 64, 64, sigmas=(1.0, 0.5, 0.0)), "red", steps=1)
     with pytest.raises(MrFlowError, match="draft is str"):
         finish(FIELD, "draft.png")  # pyright: ignore[reportArgumentType]
+
+
+def test_seeds_of_other_libraries_are_seeds() -> None:
+    plan = make_plan(FIELD.family, 64, 64)
+    for seeds in (torch.tensor([4, 2]), range(4, 6), (4, 2)):
+        assert [each.seed for each in draft(FIELD, plan, "red", seeds=seeds)] == [int(seed) for seed in seeds]  # pyright: ignore
 
 
 def test_a_draft_is_a_value() -> None:

@@ -149,4 +149,5 @@ def _read(body: bytes) -> Tensor | None:
         found = safetensors.torch.load(body).get(_NAME)
     except Exception:  # whatever safetensors says of bytes that are none of its own
         return None
-    return found if found is not None and found.dtype == torch.float32 else None
+    whole = found is not None and found.dtype == torch.float32 and bool(found.isfinite().all())
+    return found if whole else None

@@ -28,7 +28,9 @@ __all__ = ["SEEDS", "Checked", "PreviewCheck", "check_previews"]
 SEEDS = 2
 """Seeds of each prompt: the least that tell one seed's image from another's."""
 
-_ENOUGH = 2.0  # of a paired t over the prompts
+# Of a paired t over N prompts, two-sided 5 %: Student's distribution with N - 1 degrees of freedom.
+_ENOUGH = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
+_ENOUGH_OF_MANY = 2.09
 _LEAST_SIDE = 11  # pixels, of the window of SSIM
 _MOST_DB = 99.0
 
@@ -47,6 +49,7 @@ class Checked:
         ideal: PSNR of D x1, the finished latents shrunk by the chain's own D; None for kinds without a D.
         gain: Paired t of its PSNR over that of "nested", over the prompts.
         ideal_gain: Likewise for `ideal`.
+        enough: What a paired t over so many prompts must pass to be no chance.
         refusal: Why this model cannot be previewed so, in place of all numbers; else None.
     """
 
@@ -59,14 +62,17 @@ class Checked:
     ideal: float | None = None
     gain: float | None = None
     ideal_gain: float | None = None
+    enough: float = _ENOUGH_OF_MANY
     refusal: str | None = None
 
     @property
     def keeps_its_word(self) -> bool | None:
-        """Whether the chain and its D x1 are both nearer than a nested run, by a paired t above 2; None without a D."""
+        """Whether the chain and its D x1 are both nearer than a nested run, by a paired t above `enough`; None without
+        a D.
+        """
         if self.ideal is None or self.gain is None or self.ideal_gain is None:
             return None
-        return self.gain > _ENOUGH and self.ideal_gain > _ENOUGH
+        return min(self.gain, self.ideal_gain) > self.enough
 
 
 @dataclass(frozen=True)
@@ -222,5 +228,6 @@ def _checked(kind: str, done: Sequence[_Natives], steps: int, nested: Tensor | N
         ideal=None if best is None else float(best.mean()),
         gain=None if nested is None else paired_t(by_prompt - nested),
         ideal_gain=None if nested is None or best is None else paired_t(best - nested),
+        enough=_ENOUGH[len(done) - 2] if len(done) - 2 < len(_ENOUGH) else _ENOUGH_OF_MANY,
     )
     return row, by_prompt

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,9 @@ _KINDS: Mapping[str, _Kind] = {
 }
 
 
+_OF_MODEL = re.compile(r"\Amodel is (?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"), ")
+
+
 def load_similarity(
     folder: str | Path, *, device: str | torch.device = "cpu"
 ) -> Callable[[Tensor, Sequence[str]], Tensor]:
@@ -76,6 +80,16 @@ def load_similarity(
         MissingFileError: There is no such folder.
         MrFlowError: It holds no such model, or is damaged or hostile.
     """
+    try:
+        return _loaded(folder, device)
+    except MrFlowError as error:  # as of a part of a model
+        said = _OF_MODEL.sub("", str(error))
+        if said == str(error):
+            raise
+        raise MrFlowError(f"score is {quoted(f'clip:{folder}', 200)}, {said}") from error
+
+
+def _loaded(folder: str | Path, device: str | torch.device) -> Callable[[Tensor, Sequence[str]], Tensor]:
     where, place = resolve_device(device), Path(os.path.expanduser(folder))
     if not os.path.isdir(place):  # also where the text is no path at all
         raise MissingFileError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.apps.cli.console import DONE, REFUSED, Outcome, progress_bar, say, say_new, saying_warnings, writable
 from mrflow_sched.apps.cli.drafting import MOST_DRAFTS, Picked, SavedDraft, finish_one, save, sheet_text
 from mrflow_sched.apps.cli.forecast import check_memory
@@ -43,11 +43,14 @@ if TYPE_CHECKING:
     from mrflow_sched.plan.stages import StagedPlan
     from mrflow_sched.sampling.progress import Progress
 
-_LEAST = 3
+_LEAST_FINISHED = 3
 """Finished images below which their order says nothing."""
 
-_FEW = 3
-"""Prompts up to which reports are told one by one; --json has all of them."""
+_MOST_TOLD = 3
+"""Prompts of which reports are told; --json has all of them."""
+
+_LONGEST = 40
+"""Letters of a prompt at the head of a report."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,12 @@ class DraftRequest:
             raise MrFlowError('the prompt is missing; say what the images show, as in mrflow draft "a blue star".')
         if args.prompt is not None and args.prompts is not None:
             raise MrFlowError("--prompts gives all prompts, so a prompt beside it has no meaning; leave one out.")
+        idle = next((name for name in ("native", "steps") if getattr(args, name) is not None), None)
+        if idle is not None:
+            raise MrFlowError(
+                f"--{idle} is for native sampling, which has no first stage to draft; leave it out, or use mrflow "
+                "preview, which shows native images in advance."
+            )
         if args.keep is not None and not args.score:
             raise MrFlowError(
                 f"--keep {args.keep} finishes the best, and nothing says which those are; give --score too, or pick by "
@@ -131,7 +140,7 @@ def add_parser(commands: Commands) -> None:
     """
     parser = commands.add_parser(
         "draft",
-        parents=[plan_options(native=False), model_options(), output_options(), common_options()],
+        parents=[plan_options(), model_options(), output_options(), common_options()],
         allow_abbrev=False,
         help="make cheap drafts to choose from",
     )
@@ -225,6 +234,8 @@ class Made:
             ],
             "reports": [{"prompt": prompt, **each.to_dict()} for prompt, each in self.reports],
             "finished": finished.value,
+            "cancelled": finished.value["cancelled"],
+            **({"error": finished.value["error"]} if "error" in finished.value else {}),
         }
         lines = (*(() if self.sheet is None else (str(self.sheet),)), *finished.lines)
         return Outcome(value, lines, REFUSED if self.results.missing else DONE, error)
@@ -386,7 +397,13 @@ def _finish_best(
         for saved in group[: request.keep]:
             done += 1
             record = replace(saved.record, unfinished=False, draft=None, draft_steps=None)
-            job = Job(saved.draft.plan, saved.draft.prompt, saved.draft.negative_prompt)
+            job = Job(
+                saved.draft.plan,
+                saved.draft.prompt,
+                request.negative,
+                refine_prompt=request.refine_prompt,
+                refine_negative=request.refine_negative,
+            )
             picked = Picked(str(saved.path), saved.record, job, saved.draft)
             result = finish_one(
                 loaded,
@@ -409,7 +426,7 @@ def _finish_best(
 
 def _compare(made: Made, drafted: Sequence[SavedDraft], images: Sequence[Any], scores: Sequence[Score]) -> None:
     """Note how far the scores of drafts told those of the finished images."""
-    if len(images) < _LEAST:
+    if len(images) < _LEAST_FINISHED:
         return
     import torch
 
@@ -425,10 +442,10 @@ def _tell(made: Made) -> None:
     """Say what is known of the order."""
     prompts = list(dict.fromkeys(prompt for prompt, _ in made.reports))
     for prompt, known in made.reports:
-        if prompt in prompts[:_FEW]:
+        if prompt in prompts[:_MOST_TOLD]:
             told = known.lines()
             line = f"{told[0]} {told[-1]}"
-            say(line if len(prompts) == 1 else f"{prompt}: {line}")
+            say(line if len(prompts) == 1 else f"{shown(prompt, _LONGEST)}: {line}")
 
 
 def _save_sheet(folder: Path, made: Made) -> None:

@@ -30,7 +30,7 @@ SHEET = "mrflow drafts"
 MOST_DRAFTS = 4096
 """Most drafts of a contact sheet; one that lists more was not written here."""
 
-_PART = re.compile(r"([1-9][0-9]{0,5})(?:-([1-9][0-9]{0,5}))?")
+_PART = re.compile(r"0*([1-9][0-9]{0,5})(?:-0*([1-9][0-9]{0,5}))?")
 
 
 # --- drafts as files ---------------------------------------------------------------------------
@@ -242,35 +242,26 @@ def finish_one(
     Returns:
         The run's result.
     """
-    from mrflow_sched.drafts import finish
     from mrflow_sched.sampler import sample_staged
 
     draft = picked.draft
-    if picked.pixels is None:
-        result = finish(
-            loaded.engine,
-            draft,
-            upscaler=loaded.upscaler,
-            callback=lambda step: bar(name, step),
-            cancel=stop.polled,
-            keep_stages=keep_stages,
-        )
-    else:
+    if picked.pixels is not None:
         say(
             f"{picked.name}: its pixels are not those that were made, so they are what is finished, from 8 bits a "
             "channel: near, not equal to the whole run."
         )
-        result = sample_staged(
-            *(loaded.engine, draft.plan, draft.prompt),
-            negative_prompt=draft.negative_prompt,
-            refine_prompt=draft.refine_prompt,
-            refine_negative_prompt=draft.refine_negative_prompt,
-            upscaler=loaded.upscaler,
-            callback=lambda step: bar(name, step),
-            cancel=stop.polled,
-            keep_stages=keep_stages,
-            image=picked.pixels,
-        )
+    result = sample_staged(
+        *(loaded.engine, draft.plan, draft.prompt),
+        negative_prompt=draft.negative_prompt,
+        refine_prompt=draft.refine_prompt,
+        refine_negative_prompt=draft.refine_negative_prompt,
+        upscaler=loaded.upscaler,
+        callback=lambda step: bar(name, step),
+        cancel=stop.polled,
+        keep_stages=keep_stages,
+        image=picked.pixels,
+        latents=draft.latents,
+    )
     results.add_timings(result.timings)
     if not (result.cancelled and result.forwards == 0 and draft.latents is None and picked.pixels is None):
         results.save(folder, suffix, picked.job, record, result)

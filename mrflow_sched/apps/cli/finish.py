@@ -14,6 +14,7 @@ from mrflow_sched.apps.cli.drafting import Pick, Picked, files_of, finish_one
 from mrflow_sched.apps.cli.forecast import check_memory
 from mrflow_sched.apps.cli.load import (
     Job,
+    Loaded,
     check_packages,
     find_upscaler,
     load,
@@ -39,7 +40,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What drafts that are finished together share: they are finished by one model in one arithmetic.
-_COMMON = ("model", "model_fingerprint", "loras", "upscaler", "upscaler_sha256", "device", "dtypes", "threads")
+_COMMON = {
+    "model": "model",
+    "model_fingerprint": "model",
+    "loras": "LoRAs",
+    "upscaler": "upscaler",
+    "upscaler_sha256": "upscaler",
+    "device": "device",
+    "dtypes": "dtypes",
+    "threads": "thread counts",
+}
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,7 @@ def _finish_all(request: FinishRequest, results: Results) -> None:
         say_differences(source, record)
         if other is not None:
             say(f"{other[:1].upper()}{other[1:].partition(';')[0]}, as you asked.")
+        picked = tuple(_usable(each, loaded) for each in picked)
         say_new(_notes(picked), results.notes)
         with current().keeping() as stop, progress_bar(output.progress) as bar:
             for number, each in enumerate(picked, 1):
@@ -188,14 +199,19 @@ def _read(name: str, file: Path, listed: RunRecord | None) -> Picked:
 
     try:
         found = read_draft(file)
-        return _picked_of(name, found.record, found.latents, found.image, changed=found.changed)
-    except MissingFileError:
+    except MrFlowError as error:
         if listed is None:
             raise
-        say(f"{name} is {file.name!r}, which is not beside the sheet, so stage 1 runs again as the sheet says.")
-        import torch
+        gone = isinstance(error, MissingFileError)
+        why = "is not beside the sheet" if gone else "is not a whole draft any more"
+    else:
+        if listed is None or found.record == listed:
+            return _picked_of(name, found.record, found.latents, found.image, changed=found.changed)
+        why = "is another draft than the sheet shows"
+    say(f"{name} is {file.name!r}, which {why}, so stage 1 runs again as the sheet says.")
+    import torch
 
-        return _picked_of(name, listed, None, torch.empty(3, 0, 0), changed=False)
+    return _picked_of(name, listed, None, torch.empty(3, 0, 0), changed=False)
 
 
 def _picked_of(name: str, record: RunRecord, latents: Tensor | None, image: Tensor, *, changed: bool) -> Picked:
@@ -213,6 +229,14 @@ def _picked_of(name: str, record: RunRecord, latents: Tensor | None, image: Tens
     return Picked(name, record, job, draft, image if changed else None)
 
 
+def _usable(picked: Picked, loaded: Loaded) -> Picked:
+    """A draft without its latents where they are not such as the model leaves."""
+    stage, latents = picked.draft.plan.stages[0], picked.draft.latents
+    if latents is None or tuple(latents.shape) == tuple(loaded.engine.latent_shape(stage.width, stage.height)):
+        return picked
+    return replace(picked, draft=replace(picked.draft, latents=None))
+
+
 def _check_alike(picked: Sequence[Picked]) -> None:
     """Refuse drafts that one loaded model cannot finish as each was made."""
     first = picked[0]
@@ -220,8 +244,7 @@ def _check_alike(picked: Sequence[Picked]) -> None:
         differing = next((name for name in _COMMON if getattr(each.record, name) != getattr(first.record, name)), None)
         if differing is not None:
             raise MrFlowError(
-                f"{first.name} and {each.name} were made with another {differing.partition('_')[0]}; finish them in "
-                "two commands."
+                f"{first.name} and {each.name} differ in their {_COMMON[differing]}; finish them in two commands."
             )
 
 
@@ -249,4 +272,4 @@ def _notes(picked: Sequence[Picked]) -> Iterator[str]:
                 f"1 of its own, of {each.draft.plan.stages[0].steps} steps."
             )
         elif each.draft.latents is None and each.draft.image.numel():
-            yield f"{each.name} holds no latents any more, so stage 1 runs again; the image is the same, at more cost."
+            yield f"{each.name} holds no latents that can be used, so stage 1 runs again, at the whole run's cost."

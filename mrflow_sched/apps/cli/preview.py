@@ -338,7 +338,7 @@ def _numbers(found: PreviewCheck) -> dict[str, Any]:
 
 
 def _numbers_of(row: Checked) -> dict[str, Any]:
-    names = ("psnr", "ssim", "own_seed", "cost", "seconds", "ideal", "gain", "ideal_gain", "keeps_its_word")
+    names = ("psnr", "ssim", "own_seed", "cost", "seconds", "ideal", "gain", "ideal_gain", "enough", "keeps_its_word")
     return {name: getattr(row, name) for name in names}
 
 
@@ -359,7 +359,10 @@ def _lines(found: PreviewCheck) -> Iterator[str]:
             f"{row.own_seed:>8.2f} {ideal:>6}   {_word(row)}"
         )
     yield f"{'other seed':<16} {'':>11} {'':>8} {found.floor[0]:>6.2f} {found.floor[1]:>6.3f}"
-    yield "A chain keeps its word where it and its D x1 are both nearer than nested (paired t over prompts above 2)."
+    yield (
+        "A chain keeps its word where it and its D x1 are both nearer than nested, by a paired t over prompts above "
+        f"{found.rows[0].enough:.1f}, which {found.prompts} prompts reach by chance once in forty."
+    )
 
 
 def _word(row: Checked) -> str:

@@ -269,8 +269,9 @@ def _arithmetic(old: RunRecord, new: RunRecord) -> Iterator[tuple[str, object, o
     yield "device", old.device, new.device
     for part in dict.fromkeys((*new.dtypes, *old.dtypes)):
         before = old.dtype_of(part)
-        # An older version did not record the upscaler's, or recorded it where none was used.
-        if part != UPSCALER or (before is not None and new.upscaler != "none"):
+        # An older version did not record the upscaler's, or recorded it where none was used; another one is told of.
+        same = old.upscaler_sha256 == new.upscaler_sha256 and new.upscaler != "none"
+        if part != UPSCALER or (before is not None and same):
             yield f"dtype of {part}", before, new.dtype_of(part)
     yield "threads", old.threads, new.threads
     for name, value in new.versions.items():

@@ -115,8 +115,8 @@ class Results:
         if self.lost:
             self.missing.append(lost)
         if current().requested:
-            best = f"the best image so far is {self.images[-1].path}"
-            self.missing.append(f"Stopped; {best if unfinished else 'what was finished is saved'}.")
+            best = f"the best image so far is {self.images[-1].path}" if unfinished else "what was finished is saved"
+            self.missing.append(f"Stopped; {best}.")
         elif unfinished:
             self.missing.append(f"not finished: {unfinished}.")
         for sentence in self.missing:

@@ -32,7 +32,7 @@ STOPPED = 130
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _PATIENCE = 2.0
 """Seconds after a raised `Stopped` in which none is raised again: open files are closed and removed meanwhile."""
-_SENTENCE = "mrflow: Stopping and keeping the best image so far (Ctrl-C again stops at once).\n"
+_SENTENCE = "mrflow: Stopping and keeping what is made so far (Ctrl-C again stops at once).\n"
 
 
 class Stopped(KeyboardInterrupt):

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from cli_tools import SMALL, pixels, watch_network
 from PIL import Image, PngImagePlugin
 
@@ -105,7 +107,7 @@ def test_latents_that_an_editor_dropped_are_made_again(mrflow: Any, folder: Path
     rewritten(folder / "draft-7.png")
     code, out, err = mrflow("finish", f"{folder / 'drafts.png'}#3", "--out", str(tmp_path / "finished"))
     assert code == 0
-    assert "holds no latents any more, so stage 1 runs again; the image is the same" in err
+    assert "holds no latents that can be used, so stage 1 runs again" in err
     assert Path(out.strip()).read_bytes() == whole(mrflow, tmp_path / "whole", 7)
 
 
@@ -153,6 +155,51 @@ def test_a_draft_that_is_gone_is_made_again_from_the_sheet(mrflow: Any, folder: 
     assert code == 0
     assert "is not beside the sheet, so stage 1 runs again" in err
     assert Path(out.strip()).read_bytes() == whole(mrflow, tmp_path / "whole", 6)
+
+
+def test_a_sheet_never_finishes_another_draft(mrflow: Any, folder: Path, tmp_path: Path) -> None:
+    """A later draft took the name of one that was removed."""
+    (folder / "draft-6.png").unlink()
+    mrflow("draft", "a blue star", *SMALL, "--seed", "6", "--batch", "1", "--out", str(folder))
+    assert (folder / "draft-6.png").exists()
+    code, out, err = mrflow("finish", f"{folder / 'drafts.png'}#2", "--out", str(tmp_path / "finished"))
+    assert code == 0
+    assert "is another draft than the sheet shows, so stage 1 runs again" in err
+    assert Path(out.strip()).read_bytes() == whole(mrflow, tmp_path / "whole", 6)
+
+
+@pytest.mark.parametrize("latents", [torch.full((16, 4, 4), torch.nan), torch.zeros(16, 4, 5), torch.zeros(0)], ids=str)
+def test_latents_that_no_stage_leaves_are_made_again(
+    mrflow: Any, folder: Path, tmp_path: Path, latents: torch.Tensor
+) -> None:
+    path = folder / "draft-7.png"
+    rewritten(path)
+    body = safetensors.torch.save({"latents": latents})
+    chunk = struct.pack(">I", len(body)) + CHUNK + body + struct.pack(">I", zlib.crc32(CHUNK + body))
+    data = path.read_bytes()
+    path.write_bytes(data[:-12] + chunk + data[-12:])
+    code, out, err = mrflow("finish", str(path), "--out", str(tmp_path / "finished"))
+    assert code == 0
+    assert "holds no latents that can be used" in err
+    assert Path(out.strip()).read_bytes() == whole(mrflow, tmp_path / "whole", 7)
+
+
+def test_a_finish_that_stops_at_once_keeps_the_drafts_image(
+    mrflow: Any, drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+
+    usual = PipelineEngine.encode_text
+
+    def encode_text(*given: Any, **named: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return usual(*given, **named)
+
+    monkeypatch.setattr(PipelineEngine, "encode_text", encode_text)
+    code, out, _ = mrflow("finish", str(drafted / "draft-5.png"), "--out", str(tmp_path), "--json")
+    assert code == 143
+    (path,) = json.loads(out)["images"]
+    assert (pixels(path) == pixels(drafted / "draft-5.png")).all()
 
 
 def test_cheap_drafts_are_told_to_be_for_ranking(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +267,7 @@ def test_ctrl_c_keeps_the_drafts_that_are_there(mrflow: Any, tmp_path: Path, mon
     found = json.loads(out)
     assert code == 130
     assert [row["seed"] for row in found["drafts"]] == [0, 1]
+    assert (found["cancelled"], found["error"]) == (True, "Stopped; what was finished is saved.")
     code, _, _ = mrflow("finish", f"{found['sheet']}#2", "--out", str(tmp_path / "f"))
     assert code == 0
 
@@ -232,6 +280,9 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("draft", "a", "--score", "beauty"), "beauty"),
     (("draft", "a cat in the rain", "--score", "judge"), "reads only what the embedded model draws"),
     (("draft", "a", "--draft-steps", "0"), "--draft-steps"),
+    (("draft", "a", "--low-steps", "3", "--draft-steps", "4"), "at most the 3 of the plan's stage 1, got 4"),
+    (("draft", "a", "--native"), "--native is for native sampling, which has no first stage to draft"),
+    (("draft", "a", "--steps", "3"), "--steps is for native sampling"),
     (("draft", "a", "--sigmas", "1,0.5,0", "--draft-steps", "1"), "stage 1 has sigmas of its own"),
     (("finish", "none.png"), "there is no image file 'none.png'"),
     (("finish", "none.png#2"), "there is no image file 'none.png'"),
