@@ -67,7 +67,7 @@ class Checked:
 
     @property
     def keeps_its_word(self) -> bool | None:
-        """Whether the chain and its D x1 are nearer than a nested run, by a paired t above `enough`; None without a D."""
+        """Whether chain and D x1 are nearer than a nested run, by a paired t above `enough`; None without a D."""
         if self.ideal is None or self.gain is None or self.ideal_gain is None:
             return None
         return min(self.gain, self.ideal_gain) > self.enough
