@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mrflow_sched.sampling.progress import Progress
     from mrflow_sched.upscaling.role import PixelUpscaler
 
-__all__ = ["Draft", "TextMemory", "draft", "draft_of", "finish", "make_drafts"]
+__all__ = ["Draft", "TextMemory", "draft", "draft_of", "finish", "make_drafts", "rerun_note"]
 
 logger = logging.getLogger(__name__)
 
@@ -273,6 +273,26 @@ def draft_of(name: str, record: RunRecord, image: Tensor, latents: Tensor | None
         refine_negative_prompt=record.refine_negative,
         steps=record.draft_steps,
     )
+
+
+def rerun_note(name: str, draft: Draft) -> str | None:
+    """What to say before a draft is finished whose stage 1 is sampled again.
+
+    Args:
+        name: Of the draft, which begins the sentence.
+        draft: The draft.
+
+    Returns:
+        A sentence; None where its later stages go on from its latents.
+    """
+    if draft.steps is not None:
+        return (
+            f"{name} was sampled in {draft.steps} steps, for ranking alone: the image comes from a stage 1 of its own, "
+            f"of {draft.plan.stages[0].steps} steps."
+        )
+    if draft.latents is None:
+        return f"{name} holds no latents that can be used, so stage 1 runs again, at the whole run's cost."
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

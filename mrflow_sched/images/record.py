@@ -20,6 +20,9 @@ from mrflow_sched.plan.checks import MAX_STEPS
 KEY = "mrflow"
 """PNG text key that holds the record."""
 
+SHEET = "mrflow drafts"
+"""PNG text key of a contact sheet: a list of drafts, each with its file and its record."""
+
 MAX_BATCH = 1024
 """Most images of one run; a record that claims more was not written here."""
 

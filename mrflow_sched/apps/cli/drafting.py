@@ -15,7 +15,7 @@ from mrflow_sched.apps.cli.load import Job, Loaded
 from mrflow_sched.apps.cli.results import Results
 from mrflow_sched.apps.cli.stopping import Stop
 from mrflow_sched.images.parameters import PARAMETERS, parameters_text
-from mrflow_sched.images.record import KEY, RunRecord
+from mrflow_sched.images.record import KEY, SHEET, RunRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from mrflow_sched.drafts import Draft
     from mrflow_sched.sampler import StagedResult
     from mrflow_sched.sampling.progress import Progress
-
-SHEET = "mrflow drafts"
-"""Key of the text in a contact sheet: a list of drafts, each with its file and its record."""
 
 MOST_DRAFTS = 4096
 """Most drafts of a contact sheet; one that lists more was not written here."""

@@ -263,13 +263,10 @@ def _finished(record: RunRecord, drafted: RunRecord) -> RunRecord:
 
 def _notes(picked: Sequence[Picked]) -> Iterator[str]:
     """What the user should know before the work begins."""
+    from mrflow_sched.drafts import rerun_note
+
     for each in picked:
-        if each.pixels is not None:
-            continue
-        if each.draft.steps is not None:
-            yield (
-                f"{each.name} was sampled in {each.draft.steps} steps, for ranking alone: the image comes from a stage "
-                f"1 of its own, of {each.draft.plan.stages[0].steps} steps."
-            )
-        elif each.draft.latents is None and each.draft.image.numel():
-            yield f"{each.name} holds no latents that can be used, so stage 1 runs again, at the whole run's cost."
+        listed = each.draft.steps is None and not each.draft.image.numel()  # `_read` has said that its file is gone
+        note = None if each.pixels is not None or listed else rerun_note(each.name, each.draft)
+        if note is not None:
+            yield note

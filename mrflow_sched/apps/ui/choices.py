@@ -101,6 +101,18 @@ class Choices:
         seed = self._seed()
         return replace(self, seed=str(secrets.randbelow(_RANDOM_SEEDS) if seed is None else seed))
 
+    def check_texts(self) -> None:
+        """Refuse texts of which no image is made.
+
+        Raises:
+            MrFlowError: There is no prompt, or a text is too long for a record.
+        """
+        if not self.prompt.strip():
+            raise MrFlowError("The prompt is empty; write what the image shows.")
+        for name, text in (("prompt", self.prompt), ("negative prompt", self.negative)):
+            if len(text) > MAX_PROMPT:
+                raise MrFlowError(f"The {name} has {len(text)} letters; shorten it to {MAX_PROMPT}.")
+
     def wish(self, studio: Studio, start: Start | None = None) -> Wish:
         """What to make, checked before a job begins.
 
@@ -112,16 +124,12 @@ class Choices:
             The wish; its seed is settled.
 
         Raises:
-            MrFlowError: There is no prompt, or as in `plan`, or the run does not fit into memory.
+            MrFlowError: As in `check_texts` and `plan`, or the run does not fit into memory.
         """
-        prompt = self.prompt.strip()
-        if not prompt:
-            raise MrFlowError("The prompt is empty; write what the image shows, or click an example.")
-        if max(len(prompt), len(self.negative)) > MAX_PROMPT:
-            raise MrFlowError(f"The prompt has more than {MAX_PROMPT} letters; shorten it.")
+        self.check_texts()
         plan = self.settled().plan(studio.family, start)
         studio.check(plan)
-        return Wish(plan, prompt, self.negative.strip() or None, start)
+        return Wish(plan, self.prompt.strip(), self.negative.strip() or None, start)
 
     def _seed(self) -> int | None:
         """The seed; None: a random one."""

@@ -83,6 +83,12 @@ class Desk:
             job.stop.set()
         return bool(found)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs or waits."""
+        with self._guard:
+            return bool(self._jobs)
+
     def close(self) -> None:
         """End all jobs and wait until what they have made is saved."""
         self.cancel()

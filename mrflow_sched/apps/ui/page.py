@@ -1,7 +1,9 @@
-"""The page: its controls, and what happens when one is used. Read `build` first."""
+"""What happens when a control of the page is used. Read `Page` first; the controls are in `layout`."""
 
 from __future__ import annotations
 
+import functools
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,31 +14,28 @@ import gradio
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.ui import words, work
-from mrflow_sched.apps.ui.choices import RANDOM, Choices, sizes_of
+from mrflow_sched.apps.ui.choices import RANDOM, Choices
 from mrflow_sched.apps.ui.given import given_draft, read_given
 from mrflow_sched.apps.ui.jobs import Desk, Job
-from mrflow_sched.apps.ui.studio import Studio
-from mrflow_sched.demo import example_prompts
-from mrflow_sched.demo.scenes import COLOURS, DETAILS, GROUNDS, LIGHTS, SHAPES, SKIES, TEXTURES
+from mrflow_sched.apps.ui.layout import MAX_UPLOAD, Layout, gr
+from mrflow_sched.apps.ui.studio import Start, Studio
 from mrflow_sched.images.convert import to_pil
-from mrflow_sched.measure.scores import NAMES
-from mrflow_sched.plan.families import TIERS
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from mrflow_sched.plan.cost import Speeds
 
-gr: Any = gradio  # its annotations are partial
-
-MAX_DRAFTS = 16
-"""Most drafts of one press of the button."""
 _EVERY = 0.15
 """Seconds between two looks at a running job."""
-_MAX_UPLOAD = "200mb"
+_MAX_SENT = "2gb"
+"""Where the browser itself stops sending, with a message that soon goes away; what is over `MAX_UPLOAD` gets ours."""
 _STYLE = Path(__file__).with_name("page.css")
 # No font of the theme, which its style sheet would load from elsewhere.
 _FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+
+Shown = Iterator[dict[Any, Any]]
+"""What a handler shows, step by step: a value for each control that changes."""
 
 
 def mounted(app: FastAPI, studio: Studio, desk: Desk, shown: Path) -> FastAPI:
@@ -53,7 +52,7 @@ def mounted(app: FastAPI, studio: Studio, desk: Desk, shown: Path) -> FastAPI:
     """
     return gr.mount_gradio_app(
         app,
-        Page(studio, desk, shown).build(),
+        Page(studio, desk, shown).blocks,
         path="/",
         server_name="127.0.0.1",
         footer_links=[],
@@ -62,163 +61,54 @@ def mounted(app: FastAPI, studio: Studio, desk: Desk, shown: Path) -> FastAPI:
         pwa=False,
         enable_monitoring=False,
         mcp_server=False,
-        max_file_size=_MAX_UPLOAD,
+        max_file_size=_MAX_SENT,
         theme=gr.themes.Default(**_FONTS),
         css=_STYLE.read_text("utf-8"),
     )
 
 
-class Page:
-    """The page of one model, for all tabs that are opened on it."""
+def _telling(handler: Callable[..., Shown]) -> Callable[..., Shown]:
+    """A handler that ends in a sentence where it raises."""
+
+    @functools.wraps(handler)
+    def told(page: Page, *values: Any) -> Shown:
+        try:
+            yield from handler(page, *values)
+        except Exception as error:
+            yield {page.status: page.refused(error)}
+
+    return told
+
+
+class Page(Layout):
+    """The page of one model, for all tabs that are opened on it.
+
+    Attributes:
+        blocks: gradio's `Blocks`.
+    """
 
     def __init__(self, studio: Studio, desk: Desk, shown: Path) -> None:
-        """Take what the page works with.
+        """Lay the page out and connect it.
 
         Args:
             studio: The model.
             desk: Where jobs are done.
             shown: A folder for copies of what the browser is given.
         """
-        self._studio, self._desk, self._shown = studio, desk, shown
+        self._desk, self._shown = desk, shown
         self._speeds: Speeds | None = None
+        self._start: tuple[str, Start] | None = None
+        with gr.Blocks(title="MrFlow", analytics_enabled=False, fill_width=True) as self.blocks:
+            super().__init__(studio)
+            self._connect()
 
-    def build(self) -> Any:
-        """Lay the page out and connect it.
-
-        Returns:
-            gradio's `Blocks`.
-        """
-        with gr.Blocks(title="MrFlow", analytics_enabled=False, fill_width=True) as page:
-            gr.HTML(f'<h1 class="mrflow-title">MrFlow</h1><p>{words.escaped(self._studio.title)}</p>')
-            with gr.Row():
-                with gr.Column(scale=4, min_width=360):
-                    self._controls()
-                    self._buttons()
-                    if self._studio.embedded:
-                        self._suggestions()
-                with gr.Column(scale=5, min_width=360):
-                    self._results()
-            self._connect(page)
-        return page
-
-    # ------------------------------------------------------------------------------------------------------- layout
-
-    def _controls(self) -> None:
-        family, embedded = self._studio.family, self._studio.embedded
-        first = example_prompts()[0] if embedded else ""
-        self.prompt = gr.Textbox(first, label="Prompt", lines=2, elem_id="mrflow-prompt")
-        self.negative = gr.Textbox(label="Negative prompt", visible=family.guidance_kind == "cfg")
-        with gr.Row():
-            names = list(dict.fromkeys((*TIERS, *(preset.name for preset in family.presets))))
-            default, sizes = family.get_preset().name, list(sizes_of(family))
-            free: dict[str, Any] = {"allow_custom_value": True, "min_width": 130}
-            self.preset = gr.Dropdown(names, value=default, label="Preset", elem_id="mrflow-preset", **free)
-            self.size = gr.Dropdown(sizes, value=sizes[0], label="Size", elem_id="mrflow-size", **free)
-            self.seed = gr.Textbox(RANDOM, label="Seed", elem_id="mrflow-seed", min_width=130)
-        with gr.Row():
-            self.random = gr.Button("Random seed", size="sm", min_width=90)
-            self.reuse = gr.Button("Last seed", size="sm", min_width=90, elem_id="mrflow-reuse")
-        with gr.Accordion("Advanced", open=False, elem_id="mrflow-advanced"):
-            with gr.Row():
-                empty: dict[str, Any] = {"placeholder": "the preset's", "min_width": 100}
-                self.low = gr.Textbox(label=words.NAMES["low_steps"], elem_id="mrflow-low_steps", **empty)
-                self.refine = gr.Textbox(label=words.NAMES["refine_steps"], **empty)
-                self.sigma = gr.Textbox(label=words.NAMES["sigma"], **empty)
-            self.nested = gr.Checkbox(
-                label="Composition lock", info="keeps most of the layout of the seed's native image"
-            )
-        self.plan = gr.HTML(elem_id="mrflow-plan")
-
-    def _suggestions(self) -> None:
-        """Prompts and words that the embedded model knows."""
-        self.examples = gr.Dataset(
-            label="Examples",
-            components=["textbox"],
-            samples=[[text] for text in example_prompts()],
-            type="values",
-            elem_id="mrflow-examples",
-        )
-        with gr.Accordion("Words that the model knows", open=False, elem_id="mrflow-vocabulary"):
-            skies = tuple(f"{sky} sky" for sky in SKIES)
-            kinds = (SHAPES, TEXTURES[1:], tuple(COLOURS), GROUNDS, skies, DETAILS, LIGHTS)
-            self.words = gr.Dataset(
-                label="Click to add. A word to be written: 2 to 5 capitals, as in the word FLOW",
-                components=["textbox"],
-                samples=[[word] for kind in kinds for word in kind],
-                samples_per_page=60,
-                type="values",
-                elem_id="mrflow-words",
-            )
-
-    def _buttons(self) -> None:
-        with gr.Row():
-            self.generate = gr.Button("Generate", variant="primary", elem_id="mrflow-generate", min_width=90)
-            self.drafts = gr.Button("Drafts", elem_id="mrflow-draft", min_width=90)
-            self.cancel = gr.Button("Cancel", variant="stop", elem_id="mrflow-cancel", min_width=90)
-        self.status = gr.HTML(elem_id="mrflow-status")
-
-    def _results(self) -> None:
-        with gr.Tabs(elem_id="mrflow-tabs") as self.tabs:
-            with gr.Tab("Image", id="image"):
-                self.image = gr.Image(
-                    label="Image",
-                    type="filepath",
-                    interactive=False,
-                    format="png",
-                    height=520,
-                    buttons=["download", "fullscreen"],
-                    elem_id="mrflow-image",
-                )
-                self.files = gr.File(
-                    label="Saved", file_count="multiple", interactive=False, elem_id="mrflow-files", visible=False
-                )
-            with gr.Tab("Drafts", id="drafts"):
-                with gr.Row():
-                    self.count = gr.Slider(2, MAX_DRAFTS, 6, step=1, label="How many drafts", elem_id="mrflow-count")
-                    scores = [name for name in NAMES if self._studio.embedded or name != "judge"]
-                    self.order = gr.Dropdown(
-                        [work.BY_SEED, *scores], value=work.BY_SEED, label="Order by", elem_id="mrflow-order"
-                    )
-                self.gallery = gr.Gallery(
-                    label="Click a draft to finish it",
-                    allow_preview=False,
-                    columns=3,
-                    format="png",
-                    interactive=False,
-                    elem_id="mrflow-gallery",
-                    object_fit="contain",
-                    buttons=[],
-                )
-                self.picked = gr.CheckboxGroup([], label="Or tick several", elem_id="mrflow-picked")
-                self.finish = gr.Button("Finish the ticked ones", elem_id="mrflow-finish")
-            with gr.Tab("Native and staged", id="compare"):
-                self.compare = gr.Button("Make the image both ways", elem_id="mrflow-compare")
-                self.slider = gr.ImageSlider(
-                    label="Native and staged", interactive=False, format="png", elem_id="mrflow-slider", max_height=520
-                )
-                self.both = gr.HTML(elem_id="mrflow-both")
-            with gr.Tab("From an image", id="given"):
-                self.given = gr.File(
-                    label="Drop an image here, to take its settings, finish it (a draft) or upscale it with the prompt",
-                    elem_id="mrflow-given",
-                    height=120,
-                )
-                self.said = gr.HTML(elem_id="mrflow-said")
-                with gr.Row():
-                    self.finish_given = gr.Button("Finish the draft", elem_id="mrflow-finish-given")
-                    self.take = gr.Button("Take its settings", elem_id="mrflow-take")
-                    self.upscale = gr.Button("Upscale it", elem_id="mrflow-upscale")
-        self.made_drafts, self.last_seed = gr.State(()), gr.State(RANDOM)
-
-    # ---------------------------------------------------------------------------------------------------- connections
-
-    def _connect(self, page: Any) -> None:
-        text = (self.prompt, self.negative, self.preset, self.size, self.seed)
-        values = (*text, self.low, self.refine, self.sigma, self.nested)
-        self.choices: list[Any] = list(values)
+    def _connect(self) -> None:
         live: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        changes = [page.load, *(value.change for value in values)]
-        gr.on(changes, self._line, self.choices, [self.plan], trigger_mode="always_last", **live)
+        changes = [self.blocks.load, *(value.change for value in self.choices)]
+        lines = [self.plan, self.before_both, self.before_upscale]
+        asked = [self.dropped, *self.choices]
+        gr.on(changes, self._lines, asked, lines, trigger_mode="always_last", **live)
+        self.blocks.load(self._greet, None, [self.status], **live)
         if self._studio.embedded:
             self.examples.click(_first, [self.examples], [self.prompt], **live)
             self.words.click(_added, [self.words, self.prompt], [self.prompt], **live)
@@ -227,8 +117,9 @@ class Page:
         shown_drafts = [self.gallery, self.picked, self.made_drafts]
         self.order.change(self._order, [self.order, self.made_drafts], [*shown_drafts, self.status], **live)
         self.cancel.click(self._cancel, None, [self.status], **live)
-        self.given.change(self._say_given, [self.given], [self.said], **live)
-        self.take.click(self._take, [self.given], [*self.choices, self.said], **live)
+        said = [self.dropped, self.said, self.before_upscale, self.status]
+        self.given.change(self._drop, [self.given, *self.choices], said, **live)
+        self.take.click(self._take, [self.dropped], [*self.choices, self.said], **live)
         # Every tab may start a job; the desk decides whose turn it is.
         job: dict[str, Any] = {
             "show_progress": "hidden",
@@ -236,22 +127,46 @@ class Page:
             "trigger_mode": "once",
             "api_visibility": "private",
         }
-        shown = [self.status, self.image, self.files, self.last_seed, self.tabs]
+        images = [self.status, self.image, self.several, self.files, self.last_seed]
+        shown = [*images, self.tabs]
         drafts = [self.status, *shown_drafts, self.last_seed, self.tabs]
-        both = [self.status, self.image, self.files, self.slider, self.both, self.last_seed]
+        both = [*images, self.slider, self.both]
         for ended in (
             self.generate.click(self._generate, self.choices, shown, **job),
-            self.upscale.click(self._upscale, [self.given, *self.choices], shown, **job),
+            self.upscale.click(self._upscale, asked, shown, **job),
             self.drafts.click(self._make_drafts, [self.count, self.order, *self.choices], drafts, **job),
             self.gallery.select(self._finish_clicked, [self.made_drafts], shown, **job),
             self.finish.click(self._finish_picked, [self.made_drafts, self.picked], shown, **job),
-            self.finish_given.click(self._finish_given, [self.given], shown, **job),
+            self.finish_given.click(self._finish_given, [self.dropped], shown, **job),
             self.compare.click(self._compare, self.choices, both, **job),
         ):
-            ended.then(self._line, self.choices, [self.plan], **live)  # with the speeds of this run
+            ended.then(self._lines, asked, lines, **live)  # with the speeds of this run
 
-    def _line(self, *values: Any) -> str:
-        return words.plan_html(self._studio, Choices.from_page(*values), self._speeds)
+    def _lines(self, file: str | None, *values: Any) -> tuple[str, str, str]:
+        """What will run: on Generate, both ways, and from the dropped image."""
+        choices = Choices.from_page(*values)
+        line = words.plan_html(self._studio, choices, self._speeds)
+        return line, words.both_html(self._studio, choices), self._before_upscale(file, choices)
+
+    def _before_upscale(self, file: str | None, choices: Choices) -> str:
+        if file is None:
+            return ""
+        try:
+            return words.upscale_html(self._studio, choices, self._start_of(file))
+        except Exception as error:
+            return self.refused(error)
+
+    def _start_of(self, file: str | None) -> Start:
+        """The dropped image; the last one is kept, because the line asks for it at every change."""
+        kept = self._start  # of another tab, perhaps, which may change it meanwhile
+        if kept is None or kept[0] != file:
+            path = _dropped(file)
+            self._start = kept = str(path), self._studio.read_start(path)
+        return kept[1]
+
+    def _greet(self) -> str:
+        busy = "A job is running, of a tab that was closed or loaded again, or of another one; Cancel ends it."
+        return words.said_html(busy) if self._desk.busy else ""
 
     def _cancel(self, request: gradio.Request) -> Any:
         if self._desk.cancel(_owner(request)):
@@ -259,58 +174,54 @@ class Page:
         # A tab that was closed or loaded again leaves its job running.
         return words.said_html("The job of another tab ends." if self._desk.cancel() else "Nothing runs.")
 
-    def _say_given(self, file: str | None) -> str:
+    def _drop(self, file: str | None, *values: Any) -> tuple[Any, ...]:
         if file is None:
-            return ""
+            return None, "", "", gr.skip()
         try:
-            return words.said_html(read_given(Path(file), self._studio.family).words)
+            _check_bytes(Path(file))
+            said = words.said_html(read_given(Path(file), self._studio.family).words)
         except Exception as error:
-            return self._refused(error, file)
+            # The status is of something older, which this file has not become.
+            return file if Path(file).is_file() else None, self.refused(error), "", ""
+        return file, said, self._before_upscale(file, Choices.from_page(*values)), gr.skip()
 
     def _take(self, file: str | None) -> list[Any]:
         same = [gr.skip()] * len(self.choices)
         try:
             given = read_given(_dropped(file), self._studio.family)
         except Exception as error:
-            return [*same, self._refused(error, file)]
+            return [*same, self.refused(error)]
         if given.choices is None:
             return [*same, words.said_html(given.words)]
         taken = given.choices
-        texts = (taken.prompt, taken.negative, taken.preset or self._studio.family.get_preset().name)
-        size = taken.size or sizes_of(self._studio.family)[0]
-        numbers = (taken.low_steps, taken.refine_steps, taken.sigma, taken.nested)
-        return [*texts, size, taken.seed, *numbers, words.said_html(given.words)]
+        steps = (taken.preset, taken.low_steps, taken.refine_steps, taken.sigma)
+        if any(steps):
+            preset, *numbers = steps[0] or self._studio.family.get_preset().name, *steps[1:]
+        else:  # another program's, another family's or a native run's: the page's own stay
+            preset, *numbers = [gr.skip()] * len(steps)
+        size = taken.size or gr.skip()
+        said = words.said_html(given.words)
+        return [taken.prompt, taken.negative, preset, size, taken.seed, *numbers, taken.nested, said]
 
     # ----------------------------------------------------------------------------------------------------------- jobs
 
-    def _generate(self, request: gradio.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        yield from self._make(request, lambda: Choices.from_page(*values).wish(self._studio))
+    @_telling
+    def _generate(self, request: gradio.Request, *values: Any) -> Shown:
+        yield from self._make(request, Choices.from_page(*values))
 
-    def _upscale(self, request: gradio.Request, file: str | None, *values: Any) -> Iterator[dict[Any, Any]]:
-        def wish() -> Any:
-            start = self._studio.read_start(_dropped(file))
-            return Choices.from_page(*values).wish(self._studio, start)
+    @_telling
+    def _upscale(self, request: gradio.Request, file: str | None, *values: Any) -> Shown:
+        yield from self._make(request, Choices.from_page(*values), self._start_of(file))
 
-        yield from self._make(request, wish, file)
-
-    def _make(
-        self, request: gradio.Request, wish_of: Callable[[], Any], file: str | None = None
-    ) -> Iterator[dict[Any, Any]]:
-        try:
-            wish = wish_of()
-        except Exception as error:
-            yield {self.status: self._refused(error, file)}
-            return
+    def _make(self, request: gradio.Request, choices: Choices, start: Start | None = None) -> Shown:
+        wish = choices.wish(self._studio, start)
         yield {self.tabs: gr.Tabs(selected="image"), self.last_seed: str(wish.plan.seed)}
         job = self._desk.start(_owner(request), lambda job: work.generate(self._studio, wish, job))
         yield from self._images(job)
 
-    def _make_drafts(self, request: gradio.Request, count: float, order: str, *values: Any) -> Iterator[dict[Any, Any]]:
-        try:
-            wish = Choices.from_page(*values).wish(self._studio)
-        except Exception as error:
-            yield {self.status: self._refused(error)}
-            return
+    @_telling
+    def _make_drafts(self, request: gradio.Request, count: float, order: str, *values: Any) -> Shown:
+        wish = Choices.from_page(*values).wish(self._studio)
         yield {
             self.tabs: gr.Tabs(selected="drafts"),
             self.last_seed: str(wish.plan.seed),
@@ -333,51 +244,43 @@ class Page:
         try:
             return self._gallery(drafts, order)
         except Exception as error:
-            return {self.status: self._refused(error)}
+            return {self.status: self.refused(error)}
 
     def _gallery(self, drafts: Sequence[Any], order: str) -> dict[Any, Any]:
         """What shows drafts in an order, and remembers them in it."""
         found = work.ordered(drafts, order)
-        names = [f"#{number} {said}" for number, (_, said) in enumerate(found, 1)]
+        ticks = [(f"#{number + 1} {said}", number) for number, (_, said) in enumerate(found)]
         return {
             self.gallery: [(to_pil(each.image), f"#{number}") for number, (each, _) in enumerate(found, 1)],
-            self.picked: gr.CheckboxGroup(names, value=[]),
+            self.picked: gr.CheckboxGroup(ticks, value=[]),
             self.made_drafts: tuple(each for each, _ in found),
         }
 
-    def _finish_clicked(
-        self, drafts: Sequence[Any], event: gradio.SelectData, request: gradio.Request
-    ) -> Iterator[dict[Any, Any]]:
-        yield from self._finish([drafts[event.index]], request)
+    @_telling
+    def _finish_clicked(self, drafts: Sequence[Any], event: gradio.SelectData, request: gradio.Request) -> Shown:
+        yield from self._finish(drafts, [int(event.index)], request)
 
-    def _finish_picked(
-        self, drafts: Sequence[Any], picked: Sequence[str], request: gradio.Request
-    ) -> Iterator[dict[Any, Any]]:
-        numbers = sorted(int(name[1:].split()[0]) - 1 for name in picked)
-        yield from self._finish([drafts[number] for number in numbers if number < len(drafts)], request)
+    @_telling
+    def _finish_picked(self, drafts: Sequence[Any], picked: Sequence[int], request: gradio.Request) -> Shown:
+        if not picked:
+            raise MrFlowError("No draft is ticked; tick those to finish first.")
+        yield from self._finish(drafts, picked, request)
 
-    def _finish_given(self, request: gradio.Request, file: str | None) -> Iterator[dict[Any, Any]]:
-        try:
-            chosen = given_draft(_dropped(file), self._studio)
-        except Exception as error:
-            yield {self.status: self._refused(error, file)}
-            return
-        yield from self._finish([chosen], request)
+    @_telling
+    def _finish_given(self, request: gradio.Request, file: str | None) -> Shown:
+        yield from self._finish([given_draft(_dropped(file), self._studio)], [0], request)
 
-    def _finish(self, chosen: list[Any], request: gradio.Request) -> Iterator[dict[Any, Any]]:
-        if not chosen:
-            yield {self.status: words.said_html("Tick the drafts to finish first.")}
-            return
+    def _finish(self, drafts: Sequence[Any], picked: Sequence[int], request: gradio.Request) -> Shown:
+        if max(picked) >= len(drafts):
+            raise MrFlowError(words.GONE)
+        chosen = [drafts[number] for number in picked]
         yield {self.tabs: gr.Tabs(selected="image")}
         job = self._desk.start(_owner(request), lambda job: work.finish(self._studio, chosen, job))
         yield from self._images(job)
 
-    def _compare(self, request: gradio.Request, *values: Any) -> Iterator[dict[Any, Any]]:
-        try:
-            wish = Choices.from_page(*values).wish(self._studio)
-        except Exception as error:
-            yield {self.status: self._refused(error)}
-            return
+    @_telling
+    def _compare(self, request: gradio.Request, *values: Any) -> Shown:
+        wish = Choices.from_page(*values).wish(self._studio)
         yield {self.last_seed: str(wish.plan.seed), self.slider: None, self.both: ""}
         job = self._desk.start(_owner(request), lambda job: work.compare(self._studio, wish, job))
         yield from self._images(job)
@@ -387,7 +290,7 @@ class Page:
             said = f"Native (left) {native.seconds:.2f} s, staged (right) {staged.seconds:.2f} s: {times}."
             yield {self.slider: tuple(self._copies(job.made)), self.both: words.said_html(said)}
 
-    def _images(self, job: Job) -> Iterator[dict[Any, Any]]:
+    def _images(self, job: Job) -> Shown:
         """What the page shows of a job that makes images."""
         for state in self._followed(job):
             yield state | ({self.image: job.preview} if job.preview is not None else {})
@@ -395,16 +298,17 @@ class Page:
         if job.made:
             paths = self._copies(job.made)
             self._learn(job.made[-1])
-            yield {self.image: paths[-1], self.files: gr.File(paths, visible=True)}
+            several = gr.update(value=paths, visible=len(paths) > 1)
+            yield {self.image: paths[-1], self.several: several, self.files: gr.File(paths, visible=True)}
         if job.error is None:
             none = words.said_html("Stopped before there was an image.")
             yield {self.status: words.made_html(job.made) if job.made else none}
 
-    def _followed(self, job: Job) -> Iterator[dict[Any, Any]]:
+    def _followed(self, job: Job) -> Shown:
         """The status of a job until it has ended, at last the sentence of its error."""
         while not job.done.wait(_EVERY):
             yield {self.status: words.progress_html(job)}
-        yield {self.status: words.progress_html(job) if job.error is None else self._refused(job.error)}
+        yield {self.status: words.progress_html(job) if job.error is None else self.refused(job.error)}
 
     def _copies(self, made: Sequence[work.Made]) -> list[str]:
         return [shutil.copy(each.path, tempfile.mkdtemp(dir=self._shown)) for each in made]
@@ -412,10 +316,17 @@ class Page:
     def _learn(self, made: work.Made) -> None:
         self._speeds = words.learned(self._studio, made) or self._speeds
 
-    def _refused(self, error: BaseException, file: str | None = None) -> str:
-        """An error as a sentence, in which a dropped file goes by its name: where it was put says nothing."""
-        said = words.refused_html(self._studio, error)
-        return said if file is None else said.replace(file, Path(file).name)
+    def refused(self, error: BaseException) -> str:
+        """Why something was not done.
+
+        Args:
+            error: What was raised.
+
+        Returns:
+            A sentence in which a dropped file goes by its name: where it was put says nothing.
+        """
+        folders = rf"{re.escape(str(self._shown))}[/\\]+(?:\w+[/\\]+)*"
+        return re.sub(folders, "", words.refused_html(self._studio, error))
 
 
 def _first(sample: Sequence[str]) -> str:
@@ -430,7 +341,16 @@ def _owner(request: gradio.Request) -> str:
     return str(request.session_hash)
 
 
+def _check_bytes(file: Path) -> None:
+    size = file.stat().st_size
+    if size > MAX_UPLOAD * 10**6:
+        file.unlink()
+        raise MrFlowError(f"{file.name!r} has {size / 10**6:.0f} MB; the page takes images of up to {MAX_UPLOAD} MB.")
+
+
 def _dropped(file: str | None) -> Path:
     if file is None:
-        raise MrFlowError("There is no image yet; drop one into the box.")
+        raise MrFlowError("There is no image yet; drop one into the box, anew where the page was started again.")
+    if not Path(file).is_file():
+        raise MrFlowError(words.GONE)
     return Path(file)

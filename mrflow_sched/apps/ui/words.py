@@ -11,17 +11,29 @@ from collections.abc import Iterable, Sequence
 from mrflow_sched._runtime.errors import MrFlowError, first_line
 from mrflow_sched.apps.ui.choices import Choices
 from mrflow_sched.apps.ui.jobs import Job
-from mrflow_sched.apps.ui.studio import Studio
+from mrflow_sched.apps.ui.studio import Start, Studio
 from mrflow_sched.apps.ui.work import Made
 from mrflow_sched.demo.words import unknown_words
+from mrflow_sched.measure.compare import native_plan_of
 from mrflow_sched.plan.cost import Speeds, work_ratio
 from mrflow_sched.plan.stages import StagedPlan
 
 NAMES = {"low_steps": "Low steps", "refine_steps": "Refine steps", "sigma": "Sigma", "preset": "Preset"}
 """The labels of controls that go by another name in a plan's refusals."""
 
+GONE = "The page was ended or started again, or the file is gone; load the page anew."
+"""What a tab is told that asks for something that the server does not have any more."""
+
 _NAMED = 5
-_NAME = re.compile(rf"\A({'|'.join(NAMES)})(?= )")
+# How refusals for the command line begin or end, and what the page says instead.
+_SPOKEN = {
+    **{rf"\A{name} ": f"{label} " for name, label in NAMES.items()},
+    r"\Asize or shift_tokens ": "Size ",
+    r"\A(width|height) ": r"The \1 in Size ",
+    r"\A--image is ": "The image is ",
+    r", or choose the shape with --size\.\Z": ".",
+    r"(?<=\s)(--[a-z].*)\Z": r"\1 Such options are those of mrflow ui; start it again with them.",
+}
 
 
 def plan_html(studio: Studio, choices: Choices, speeds: Speeds | None) -> str:
@@ -36,12 +48,58 @@ def plan_html(studio: Studio, choices: Choices, speeds: Speeds | None) -> str:
         The line and its notes.
     """
     try:
+        choices.check_texts()
         plan = choices.plan(studio.family)
         studio.check(plan)
     except Exception as error:
         return refused_html(studio, error)
     notes = [*plan.notes, *_prompt_notes(studio, choices)]
     return _box("on", plan_line(plan, studio, speeds), notes)
+
+
+def both_html(studio: Studio, choices: Choices) -> str:
+    """What making the image both ways will do. Never raises.
+
+    Args:
+        studio: The model.
+        choices: Values of the controls.
+
+    Returns:
+        A line, or why it cannot be done.
+    """
+    try:
+        choices.check_texts()
+        plan = choices.plan(studio.family)
+        native = native_plan_of(plan, family=studio.family)
+        studio.check(native)
+    except Exception as error:
+        return refused_html(studio, error)
+    return said_html(
+        f"Native: {native.width}×{native.height}, {native.stages[0].steps} steps, about "
+        f"{work_ratio(plan, studio.family):.2g} times the work of the staged image; each way runs shortly before, "
+        "uncounted."
+    )
+
+
+def upscale_html(studio: Studio, choices: Choices, start: Start) -> str:
+    """What upscaling an image will do.
+
+    Args:
+        studio: The model.
+        choices: Values of the controls.
+        start: The image.
+
+    Returns:
+        A line.
+
+    Raises:
+        MrFlowError: As in `Choices.plan`, or the run does not fit into memory.
+    """
+    choices.check_texts()
+    plan = choices.plan(studio.family, start)
+    studio.check(plan)
+    rows, columns = start.pixels.shape[-2:]
+    return said_html(f"Upscaling makes {plan.width}×{plan.height} of {columns}×{rows}, with the prompt and Preset.")
 
 
 def plan_line(plan: StagedPlan, studio: Studio, speeds: Speeds | None) -> str:
@@ -59,7 +117,8 @@ def plan_line(plan: StagedPlan, studio: Studio, speeds: Speeds | None) -> str:
     parts = [f"{first.width}×{first.height} ×{first.steps}"]
     for before, stage in zip(plan.stages, later, strict=False):
         refine = f" ×{stage.steps} @ σ {stage.start_sigma:.4g}" if stage.steps else ""
-        parts.append(f"{studio.upscaler_name} ×{stage.width / before.width:.3g}")
+        named = studio.upscaler_name if studio.upscaler_name == "Lanczos" else f"upscaler {studio.upscaler_name},"
+        parts.append(f"{named} ×{stage.width / before.width:.3g}")
         parts.append(f"{stage.width}×{stage.height}{refine}")
     line = f"{' → '.join(parts)} · {plan.forwards} forwards"
     ratio = work_ratio(plan, studio.family)
@@ -120,11 +179,18 @@ def made_html(made: Sequence[Made]) -> str:
     """
     notes = dict.fromkeys(note for each in made for note in each.notes)
     said = [
-        f"{'Unfinished, saved' if each.unfinished else 'Saved'} as {each.path} · seed {each.wish.plan.seed} · "
-        f"{each.seconds:.2f} s"
+        f"{_way(made, each)}{'Unfinished, saved' if each.unfinished else 'Saved'} as {each.path} · "
+        f"seed {each.wish.plan.seed} · {each.seconds:.2f} s"
         for each in made
     ]
     return _box("done", said[-1], [*said[:-1], *notes])
+
+
+def _way(made: Sequence[Made], each: Made) -> str:
+    """Which of the two ways an image was made; empty where there is one way."""
+    if len({len(one.wish.plan.stages) == 1 for one in made}) == 1:
+        return ""
+    return "Native: " if len(each.wish.plan.stages) == 1 else "Staged: "
 
 
 def said_html(sentence: str) -> str:
@@ -156,20 +222,10 @@ def refused_html(studio: Studio, error: BaseException) -> str:
             f"A fault of mrflow, or of a library or model that it uses ({type(error).__name__}: {first_line(error)}); "
             "the terminal shows where."
         )
-    named = _NAME.sub(lambda found: NAMES[found[1]], sentence)
+    named = sentence
+    for pattern, spoken in _SPOKEN.items():
+        named = re.sub(pattern, spoken, named)
     return _box("refused", named[:1].upper() + named[1:], ())
-
-
-def escaped(text: str) -> str:
-    """Text as it may stand in HTML.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        The text, escaped.
-    """
-    return html.escape(text)
 
 
 def _box(state: str, line: str, notes: Iterable[str]) -> str:

@@ -143,7 +143,11 @@ def finish(studio: Studio, chosen: Sequence[Draft], job: Job) -> None:
             refine_prompt=each.refine_prompt,
             refine_negative=each.refine_negative_prompt,
         )
-        _kept(studio, wish, job, lambda each=each: _finished(studio, each, watch), starts=True)
+        note = drafts.rerun_note(f"The draft of seed {each.seed}", each)
+        said = () if note is None else (note,)
+        # Without latents the run starts from noise: cancelled at once it has made no image.
+        starts = each.steps is None and each.latents is not None
+        _kept(studio, wish, job, lambda each=each: _finished(studio, each, watch), starts=starts, said=said)
         watch.number += 1
 
 
@@ -190,9 +194,18 @@ def _finished(studio: Studio, chosen: Draft, watch: _Watch) -> StagedResult:
 
 
 def _kept(
-    studio: Studio, wish: Wish, job: Job, run: Callable[[], StagedResult], *, starts: bool = False
+    studio: Studio,
+    wish: Wish,
+    job: Job,
+    run: Callable[[], StagedResult],
+    *,
+    starts: bool = False,
+    said: tuple[str, ...] = (),
 ) -> Made | None:
-    """Run and save, whatever was made; None where nothing was. `starts`: the run starts from an image."""
+    """Run and save, whatever was made; None where nothing was.
+
+    `starts`: the run starts from an image. `said`: notes that stand before those of the run.
+    """
     begun = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - begun
@@ -200,7 +213,7 @@ def _kept(
         return None  # the image is grey
     job.tell("saving", 1.0)
     path = studio.save(wish, result)
-    notes = _new((*(result.notes if wish.start is None else wish.start.notes(wish.plan)), *result.warnings))
+    notes = _new((*said, *(result.notes if wish.start is None else wish.start.notes(wish.plan)), *result.warnings))
     made = Made(path, wish, seconds, result.timings, result.unfinished, notes)
     job.made.append(made)
     return made

@@ -15,10 +15,10 @@ import torch
 from cli_tools import SMALL, pixels, watch_network
 from PIL import Image, PngImagePlugin
 
-from mrflow_sched.apps.cli.drafting import SHEET, Pick
+from mrflow_sched.apps.cli.drafting import Pick
 from mrflow_sched.images.drafts import CHUNK, read_draft
 from mrflow_sched.images.files import read_text
-from mrflow_sched.images.record import KEY, RunRecord
+from mrflow_sched.images.record import KEY, SHEET, RunRecord
 
 PROMPT = "a red circle"
 FORWARDS = 3  # of stage 1 in SMALL

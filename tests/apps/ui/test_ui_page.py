@@ -16,11 +16,13 @@ import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from ui_tools import studio_on
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,7 +62,7 @@ def test_the_page_is_served_with_a_policy_that_lets_nothing_in_from_elsewhere(cl
     assert "default-src 'self'" in policy
     assert not HOSTS.search(policy)
     labels = {part["props"].get("label") for part in client.get("/config").json()["components"]}
-    assert {"Prompt", "Preset", "Size", "Seed", "Low steps", "Click a draft to finish it"} <= labels
+    assert {"Prompt", "Preset", "Size", "Seed", "Low steps", "Drafts"} <= labels
 
 
 @pytest.mark.parametrize("host", ["evil.example", "192.168.1.2", "127.0.0.1.evil.example"])
@@ -80,6 +82,105 @@ def test_the_page_of_another_site_may_ask_for_nothing(client: Any, origin: str) 
 def test_no_file_is_served_that_the_page_did_not_show(client: Any) -> None:
     for path in (ROOT / "pyproject.toml", client.folder / "out" / "mine.txt", Path("/etc/passwd")):
         assert client.get(f"/gradio_api/file={path}").status_code in (403, 404), path
+
+
+@pytest.fixture(scope="module")
+def page(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The page, to call what its controls call."""
+    pytest.importorskip("gradio")
+    from mrflow_sched.apps.ui.jobs import Desk
+    from mrflow_sched.apps.ui.page import Page
+
+    folder = tmp_path_factory.mktemp("called")
+    return Page(studio_on(tiny_folder, folder / "out"), Desk(), folder)
+
+
+TAB = SimpleNamespace(session_hash="tab")
+
+
+def values(seed: int, prompt: str = "a red star") -> tuple[Any, ...]:
+    """Of the controls."""
+    return (prompt, "", "", "32x32", str(seed), "3", "1", "", False)
+
+
+def said(page: Any, shown: Any) -> str:
+    """The last status of what a handler shows."""
+    return [state[page.status] for state in shown if page.status in state][-1]
+
+
+def test_a_tab_that_is_older_than_the_server_gets_a_sentence_and_the_terminal_nothing(
+    page: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = str(tmp_path / "gone.png")
+    sentence = "The page was ended or started again, or the file is gone; load the page anew."
+    assert sentence in said(page, page._finish_clicked((), SimpleNamespace(index=2), TAB))
+    assert sentence in said(page, page._finish_picked((), [0, 1], TAB))
+    assert page.picked.preprocess([0, 1]) == [0, 1]  # gradio's own raises: they are not among its choices any more
+    assert sentence in said(page, page._finish_given(TAB, gone))
+    assert sentence in said(page, page._upscale(TAB, gone, *values(5)))
+    assert sentence in page._take(gone)[-1]
+    assert "There is no image yet" in said(page, page._upscale(TAB, None, *values(5)))
+    assert capsys.readouterr().err == ""
+
+
+def test_ticked_drafts_are_finished_and_shown_in_the_order_of_the_ticks(page: Any) -> None:
+    states = list(page._make_drafts(TAB, 3, "seed", *values(70)))
+    drafts = next(state[page.made_drafts] for state in states if len(state.get(page.made_drafts, ())) == 3)
+    ticks = [state[page.picked] for state in states if page.picked in state][-1]
+    assert ticks.choices == [("#1 seed 70", 0), ("#2 seed 71", 1), ("#3 seed 72", 2)]
+    *_, images, last = page._finish_picked(drafts, [2, 0], TAB)
+    names = ["mrflow-72.png", "mrflow-70.png"]
+    assert [Path(path).name for path in images[page.several]["value"]] == names
+    assert images[page.several]["visible"]
+    assert Path(images[page.image]).name == names[-1]
+    assert "mrflow-70.png" in last[page.status]
+    assert "Tick" in said(page, page._finish_picked(drafts, [], TAB)).title()
+    *_, images, _ = page._finish_picked(drafts, [1], TAB)
+    assert not images[page.several]["visible"]
+
+
+def test_a_tab_that_is_loaded_while_a_job_runs_is_told(page: Any) -> None:
+    assert page._greet() == ""
+    job = page._desk.start("closed", lambda job: job.stop.wait(30))
+    assert "A job is running" in page._greet()
+    assert "The job of another tab ends." in page._cancel(TAB)
+    assert job.done.wait(30)
+    assert page._greet() == ""
+
+
+def test_what_is_dropped_is_told_with_what_upscaling_makes_of_it(page: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (48, 32), "grey").save(tmp_path / "wide.png")
+    file = str(tmp_path / "wide.png")
+    dropped, about, upscaling, _ = page._drop(file, *values(5))
+    assert dropped == file
+    assert "can be upscaled" in about
+    assert "Upscaling makes 96×64 of 48×32" in upscaling
+    assert "The prompt is empty" in page._lines(file, *values(5, ""))[2]
+    assert page._drop(None, *values(5))[:3] == (None, "", "")
+    for line in page._lines(None, *values(5))[:2]:
+        assert "32×32" in line
+
+
+def test_taking_the_settings_of_another_program_leaves_the_steps_of_the_page(page: Any, tmp_path: Path) -> None:
+    from gradio import skip
+
+    text = PngInfo()
+    text.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler, Seed: 11")
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png", pnginfo=text)
+    taken = page._take(str(tmp_path / "other.png"))
+    assert taken[:-1] == ["a cat", "", skip(), skip(), "11", skip(), skip(), skip(), False]
+    assert "&#x27;other.png&#x27; is no draft of mrflow" in said(
+        page, page._finish_given(TAB, str(tmp_path / "other.png"))
+    )
+
+
+def test_a_file_that_is_too_large_is_refused_and_goes_away(page: Any, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(300 * 10**6)  # takes no place on the disk
+    dropped, about, upscaling, status = page._drop(str(large), *values(5))
+    assert (dropped, upscaling, status, large.exists()) == (None, "", "", False)
+    assert "&#x27;large.png&#x27; has 300 MB; the page takes images of up to 200 MB." in about
 
 
 # --------------------------------------------------------------------------------------------------------- in a browser
@@ -265,10 +366,11 @@ def test_several_drafts_are_finished_at_once(tab: Tab) -> None:
     tab.fill("count", "2")
     tab.click("draft")
     tab.says("2 drafts.")
-    for box in tab.find("picked").get_by_role("checkbox").all():
+    for box in reversed(tab.find("picked").get_by_role("checkbox").all()):
         box.check()
     tab.click("finish")
-    tab.says("mrflow-22.png")
+    assert tab.says("mrflow-22.png").index("mrflow-21.png") < tab.says("mrflow-21.png").index("mrflow-22.png")
+    tab.find("several").locator("img").nth(1).wait_for()
     assert [(tab.out / f"mrflow-{seed}.png").is_file() for seed in (21, 22)] == [True, True]
 
 
@@ -320,9 +422,10 @@ def test_a_dropped_image_gives_its_settings_back_and_is_upscaled(tab: Tab, tmp_p
     tab.drop(file)
     tab.says("Made by mrflow with the model 'embedded' and the seed 51.", "said")
     tab.click("take")
-    tab.says("32×32 ×6 → x2 ×2 → 64×64 ×1", "plan")
+    tab.says("32×32 ×6 → upscaler x2, ×2 → 64×64 ×1", "plan")
     for name, text in (("prompt", "the word MAGIC in white letters on a blue wall"), ("seed", "51"), ("size", "64x64")):
         tab.shows(name, text)
+    tab.says("Upscaling makes 128×128 of 64×64", "before-upscale")
     tab.click("upscale")
     tab.says("mrflow-51-2.png")
     assert pixels(tab.out / "mrflow-51-2.png").shape == (128, 128, 3)
@@ -350,6 +453,7 @@ def test_both_ways_side_by_side(browser: Any, served: Served, theme: str) -> Non
     tab.says("Saved as")
     tab.shoot("image")
     tab.turn_to("Native and staged")
+    tab.says("times the work of the staged image", "before-both")
     tab.click("compare")
     tab.says("times as fast", "both")
     tab.shoot("compare")
