@@ -18,6 +18,8 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mrflow
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 CORE_COVERAGE := 95
+# Processes that share the tests, a file of them each. With one thread of torch: two wait for each other on small tensors.
+WORKERS ?= 2
 # Holds no code of ours, so it serves every checkout until a pin or the Python changes.
 OLDEST := $(CACHE)/oldest-$(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d-%08x" % (*sys.version_info[:2], zlib.crc32(open("requirements-oldest.txt", "rb").read())))')
 
@@ -28,7 +30,8 @@ demo: $(VENV)/.demo
 	@echo "The image is $(OUT)/compare.png"
 
 test: lint types
-	$(BIN)/python -m pytest --cov=mrflow_sched --cov-report=term --cov-fail-under=$(CORE_COVERAGE) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		--cov=mrflow_sched --cov-report=term --cov-fail-under=$(CORE_COVERAGE) $(PYTEST_ARGS)
 
 # The site, in site/: every link, anchor and name of the reference must hold.
 docs: $(VENV)/.docs
@@ -37,7 +40,7 @@ docs: $(VENV)/.docs
 # Everything but the WebUI, whose hosts bring diffusers of their own or none, the building of packages, the benches, and
 # what uses no library whose version is pinned: plans, image files, solvers, training.
 oldest: $(OLDEST)/.made
-	PYTHONPATH=. $(OLDEST)/bin/python -m pytest -p no:cacheprovider --ignore=tests/webui --ignore=tests/test_packaging.py \
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider --ignore=tests/webui --ignore=tests/test_packaging.py \
 		--ignore=tests/plan --ignore=tests/images --ignore=tests/sampling --ignore=tests/bench --ignore=tests/tools \
 		$(PYTEST_ARGS)
 

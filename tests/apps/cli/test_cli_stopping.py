@@ -11,12 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_tools import SMALL, pixels, watch_network
+from cli_tools import SIGNALS, SMALL, pixels, signals_are_heard, watch_network
 
 from mrflow_sched.apps.cli import load
 from mrflow_sched.apps.cli.main import main
@@ -24,19 +24,7 @@ from mrflow_sched.apps.cli.stopping import Stop, Stopped, current, watching
 from mrflow_sched.images.files import read_text
 from mrflow_sched.images.record import RunRecord
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-
-
-@pytest.fixture(autouse=True)
-def signals_are_heard() -> Generator[None, None, None]:
-    """Tests may run in the background of a shell, which has SIGINT ignored, in child processes too."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler == signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+__all__ = ["signals_are_heard"]  # a fixture of every test here
 
 
 def press_at(
