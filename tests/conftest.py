@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,13 @@ def build_tiny_folder(folder: Path, *, guidance_embeds: bool = True, family: str
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0, "use_dynamic_shifting": False},
     )
     return folder
+
+
+@pytest.fixture(autouse=True)
+def gradients_are_on() -> None:
+    """A test that sends a signal may end within a block without gradients, and leave them off for the next."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_grad_enabled(True)
 
 
 @pytest.fixture(scope="session")
