@@ -7,8 +7,8 @@ of an image depend on how many are sampled together.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from mrflow_sched.sampling.progress import Progress
     from mrflow_sched.upscaling.role import PixelUpscaler
 
-__all__ = ["Draft", "TextMemory", "draft", "draft_of", "finish", "make_drafts", "rerun_note"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Draft", "TextMemory", "draft", "draft_of", "finish", "fitted", "rerun_note"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +77,7 @@ def draft(
     refine_prompt: str | None = None,
     refine_negative_prompt: str | None = None,
     steps: int | None = None,
+    on_draft: Callable[[Draft], object] | None = None,
     callback: Callable[[Progress], object] | None = None,
     cancel: Callable[[], bool] | None = None,
     method: Method | None = None,
@@ -86,74 +85,23 @@ def draft(
     """Stage 1 alone, for several seeds of one or several prompts.
 
     Args:
-        engine: As in `make_drafts`, as all that follow.
-        plan: Of the whole run.
-        prompt: One text, or several: each gets all seeds.
-        batch: How many seeds of each prompt.
-        seeds: One for each draft of a prompt.
-        negative_prompt: For all of them.
-        refine_prompt: The prompt of the later stages.
-        refine_negative_prompt: Their negative prompt.
-        steps: Fewer steps than the plan's, for ranking alone.
-        callback: Called with `Progress`.
-        cancel: Polled at every step.
-        method: How stage 1 is sampled.
-
-    Returns:
-        The drafts: all seeds of the first prompt, then of the second. Fewer where the run was cancelled.
-
-    Raises:
-        MrFlowError: Arguments that do not fit.
-    """
-    made = make_drafts(
-        *(engine, plan, prompt),
-        batch=batch,
-        seeds=seeds,
-        negative_prompt=negative_prompt,
-        refine_prompt=refine_prompt,
-        refine_negative_prompt=refine_negative_prompt,
-        steps=steps,
-        callback=callback,
-        cancel=cancel,
-        method=method,
-    )
-    return tuple(made)
-
-
-def make_drafts(
-    engine: Engine,
-    plan: StagedPlan,
-    prompt: str | Sequence[str],
-    *,
-    batch: int = 1,
-    seeds: Sequence[int] | None = None,
-    negative_prompt: str | None = None,
-    refine_prompt: str | None = None,
-    refine_negative_prompt: str | None = None,
-    steps: int | None = None,
-    callback: Callable[[Progress], object] | None = None,
-    cancel: Callable[[], bool] | None = None,
-    method: Method | None = None,
-) -> Iterator[Draft]:
-    """The drafts of `draft` one by one, so that each can be shown or saved as soon as it is there.
-
-    Args:
         engine: Predicts, encodes and decodes.
         plan: Of the whole run, of two stages or more.
         prompt: One text, or several: each gets all seeds.
-        batch: How many seeds of each prompt where `seeds` is None: those that the images of a run with this `batch`
-            have.
+        batch: How many seeds of each prompt where `seeds` is None: the plan's, and those after it.
         seeds: One for each draft of a prompt.
         negative_prompt: For all of them; None for none.
         refine_prompt: The prompt of the later stages; None: `prompt`.
         refine_negative_prompt: Their negative prompt; None: `negative_prompt`.
         steps: Fewer steps than the plan's: cheap drafts, which rank images and are no part of them (`Draft.steps`).
+        on_draft: Called with each draft as soon as it is there, to show or to save it.
         callback: Called with `Progress` at every part and step; its fraction counts within one draft.
         cancel: Polled at every step. Once it returns True, the draft in work is dropped.
         method: How stage 1 is sampled; None: what the plan asks for.
 
-    Yields:
-        Each draft; one whose network or decoder returned NaN is left out, and the log says so.
+    Returns:
+        The drafts: all seeds of the first prompt, then of the second. Fewer where the run was cancelled; one whose
+        network or decoder returned NaN is left out, and the log says so.
 
     Raises:
         MrFlowError: Arguments that do not fit.
@@ -170,21 +118,22 @@ def make_drafts(
         )
     used = None if cheap is plan else steps
     reading: Any = TextMemory().reading(engine)
-    for text in prompts:
-        for seed in all_seeds:
-            result = sample_staged(
-                *(reading, replace(cheap, seed=seed), text),
-                negative_prompt=negative_prompt,
-                callback=callback,
-                cancel=cancel,
-                until=1,
-                method=method,
-            )
-            if result.cancelled:
-                return
-            if result.latents is None:  # a part failed, and the log has told which
-                continue
-            yield Draft(
+    made: list[Draft] = []
+    for text, seed in itertools.product(prompts, all_seeds):
+        result = sample_staged(
+            *(reading, replace(cheap, seed=seed), text),
+            negative_prompt=negative_prompt,
+            callback=callback,
+            cancel=cancel,
+            until=1,
+            method=method,
+        )
+        if result.cancelled:
+            break
+        if result.latents is None:  # a part failed, and the log has told which
+            continue
+        made.append(
+            Draft(
                 plan=replace(plan, seed=seed),
                 prompt=text,
                 image=result.images[0].cpu(),
@@ -195,12 +144,17 @@ def make_drafts(
                 steps=used,
                 warnings=result.warnings,
             )
+        )
+        if on_draft is not None:
+            on_draft(made[-1])
+    return tuple(made)
 
 
 def finish(
     engine: Engine,
     draft: Draft,
     *,
+    pixels: Tensor | None = None,
     upscaler: PixelUpscaler | None = None,
     callback: Callable[[Progress], object] | None = None,
     cancel: Callable[[], bool] | None = None,
@@ -212,7 +166,9 @@ def finish(
 
     Args:
         engine: The one that made the draft, in the same dtypes on the same kind of device.
-        draft: From `draft` or `make_drafts`. One without latents has its stage 1 sampled again.
+        draft: From `draft` or a file (`draft_of`). One without latents has its stage 1 sampled again.
+        pixels: The draft's image as somebody changed it, (3, h, w), floats in [0, 1], which takes the place of the
+            latents: the result is near the whole run's image, not equal.
         upscaler: As in `sample_staged`.
         callback: Likewise.
         cancel: Likewise.
@@ -238,7 +194,8 @@ def finish(
         cancel=cancel,
         keep_stages=keep_stages,
         colour_guard=colour_guard,
-        latents=draft.latents,
+        image=pixels,
+        latents=draft.latents if pixels is None else None,
         method=method,
     )
 
@@ -273,6 +230,22 @@ def draft_of(name: str, record: RunRecord, image: Tensor, latents: Tensor | None
         refine_negative_prompt=record.refine_negative,
         steps=record.draft_steps,
     )
+
+
+def fitted(draft: Draft, engine: Engine) -> Draft:
+    """A draft without its latents where they are not of the shape that the model leaves.
+
+    Args:
+        draft: As a file holds it.
+        engine: That is to finish it.
+
+    Returns:
+        The same draft, or one whose stage 1 is sampled again.
+    """
+    stage, latents = draft.plan.stages[0], draft.latents
+    if latents is None or tuple(latents.shape) == tuple(engine.latent_shape(stage.width, stage.height)):
+        return draft
+    return replace(draft, latents=None)
 
 
 def rerun_note(name: str, draft: Draft) -> str | None:

@@ -66,6 +66,7 @@ class StagedResult:
             None for those that are whole.
         unfinished_images: For each image, whether it is unfinished.
         notes: The plan's notes that hold for this run, and what became of `image`.
+        empty: The run was stopped before there was anything to show: `images` are mid grey.
     """
 
     images: Tensor
@@ -81,6 +82,7 @@ class StagedResult:
     faults: tuple[Fault | None, ...] = ()
     unfinished_images: tuple[bool, ...] = ()
     notes: tuple[str, ...] = ()
+    empty: bool = False
 
 
 def sample_staged(
@@ -205,6 +207,7 @@ def sample_staged(
         latents=None if any(kept.faults) else kept.latents,
         faults=tuple(kept.faults),
         unfinished_images=unfinished,
+        empty=cancelled and kept.images is None and not kept.hopeless,
     )
     logger.info("seconds: %s", ", ".join(f"{timing.name} {timing.seconds:.3f}" for timing in result.timings))
     return result

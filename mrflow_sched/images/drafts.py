@@ -7,21 +7,19 @@ so), so that an editor which changes the pixels is to drop it, and every viewer 
 from __future__ import annotations
 
 import os
-import struct
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.images.convert import to_8_bit
-from mrflow_sched.images.files import load_image, read_text, save_new
+from mrflow_sched.images.files import load_image, open_image, read_text, save_new
+from mrflow_sched.images.parameters import PARAMETERS, parameters_text
 from mrflow_sched.images.record import KEY, RunRecord
 
 __all__ = ["DraftFile", "mark", "read_draft", "save_draft"]
@@ -29,7 +27,6 @@ __all__ = ["DraftFile", "mark", "read_draft", "save_draft"]
 CHUNK = b"mrLT"
 """Type of the PNG chunk that holds the latents."""
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _NAME = "latents"
 RGBA = " RGBA"
 """Ends the mark of an image with transparency."""
@@ -42,7 +39,7 @@ class DraftFile:
     Attributes:
         path: Its file.
         record: Of the whole run; `draft` is the mark of the pixels as they were made.
-        latents: Stage 1's, float32; None where the file has none, or damaged ones.
+        latents: Stage 1's, float32; None where the file has none, or not those that were made.
         image: (3, h, w), float32 in [0, 1]: the pixels of the file, 8 bits a channel.
         changed: The pixels are not those that were made.
     """
@@ -64,24 +61,12 @@ def mark(pixels: Any) -> str:
         The CRC-32 of its colours, eight hexadecimal digits; "RGBA" after them where it has transparency.
     """
     colours = np.ascontiguousarray(pixels[..., :3]).tobytes()
-    return f"{zlib.crc32(colours):08x}{RGBA if pixels.shape[-1] == 4 else ''}"
-
-
-def mark_of(image: Tensor) -> str:
-    """The mark of an image, as it is saved.
-
-    Args:
-        image: (3, h, w), float in [0, 1].
-
-    Returns:
-        As in `mark`.
-    """
-    return mark(to_8_bit(image))
+    return f"{_crc(colours)}{RGBA if pixels.shape[-1] == 4 else ''}"
 
 
 def save_draft(
-    folder: str | os.PathLike[str], stem: str, image: Tensor, latents: Tensor | None, text: Mapping[str, str]
-) -> Path:
+    folder: str | os.PathLike[str], stem: str, image: Tensor, latents: Tensor | None, record: RunRecord
+) -> tuple[Path, RunRecord]:
     """Write a draft under the first free name, as `save_new` does.
 
     Args:
@@ -89,10 +74,10 @@ def save_draft(
         stem: Name of the file without suffix.
         image: Stage 1's, (3, h, w), float in [0, 1].
         latents: Stage 1's; None: the file holds none.
-        text: The texts of the file: the record under `record.KEY`, and what other programs read.
+        record: Of the whole run.
 
     Returns:
-        The path of the file.
+        The path of the file, and its record, in which the marks of pixels and latents are filled in.
 
     Raises:
         MrFlowError: As in `save_new`.
@@ -100,7 +85,11 @@ def save_draft(
     chunks: dict[bytes, bytes] = {}
     if latents is not None:
         chunks[CHUNK] = safetensors.torch.save({_NAME: latents.detach().float().cpu().contiguous()})
-    return save_new(folder, stem, image, text, chunks=chunks)
+    own = replace(
+        record, unfinished=True, draft=mark(to_8_bit(image)), draft_latents=_crc(chunks[CHUNK]) if chunks else None
+    )
+    text = {PARAMETERS: parameters_text(own), KEY: own.to_json()}
+    return save_new(folder, stem, image, text, chunks=chunks), own
 
 
 def read_draft(path: str | os.PathLike[str]) -> DraftFile:
@@ -126,28 +115,13 @@ def read_draft(path: str | os.PathLike[str]) -> DraftFile:
     record = RunRecord.from_json(texts[KEY])
     if record.draft is None:
         raise MrFlowError(f"{name} is no draft: its record is that of a whole run (mrflow generate --from repeats it).")
+    chunks: Any = getattr(open_image(path), "private_chunks", ())
+    body = next((each[1] for each in chunks if each[0] == CHUNK), None)
+    whole = body is not None and _crc(body) == record.draft_latents
+    latents = safetensors.torch.load(body)[_NAME] if body is not None and whole else None
     image = load_image(path)
-    return DraftFile(Path(path), record, _latents(Path(path)), image, mark_of(image) != record.draft)
+    return DraftFile(Path(path), record, latents, image, mark(to_8_bit(image)) != record.draft)
 
 
-def _latents(path: Path) -> Tensor | None:
-    """What the chunk of a PNG holds; None where there is no whole one."""
-    data = path.read_bytes()
-    place = len(_SIGNATURE)
-    while data.startswith(_SIGNATURE) and place + 12 <= len(data):
-        length, kind = struct.unpack(">I4s", data[place : place + 8])
-        body, end = data[place + 8 : place + 8 + length], place + 8 + length
-        if kind == CHUNK:
-            whole = data[end : end + 4] == struct.pack(">I", zlib.crc32(kind + body))
-            return _read(body) if whole else None
-        place = end + 4
-    return None
-
-
-def _read(body: bytes) -> Tensor | None:
-    try:
-        found = safetensors.torch.load(body).get(_NAME)
-    except Exception:  # whatever safetensors says of bytes that are none of its own
-        return None
-    whole = found is not None and found.dtype == torch.float32 and bool(found.isfinite().all())
-    return found if whole else None
+def _crc(data: bytes) -> str:
+    return f"{zlib.crc32(data):08x}"

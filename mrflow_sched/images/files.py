@@ -7,7 +7,6 @@ import io
 import os
 import stat
 import struct
-import zlib
 from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -37,7 +36,6 @@ MAX_TEXT_BYTES = PngImagePlugin.MAX_TEXT_MEMORY
 """Most bytes of the texts in a PNG, Pillow's own limit on what they hold."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_LAST_CHUNK = 12  # bytes of IEND
 _HEADER_END = len(_SIGNATURE) + 25  # where the first chunk, 13 bytes of header, ends
 
 
@@ -58,7 +56,7 @@ def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str
         FileError: The file cannot be written (no permission, disk full).
     """
     target = Path(path)
-    data = _encoded(image, ".png", text)
+    data = encode(picture_of(to_8_bit(image)), ".png", text or {})
     try:
         write_whole(target, data)
     except OSError as error:
@@ -87,7 +85,7 @@ def save_new(
         text: As in `save_png`.
         suffix: ".png", ".jpg", ".jpeg" or ".webp", which decides the format (`formats.encode`). Ask
             `formats.check_writable` before a long run whether the format can hold the size.
-        chunks: Of a PNG: further chunks, type -> content, behind the image's own.
+        chunks: As in `formats.encode`.
 
     Returns:
         The path of the file, `folder` / (`stem`, perhaps "-2" ..., `suffix`).
@@ -97,7 +95,7 @@ def save_new(
         MissingFileError: The folder does not exist.
         FileError: The file cannot be written (no permission, disk full).
     """
-    data = _with_chunks(_encoded(image, suffix, text), chunks or {})
+    data = encode(picture_of(to_8_bit(image)), suffix, text or {}, chunks)
     try:
         return write_new(Path(folder), stem, suffix, data)
     except OSError as error:
@@ -216,19 +214,6 @@ def _opened(file: BinaryIO, path: str | os.PathLike[str], *, own: bool = False) 
         raise MrFlowError(f"{_named(path)} has {width}x{height} pixels, more than {most}; make it smaller first.")
     check_room(width, height)
     return image
-
-
-def _encoded(image: Tensor, suffix: str, text: Mapping[str, str] | None) -> bytes:
-    return encode(picture_of(to_8_bit(image)), suffix, text or {})
-
-
-def _with_chunks(png: bytes, chunks: Mapping[bytes, bytes]) -> bytes:
-    """A PNG with further chunks before its last one, IEND."""
-    made = [
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks.items()
-    ]
-    return png[:-_LAST_CHUNK] + b"".join(made) + png[-_LAST_CHUNK:] if made else png
 
 
 def _refuse_write(target: Path, error: OSError) -> NoReturn:

@@ -157,7 +157,9 @@ def check_writable(suffix: str, width: int, height: int) -> None:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def encode(image: Image.Image, suffix: str, text: Mapping[str, str]) -> bytes:
+def encode(
+    image: Image.Image, suffix: str, text: Mapping[str, str], chunks: Mapping[bytes, bytes] | None = None
+) -> bytes:
     """An image as the bytes of a file.
 
     PNG and WebP are lossless; JPEG has quality 95 and full colour resolution (4:4:4). PNG holds texts as text chunks.
@@ -168,6 +170,7 @@ def encode(image: Image.Image, suffix: str, text: Mapping[str, str]) -> bytes:
         image: An RGB image, or RGBA where the format is none of `OPAQUE`.
         suffix: One of `SUFFIXES`.
         text: Keyword -> text; keywords of 1 to 79 printable Latin-1 letters.
+        chunks: Of a PNG: further chunks, type -> content, behind the image; other formats have none.
 
     Returns:
         The file's bytes.
@@ -183,11 +186,13 @@ def encode(image: Image.Image, suffix: str, text: Mapping[str, str]) -> bytes:
             raise MrFlowError(f"text has the keyword {quoted(keyword)}; PNG allows 1 to 79 printable Latin-1 letters.")
     stream = io.BytesIO()
     if suffix == ".png":
-        chunks = PngImagePlugin.PngInfo()
+        info = PngImagePlugin.PngInfo()
         for keyword, value in text.items():
-            chunks.add_text(keyword, value)
+            info.add_text(keyword, value)
+        for kind, body in (chunks or {}).items():
+            info.add(kind, body, after_idat=True)
         # zlib's default level, 6, takes twice as long for nearly the same size (`bench/speed --outside`).
-        image.save(stream, "PNG", pnginfo=chunks, compress_level=4)
+        image.save(stream, "PNG", pnginfo=info, compress_level=4)
         return stream.getvalue()
     packed = json.dumps(dict(text)) if text else ""
     if suffix == ".webp":

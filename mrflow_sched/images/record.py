@@ -92,6 +92,7 @@ class RunRecord:
         refine_negative: Their negative prompt; None: `negative`.
         draft: The image is stage 1's, and the run goes on from it: the mark of its pixels (`drafts.mark`). None: it is
             no draft.
+        draft_latents: The CRC-32 of the chunk with stage 1's latents; None: the file has none.
         draft_steps: The fewer steps of a draft that is for ranking alone.
         preview: How the image was made cheaply ("few, 6 steps"), where it is a preview of the run and not its result;
             else None.
@@ -121,6 +122,7 @@ class RunRecord:
     refine_prompt: str | None = None
     refine_negative: str | None = None
     draft: str | None = None
+    draft_latents: str | None = None
     draft_steps: int | None = None
     preview: str | None = None
 
@@ -253,7 +255,7 @@ _LONGEST = 12 * (5 * MAX_PROMPT + 2 * MAX_ENTRIES * MAX_WORD)
 _OLD: Mapping[str, Any] = MappingProxyType(
     {
         **dict.fromkeys(("start", "start_sha256", "strength", "refine_prompt", "refine_negative")),
-        **dict.fromkeys(("draft", "draft_steps", "preview")),
+        **dict.fromkeys(("draft", "draft_latents", "draft_steps", "preview")),
         "unfinished": False,
         "dtypes": {},
         "loras": [],
@@ -288,6 +290,7 @@ _KINDS: Mapping[str, Callable[[object], bool]] = MappingProxyType(
         "refine_prompt": _is_text(MAX_PROMPT, optional=True),
         "refine_negative": _is_text(MAX_PROMPT, optional=True),
         "draft": _is_word_or_none,
+        "draft_latents": _is_word_or_none,
         "draft_steps": lambda value: value is None or _is_whole(1, MAX_STEPS)(value),
         "preview": _is_word_or_none,
     }

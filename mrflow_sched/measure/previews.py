@@ -18,7 +18,7 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.measure.preview_kinds import FEW_STEPS, KINDS
 from mrflow_sched.methods.previews import Chain, Nested
 from mrflow_sched.plan.checks import checked_whole
-from mrflow_sched.plan.recipes import explicit_recipe, sigmas_from_recipe
+from mrflow_sched.plan.make import with_first_steps
 from mrflow_sched.plan.sizes import tokens_of
 from mrflow_sched.plan.solver_table import solver_evaluations
 from mrflow_sched.plan.stages import StagedPlan
@@ -165,15 +165,7 @@ def few_plan(plan: StagedPlan, steps: int, name: str = "steps") -> StagedPlan:
     full = plan.stages[0]
     if steps >= full.steps:
         raise MrFlowError(f"{name} is {steps}, and the run itself takes {full.steps}; preview it with fewer steps.")
-    kind, _, numbers = f"{full.recipe} ".partition(" ")
-    if kind == "list":
-        marks = (full.steps * each / steps for each in range(steps + 1))
-        recipe = explicit_recipe([_between(full.sigmas, mark) for mark in marks])
-    else:
-        recipe = f"{kind} {steps} {numbers.split(' ', 1)[1]}".strip()
-    forwards = round(full.forwards * steps / solver_evaluations(full.solver, full.steps))
-    stage = replace(full, sigmas=sigmas_from_recipe(recipe), recipe=recipe, solver="multistep", forwards=forwards)
-    return replace(plan, stages=(stage,), notes=())
+    return replace(with_first_steps(plan, steps, "multistep"), notes=())
 
 
 def shrunk(images: Tensor, width: int, height: int) -> Tensor:
@@ -188,12 +180,6 @@ def shrunk(images: Tensor, width: int, height: int) -> Tensor:
         (B, 3, height, width).
     """
     return functional.interpolate(images, (height, width), mode="area")
-
-
-def _between(sigmas: Sequence[float], mark: float) -> float:
-    """The schedule at a whole or broken number of steps."""
-    below = min(int(mark), len(sigmas) - 2)
-    return sigmas[below] + (mark - below) * (sigmas[below + 1] - sigmas[below])
 
 
 def _cost(family: Family, plan: StagedPlan, small: StagedPlan, method: Nested) -> float:

@@ -26,9 +26,8 @@ Measure = Callable[[Tensor, Sequence[str]], Tensor]
 READING_SIDE = 128
 """Pixels of the shorter side at which sharpness is read, so that a draft and a finished image can be compared."""
 READING_BLUR = 1.0
-"""Standard deviation in pixels of the Gaussian before the Laplacian. Rank correlation of drafts with finished images,
-measured on the prompts of bench/results/ranks.md, by which it was chosen, and on four others: with it .90 to .97, .88
-to .99; without it .82 to .85, .79 to .94; without either, at each image's own size, .31 to .76, -.56 to .88."""
+"""Standard deviation in pixels of the Gaussian before the Laplacian: without it fine grain decides, which a draft says
+little of (bench/results/ranks.md, on whose prompts it was chosen)."""
 
 
 @dataclass(frozen=True)

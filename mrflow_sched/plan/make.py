@@ -161,27 +161,34 @@ def make_sized_plan(
     return replace(plan, notes=plan_notes(plan, family, stretches=stretches, grid=grid))
 
 
-def with_first_steps(plan: StagedPlan, steps: int) -> StagedPlan:
-    """A plan with another number of steps in stage 1, as cheap drafts take them.
+def with_first_steps(plan: StagedPlan, steps: int, solver: str | None = None) -> StagedPlan:
+    """A plan with another number of steps in stage 1, as cheap drafts and previews take them.
 
     Args:
         plan: The plan.
         steps: 1 to 1000.
+        solver: Of stage 1; None: the plan's.
 
     Returns:
-        The same plan where its stage 1 has that many steps.
+        The plan; its notes are those of `plan`.
 
     Raises:
-        MrFlowError: `steps` is out of range, or stage 1 has a list of sigmas instead of a rule.
+        MrFlowError: `steps` is out of range.
     """
     first = plan.stages[0]
-    if checked_whole(steps, "steps", 1, MAX_STEPS) == first.steps:
+    chosen = first.solver if solver is None else solver
+    if checked_whole(steps, "steps", 1, MAX_STEPS) == first.steps and chosen == first.solver:
         return plan
     recipe = recipe_of_steps(first.recipe, steps)
-    sigmas = sigmas_from_recipe(recipe)
     each = first.forwards / solver_evaluations(first.solver, first.steps)
-    forwards = math.ceil(each * solver_evaluations(first.solver, steps))
-    return replace(plan, stages=(replace(first, sigmas=sigmas, recipe=recipe, forwards=forwards), *plan.stages[1:]))
+    stage = replace(
+        first,
+        sigmas=sigmas_from_recipe(recipe),
+        recipe=recipe,
+        solver=chosen,
+        forwards=math.ceil(each * solver_evaluations(chosen, steps)),
+    )
+    return replace(plan, stages=(stage, *plan.stages[1:]))
 
 
 def _checked_sizes(sizes: object) -> list[tuple[int, int]]:

@@ -105,19 +105,24 @@ def recipe_of_steps(recipe: str, steps: int) -> str:
     """The schedule of a recipe with another number of steps; its shift stays.
 
     Args:
-        recipe: A recipe of stage 1.
+        recipe: A recipe of stage 1. Values that are spelled out are interpolated linearly, by the number of the step.
         steps: 1 to 1000.
 
     Returns:
         The other recipe.
-
-    Raises:
-        MrFlowError: The recipe spells out its values, so that it has no other number of steps.
     """
     kind, *words = recipe.split(" ")
-    if kind in ("list", "none"):
-        raise MrFlowError(f"steps={steps} cannot be taken, as stage 1 has sigmas of its own; leave steps out.")
-    return " ".join([kind, str(steps), *words[1:]])
+    if kind != "list":
+        return " ".join([kind, str(steps), *words[1:]])
+    sigmas = sigmas_from_recipe(recipe)
+    marks = [(len(sigmas) - 1) * each / steps for each in range(steps + 1)]
+    return explicit_recipe([_between(sigmas, mark) for mark in marks])
+
+
+def _between(sigmas: Sigmas, mark: float) -> float:
+    """A schedule at a whole or broken number of steps."""
+    below = min(int(mark), len(sigmas) - 2)
+    return sigmas[below] + (mark - below) * (sigmas[below + 1] - sigmas[below])
 
 
 def read_number(text: str) -> float:

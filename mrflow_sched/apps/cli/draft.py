@@ -38,6 +38,7 @@ from mrflow_sched.images.record import MAX_BATCH, RunRecord
 from mrflow_sched.plan.checks import MAX_STEPS
 
 if TYPE_CHECKING:
+    from mrflow_sched.drafts import Draft
     from mrflow_sched.measure.ranking import RankReport
     from mrflow_sched.measure.scores import Score
     from mrflow_sched.plan.stages import StagedPlan
@@ -342,24 +343,24 @@ def _make_drafts(
     bar: Callable[[str, Progress], None],
     stop: Stop,
 ) -> None:
-    from mrflow_sched.drafts import make_drafts
+    from mrflow_sched.drafts import draft
+
+    def keep(made_one: Draft) -> None:
+        with stop.whole():
+            made.drafts.append(save(request.output.folder, made_one, record))
 
     count = request.batch * len(request.prompts)
-    drafts = make_drafts(
+    draft(
         *(loaded.engine, plan, request.prompts),
         batch=request.batch,
         negative_prompt=request.negative,
         refine_prompt=request.refine_prompt,
         refine_negative_prompt=request.refine_negative,
         steps=request.steps,
+        on_draft=keep,
         callback=lambda step: bar(f"draft {len(made.drafts) + 1} of {count}", step),
         cancel=stop.polled,
     )
-    for draft in drafts:
-        with stop.whole():
-            made.drafts.append(save(request.output.folder, draft, record))
-        if stop.requested:
-            break
 
 
 def _put_in_order(made: Made, scores: Sequence[Score]) -> None:
@@ -396,7 +397,7 @@ def _finish_best(
         drafted: list[SavedDraft] = []
         for saved in group[: request.keep]:
             done += 1
-            record = replace(saved.record, unfinished=False, draft=None, draft_steps=None)
+            record = replace(saved.record, unfinished=False, draft=None, draft_latents=None, draft_steps=None)
             job = Job(
                 saved.draft.plan,
                 saved.draft.prompt,

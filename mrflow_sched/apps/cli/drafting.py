@@ -14,8 +14,7 @@ from mrflow_sched.apps.cli.console import say
 from mrflow_sched.apps.cli.load import Job, Loaded
 from mrflow_sched.apps.cli.results import Results
 from mrflow_sched.apps.cli.stopping import Stop
-from mrflow_sched.images.parameters import PARAMETERS, parameters_text
-from mrflow_sched.images.record import KEY, SHEET, RunRecord
+from mrflow_sched.images.record import SHEET, RunRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,20 +61,10 @@ def save(folder: Path, draft: Draft, record: RunRecord) -> SavedDraft:
     Raises:
         FileError: The file cannot be written.
     """
-    from mrflow_sched.images.drafts import mark_of, save_draft
+    from mrflow_sched.images.drafts import save_draft
 
-    own = replace(
-        record,
-        plan=draft.plan.to_string(),
-        prompt=draft.prompt,
-        seed=draft.seed,
-        unfinished=True,
-        draft=mark_of(draft.image),
-        draft_steps=draft.steps,
-    )
-    text = {PARAMETERS: parameters_text(own), KEY: own.to_json()}
-    path = save_draft(folder, f"draft-{draft.seed}", draft.image, draft.latents, text)
-    return SavedDraft(draft, path, own)
+    own = replace(record, plan=draft.plan.to_string(), prompt=draft.prompt, seed=draft.seed, draft_steps=draft.steps)
+    return SavedDraft(draft, *save_draft(folder, f"draft-{draft.seed}", draft.image, draft.latents, own))
 
 
 def sheet_text(drafts: Sequence[SavedDraft]) -> dict[str, str]:
@@ -239,27 +228,22 @@ def finish_one(
     Returns:
         The run's result.
     """
-    from mrflow_sched.sampler import sample_staged
+    from mrflow_sched.drafts import finish
 
-    draft = picked.draft
     if picked.pixels is not None:
         say(
             f"{picked.name}: its pixels are not those that were made, so they are what is finished, from 8 bits a "
             "channel: near, not equal to the whole run."
         )
-    result = sample_staged(
-        *(loaded.engine, draft.plan, draft.prompt),
-        negative_prompt=draft.negative_prompt,
-        refine_prompt=draft.refine_prompt,
-        refine_negative_prompt=draft.refine_negative_prompt,
+    result = finish(
+        *(loaded.engine, picked.draft),
+        pixels=picked.pixels,
         upscaler=loaded.upscaler,
         callback=lambda step: bar(name, step),
         cancel=stop.polled,
         keep_stages=keep_stages,
-        image=picked.pixels,
-        latents=draft.latents,
     )
     results.add_timings(result.timings)
-    if not (result.cancelled and result.forwards == 0 and draft.latents is None and picked.pixels is None):
+    if not result.empty:
         results.save(folder, suffix, picked.job, record, result)
     return result

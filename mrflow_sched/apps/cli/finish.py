@@ -14,7 +14,6 @@ from mrflow_sched.apps.cli.drafting import Pick, Picked, files_of, finish_one
 from mrflow_sched.apps.cli.forecast import check_memory
 from mrflow_sched.apps.cli.load import (
     Job,
-    Loaded,
     check_packages,
     find_upscaler,
     load,
@@ -138,6 +137,8 @@ def run(request: FinishRequest) -> Outcome:
 
 
 def _finish_all(request: FinishRequest, results: Results) -> None:
+    from mrflow_sched.drafts import fitted
+
     output, model = request.output, request.model
     picked = _picked(request)
     source = picked[0].record
@@ -162,7 +163,7 @@ def _finish_all(request: FinishRequest, results: Results) -> None:
         say_differences(source, record)
         if other is not None:
             say(f"{other[:1].upper()}{other[1:].partition(';')[0]}, as you asked.")
-        picked = tuple(_usable(each, loaded) for each in picked)
+        picked = tuple(replace(each, draft=fitted(each.draft, loaded.engine)) for each in picked)
         say_new(_notes(picked), results.notes)
         with current().keeping() as stop, progress_bar(output.progress) as bar:
             for number, each in enumerate(picked, 1):
@@ -189,8 +190,9 @@ def _finish_all(request: FinishRequest, results: Results) -> None:
 def _picked(request: FinishRequest) -> tuple[Picked, ...]:
     """Read the drafts, each once; files that are named are looked at before a model is loaded."""
     named = [found for pick in request.picks for found in files_of(pick)]
-    unique = {file.resolve(): (name, file, record) for name, file, record in reversed(named)}
-    return tuple(_read(*unique[file]) for file in dict.fromkeys(file.resolve() for _, file, _ in named))
+    unique = {(file.resolve(), record and record.to_json()): (name, file, record) for name, file, record in named}
+    read = [(file.resolve(), _read(name, file, record)) for name, file, record in unique.values()]
+    return tuple({(place, each.record.to_json()): each for place, each in read}.values())
 
 
 def _read(name: str, file: Path, listed: RunRecord | None) -> Picked:
@@ -227,14 +229,6 @@ def _picked_of(name: str, record: RunRecord, latents: Tensor | None, image: Tens
         refine_negative=record.refine_negative,
     )
     return Picked(name, record, job, draft, image if changed else None)
-
-
-def _usable(picked: Picked, loaded: Loaded) -> Picked:
-    """A draft without its latents where they are not such as the model leaves."""
-    stage, latents = picked.draft.plan.stages[0], picked.draft.latents
-    if latents is None or tuple(latents.shape) == tuple(loaded.engine.latent_shape(stage.width, stage.height)):
-        return picked
-    return replace(picked, draft=replace(picked.draft, latents=None))
 
 
 def _check_alike(picked: Sequence[Picked]) -> None:

@@ -299,8 +299,8 @@ def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> Non
             for number, job in enumerate(jobs, 1):
                 name = "" if len(jobs) == 1 else f"{number} of {len(jobs)}"
                 result = _sample(loaded, job, lambda step, name=name: bar(name, step), stop, request.save_stages)
-                if result.cancelled and result.forwards == 0 and job.start is None:
-                    break  # nothing was made yet: the image is grey
+                if result.empty:
+                    break
                 results.add_timings(result.timings)
                 results.save(output.folder, request.suffix, job, replace(record, prompt=job.prompt), result)
                 if stop.requested:

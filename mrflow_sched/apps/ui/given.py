@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mrflow_sched._runtime.errors import MrFlowError, quoted, shown
 from mrflow_sched.apps.ui.choices import Choices
 from mrflow_sched.apps.ui.studio import Studio
-from mrflow_sched.drafts import draft_of, rerun_note
+from mrflow_sched.drafts import draft_of, fitted, rerun_note
 from mrflow_sched.images.drafts import read_draft
 from mrflow_sched.images.files import read_text
 from mrflow_sched.images.foreign import read_foreign
@@ -101,11 +101,7 @@ def given_draft(path: Path, studio: Studio) -> Draft:
             f"the pixels of the draft {path.name!r} are not those that were made, so it cannot be finished to the "
             "image that it promised; upscale it as an image instead."
         )
-    draft = draft_of(f"the draft {path.name!r}", file.record, file.image, file.latents)
-    stage, latents = draft.plan.stages[0], draft.latents
-    if latents is None or tuple(latents.shape) == tuple(studio.engine.latent_shape(stage.width, stage.height)):
-        return draft
-    return replace(draft, latents=None)
+    return fitted(draft_of(f"the draft {path.name!r}", file.record, file.image, file.latents), studio.engine)
 
 
 def _recorded(record: RunRecord, path: Path, family: Family) -> Given:

@@ -15,6 +15,7 @@ from mrflow_sched import drafts
 from mrflow_sched.apps.ui.jobs import Job
 from mrflow_sched.apps.ui.studio import Studio, Wish
 from mrflow_sched.images.convert import to_pil
+from mrflow_sched.measure import ranking
 from mrflow_sched.measure.compare import native_plan_of, shortest
 from mrflow_sched.measure.scores import get_score
 from mrflow_sched.sampler import sample_staged
@@ -69,8 +70,8 @@ def generate(studio: Studio, wish: Wish, job: Job) -> Made | None:
     Raises:
         MrFlowError: The run cannot be done, or the image cannot be saved.
     """
-    watch, starts = _Watch(studio, job), wish.start is not None
-    return _kept(studio, wish, job, lambda: _sampled(studio, wish, job, watch), starts=starts)
+    watch = _Watch(studio, job)
+    return _kept(studio, wish, job, lambda: _sampled(studio, wish, job, watch))
 
 
 def make_drafts(studio: Studio, wish: Wish, count: int, job: Job) -> None:
@@ -86,18 +87,21 @@ def make_drafts(studio: Studio, wish: Wish, count: int, job: Job) -> None:
         MrFlowError: The run cannot be done.
     """
     watch = _Watch(studio, job, "draft {number} of {count}", count)
-    made = drafts.make_drafts(
+
+    def keep(made: Draft) -> None:
+        job.made.append(made)
+        watch.number += 1
+
+    drafts.draft(
         studio.engine,
         wish.plan,
         wish.prompt,
         batch=count,
         negative_prompt=wish.negative,
+        on_draft=keep,
         callback=watch,
         cancel=job.stop.is_set,
     )
-    for each in made:
-        job.made.append(each)
-        watch.number += 1
 
 
 def ordered(made: Sequence[Draft], order: str) -> tuple[tuple[Draft, str], ...]:
@@ -115,9 +119,9 @@ def ordered(made: Sequence[Draft], order: str) -> tuple[tuple[Draft, str], ...]:
     """
     if order == BY_SEED or not made:
         return tuple((each, f"seed {each.seed}") for each in sorted(made, key=lambda each: each.seed))
-    scored = get_score(order)(torch.stack([each.image for each in made]), [each.prompt for each in made])
-    ranked = sorted(zip(made, map(float, scored), strict=True), key=lambda pair: -pair[1])
-    return tuple((each, f"seed {each.seed}, {value:.3g}") for each, value in ranked)
+    images = torch.stack([each.image for each in made])
+    rows, best_first = ranking.order(images, [each.prompt for each in made], [get_score(order)])
+    return tuple((made[place], f"seed {made[place].seed}, {rows[place][0]:.3g}") for place in best_first)
 
 
 def finish(studio: Studio, chosen: Sequence[Draft], job: Job) -> None:
@@ -145,9 +149,7 @@ def finish(studio: Studio, chosen: Sequence[Draft], job: Job) -> None:
         )
         note = drafts.rerun_note(f"The draft of seed {each.seed}", each)
         said = () if note is None else (note,)
-        # Without latents the run starts from noise: cancelled at once it has made no image.
-        starts = each.steps is None and each.latents is not None
-        _kept(studio, wish, job, lambda each=each: _finished(studio, each, watch), starts=starts, said=said)
+        _kept(studio, wish, job, lambda each=each: _finished(studio, each, watch), said)
         watch.number += 1
 
 
@@ -194,23 +196,14 @@ def _finished(studio: Studio, chosen: Draft, watch: _Watch) -> StagedResult:
 
 
 def _kept(
-    studio: Studio,
-    wish: Wish,
-    job: Job,
-    run: Callable[[], StagedResult],
-    *,
-    starts: bool = False,
-    said: tuple[str, ...] = (),
+    studio: Studio, wish: Wish, job: Job, run: Callable[[], StagedResult], said: tuple[str, ...] = ()
 ) -> Made | None:
-    """Run and save, whatever was made; None where nothing was.
-
-    `starts`: the run starts from an image. `said`: notes that stand before those of the run.
-    """
+    """Run and save, whatever was made; None where nothing was. `said`: notes that stand before those of the run."""
     begun = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - begun
-    if result.cancelled and result.forwards == 0 and not starts:
-        return None  # the image is grey
+    if result.empty:
+        return None
     job.tell("saving", 1.0)
     path = studio.save(wish, result)
     notes = _new((*said, *(result.notes if wish.start is None else wish.start.notes(wish.plan)), *result.warnings))

@@ -159,6 +159,15 @@ def test_a_draft_that_is_gone_is_made_again_from_the_sheet(mrflow: Any, folder: 
     assert Path(out.strip()).read_bytes() == whole(mrflow, tmp_path / "whole", 6)
 
 
+def test_two_sheets_of_one_folder_are_both_heard(mrflow: Any, folder: Path, tmp_path: Path) -> None:
+    (folder / "draft-6.png").unlink()
+    mrflow("draft", "a blue star", *SMALL, "--seed", "6", "--batch", "1", "--out", str(folder))
+    picks = (f"{folder / 'drafts.png'}#2", f"{folder / 'drafts-2.png'}#1", str(folder / "draft-6.png"))
+    code, out, _ = mrflow("finish", *picks, "--out", str(tmp_path / "finished"), "--json")
+    assert code == 0
+    assert [each["prompt"] for each in json.loads(out)["details"]] == [PROMPT, "a blue star"]
+
+
 def test_a_sheet_never_finishes_another_draft(mrflow: Any, folder: Path, tmp_path: Path) -> None:
     """A later draft took the name of one that was removed."""
     (folder / "draft-6.png").unlink()
@@ -170,7 +179,9 @@ def test_a_sheet_never_finishes_another_draft(mrflow: Any, folder: Path, tmp_pat
     assert Path(out.strip()).read_bytes() == whole(mrflow, tmp_path / "whole", 6)
 
 
-@pytest.mark.parametrize("latents", [torch.full((16, 4, 4), torch.nan), torch.zeros(16, 4, 5), torch.zeros(0)], ids=str)
+@pytest.mark.parametrize(
+    "latents", [torch.full((16, 4, 4), torch.nan), torch.zeros(16, 4, 5), torch.zeros(16, 4, 4)], ids=str
+)
 def test_latents_that_no_stage_leaves_are_made_again(
     mrflow: Any, folder: Path, tmp_path: Path, latents: torch.Tensor
 ) -> None:
@@ -285,7 +296,6 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("draft", "a", "--low-steps", "3", "--draft-steps", "4"), "at most the 3 of the plan's stage 1, got 4"),
     (("draft", "a", "--native"), "--native is for native sampling, which has no first stage to draft"),
     (("draft", "a", "--steps", "3"), "--steps is for native sampling"),
-    (("draft", "a", "--sigmas", "1,0.5,0", "--draft-steps", "1"), "stage 1 has sigmas of its own"),
     (("finish", "none.png"), "there is no image file 'none.png'"),
     (("finish", "none.png#2"), "there is no image file 'none.png'"),
     (("finish", "none.png#x"), "should end in numbers of drafts"),
@@ -339,7 +349,7 @@ def test_an_altered_sheet_is_one_sentence(mrflow: Any, folder: Path, listed: str
 
 def test_numbers_of_a_pick() -> None:
     assert Pick.from_text("a.png#1,4-6,4").numbers == (1, 4, 5, 6)
-    assert Pick.from_text("a#b.png").file == Path("a#b.png") if Path("a#b.png").exists() else True
+    assert Pick.from_text("a#b.png#02") == Pick(Path("a#b.png"), (2,))
 
 
 def test_a_name_with_a_number_sign_is_a_file(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from mrflow_sched.apps.ui.choices import Choices, sizes_of
 from mrflow_sched.apps.ui.given import given_draft, read_given
 from mrflow_sched.apps.ui.jobs import Job
 from mrflow_sched.apps.ui.studio import Studio
-from mrflow_sched.images.drafts import mark_of, save_draft
+from mrflow_sched.images.convert import to_8_bit
+from mrflow_sched.images.drafts import mark, save_draft
 from mrflow_sched.images.files import read_text, save_png
 from mrflow_sched.images.record import RunRecord
 from mrflow_sched.plan.cost import work_ratio
@@ -251,7 +252,7 @@ def test_what_an_image_is_and_what_would_repeat_it_is_said(studio: Studio, tmp_p
     for changes, kind, exact in (
         ({"preview": "few, 6 steps"}, "A preview (few, 6 steps) of a native image, made by", "makes the native image"),
         ({"unfinished": True}, "An unfinished image, made by mrflow", "completes its run."),
-        ({"draft": mark_of(GREY)}, "A draft, made by mrflow", "makes the whole image."),
+        ({"draft": mark(GREY)}, "A draft, made by mrflow", "makes the whole image."),
         ({}, "Made by mrflow", "repeats the image as it is."),
     ):
         given = read_given(saved(tmp_path / "own.png", replace(record, **changes)), studio.family)
@@ -304,14 +305,13 @@ def test_a_saved_draft_is_finished_to_the_same_image(studio: Studio, tmp_path: P
     [whole] = done(lambda job: work.generate(studio, wish, job)).made
     [draft, _] = done(lambda job: work.make_drafts(studio, wish, 2, job)).made
     record = RunRecord.from_json(read_text(whole.path)["mrflow"])
-    text = {"mrflow": replace(record, draft=mark_of(draft.image)).to_json()}
     foreign = torch.zeros(16, 2, 2)
     for latents, note in (
         (draft.latents, ""),
         (foreign, ""),
         (None, "holds no latents that can be used, so stage 1 runs again"),
     ):
-        file = save_draft(tmp_path, "draft", draft.image, latents, text)
+        file, _ = save_draft(tmp_path, "draft", draft.image, latents, record)
         said = read_given(file, studio.family).words
         assert "A draft, made by mrflow" in said
         assert note in said
@@ -328,7 +328,7 @@ def test_a_draft_for_ranking_alone_is_finished_with_the_word_that_the_image_is_a
 ) -> None:
     [whole] = done(lambda job: work.generate(studio, SMALL.wish(studio), job)).made
     record = RunRecord.from_json(read_text(whole.path)["mrflow"])
-    file = saved(tmp_path / "cheap.png", replace(record, draft=mark_of(GREY), draft_steps=1))
+    file = saved(tmp_path / "cheap.png", replace(record, draft=mark(to_8_bit(GREY)), draft_steps=1))
     sentence = "was sampled in 1 steps, for ranking alone: the image comes from a stage 1 of its own, of 3 steps."
     assert f" It {sentence}" in read_given(file, studio.family).words
     [made] = done(lambda job: work.finish(studio, [given_draft(file, studio)], job)).made
@@ -349,12 +349,12 @@ def test_a_draft_of_another_model_and_a_finished_image_are_refused(studio: Studi
     with pytest.raises(MrFlowError, match="is no draft"):
         given_draft(whole.path, studio)
     record = RunRecord.from_json(read_text(whole.path)["mrflow"])
-    other = replace(record, draft=mark_of(GREY), model_fingerprint="another")
+    other = replace(record, draft=mark(GREY), model_fingerprint="another")
     with pytest.raises(MrFlowError, match="other weights"):
         given_draft(saved(tmp_path / "other.png", other), studio)
     edited = replace(record, draft="00000000")
     with pytest.raises(MrFlowError, match=r"the pixels of the draft 'edited\.png' are not those that were made"):
         given_draft(saved(tmp_path / "edited.png", edited), studio)
-    lanczos = replace(record, draft=mark_of(GREY), upscaler="x2", upscaler_sha256="0" * 64)
+    lanczos = replace(record, draft=mark(GREY), upscaler="x2", upscaler_sha256="0" * 64)
     with pytest.raises(MrFlowError, match="made with the upscaler 'x2'"):
         given_draft(saved(tmp_path / "x2.png", lanczos), studio)
