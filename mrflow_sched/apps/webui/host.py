@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal, Protocol
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
-from mrflow_sched.plan.families import Family, HostFacts, ShiftRule, family_of_host, get_family
+from mrflow_sched.plan.families import Family, HostFacts, family_of_host, get_family, unknown_flow
 
 __all__ = [
     "Host",
@@ -422,10 +422,8 @@ def _family(p: Any, model: Any, engine: str, name: str, flow: bool) -> tuple[Fam
     found = family_of_host(facts)
     if found is not None:
         return found, True
-    # The grid and the guidance of models like it, and the shift that the host gives it.
     like = get_family("sdxl" if facts.is_sdxl else "z-image")
-    shift = ShiftRule("static", shift=_host_shift(model) or 1.0)
-    return replace(like, name="flow", title=engine or "flow model", prediction="flow", shift=shift), False
+    return unknown_flow(engine, shift=_host_shift(model) or 1.0, like=like), False
 
 
 def _host_shift(model: Any) -> float | None:

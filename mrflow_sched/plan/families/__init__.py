@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
@@ -43,6 +44,7 @@ from mrflow_sched.plan.families.base import (
     Preset,
     ShiftRule,
 )
+from mrflow_sched.plan.families.unknown import unknown_flow
 
 __all__ = [
     "FAMILIES",
@@ -54,10 +56,12 @@ __all__ = [
     "Prediction",
     "Preset",
     "ShiftRule",
+    "families_alike",
     "families_of",
     "family_of_host",
     "family_of_pipeline",
     "get_family",
+    "unknown_flow",
 ]
 
 
@@ -176,13 +180,29 @@ def family_of_pipeline(pipe: Any, families: Mapping[str, Family] = FAMILIES) -> 
 
 
 def family_of_host(facts: HostFacts, families: Mapping[str, Family] = FAMILIES) -> Family | None:
-    """The family of the checkpoint that a WebUI has loaded.
+    """The family of the model that a host has loaded.
 
     Args:
-        facts: What the WebUI says of the checkpoint.
+        facts: What the WebUI or ComfyUI says of the model.
         families: Where to look; by default all that the package knows.
 
     Returns:
         The family; None where no family recognises it.
     """
     return next((family for family in families.values() if family.host(facts)), None)
+
+
+def families_alike(facts: HostFacts, families: Mapping[str, Family] = FAMILIES) -> tuple[Family, ...]:
+    """Families that the CFG scale alone tells from the one that was found, as their networks are the same.
+
+    Args:
+        facts: What the host says of the model.
+        families: Where to look; by default all that the package knows.
+
+    Returns:
+        What the model could be besides `family_of_host`'s, for a sentence that says what was assumed; empty where the
+        model or its name tells.
+    """
+    found = family_of_host(facts, families)
+    told = [family_of_host(replace(facts, guidance=scale), families) for scale in (1.0, 4.0)]
+    return tuple(family for family in told if family is not None and family is not found)

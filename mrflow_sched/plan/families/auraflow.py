@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mrflow_sched.plan.families.base import Family, PipelineInfo, ShiftRule, always
+from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, ShiftRule, always
 from mrflow_sched.plan.families.shared import (
     ASSUMED_PRESETS,
     DIFFUSERS,
@@ -12,6 +12,11 @@ from mrflow_sched.plan.families.shared import (
     sources,
     transformer_flop,
 )
+
+
+def _host(facts: HostFacts) -> bool:
+    return facts.flow and facts.engine == "AuraFlow"
+
 
 # 4 double and 32 single blocks; the gated MLP of 8/3 width has three matrices, so 4 + 8 again.
 _AURA_LINEAR, _AURA_ATTENTION = transformer_flop(3072, 36)
@@ -35,6 +40,7 @@ _AURAFLOW = Family(
         even_list=False,
         text_outputs=MASKED_CFG_TEXT,
     ),
+    host=_host,
     sources=sources(
         "careful",
         shift=f"{SCHEDULER} (1.73), recalled; diffusers ends the schedule at the shifted 1/1000",

@@ -219,17 +219,19 @@ class PipelineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
-    """What a WebUI says of its loaded checkpoint.
+    """What a host, a WebUI or ComfyUI, says of its loaded model.
 
     Attributes:
-        engine: Name of the class that holds the model.
+        engine: Name of the class that holds the model; in ComfyUI that of its configuration, such as "FluxSchnell".
         name: The checkpoint's name, in lower case: for what the model itself cannot tell.
         repository: The repository that its configuration names, in lower case.
         flow: It predicts a velocity.
-        guidance: The job's CFG scale; None: no job.
+        guidance: The CFG scale that is asked for; None: none is.
         distilled_scale: The network reads a guidance scale.
         is_sd3: The host's own mark of SD3.
         is_sdxl: The host's own mark of SDXL.
+        config: What ComfyUI found out about the network, such as its "depth" or "hidden_size"; empty in a WebUI.
+        latent_channels: Channels of the latents; None: the host does not say.
     """
 
     engine: str
@@ -240,6 +242,20 @@ class HostFacts:
     distilled_scale: bool = True
     is_sd3: bool = False
     is_sdxl: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    latent_channels: int | None = None
+
+    def number(self, key: str) -> int:
+        """A whole number of `config`.
+
+        Args:
+            key: Such as "depth".
+
+        Returns:
+            The number; 0 where there is none.
+        """
+        value = self.config.get(key)
+        return value if isinstance(value, int) else 0
 
 
 def named_distilled(name: str) -> bool | None:
@@ -318,7 +334,7 @@ class Family:
         vae_cost: Work and memory of the VAE; None: not counted.
         usual_upscaler: The name in `cost.UPSCALER_FLOP` that its cost is counted with.
         pipeline: Its diffusers pipelines; None: probed.
-        host: Whether a WebUI's checkpoint is of this family.
+        host: Whether a host's loaded model is of this family.
         sources: Where the value of each field comes from; not part of equality.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mrflow_sched.plan.families.base import Family, NetworkCost, PixelCost, Preset, ShiftRule, VaeCost
+from mrflow_sched.plan.families.base import Family, HostFacts, NetworkCost, PixelCost, Preset, ShiftRule, VaeCost
 from mrflow_sched.plan.families.flux1 import PIPELINE
 from mrflow_sched.plan.families.shared import sources, transformer_flop
 
@@ -15,6 +15,10 @@ _MEASURED = "docs/quality.md: composites of 6+1 to 20+1 lie within 0.004 of each
 def _demo(pipe: Any) -> bool:
     scale = bool(pipe.transformer.config.guidance_embeds)
     return scale and 2 ** (len(pipe.vae.config.block_out_channels) - 1) == 4
+
+
+def _host(facts: HostFacts) -> bool:
+    return facts.flow and facts.engine == "DemoFlux"
 
 
 # The embedded model. Its cost depends on the width of the shipped network: change both here and nowhere else.
@@ -43,6 +47,7 @@ _DEMO = Family(
     vae_cost=VaeCost(PixelCost(7.0055e4, 0.0, 146.0), PixelCost(2.7288e4, 0.0, 102.0), 3.8e5),
     usual_upscaler="demo",
     pipeline=replace(PIPELINE, titles=(), tells=_demo, max_sequence_length=32),
+    host=_host,
     sources=sources(
         "multistep",
         vae_factor="tools/train_demo",

@@ -34,7 +34,9 @@ def _schnell(pipe: Any) -> bool:
 
 def _host_schnell(facts: HostFacts) -> bool:
     said = "schnell" in f"{facts.name} {facts.repository}"
-    return facts.flow and facts.engine == "Flux" and (said or not facts.distilled_scale)
+    # ComfyUI's name for every network of this layout that reads no scale, whoever's text it reads: schnell's is T5's.
+    like = facts.engine == "FluxSchnell" and facts.config.get("context_in_dim", 4096) == 4096
+    return facts.flow and (like or (facts.engine == "Flux" and (said or not facts.distilled_scale)))
 
 
 def _host_krea(facts: HostFacts) -> bool:

@@ -29,7 +29,9 @@ def _base(pipe: Any) -> bool:
 
 
 def _host_dev(facts: HostFacts) -> bool:
-    return facts.flow and facts.engine == "Flux2" and "flux.2-dev" in facts.repository
+    # ComfyUI says how wide the network is: 3072 and 4096 are Klein's two sizes.
+    said = "flux.2-dev" in facts.repository or facts.number("hidden_size") >= 6144
+    return facts.flow and facts.engine == "Flux2" and said
 
 
 def _host_klein(facts: HostFacts) -> bool:

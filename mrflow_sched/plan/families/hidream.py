@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from mrflow_sched.plan.families.base import Family, PipelineInfo, Preset, ShiftRule
+from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, Preset, ShiftRule
 from mrflow_sched.plan.families.shared import (
     ASSUMED_PRESETS,
     CARD,
@@ -26,6 +27,21 @@ def _distilled(pipe: Any) -> bool:
 
 def _full(pipe: Any) -> bool:
     return not _distilled(pipe)
+
+
+def _host(facts: HostFacts) -> bool:
+    return facts.flow and facts.engine == "HiDream"
+
+
+def _host_distilled(facts: HostFacts) -> bool:
+    # One network: the names are hidream_i1_full, _dev and _fast.
+    if re.search(r"full|(?<![a-z])(dev|fast)(?![a-z])", facts.name):
+        return _host(facts) and "full" not in facts.name
+    return _host(facts) and facts.guidance == 1
+
+
+def _host_full(facts: HostFacts) -> bool:
+    return _host(facts) and not _host_distilled(facts)
 
 
 _PIPELINE = PipelineInfo(
@@ -60,6 +76,7 @@ _HIDREAM = Family(
     linear_cost=_HIDREAM_LINEAR,
     attention_cost=_HIDREAM_ATTENTION,
     pipeline=_PIPELINE,
+    host=_host_full,
     sources=sources(
         "careful",
         shift=f"{SCHEDULER} of Full: flow_shift 3.0; recalled, not read again",
@@ -80,6 +97,7 @@ _HIDREAM_DEV = replace(
     presets=(Preset("12+1", 12, 1, 0.12, "not measured"), Preset("20+1", 20, 1, 0.15, "not measured")),
     solver="euler",
     pipeline=replace(_PIPELINE, tells=_distilled),
+    host=_host_distilled,
     sources=MappingProxyType(
         {
             **_HIDREAM.sources,

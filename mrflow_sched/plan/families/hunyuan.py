@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from mrflow_sched.plan.families.base import Family, PipelineInfo, Preset, ShiftRule
+from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, Preset, ShiftRule
 from mrflow_sched.plan.families.shared import (
     ASSUMED_PRESETS,
     CARD,
@@ -25,6 +25,14 @@ def _distilled(pipe: Any) -> bool:
 
 def _base(pipe: Any) -> bool:
     return not _distilled(pipe)
+
+
+def _host_distilled(facts: HostFacts) -> bool:
+    return facts.flow and facts.engine == "HunyuanImage21" and bool(facts.config.get("guidance_embed"))
+
+
+def _host_base(facts: HostFacts) -> bool:
+    return facts.flow and facts.engine == "HunyuanImage21" and not _host_distilled(facts)
 
 
 _PIPELINE = PipelineInfo(
@@ -57,6 +65,7 @@ _HUNYUAN_IMAGE = Family(
     attention_cost=_HUNYUAN_ATTENTION,
     vae_cost=None,
     pipeline=_PIPELINE,
+    host=_host_base,
     sources=sources(
         "careful",
         patch="none: a token is a latent pixel",
@@ -79,6 +88,7 @@ _HUNYUAN_IMAGE_DISTILLED = replace(
     default_preset="8+1",
     solver="euler",
     pipeline=replace(_PIPELINE, tells=_distilled),
+    host=_host_distilled,
     sources=MappingProxyType(
         {
             **_HUNYUAN_IMAGE.sources,

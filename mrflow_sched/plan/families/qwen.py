@@ -30,7 +30,8 @@ from mrflow_sched.plan.families.shared import (
 
 
 def _host_21(facts: HostFacts) -> bool:
-    marked = "21" in facts.engine or "qwen-image-2.1" in facts.repository
+    # The latents of Qwen-Image have 16 channels.
+    marked = "21" in facts.engine or "qwen-image-2.1" in facts.repository or facts.latent_channels == 64
     return facts.flow and facts.engine.startswith("Qwen") and marked
 
 

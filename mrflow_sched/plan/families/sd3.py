@@ -29,6 +29,8 @@ def _medium(pipe: Any) -> bool:
 
 
 def _host_large(facts: HostFacts) -> bool:
+    if facts.number("depth"):
+        return _host(facts) and facts.number("depth") >= 38
     said = f"{facts.name} {facts.repository}"
     return _host(facts) and "large" in said and "3.5" in said.replace("35", "3.5").replace("3_5", "3.5")
 
@@ -38,7 +40,7 @@ def _host_medium(facts: HostFacts) -> bool:
 
 
 def _host(facts: HostFacts) -> bool:
-    return facts.flow and (facts.engine == "StableDiffusion3" or facts.is_sd3)
+    return facts.flow and (facts.engine in ("StableDiffusion3", "SD3") or facts.is_sd3)
 
 
 _PIPELINE = PipelineInfo(

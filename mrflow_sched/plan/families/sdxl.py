@@ -8,16 +8,20 @@ from types import MappingProxyType
 from mrflow_sched.plan.families.base import Family, HostFacts, NetworkCost, PipelineInfo, ShiftRule, always
 from mrflow_sched.plan.families.shared import ASSUMED_PRESETS, CARD, DIFFUSERS, FEWER_CFG_PRESETS, sources
 
-_SD15_ENGINES = ("StableDiffusion", "StableDiffusion2")
+_SD15_ENGINES = ("StableDiffusion", "StableDiffusion2", "SD15", "SD20")
+# ComfyUI's names of SDXL and of the smaller networks that were distilled from it.
+_SDXL_ENGINES = ("StableDiffusionXL", "SDXL", "SSD1B", "Segmind_Vega", "KOALA_700M", "KOALA_1B")
 
 
 def _host_xl(facts: HostFacts) -> bool:
-    marked = facts.engine == "StableDiffusionXL" or facts.is_sdxl
+    marked = facts.engine in _SDXL_ENGINES or facts.is_sdxl
     return not facts.flow and marked and facts.engine not in _SD15_ENGINES
 
 
 def _host_sd15(facts: HostFacts) -> bool:
-    return not facts.flow and not _host_xl(facts)
+    # A WebUI, which gives no configuration, has no third kind; ComfyUI has many.
+    marked = facts.engine in _SD15_ENGINES or not facts.config
+    return not facts.flow and marked and not _host_xl(facts)
 
 
 _PIPELINE = PipelineInfo(

@@ -59,7 +59,7 @@ _PIPELINE = PipelineInfo(
 
 # 30 blocks and 2 refiner blocks; the gated MLP of 8/3 width has three matrices, so 4 + 8 again.
 _ZIMAGE_LINEAR, _ZIMAGE_ATTENTION = transformer_flop(3840, 32)
-_Z_IMAGE = Family(
+Z_IMAGE = Family(
     name="z-image",
     title="Z-Image",
     shift=ShiftRule("static", shift=6.0),
@@ -85,7 +85,7 @@ _Z_IMAGE = Family(
 
 _PORTS = "community ports (docs/method.md, section 4); the official script gives 0 or 0.2727 by diffusers version"
 _Z_IMAGE_TURBO = replace(
-    _Z_IMAGE,
+    Z_IMAGE,
     name="z-image-turbo",
     title="Z-Image-Turbo",
     shift=ShiftRule("static", shift=3.0),
@@ -107,6 +107,6 @@ _Z_IMAGE_TURBO = replace(
 )
 
 FAMILIES = (
-    _Z_IMAGE,
+    Z_IMAGE,
     _Z_IMAGE_TURBO,
 )
