@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mrflow_sched._runtime.errors import FileError, MrFlowError
-from mrflow_sched.apps.cli.console import Outcome, counted, os_reason, say, saying_warnings, writable
+from mrflow_sched.apps.cli.console import Outcome, os_reason, say, saying_warnings, writable
 from mrflow_sched.apps.cli.forecast import check_memory
 from mrflow_sched.apps.cli.inputs import syntax_notes
 from mrflow_sched.apps.cli.load import check_packages, find_upscaler, load_engine, open_upscaler, plan_family
@@ -31,6 +31,7 @@ from mrflow_sched.apps.cli.parsing import (
     size_option,
     whole_number,
 )
+from mrflow_sched.apps.plan_lines import counted
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_native_plan
 from mrflow_sched.plan.notes import LEAST_TOKENS

@@ -34,19 +34,6 @@ MEMORY_SENTENCE = "there is not enough memory for this size or batch; make the i
 # --- what is said ------------------------------------------------------------------------------
 
 
-def counted(number: int, thing: str) -> str:
-    """Write a number with its noun, as in "1 step", "2 steps".
-
-    Args:
-        number: How many.
-        thing: The noun in the singular; its plural must end in s.
-
-    Returns:
-        The two words.
-    """
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
 def say(text: str) -> None:
     """Print a sentence for the user on standard error, above the progress bar if there is one.
 

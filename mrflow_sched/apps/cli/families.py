@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mrflow_sched.apps.cli.console import Outcome, counted
+from mrflow_sched.apps.cli.console import Outcome
 from mrflow_sched.apps.cli.options import Commands, common_options
+from mrflow_sched.apps.plan_lines import counted
 from mrflow_sched.plan.families import FAMILIES, TIERS, Family, Preset, get_family
 
 _TEXT = "text"

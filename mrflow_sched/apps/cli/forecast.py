@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.apps.cli.console import counted
 from mrflow_sched.apps.cli.options import ModelChoices
+from mrflow_sched.apps.plan_lines import counted
 from mrflow_sched.plan.cost import peak_memory
 from mrflow_sched.plan.families import FAMILIES, Family
 from mrflow_sched.plan.stages import StagedPlan
