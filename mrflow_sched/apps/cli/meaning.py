@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.wording import option_name
@@ -83,6 +83,33 @@ def refines_nothing(given: PlanOptions) -> bool:
         count = steps_in(given.get("preset") or "")[1:]
     counts = (count,) if isinstance(count, int) else tuple(count)
     return bool(counts) and not any(counts)
+
+
+def left_of(taken: PlanOptions, given: PlanOptions) -> PlanOptions:
+    """Options taken from an image, without those that the user's own replace or make meaningless.
+
+    Args:
+        taken: The options that the image gives.
+        given: The options that were given.
+
+    Returns:
+        What is left of `taken`.
+    """
+    idle = {*given}
+    if given.get("native"):
+        idle |= {name for name, option in OPTIONS.items() if option.applies != "both"} | {"preset"}
+    if idle & {"mu", "sigmas", "shift_tokens"}:
+        idle |= {"mu", "sigmas", "shift_tokens"}
+    if "sigmas" in given:
+        idle |= {"low_steps"}
+    if "low_steps" in given:
+        idle |= {"sigmas"}
+    if "factors" in given:
+        idle |= {"factor", "stages"}
+    counts = steps_in(given.get("preset") or "")
+    if counts:
+        idle |= {"sigmas", "low_steps", "refine_steps", *(("stages",) if len(counts) > 2 else ())}
+    return cast("PlanOptions", {name: value for name, value in taken.items() if name not in idle})
 
 
 def check_start_options(given: PlanOptions, size: tuple[int, int] | None, start: StartImage) -> None:

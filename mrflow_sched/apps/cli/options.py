@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
@@ -232,12 +232,15 @@ class PlanChoices:
         """
         return cls(args.size, _given_options(args), getattr(args, "calibration", None))
 
-    def make_plan(self, family: str | Family, start: StartImage | None = None) -> StagedPlan:
+    def make_plan(
+        self, family: str | Family, start: StartImage | None = None, taken: PlanOptions | None = None
+    ) -> StagedPlan:
         """Make the plan that the options ask for; what was not given is left to `plan.make.make_plan`.
 
         Args:
             family: The model's family, or its name.
             start: The image that the run starts from, whose size decides where --size is left out; or None.
+            taken: Options besides, from another image, that were not given and do not contradict those that were.
 
         Returns:
             The plan.
@@ -249,7 +252,8 @@ class PlanChoices:
         if start is not None:
             check_start_options(self.options, self.size, start)
         try:
-            return self._made(get_family(family) if isinstance(family, str) else family, start)
+            whole = replace(self, options={**(taken or {}), **self.options})
+            return whole._made(get_family(family) if isinstance(family, str) else family, start)
         except MrFlowError as error:
             raise type(error)(with_options(str(error))) from error
 

@@ -11,14 +11,16 @@ from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.apps.cli.console import say
 from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage, hash_of, read_start
 from mrflow_sched.apps.cli.load import EMBEDDED, UPSCALER, Job
+from mrflow_sched.apps.cli.meaning import left_of
 from mrflow_sched.apps.cli.options import ModelChoices, PlanChoices
 from mrflow_sched.apps.cli.parsing import check_seeds
 from mrflow_sched.images.record import KEY, RunRecord
+from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.options import PlanOptions
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
-    from mrflow_sched.images.foreign import ForeignRun
+    from mrflow_sched.images.foreign import ForeignRun, NodeSettings
     from mrflow_sched.plan.families import Family
 
 
@@ -55,7 +57,8 @@ def repeated_job(file: Path, model: ModelChoices, image: Path | None, family: st
 
     Returns:
         The job: the recorded run, of whose images only the recorded one is saved; or a new run with the prompts, the
-        seed and the size of another program's image where `changes` gives none.
+        seed and the size of another program's image where `changes` gives none, and with all numbers of MrFlow's nodes
+        in ComfyUI.
 
     Raises:
         MrFlowError: The file says nothing that can be read, was made with other files than those given, or has a
@@ -77,10 +80,14 @@ def repeated_job(file: Path, model: ModelChoices, image: Path | None, family: st
         raise MrFlowError(
             f"--from is {str(file)!r}, which has no mrflow record; give an image that mrflow, A1111 or ComfyUI made."
         )
-    if image is not None:
+    nodes = foreign.nodes
+    if image is not None and (nodes is None or not nodes.from_image):
         raise MrFlowError(
             f"--from is {str(file)!r}, whose prompt is taken for a new run from noise; leave out --image."
         )
+    if nodes is not None:
+        known = get_family(family) if isinstance(family, str) else family
+        return _node_job(file, foreign, nodes, known, changes, None if image is None else read_start(image, None))
     return _new_job(file, foreign, family, changes)
 
 
@@ -109,6 +116,73 @@ def _new_job(file: Path, foreign: ForeignRun, family: str | Family, changes: Cha
         refine_prompt=changes.refine_prompt,
         refine_negative=changes.refine_negative,
     )
+
+
+def _node_job(
+    file: Path, foreign: ForeignRun, nodes: NodeSettings, family: Family, changes: Changes, start: StartImage | None
+) -> Job:
+    """Make the job of the run of MrFlow's nodes in ComfyUI; what `changes` ask for takes the place of its numbers."""
+    asked = changes.choices
+    options = left_of(foreign.options_for(family), asked.options)
+    size = asked.size or _size(foreign, start)
+    guided = family.guidance_kind == "cfg"
+    negative = foreign.negative if changes.negative is None and guided else None
+    later = nodes.refine_prompt if changes.refine_prompt is None else None
+    parts = {
+        "the negative prompt": negative,
+        "the prompt of the later stages": later,
+        "the size": size if asked.size is None else None,
+    }
+    numbers = [f"{name.replace('_', ' ')} {shown(str(value))}" for name, value in options.items()]
+    taken = ", ".join(("the prompt", *(name for name, value in parts.items() if value), *numbers))
+    left = [*nodes.left, *_misfits(foreign, nodes, family)]
+    unusable = f" Not taken, as it cannot be used here: {', '.join(foreign.unusable)}." if foreign.unusable else ""
+    rest = f" Not taken: {', '.join(left)}." if left else ""
+    say(f"{str(file)!r} was made by MrFlow's nodes in ComfyUI. Taken from it: {taken}.{unusable}{rest}")
+    if nodes.batch > 1 and changes.batch == 1:
+        say(
+            f"It is one of {nodes.batch} images of a run, and the file does not say which: this makes the first; "
+            f"--batch {nodes.batch} makes all."
+        )
+    if nodes.from_image and start is None:
+        say(
+            "It was made from another image, which the file does not hold, so this is a new image, not a repeated one; "
+            "give that other one with --image FILE."
+        )
+    plan = replace(asked, size=size).make_plan(family, start, options)
+    check_seeds(plan.seed, changes.batch)
+    return Job(
+        plan,
+        foreign.prompt,
+        negative or changes.negative,
+        changes.batch,
+        tuple(range(changes.batch)),
+        start=start,
+        refine_prompt=changes.refine_prompt or later,
+        refine_negative=changes.refine_negative,
+    )
+
+
+def _size(foreign: ForeignRun, start: StartImage | None) -> tuple[int, int] | None:
+    """The final size; where one side was left to the shape of the image that the run started from, that decides."""
+    width, height = foreign.width, foreign.height
+    if start is not None and (width is None) != (height is None):
+        rows, columns = start.pixels.shape[-2:]
+        width, height = width or round((height or 0) * columns / rows), height or round((width or 0) * rows / columns)
+    return None if width is None or height is None else (width, height)
+
+
+def _misfits(foreign: ForeignRun, nodes: NodeSettings, family: Family) -> Iterator[str]:
+    """What the model here takes otherwise."""
+    if nodes.family not in (None, family.name):
+        yield f"the family {nodes.family} (this model is of {family.name})"
+    if family.guidance_kind == "embedded":
+        if {nodes.cfg, nodes.refine_cfg} - {None, 1.0}:
+            yield f"cfg, as {family.title} takes its guidance as an input"
+    elif foreign.guidance is not None:
+        yield f"the embedded guidance, as {family.title} takes none"
+    if foreign.negative and family.guidance_kind != "cfg":
+        yield f"the negative prompt, as {family.title} takes none"
 
 
 def _recorded_job(file: Path, record: RunRecord, model: ModelChoices, image: Path | None) -> Job:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mrflow_sched._runtime.errors import MrFlowError, quoted, shown
+from mrflow_sched._runtime.errors import MrFlowError, first_line, quoted, shown
 from mrflow_sched.apps.ui.choices import Choices
 from mrflow_sched.apps.ui.studio import Studio
 from mrflow_sched.drafts import draft_of, fitted, rerun_note
@@ -16,11 +16,12 @@ from mrflow_sched.images.files import read_text
 from mrflow_sched.images.foreign import read_foreign
 from mrflow_sched.images.record import KEY, SHEET, RunRecord
 from mrflow_sched.measure.compare import native_plan_of
+from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
     from mrflow_sched.drafts import Draft
-    from mrflow_sched.images.foreign import ForeignRun
+    from mrflow_sched.images.foreign import ForeignRun, NodeSettings
     from mrflow_sched.plan.families import Family
 
 EXACT = "mrflow generate --from"
@@ -73,6 +74,8 @@ def read_given(path: Path, family: Family) -> Given:
         Given(None, "It says nothing of its making; it can be upscaled.")
         if foreign is None
         else _foreign(foreign, family)
+        if foreign.nodes is None
+        else _of_nodes(foreign, foreign.nodes, family)
     )
 
 
@@ -219,3 +222,29 @@ def _foreign(run: ForeignRun, family: Family) -> Given:
         f"Made by {run.program}. It gives {taken}; model, LoRAs, sampler and steps are those of the page, so this "
         f"becomes a new image.{left}{unusable}",
     )
+
+
+def _of_nodes(run: ForeignRun, nodes: NodeSettings, family: Family) -> Given:
+    """The settings that come nearest to a run of MrFlow's nodes in ComfyUI."""
+    negative, without = _negative(run.negative, family)
+    options = run.options_for(family)
+    width, height = run.width or family.native_size[0], run.height or family.native_size[1]
+    choices = Choices(
+        prompt=run.prompt, negative=negative, size=f"{width}x{height}", nested="nested" in options.values()
+    )
+    if run.seed is not None:
+        choices = replace(choices, seed=str(run.seed))
+    left = [*nodes.left, *without]
+    if nodes.refine_prompt is not None:
+        left.append("the prompt of its later stages")
+    if nodes.from_image:
+        left.append("the image that it was made from")
+    try:
+        choices, different = _nearest(choices, make_plan(family, width, height, **options), family)
+    except MrFlowError as error:
+        different = (f"its numbers ({first_line(error)})",)
+    left += different
+    batch = f" It is one of {nodes.batch} images of a run, and the file does not say which." if nodes.batch > 1 else ""
+    lost = f" The page leaves out: {', '.join(left)}." if left else ""
+    unusable = f" {', '.join(run.unusable)} cannot be used here." if run.unusable else ""
+    return Given(choices, f"Made by MrFlow's nodes in ComfyUI; its settings were taken.{batch}{lost}{unusable}")

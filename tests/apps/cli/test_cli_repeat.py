@@ -192,6 +192,94 @@ def test_an_image_of_another_program_lets_its_numbers_be_replaced(mrflow: Any, t
         assert "leave" in err
 
 
+def comfyui_image(tmp_path: Path, kind: str = "MrFlowSampler", **widgets: Any) -> Path:
+    """An image with the graph of one of MrFlow's nodes, on the embedded model."""
+    numbers = {"width": 64, "height": 32, "seed": 41, "preset": "3+1", "sigma": 0.2, "cfg": 0.0, "refine_steps": 0}
+    links = {"model": ["m", 0], "positive": ["p", 0], "negative": ["n", 0], "upscale_model": ["m", 3]}
+    graph = {
+        "m": {"class_type": "MrFlowDemoModel", "inputs": {}},
+        "p": {"class_type": "CLIPTextEncode", "inputs": {"text": "a red star", "clip": ["m", 1]}},
+        "n": {"class_type": "CLIPTextEncode", "inputs": {"text": "blur", "clip": ["m", 1]}},
+        "s": {"class_type": kind, "inputs": {**links, **numbers, **widgets}},
+        "o": {"class_type": "SaveImage", "inputs": {"images": ["s", 0]}},
+    }
+    save_png(tmp_path / "comfy.png", load_image_of(tmp_path), {"prompt": json.dumps(graph)})
+    return tmp_path / "comfy.png"
+
+
+def test_mrflows_nodes_in_comfyui_give_every_number(mrflow: Any, tmp_path: Path) -> None:
+    file = comfyui_image(tmp_path, batch_size=3, solver="heun", noise="nested", cfg=2.0)
+    code, out, err = mrflow("generate", "--from", str(file), "--out", str(tmp_path / "o"))
+    assert code == 0
+    said = "made by MrFlow's nodes in ComfyUI. Taken from it: the prompt, the size, seed 41, preset 3+1, solver heun,"
+    assert said in err
+    assert "Not taken: cfg, as embedded demo model takes its guidance as an input, the negative prompt, as" in err
+    assert "one of 3 images of a run, and the file does not say which: this makes the first; --batch 3 makes all" in err
+    assert Path(out.strip()).name == "mrflow-41.png"
+    words = "--preset 3+1 --sigma 0.2 --solver heun --noise nested --seed 41"
+    assert records(tmp_path / "o").plan == plan_of(mrflow, tmp_path, words)
+
+
+def plan_of(mrflow: Any, tmp_path: Path, words: str) -> str:
+    """The plan of a run that is asked for in full."""
+    run = ("generate", "a red star", "--size", "64x32", *words.split())
+    code, _, err = mrflow(*run, "--out", str(tmp_path / "full"))
+    assert code == 0, err
+    return records(tmp_path / "full").plan
+
+
+@pytest.mark.parametrize(
+    ("words", "full"),
+    [
+        ("--low-steps 2", "--low-steps 2 --refine-steps 1 --sigma 0.2 --seed 41 --shift-tokens final"),
+        ("--preset 2+1", "--preset 2+1 --sigma 0.2 --seed 41 --shift-tokens final"),
+        ("--mu 0.5", "--preset 3+1 --sigma 0.2 --seed 41 --mu 0.5"),
+        ("--sigmas 1,0.7,0.5,0", "--preset 3+1 --sigma 0.2 --seed 41 --sigmas 1,0.7,0.5,0"),
+        ("--native --steps 2", "--native --steps 2 --seed 41"),
+        ("--sigma 0.3 --seed 5", "--preset 3+1 --sigma 0.3 --seed 5 --shift-tokens final"),
+    ],
+)
+def test_options_replace_what_the_nodes_say(mrflow: Any, tmp_path: Path, words: str, full: str) -> None:
+    file = comfyui_image(tmp_path, shift="final", factor=2.0, stages=2)
+    code, _, err = mrflow("generate", "--from", str(file), *words.split(), "--out", str(tmp_path / "o"))
+    assert code == 0, err
+    assert records(tmp_path / "o").plan == plan_of(mrflow, tmp_path, full)
+
+
+def test_an_image_refined_by_our_node_is_refined_again_from_its_image(mrflow: Any, tmp_path: Path) -> None:
+    start = tmp_path / "start.png"
+    Image.new("RGB", (24, 16)).save(start)
+    file = comfyui_image(tmp_path, "MrFlowRefine", width=0, height=0, factor=2.0)
+    code, _, err = mrflow("generate", "--from", str(file), "--image", str(start), "--out", str(tmp_path / "o"))
+    assert code == 0, err
+    record = records(tmp_path / "o")
+    plan = StagedPlan.from_string(record.plan)
+    assert (plan.requested_width, plan.requested_height, plan.stages[1].start_sigma) == (48, 32, 0.2)
+    assert record.start_sha256 is not None
+    one_side = comfyui_image(tmp_path, "MrFlowRefine", width=64, height=0)
+    code, _, err = mrflow("generate", "--from", str(one_side), "--image", str(start), "--out", str(tmp_path / "p"))
+    assert StagedPlan.from_string(records(tmp_path / "p").plan).requested_height == 43
+    code, _, err = mrflow("generate", "--from", str(file), "--size", "64x64", "--out", str(tmp_path / "q"))
+    assert code == 0
+    assert "made from another image, which the file does not hold, so this is a new image" in err
+    whole = comfyui_image(tmp_path)
+    code, _, err = mrflow("generate", "--from", str(whole), "--image", str(start), "--out", str(tmp_path / "r"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "leave out --image" in err
+
+
+@pytest.mark.parametrize("widgets", [{"preset": "unheard"}, {"low_steps": 900, "preset": "3+1", "stages": 9}])
+def test_nodes_that_make_no_plan_end_in_one_sentence(mrflow: Any, tmp_path: Path, widgets: dict[str, Any]) -> None:
+    file = comfyui_image(tmp_path, **widgets)
+    words = ("--preset", "2+1") if "stages" in widgets else ()
+    code, out, err = mrflow("generate", "--from", str(file), *words, "--out", str(tmp_path / "o"))
+    if words:  # a preset of one's own replaces the file's counts
+        assert (code, "Not taken, as it cannot be used here: the stages 9." in err) == (0, True)
+        return
+    assert (code, out) == (2, "")
+    assert "preset 'unheard' is not one of family 'demo'; choose from" in err
+
+
 def test_numbers_of_another_program_that_cannot_be_used_are_named(mrflow: Any, tmp_path: Path) -> None:
     text = "a red star\nSteps: 20, Seed: -1, Size: 99999x99999"
     save_png(tmp_path / "a1111.png", load_image_of(tmp_path), {"parameters": text})

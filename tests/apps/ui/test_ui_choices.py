@@ -15,7 +15,7 @@ from ui_tools import SMALL, done, studio_on
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.ui import words, work
 from mrflow_sched.apps.ui.choices import Choices, sizes_of
-from mrflow_sched.apps.ui.given import given_draft, read_given
+from mrflow_sched.apps.ui.given import Given, given_draft, read_given
 from mrflow_sched.apps.ui.jobs import Job
 from mrflow_sched.apps.ui.studio import Studio
 from mrflow_sched.images.convert import to_8_bit
@@ -291,6 +291,47 @@ def test_an_image_of_another_program_gives_what_it_says(tmp_path: Path) -> None:
     assert "Made by A1111" in given.words
     save_png(tmp_path / "plain.png", GREY)
     assert read_given(tmp_path / "plain.png", DEMO).choices is None
+
+
+def test_an_image_of_mrflows_nodes_in_comfyui_gives_its_numbers(tmp_path: Path) -> None:
+    def given(**widgets: Any) -> Given:
+        numbers = {
+            "width": 512,
+            "height": 384,
+            "seed": 11,
+            "preset": "8+1",
+            "sigma": 0.2,
+            "cfg": 0.0,
+            "noise": "nested",
+        }
+        graph = {
+            "m": {"class_type": "MrFlowDemoModel", "inputs": {}},
+            "p": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat"}},
+            "n": {"class_type": "CLIPTextEncode", "inputs": {"text": "dog"}},
+            "s": {
+                "class_type": "MrFlowSampler",
+                "inputs": {
+                    "model": ["m", 0],
+                    "positive": ["p", 0],
+                    "negative": ["n", 0],
+                    "upscale_model": ["m", 3],
+                    **numbers,
+                    **widgets,
+                },
+            },
+        }
+        save_png(tmp_path / "comfy.png", GREY, {"prompt": json.dumps(graph)})
+        return read_given(tmp_path / "comfy.png", get_family("sd3"))
+
+    own = Choices(prompt="a cat", negative="dog", seed="11", size="512x384", preset="8+1", sigma="0.2", nested=True)
+    assert given() == Given(own, "Made by MrFlow's nodes in ComfyUI; its settings were taken.")
+    more = given(batch_size=3, solver="heun", cfg=2.5, seed=-1)
+    assert more.choices == replace(own, seed=Choices.seed)
+    assert more.words.endswith(
+        " It is one of 3 images of a run, and the file does not say which. The page leaves out: its solver, its "
+        "guidance. the seed -1 cannot be used here."
+    )
+    assert "The page leaves out: its numbers (preset 'unheard' is not one of" in given(preset="unheard").words
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n\0\0"])
