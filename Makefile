@@ -17,6 +17,8 @@ CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mrflow
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
+# What says which packages an environment has.
+ASKED := pyproject.toml dependencies.txt constraints.txt
 CORE_COVERAGE := 95
 # Processes that share the tests, a file of them each. With one thread of torch: two wait for each other on small tensors.
 WORKERS ?= 2
@@ -65,17 +67,17 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, for example: make demo PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.demo: $(BIN)/python $(ASKED)
 	@echo "Installing into $(VENV); the first time takes some minutes."
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.dev: $(BIN)/python $(ASKED)
 	@echo "Installing into $(VENV); the first time takes some minutes."
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
-$(VENV)/.docs: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.docs: $(BIN)/python $(ASKED)
 	$(PIP) -e '.[docs]'
 	@touch $@
 

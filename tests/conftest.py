@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,20 @@ import pytest
 
 # Nothing in the tests may reach for a network; the libraries ask before they try.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class RootIsNoPackage:
+    """The root's __init__.py is ComfyUI's door: pytest, to which it makes a package, would go in and import it."""
+
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(RootIsNoPackage())
+
 
 WORDS = ("a", "red", "blue", "circle", "star", "striped", "over", "hills", "the", "word", "flow")
 
@@ -168,3 +184,17 @@ def mrflow(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> Any:
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def comfy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """ComfyUI's doubles in place of its modules, and the pack's own made anew with them: for tests/apps/comfy.
+
+    Here, as other tests import from the module that is called conftest.
+    """
+    doubles: Any = import_module("comfy_doubles")
+    for name, module in doubles.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    doubles.forget()
+    yield
+    doubles.forget()

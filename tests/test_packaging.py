@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = (".json", ".safetensors", ".txt", ".md")
 
 
+def dependencies() -> list[str]:
+    lines = (ROOT / "dependencies.txt").read_text("utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 STRAYS = (
+    "__init__.py",
+    "comfy_web/mrflow.js",
+    "example_workflows/mrflow.json",
+    "locales/ja/main.json",
     "bench/__init__.py",
     "docs/images/large.jpg",
     "mrflow_sched/demo/weights/optimizer.ckpt",
@@ -39,7 +48,8 @@ STRAYS = (
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both distributions: the source from a copy with things lying about that must not get in, the wheel from that."""
     work = tmp_path_factory.mktemp("built")
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
+    texts = ("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
+    for name in ("pyproject.toml", "dependencies.txt", "setup.py", "MANIFEST.in", *texts):
         shutil.copy(ROOT / name, work / name)
     shutil.copytree(ROOT / "mrflow_sched", work / "mrflow_sched", ignore=shutil.ignore_patterns("__pycache__"))
     for stray in STRAYS:
@@ -66,7 +76,7 @@ def test_the_source_distribution_holds_what_the_wheel_is_built_from(built: Path,
     beside = {name for name in held - code if "egg-info/" not in name}
     assert code <= held
     texts = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "PKG-INFO"}
-    assert beside == texts | {"MANIFEST.in", "pyproject.toml", "setup.cfg", "setup.py"}
+    assert beside == texts | {"MANIFEST.in", "dependencies.txt", "pyproject.toml", "setup.cfg", "setup.py"}
 
 
 def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: zipfile.ZipFile) -> None:
@@ -92,8 +102,10 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     assert found["License-Expression"] == "Apache-2.0"
     assert found["Author"] == "MrFlow developers"
     assert {url.split(",")[0] for url in found.get_all("Project-URL", [])} >= {"Homepage", "Documentation", "Changelog"}
-    base = {str(each).split(">")[0] for each in found.get_all("Requires-Dist", []) if "extra ==" not in str(each)}
-    assert {"torch", "diffusers", "transformers", "spandrel", "safetensors", "numpy", "pillow", "tqdm"} <= base
+    base = [str(each) for each in found.get_all("Requires-Dist", []) if "extra ==" not in str(each)]
+    assert base == dependencies()
+    names = {line.split(">=")[0] for line in base}
+    assert {"torch", "diffusers", "transformers", "spandrel", "safetensors", "numpy", "pillow", "tqdm"} <= names
     [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
     assert "mrflow = mrflow_sched.__main__:main" in wheel.read(name).decode()
 
@@ -118,13 +130,21 @@ def test_extras_are_named_after_what_they_are_for(wheel: zipfile.ZipFile) -> Non
     assert any(re.fullmatch(r'accelerate>=[\d.]+; extra == "offload"', each) for each in extras)
 
 
+def test_comfyui_finds_nothing_to_install() -> None:
+    """Its manager installs a pack's requirements.txt, its registry the dependencies that pyproject.toml names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert "dependencies" not in project
+    assert "dependencies" in project["dynamic"]
+    assert not any((ROOT / name).exists() for name in ("requirements.txt", "manager_requirements.txt"))
+
+
 def test_constraints_pin_everything_the_package_asks_for() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     pins = {re.split("==", line)[0].lower().replace("_", "-"): line for line in lines}
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+(; python_version >= \"3\.\d+\")?", line) for line in lines)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["offload"], *extras["docs"], *extras["dev"]]
+    lines = [*dependencies(), *extras["offload"], *extras["docs"], *extras["dev"]]
     asked = {re.split(r"[\[<>=]", line)[0].lower() for line in lines}
     assert len(asked) > 15
     assert asked <= set(pins)
@@ -132,7 +152,9 @@ def test_constraints_pin_everything_the_package_asks_for() -> None:
     assert pins["torchvision"] == "torchvision==0.28.0"
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "Makefile", ".ci/run", "README.md"])
+@pytest.mark.parametrize(
+    "name", ["pyproject.toml", "dependencies.txt", "constraints.txt", "Makefile", ".ci/run", "README.md"]
+)
 def test_no_registry_and_no_machine_is_named(name: str) -> None:
     text = (ROOT / name).read_text()
     assert not re.search(r"https?://[^\s)]*(pypi|index|simple|mirror)|/home/|/root/|/opt/|/work/", text)

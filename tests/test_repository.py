@@ -5,11 +5,14 @@ from __future__ import annotations
 import configparser
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import mrflow_sched
 
@@ -53,6 +56,18 @@ def test_every_file_of_settings_parses() -> None:
             configparser.ConfigParser().read_string(text.replace("root = true", "", 1))
     for path in (ROOT / "mrflow_sched" / "apps" / "webui" / "languages").glob("*.json"):
         assert json.loads(path.read_text("utf-8")), path
+
+
+def test_the_tests_do_not_go_through_comfyuis_door(tmp_path: Path) -> None:
+    """A package at the root would be imported, under the folder's name and with the folder above on the path."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    (tmp_path / "__init__.py").write_text("raise RuntimeError('the door')\n")
+    (tmp_path / "tests" / "test_one.py").write_text("def test_one() -> None:\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_workflows_run_the_versions_that_the_package_claims() -> None:
@@ -141,3 +156,24 @@ def test_the_changelog_says_what_is_so() -> None:
     assert f"Python {tested[0]} to {tested[-1]}" in text
     named = set(re.findall(r"`([\w-]+)`", text[text.index("Extras:") :].split("\n-", 1)[0]))
     assert named - {"large"} == set(project()["optional-dependencies"]) - {"large"}
+
+
+def test_the_registry_of_comfyui_finds_what_it_reads() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["comfy"]
+    assert (settings["PublisherId"], settings["DisplayName"]) == (project()["name"], "MrFlow")
+    assert all((ROOT / name).is_dir() for name in settings["includes"])
+    assert {"comfy_web", "example_workflows", "locales", "mrflow_sched"} <= set(settings["includes"])
+    assert settings["requires-comfyui"].startswith(">=0.")
+    icon = ROOT / settings["Icon"].split("/main/", 1)[1]
+    assert Image.open(icon).size == (400, 400)
+    assert icon.stat().st_size < 30_000
+    assert project()["urls"]["Repository"].startswith("https://github.com/")
+    # It reads systems and accelerators from here, and drops all of a kind where it does not know one.
+    assert [each for each in project()["classifiers"] if each.startswith("Environment ::")] == []
+    assert "Operating System :: OS Independent" in project()["classifiers"]
+
+
+def test_pictures_of_comfyuis_page_are_small() -> None:
+    shown = sorted((ROOT / "docs" / "images").glob("comfyui-*.png"))
+    assert len(shown) >= 5
+    assert all(path.stat().st_size < 200_000 for path in shown)

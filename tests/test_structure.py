@@ -60,7 +60,10 @@ def test_the_contracts_hold(copy: Path) -> None:
         ("mrflow_sched/apps/ui/words.py", "import mrflow_sched.apps.pipeline", "The command line uses"),
         ("mrflow_sched/apps/cli/ui.py", "import gradio", "Only apps.ui uses gradio"),
         ("mrflow_sched/measure/runs.py", "import mrflow_sched.apps.cli.main", "Nothing uses the command line"),
-        ("mrflow_sched/images/files.py", "import modules.shared", "Only apps.webui"),
+        ("mrflow_sched/images/files.py", "import modules.shared", "Only apps.webui and"),
+        ("mrflow_sched/apps/webui/run.py", "import comfy.samplers", "Only apps.webui and"),
+        ("mrflow_sched/apps/comfy/parts.py", "import mrflow_sched.engines.analytic", "In ComfyUI"),
+        ("mrflow_sched/apps/comfy/parts.py", "import mrflow_sched.apps.webui.run", "The command line uses"),
         ("mrflow_sched/demo/scenes.py", "import bench.solvers", "The package needs"),
         ("mrflow_sched/upscaling/role.py", "import mrflow_sched.upscaling.load", "No two rooms"),
     ],
@@ -75,12 +78,16 @@ def test_an_import_that_breaks_a_contract_is_found(copy: Path, file: str, line: 
         path.write_text(text)
 
 
-def test_only_the_webui_names_a_hosts_modules() -> None:
+@pytest.mark.parametrize(
+    ("room", "names"),
+    [("webui", r"modules"), ("comfy", r"(comfy|comfy_api|comfy_execution|comfy_extras|folder_paths|nodes)")],
+)
+def test_only_its_room_names_a_hosts_modules(room: str, names: str) -> None:
     """Names looked up at run time, which no import graph shows."""
-    named = re.compile(r"[\"']modules[.\"']")
+    named = re.compile(rf"[\"']{names}[.\"']")
     files = [path for path in (ROOT / "mrflow_sched").rglob("*.py") if named.search(path.read_text(encoding="utf-8"))]
     assert files
-    assert {path.parent.relative_to(ROOT).as_posix() for path in files} == {"mrflow_sched/apps/webui"}
+    assert {path.parent.relative_to(ROOT).as_posix() for path in files} == {f"mrflow_sched/apps/{room}"}
 
 
 def test_make_lint_looks_at_format_rules_and_contracts() -> None:

@@ -8,8 +8,9 @@ diffusers' `FluxPipeline` as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mrflow_sched.demo.paths import upscaler_path, weights_path
 
 if TYPE_CHECKING:
     import torch
@@ -17,24 +18,6 @@ if TYPE_CHECKING:
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
 __all__ = ["example_prompts", "load_engine", "upscaler_path", "weights_path"]
-
-
-def weights_path() -> Path:
-    """The folder of the embedded model.
-
-    Returns:
-        A diffusers `FluxPipeline` folder within the package.
-    """
-    return Path(__file__).parent / "weights"
-
-
-def upscaler_path() -> Path:
-    """The file of the embedded x2 super-resolution network.
-
-    Returns:
-        An ESRGAN in safetensors within the package.
-    """
-    return weights_path() / "upscaler" / "x2.safetensors"
 
 
 def load_engine(

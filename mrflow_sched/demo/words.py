@@ -35,11 +35,14 @@ def unknown_words(prompt: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def unknown_words_sentence(prompts: Iterable[str]) -> str | None:
+def unknown_words_sentence(
+    prompts: Iterable[str], *, instead: str = "use a model of your own (--model DIR; in Python, MrFlow)"
+) -> str | None:
     """What the user should know of the words that the embedded model does not know.
 
     Args:
         prompts: The prompts of a run.
+        instead: What to do for anything that the embedded model does not know.
 
     Returns:
         One sentence, or None where all words are known.
@@ -55,7 +58,7 @@ def unknown_words_sentence(prompts: Iterable[str]) -> str | None:
     return (
         f"The embedded model does not know {named}{more}, so the image will not show {each}. It knows {world}; and "
         f'words of 2 to {MAX_LETTERS} capitals: "a red star over green hills under a blue sky, the word FLOW". For '
-        "anything else use a model of your own (--model DIR; in Python, MrFlow)."
+        f"anything else {instead}."
     )
 
 

@@ -106,13 +106,14 @@ def test_the_page_helper_parses(file: str) -> None:
     subprocess.run(["node", "--check", str(ROOT / "javascript" / file)], check=True)
 
 
-def run_install(*options: str, script: Path = ROOT / "install.py", path: str = "") -> str:
+def run_install(*options: str, script: Path = ROOT / "install.py", **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("COMFYUI_", "PYTHONPATH"))}
     done = subprocess.run(
         [sys.executable, *options, str(script)],
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**inherited, **environment},
     )
     assert done.stderr == ""
     return done.stdout
@@ -137,6 +138,26 @@ def test_install_names_what_is_missing(tmp_path: Path) -> None:
 def test_install_notices_a_half_copied_folder(tmp_path: Path) -> None:
     copy = Path(shutil.copy(ROOT / "install.py", tmp_path / "install.py"))
     assert "not complete" in run_install(script=copy)
+
+
+def in_custom_nodes(folder: Path) -> Path:
+    """install.py with a package beside it that ComfyUI would find complete."""
+    pack = folder / "custom_nodes" / "any name"
+    (pack / "mrflow_sched" / "apps" / "comfy").mkdir(parents=True)
+    (pack / "mrflow_sched" / "apps" / "comfy" / "__init__.py").touch()
+    return Path(shutil.copy(ROOT / "install.py", pack))
+
+
+def test_install_knows_that_it_stands_in_comfyui(tmp_path: Path) -> None:
+    script, ready = in_custom_nodes(tmp_path), "everything it needs came with ComfyUI, and nothing was installed."
+    assert run_install(script=script) == f"MrFlow is ready: {ready}\n"
+    # A folder that custom_nodes only links to is told by what the manager sets.
+    assert ready in run_install(COMFYUI_PATH=str(tmp_path))
+    said = run_install("-I", "-S", script=script)
+    assert said.startswith("MrFlow needs packages that this ComfyUI lacks: torch, ")
+    assert said.endswith("; update ComfyUI, or install them there.\n")
+    (script.parent / "mrflow_sched" / "apps" / "comfy" / "__init__.py").unlink()
+    assert run_install(script=script).endswith(" remove its folder and install it again with the manager.\n")
 
 
 def test_install_reads_on_a_python_that_is_too_old() -> None:
