@@ -107,13 +107,20 @@ def _new_job(file: Path, foreign: ForeignRun, family: str | Family, changes: Cha
     options: PlanOptions = {**own, **asked.options}
     plan = replace(asked, size=asked.size or size, options=options).make_plan(family)
     check_seeds(plan.seed, changes.batch)
+    return _job_of(plan, foreign, changes, negative)
+
+
+def _job_of(
+    plan: StagedPlan, foreign: ForeignRun, changes: Changes, negative: str | None, later: str | None = None
+) -> Job:
+    """A new run with the prompts of another program's image; `negative` and `later` are those of its that are taken."""
     return Job(
         plan,
         foreign.prompt,
         negative or changes.negative,
         changes.batch,
         tuple(range(changes.batch)),
-        refine_prompt=changes.refine_prompt,
+        refine_prompt=changes.refine_prompt or later,
         refine_negative=changes.refine_negative,
     )
 
@@ -151,16 +158,7 @@ def _node_job(
         )
     plan = replace(asked, size=size).make_plan(family, start, options)
     check_seeds(plan.seed, changes.batch)
-    return Job(
-        plan,
-        foreign.prompt,
-        negative or changes.negative,
-        changes.batch,
-        tuple(range(changes.batch)),
-        start=start,
-        refine_prompt=changes.refine_prompt or later,
-        refine_negative=changes.refine_negative,
-    )
+    return replace(_job_of(plan, foreign, changes, negative, later), start=start)
 
 
 def _size(foreign: ForeignRun, start: StartImage | None) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from mrflow_sched.apps.comfy.host import module, sampler, zeros
 from mrflow_sched.apps.comfy.inputs import PLAN, inputs
 from mrflow_sched.apps.comfy.planned import Planned, given
 from mrflow_sched.apps.plan_lines import plan_lines
+from mrflow_sched.sampling.noise import stage_seed
 from mrflow_sched.sampling.solvers import get_solver
 
 __all__ = [
@@ -321,7 +322,7 @@ class MrFlowPlanInfo(io.ComfyNode):
         said: str | None = None,
     ) -> Any:
         guided = 0.0 if plan.family.guidance_kind == "embedded" else refine_cfg
-        seed = index and plan.plan.seed + index
+        seed = index and stage_seed(plan.plan.seed, index, 0, plan.plan.seed_rule)
         changes = given(sigma=sigma, refine_steps=refine_steps, refine_guidance=guided, seed=seed)
         return io.NodeOutput(_text(plan.changed(changes), said or ""))
 

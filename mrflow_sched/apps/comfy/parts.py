@@ -203,7 +203,11 @@ def decoded(planned: Planned, samples: Tensor, vae: Any, number: int) -> Tensor:
     """
     planned.stage(number)
     _check_latents(planned, samples, "samples")
-    _check_whole(samples, f"the model returned NaN or infinity in stage {number}", "start ComfyUI with --bf16-unet")
+    _check_whole(
+        samples,
+        f"the model returned NaN or infinity in stage {number}",
+        "start ComfyUI with --bf16-unet, or change what patches the model",
+    )
     images = vae.decode(samples)
     _check_whole(images, f"the VAE returned NaN or infinity in stage {number}", "start ComfyUI with --fp32-vae")
     if images.ndim == 5:  # of a VAE with an axis of time
@@ -361,6 +365,6 @@ def _check_whole(values: Tensor, fault: str, advice: str) -> None:
     """Refuse a batch of which no image is whole; say which are not, where some are."""
     bad = bad_rows(values)
     if len(bad) == len(values):
-        raise MrFlowError(f"{fault}; {advice}, or change what patches the model.")
+        raise MrFlowError(f"{fault}; {advice}.")
     if bad:
         logger.warning("MrFlow: %s for image %s of the batch.", fault, ", ".join(str(row + 1) for row in sorted(bad)))

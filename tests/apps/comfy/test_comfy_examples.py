@@ -54,7 +54,10 @@ def test_an_example_is_made_of_nodes_that_exist_as_they_are_now(path: Path, sche
         assert [each["name"] for each in node["outputs"]] == [each.words["display_name"] for each in schema.outputs]
         assert {each["name"] for each in node["inputs"]} <= set(inputs)
         widgets = node.get("widgets_values_named", {})
-        assert set(widgets) - {EXTRA} == {name for name, each in inputs.items() if "default" in each}
+        assert [name for name in widgets if name != EXTRA] == [
+            name for name, each in inputs.items() if "default" in each
+        ]
+        assert node.get("widgets_values", []) == list(widgets.values())  # the page restores them by their place
         for name, value in widgets.items():
             if name != EXTRA:
                 allowed = inputs[name]
