@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SeedRule = Literal["offset", "hash"]
 Posterior = Literal["mode", "sample"]
 Noise = Literal["own", "nested"]
+TilePositions = Literal["whole", "own"]
 Number = TypeVar("Number", int, float)
 
 MIN_FACTOR, MAX_FACTOR = 1.25, 4.0

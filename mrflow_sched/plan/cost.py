@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.plan.checks import checked_number, checked_whole
@@ -19,8 +20,10 @@ from mrflow_sched.plan.families import FAMILIES, Family
 from mrflow_sched.plan.families.base import PixelCost
 from mrflow_sched.plan.stages import Stage, StagedPlan
 
-__all__ = ["UPSCALER_FLOP", "PartCost", "Peak", "Speeds", "part_costs", "peak_memory", "work_ratio"]
+__all__ = ["UPSCALER_FLOP", "PartCost", "Peak", "Speeds", "part_costs", "peak_memory", "uncounted_parts", "work_ratio"]
 
+Offload = Literal["model", "layers"]
+"""What waits beside a card: parts that are idle, or all layers but the one at work."""
 UPSCALER_FLOP: Mapping[str, float] = {"x2": 8.966e6, "x4": 3.5854e7, "demo": 2.76e5, "lanczos": 0.0}
 """FLOP per pixel of the small image: RRDBNet of 23 blocks (RealESRGAN x2plus, x4plus), the embedded model's, none."""
 
@@ -32,6 +35,8 @@ _MAX_BATCH = 10**6
 _UPSCALER_ALIVE = 260.0
 """Bytes alive at once per pixel of the upscaled image in an RRDBNet of 64 channels, 16 bits."""
 _UPSCALER_WEIGHTS: Mapping[str, float] = {"x2": 1.67e7, "x4": 1.67e7, "demo": 3.7e5, "lanczos": 0.0}
+# The largest layer that is moved at once is smaller in every family: FLUX.1's is 1/210 of its network.
+_LAYER_SHARE = 1 / 20
 _LATENT_COPIES = 5
 """Latents alive in a step: the state, the noise, two velocities and the denoised image, in float32."""
 
@@ -129,8 +134,7 @@ class Peak:
         total: Bytes.
         name: The part that needs them.
         weights: Bytes of weights among them, of parts at work and of parts that wait.
-        counted: Every part was counted; False: what the network needs beside its weights is left out, and its weights
-            are taken as the fewest that its FLOP allow.
+        counted: Every part was counted; False: those of `uncounted_parts` are left out.
     """
 
     total: float
@@ -146,7 +150,7 @@ def peak_memory(
     batch: int = 1,
     value_bytes: float = 2.0,
     weight_bytes: float | None = None,
-    offload: bool = False,
+    offload: bool | Offload = False,
     vae_tile: int | None = None,
     upscaler_tile: int | None = None,
 ) -> Peak | None:
@@ -161,7 +165,8 @@ def peak_memory(
         batch: Images that are made at once.
         value_bytes: Bytes per number of all parts: 2 in 16 bits, 4 in float32.
         weight_bytes: Bytes per weight of the network, where they differ: 1 in 8 bits, 0.55 in 4 with their scales.
-        offload: Only the part at work is kept on the device; False: network, VAE and upscaler all are.
+        offload: "model" or True: only the part at work is kept on the device; "layers": only the layer at work, taken
+            as a twentieth of its part; False: network, VAE and upscaler all are.
         vae_tile: Side in pixels of the VAE's tiles, of the image at work; None: whole images.
         upscaler_tile: Side in pixels of the upscaler's tiles, of the upscaled image; None: whole images.
 
@@ -193,9 +198,24 @@ def peak_memory(
         alive = (part.alive or 0.0) * pixels / part.pixels * value_bytes / 2 * (batch if kind == "sample" else 1)
         # The images before and after a part in float32, and the latents beside them.
         kept = batch * part.pixels * (3 * 4 * 2 + (latents if kind == "sample" else 0.0))
-        at_work = held[kind] if offload else sum(held.values())
-        found.append(Peak(at_work + alive + kept, part.name, at_work, network is not None))
+        at_work = held[kind] * (_LAYER_SHARE if offload == "layers" else 1.0) if offload else sum(held.values())
+        found.append(Peak(at_work + alive + kept, part.name, at_work, not uncounted_parts(known)))
     return max(found, key=lambda peak: peak.total)
+
+
+def uncounted_parts(family: Family) -> tuple[str, ...]:
+    """What `peak_memory` leaves out.
+
+    Args:
+        family: The family.
+
+    Returns:
+        Of "network", of which only the fewest weights that its FLOP allow are taken, and "VAE", those that were never
+        counted; usually none.
+    """
+    network = () if family.network_cost is not None else ("network",)
+    without = family.vae_cost is None and family.vae_factor > 1  # a family that works on pixels has no VAE
+    return (*network, "VAE") if without else network
 
 
 # ------------------------------------------------------------------------------------------------------------- seconds

@@ -19,9 +19,9 @@ from mrflow_sched.plan.checks import (
 )
 from mrflow_sched.plan.families import Family, ShiftRule, get_family
 from mrflow_sched.plan.families.base import steps_in
-from mrflow_sched.plan.notes import plan_notes
+from mrflow_sched.plan.notes import chosen_note, plan_notes
 from mrflow_sched.plan.options import OPTIONS, MadeOptions, NativeOptions, PlanOptions, check_options
-from mrflow_sched.plan.recipes import explicit_recipe, recipe_of_steps, sigmas_from_recipe
+from mrflow_sched.plan.recipes import explicit_recipe, recipe_of_betas, recipe_of_steps, sigmas_from_recipe
 from mrflow_sched.plan.schedule import (
     MAX_MU,
     Sigmas,
@@ -29,7 +29,7 @@ from mrflow_sched.plan.schedule import (
     mu_for_tokens,
     validate_sigmas,
 )
-from mrflow_sched.plan.sizes import covering_size, handoff_factors, stage_sizes, tokens_of
+from mrflow_sched.plan.sizes import chosen_sizes, covering_size, handoff_factors, stage_sizes, tokens_of
 from mrflow_sched.plan.solver_table import evaluated_sigmas, solver_evaluations
 from mrflow_sched.plan.stages import Stage, StagedPlan
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _T = TypeVar("_T")
-_UNSHIFTED = ("scaled-linear", "zero-snr", "edm")
+_UNSHIFTED = ("scaled-linear", "zero-snr", "betas", "edm", "trigflow")
 
 # ------------------------------------------------------------------------------------------------------------- making
 
@@ -56,22 +56,28 @@ def make_plan(
             family's default. Options override its numbers.
         **options: What else to decide, see `options.OPTIONS`: each with its type, range and meaning. None is the same
             as leaving an option out. `stages` is the number of stages and `factor` the size step between them: 2048 px
-            with factor 2 and 3 stages runs at 512, 1024 and 2048. `refine_steps` and `sigma` take one value, or one per
-            later stage. Outside `guidance_interval` a step costs one forward instead of two (Kynkaanniemi et al. 2024,
-            arXiv 2404.07724). `native=True` with `steps` is `make_native_plan`.
+            with factor 2 and 3 stages runs at 512, 1024 and 2048. Where neither they nor `factors` are given and the
+            image is more than twice the native size, both are chosen (`sizes.chosen_sizes`). `refine_steps` and
+            `sigma` take one value, or one per later stage. Outside `guidance_interval` a step costs one forward instead
+            of two (Kynkaanniemi et al. 2024, arXiv 2404.07724). `native=True` with `steps` is `make_native_plan`.
 
     Returns:
-        The plan; its `notes` say what was rounded or cropped.
+        The plan; its `notes` say what was chosen, rounded or cropped.
 
     Raises:
         MrFlowError: An option is unknown, out of range, or does not go with another one.
     """
     known = family if isinstance(family, Family) else get_family(family)
-    given = _spelled_out(cast("PlanOptions", check_options({"preset": preset, **options})))
+    asked = cast("PlanOptions", check_options({"preset": preset, **options}))
+    given = _spelled_out(asked)
     if given.get("native"):
         return _native_by_options(known, width, height, given)
     if "steps" in given:
         raise MrFlowError(f"steps={given['steps']!r} is for native=True; a staged plan takes low_steps, refine_steps.")
+    sizes = chosen_sizes(known, width, height, asked)
+    if sizes is not None:
+        plan = _staged_plan(known, sizes, (width, height), given)
+        return replace(plan, notes=(chosen_note(plan, known), *plan.notes))
     factors = handoff_factors(known, given.get("factor"), given.get("factors"), given.get("stages"))
     return _staged_plan(known, stage_sizes(known, width, height, factors), (width, height), given)
 
@@ -158,7 +164,8 @@ def make_sized_plan(
     if clash:
         raise MrFlowError(f"{clash[0]} has no meaning where sizes={quoted(wanted)} are given; leave it out.")
     plan = _staged_plan(family, wanted, asked, given)
-    return replace(plan, notes=plan_notes(plan, family, stretches=stretches, grid=grid))
+    notes = plan_notes(plan, family, stretches=stretches, grid=grid)
+    return replace(plan, notes=(*notes, *_idle_notes(given)))
 
 
 def with_first_steps(plan: StagedPlan, steps: int, solver: str | None = None) -> StagedPlan:
@@ -264,9 +271,18 @@ def _assemble(
         # Six digits say all that is known of a cost and keep the plan's line short.
         attention=float(f"{family.attention_cost / family.linear_cost:.6g}"),
         tile=checked_tile(_value(given, "tile"), family),
+        tile_positions=_value(given, "tile_positions") if _value(given, "tile") else "own",
         noise=_value(given, "noise"),
     )
-    return replace(plan, notes=plan_notes(plan, family))
+    return replace(plan, notes=(*plan_notes(plan, family), *_idle_notes(given)))
+
+
+def _idle_notes(given: PlanOptions) -> tuple[str, ...]:
+    """Which options that were given have no effect."""
+    asked = given.get("tile_positions")
+    if asked is None or _value(given, "tile"):
+        return ()
+    return (f"tile_positions={asked} has no effect without tiles; give tile too.",)
 
 
 def _first_stage(
@@ -396,32 +412,47 @@ def _mu_of(rule: ShiftRule, tokens: int, steps: int) -> float | None:
     if rule.kind in _UNSHIFTED:
         return None
     if rule.kind == "flux2":
-        return mu_flux2(tokens, steps)
-    if rule.kind == "exponential":
-        return mu_for_tokens(
+        found = mu_flux2(tokens, steps)
+    elif rule.kind == "logit-normal":
+        found = rule.base_shift + 0.5 * math.log(tokens / rule.base_tokens)
+    elif rule.kind == "root":
+        found = rule.base_shift + rule.max_shift * math.sqrt(tokens / rule.base_tokens)
+    elif rule.kind == "exponential":
+        found = mu_for_tokens(
             tokens,
             base_tokens=rule.base_tokens,
             max_tokens=rule.max_tokens,
             base_shift=rule.base_shift,
             max_shift=rule.max_shift,
         )
-    return math.log(rule.shift) if rule.kind in ("static", "beta") else 0.0
+    else:
+        return math.log(rule.shift) if rule.kind in ("static", "beta") else 0.0
+    return math.log(max(found, math.exp(-MAX_MU))) if rule.factor else found
 
 
 def _first_recipe(rule: ShiftRule, steps: int, mu: float | None) -> str:
     if rule.kind == "edm":
         spacing = "" if rule.rho is None else f" rho={rule.rho!r}"
         return f"edm {steps} max={rule.sigma_max!r} min={rule.sigma_min!r}{spacing}"
+    if rule.betas is not None:
+        return recipe_of_betas(steps, rule.betas)
+    if rule.kind == "trigflow" and steps == 2 and rule.middle is not None:
+        return f"trigflow 2 middle={rule.middle!r}"
     if rule.kind in _UNSHIFTED:
         return f"{rule.kind} {steps}"
+    if rule.kind == "logit-normal":
+        return f"logit-normal {steps} mu={mu!r} std={rule.std!r}"
+    numbers = {
+        "terminal": rule.terminal,
+        "min": rule.sigma_min,
+        "beta": rule.beta,
+        "roots": rule.roots,
+        "ahead": rule.ahead,
+        "whole": rule.whole,
+        "up": 1 if rule.up else None,
+    }
     words = ["beta" if rule.kind == "beta" else "native", str(steps), f"mu={mu!r}"]
-    if rule.terminal is not None:
-        words.append(f"terminal={rule.terminal!r}")
-    if rule.sigma_min is not None:
-        words.append(f"min={rule.sigma_min!r}")
-    if rule.beta is not None:
-        words.append(f"beta={rule.beta!r}")
-    return " ".join(words)
+    return " ".join([*words, *(f"{name}={number!r}" for name, number in numbers.items() if number is not None)])
 
 
 def _shift_tokens(family: Family, rule: Literal["low", "final"] | int, sizes: Sequence[tuple[int, int]]) -> int:

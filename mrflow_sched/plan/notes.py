@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mrflow_sched.plan.checks import MAX_FACTOR, MIN_FACTOR
 from mrflow_sched.plan.families import FAMILIES, Family
-from mrflow_sched.plan.sizes import fit_box
+from mrflow_sched.plan.sizes import fit_box, stage_sizes
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage, StagedPlan
@@ -29,6 +29,10 @@ SIDE_SLACK = 0.95
 
 OF_STAGE_1 = ("low_steps", "sigmas", "mu", "shift_tokens", "guidance_interval", "noise")
 """Options that decide how stage 1 is sampled, and nothing else."""
+LONGEST_SHAPE = 4.0
+"""Longer strips than this many to one are not among the sizes that families are trained on."""
+SLIGHT_AREA = 0.005
+"""A share by which an area may differ from another one that it is said to be."""
 # A relative change of shape between two stages up to this is not visible.
 SLIGHT_STRETCH = 0.002
 
@@ -51,10 +55,10 @@ def plan_notes(
         Sentences for the user, often none.
     """
     known = FAMILIES.get(plan.family) if family is None else family
-    notes = [*size_notes(plan, known, stretches=stretches, grid=grid), *_refine_notes(plan)]
+    notes = [*size_notes(plan, known, stretches=stretches, grid=grid), *_refine_notes(plan), *tile_notes(plan, known)]
     if known is not None:
         notes.extend(_guidance_notes(plan, known))
-    if known is not None and len(plan.stages) > 1 and known.prediction != "flow":
+    if known is not None and len(plan.stages) > 1 and known.prediction != "flow" and not known.rescaled_flow:
         notes.append(
             f"{known.title} is not a flow model: sigmas are converted at equal signal-to-noise ratio, which the "
             "method's authors have not tested."
@@ -62,6 +66,60 @@ def plan_notes(
     if len(plan.stages) > 1 and plan.cost_ratio < 1.0:
         notes.append(f"This plan costs {1 / plan.cost_ratio:.2f} times as much as {plan.native_steps} native steps.")
     return tuple(notes)
+
+
+def tile_notes(plan: StagedPlan, family: Family | None) -> tuple[str, ...]:
+    """What a user should know about the tiles of a plan.
+
+    Args:
+        plan: The plan.
+        family: Its family; None: what its network is told is unknown.
+
+    Returns:
+        Sentences for the user, often none.
+    """
+    if not plan.tile:
+        return ()
+    if not any(map(plan.tiled, range(len(plan.stages)))):
+        return (f"tile={plan.tile} has no effect: no later stage has a larger side.",)
+    made = family is not None and family.pipeline is not None and family.pipeline.positions == "made"
+    return (own_image_note(family),) if family is not None and made and plan.tile_positions == "whole" else ()
+
+
+def own_image_note(family: Family) -> str:
+    """What it means for tiles that a network makes positions by itself.
+
+    Args:
+        family: The family.
+
+    Returns:
+        A sentence for the user.
+    """
+    return f"Each tile is an image of its own to {family.title}, whose network is not told positions."
+
+
+def chosen_note(plan: StagedPlan, family: Family) -> str:
+    """Which sizes were chosen for the stages of a large image, and why.
+
+    Args:
+        plan: The plan.
+        family: Its family.
+
+    Returns:
+        A sentence for the user.
+    """
+    *before, last = (f"{stage.width}x{stage.height}" for stage in plan.stages)
+    usual = "x".join(map(str, stage_sizes(family, plan.width, plan.height, (family.factor,))[0]))
+    first = plan.stages[0]
+    shape = max(first.width, first.height) / min(first.width, first.height)
+    share = first.width * first.height / math.prod(family.native_size)
+    near = "the area" if abs(share - 1.0) < SLIGHT_AREA else f"{share:.0%} of the area"
+    strip = f" A strip of {shape:.3g}:1 may show repeated content all the same." if shape > LONGEST_SHAPE else ""
+    return (
+        f"{len(plan.stages)} stages were chosen, {', '.join(before)} and {last}: stage 1 has {near} that "
+        f"{family.title} is made for, where the usual factor would begin at {usual}. Give stages, factor or factors "
+        f"for others.{strip}"
+    )
 
 
 def image_notes(plan: StagedPlan, width: int, height: int, strength: float | None = None) -> tuple[str, ...]:

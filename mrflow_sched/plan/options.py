@@ -24,6 +24,7 @@ from mrflow_sched.plan.checks import (
     Noise,
     Posterior,
     SeedRule,
+    TilePositions,
     checked_interval,
     is_number,
     plain,
@@ -294,6 +295,13 @@ class CallOptions(_WalkOptions, total=False):
             high=MAX_SIDE,
             default=0,
             metavar="PIXELS",
+        ),
+    ]
+    tile_positions: Annotated[
+        TilePositions,
+        Option(
+            help="which positions a tile's tokens have: those in the whole image, or as if the tile were an image",
+            default="whole",
         ),
     ]
 

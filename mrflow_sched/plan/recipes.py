@@ -8,30 +8,37 @@ from functools import lru_cache
 from typing import cast
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted, shown
+from mrflow_sched.plan.betas import TrainingBetas, betas_sigmas
 from mrflow_sched.plan.checks import MAX_STEPS
 from mrflow_sched.plan.schedule import (
     Sigmas,
     beta_sigmas,
     edm_sigmas,
+    logit_normal_sigmas,
     native_sigmas,
     refine_sigmas,
     scaled_linear_sigmas,
     validate_sigmas,
 )
+from mrflow_sched.plan.trigflow import trigflow_sigmas
 
-__all__ = ["explicit_recipe", "read_number", "recipe_of_steps", "sigmas_from_recipe"]
+__all__ = ["explicit_recipe", "read_number", "recipe_of_betas", "recipe_of_steps", "sigmas_from_recipe"]
 
-_MOST_NUMBERS = 4
+_MOST_NUMBERS = 7
 
 
 def sigmas_from_recipe(recipe: str) -> Sigmas:
     """Make the schedule that a recipe describes: a kind, then words. Numbers are written in full precision.
 
     ==========================================  ===============================================
-    "native 12 mu=0.63 [terminal= min= beta=]"  `native_sigmas`
+    "native 12 mu=0.63 [terminal= min= ...]"    `native_sigmas`, with its arguments beta, roots, ahead, whole, up
     "beta 12 mu=0.0"                            `beta_sigmas` with 0.6 and 0.6
+    "logit-normal 48 mu=0.0 std=1.5"            `logit_normal_sigmas`
     "scaled-linear 30", "zero-snr 30"           `scaled_linear_sigmas`
+    "betas 30 first=0.0001 last=0.02 power=1"   `betas_sigmas`; power 2: betas whose roots are evenly spaced
+    "betas 30 cosine=1"                         the same, of cosine betas; both with [count= zero=1 scale=]
     "edm 25 max=160.0 min=0.004 [rho=]"         `edm_sigmas`
+    "trigflow 2 [middle=1.3]"                   `trigflow_sigmas`
     "linear 1 start=0.12", "shifted ..."        `refine_sigmas`
     "list 1.0 0.5 0.0"                          these very values
     "none"                                      the empty schedule: a stage without steps
@@ -84,21 +91,73 @@ def _made(recipe: str) -> Sigmas:
 def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
     """The schedule of `kind`; takes the numbers that it uses out of `numbers`."""
     if kind == "native":
-        mu, terminal, sigma_min = numbers.pop("mu"), numbers.pop("terminal", None), numbers.pop("min", None)
-        return native_sigmas(steps, mu=mu, terminal=terminal, sigma_min=sigma_min, beta=numbers.pop("beta", None))
+        mu, whole = numbers.pop("mu"), numbers.pop("whole", None)
+        words = {"terminal": "terminal", "min": "sigma_min", "beta": "beta", "roots": "roots", "ahead": "ahead"}
+        given = {name: numbers.pop(word) for word, name in words.items() if word in numbers}
+        up = numbers.pop("up", 0.0) != 0.0
+        return native_sigmas(steps, mu=mu, whole=None if whole is None else _whole(whole), up=up, **given)
     if kind == "beta":
         return beta_sigmas(steps, mu=numbers.pop("mu"))
+    if kind == "logit-normal":
+        return logit_normal_sigmas(steps, mu=numbers.pop("mu"), std=numbers.pop("std"))
     if kind in ("scaled-linear", "zero-snr"):
         return scaled_linear_sigmas(steps, zero_snr=kind == "zero-snr")
+    if kind == "betas":
+        return betas_sigmas(steps, _betas(numbers))
+    if kind == "trigflow":
+        return trigflow_sigmas(steps, numbers.pop("middle", None))
     if kind == "edm":
         ends = {"largest": numbers.pop("max"), "smallest": numbers.pop("min")}
         return edm_sigmas(steps, **ends, rho=numbers.pop("rho", None))
     if kind in ("linear", "shifted"):
         return refine_sigmas(numbers.pop("start"), steps, kind)
     raise MrFlowError(
-        "recipe must begin with native, beta, scaled-linear, zero-snr, edm, linear, shifted, list or none: "
-        f"{quoted(kind)}."
+        "recipe must begin with native, beta, logit-normal, scaled-linear, zero-snr, betas, edm, trigflow, linear, "
+        f"shifted, list or none: {quoted(kind)}."
     )
+
+
+def recipe_of_betas(steps: int, betas: TrainingBetas) -> str:
+    """The recipe of `betas_sigmas`.
+
+    Args:
+        steps: 1 to 1000.
+        betas: Of the model's training; a list of its own is spelled out as sigmas.
+
+    Returns:
+        The recipe.
+    """
+    if betas.spacing == "own":
+        return explicit_recipe(betas_sigmas(steps, betas))
+    plain = TrainingBetas()
+    words = ["betas", str(steps)]
+    if betas.spacing == "cosine":
+        words.append("cosine=1")
+    else:
+        words += [f"first={betas.first!r}", f"last={betas.last!r}", f"power={1 if betas.spacing == 'linear' else 2}"]
+    words += [f"count={betas.count}"] if betas.count != plain.count else []
+    words += ["zero=1"] if betas.zero_snr else []
+    words += [f"scale={betas.snr_scale!r}"] if betas.snr_scale != plain.snr_scale else []
+    return " ".join(words)
+
+
+def _betas(numbers: dict[str, float]) -> TrainingBetas:
+    """The betas that a recipe names; takes their numbers out of `numbers`."""
+    count = _whole(numbers.pop("count", 1000.0))
+    zero_snr, snr_scale = numbers.pop("zero", 0.0) != 0.0, numbers.pop("scale", 1.0)
+    if numbers.pop("cosine", 0.0):
+        return TrainingBetas(count=count, spacing="cosine", zero_snr=zero_snr, snr_scale=snr_scale)
+    power, first, last = numbers.pop("power"), numbers.pop("first"), numbers.pop("last")
+    if power not in (1.0, 2.0):
+        raise MrFlowError(f"power must be 1 or 2, got {power!r}.")
+    spacing = "linear" if power == 1.0 else "scaled-linear"
+    return TrainingBetas(count, first, last, spacing, zero_snr=zero_snr, snr_scale=snr_scale)
+
+
+def _whole(number: float) -> int:
+    if number != int(number):
+        raise MrFlowError(f"count and whole must be whole numbers, got {number!r}.")
+    return int(number)
 
 
 def recipe_of_steps(recipe: str, steps: int) -> str:
@@ -112,6 +171,8 @@ def recipe_of_steps(recipe: str, steps: int) -> str:
         The other recipe.
     """
     kind, *words = recipe.split(" ")
+    if kind == "trigflow" and steps != 2:
+        return f"trigflow {steps}"  # the angle in the middle is for two steps
     if kind != "list":
         return " ".join([kind, str(steps), *words[1:]])
     sigmas = sigmas_from_recipe(recipe)

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from statistics import NormalDist
 from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
@@ -33,8 +34,10 @@ from mrflow_sched.plan.checks import (
 )
 
 __all__ = [
+    "LOGIT_NORMAL_LARGEST",
     "beta_sigmas",
     "edm_sigmas",
+    "logit_normal_sigmas",
     "mu_flux2",
     "mu_for_tokens",
     "native_sigmas",
@@ -231,10 +234,15 @@ def native_sigmas(
     terminal: float | None = None,
     sigma_min: float | None = None,
     beta: float | None = None,
+    roots: float | None = None,
+    ahead: float | None = None,
+    whole: int | None = None,
+    up: bool = False,
 ) -> Sigmas:
     """A flow model's own schedule: evenly spaced noise fractions from 1, shifted, then a final 0.
 
-    Source: diffusers FluxPipeline (sigmas) and FlowMatchEulerDiscreteScheduler (shift, terminal, beta).
+    Source: diffusers FluxPipeline (sigmas), FlowMatchEulerDiscreteScheduler (shift, terminal, beta, roots),
+    CogView4Pipeline (whole), BriaPipeline (up) and GlmImagePipeline (ahead).
 
     Args:
         steps: 1 to 1000.
@@ -242,6 +250,10 @@ def native_sigmas(
         terminal: The last sigma above zero that the shifted schedule is stretched to, see `stretch_to_terminal`.
         sigma_min: The last fraction above zero before the shift (None: 1/steps, which spaces all steps evenly).
         beta: Space the finished schedule anew between its ends, at quantiles of Beta(beta, beta).
+        roots: Space it anew so that its roots of this order are evenly spaced, 1 to 100; 0: its logarithms.
+        ahead: Without `sigma_min`: the fraction before the shift that one more step would reach (None: 0).
+        whole: Fractions before the shift are rounded down to multiples of 1/whole, 1000 to 10000.
+        up: They are rounded up instead.
 
     Returns:
         steps + 1 floats from exactly 1.0 to exactly 0.0.
@@ -250,12 +262,67 @@ def native_sigmas(
         MrFlowError: A number is out of its range.
     """
     steps, shift = checked_whole(steps, "steps", 1, MAX_STEPS), _shift_of(mu)
-    last = 1.0 / steps if sigma_min is None else _between(sigma_min, "sigma_min", "leave it out for even spacing")
-    shifted = [1.0, *(shift_sigma(sigma, shift) for sigma in evenly(1.0, last, steps)[1:])]
-    sigmas = validate_sigmas([*shifted, 0.0], "sigmas")
+    if sigma_min is not None:
+        last, more = _between(sigma_min, "sigma_min", "leave it out for even spacing"), 0
+    elif ahead is not None:
+        last, more = _between(ahead, "ahead", "leave it out for 0"), 1
+    else:
+        last, more = 1.0 / steps, 0
+    if whole is None:
+        spaced = evenly(1.0, last, steps + more)[:steps]
+    else:
+        parts = checked_whole(whole, "whole", MAX_STEPS, 10 * MAX_STEPS)
+        end = round(last * parts)
+        if up:
+            counts = [parts - count for count in _rounded_down(0, parts - end, steps + more)]
+        else:
+            counts = _rounded_down(parts, end, steps + more)
+        spaced = [count / parts for count in counts[:steps]]
+    sigmas = validate_sigmas([1.0, *(shift_sigma(sigma, shift) for sigma in spaced[1:]), 0.0], "sigmas")
     if terminal is not None:
         sigmas = stretch_to_terminal(sigmas, terminal)
+    if roots is not None:
+        between = spaced_by_rho(sigmas[0], sigmas[-2], steps, roots or None)[1:-1]
+        sigmas = validate_sigmas([1.0, *between, *sigmas[-2:]] if steps > 1 else sigmas, "sigmas")
     return sigmas if beta is None else validate_sigmas([*spaced_by_beta(sigmas[:-1], beta), 0.0], "sigmas")
+
+
+def _rounded_down(first: int, last: int, count: int) -> list[int]:
+    """Evenly spaced whole numbers, rounded down after the same operations as in NumPy's linspace."""
+    width = (last - first) / max(count - 1, 1)
+    return [*(math.floor(index * width + first) for index in range(count - 1)), last if count > 1 else first]
+
+
+def logit_normal_sigmas(steps: int, *, mu: float, std: float) -> Sigmas:
+    """A flow model's schedule at evenly spaced quantiles of a logit-normal distribution (Ideogram 4).
+
+    Its logits are those of Normal(mu, std). The first sigma is set to 1.0 (pure noise); the model itself is told
+    `LOGIT_NORMAL_LARGEST` there.
+    Source: diffusers Ideogram4Pipeline.
+
+    Args:
+        steps: 1 to 1000.
+        mu: Mean of the logits of the sigmas.
+        std: Their standard deviation, 0.1 to 10.
+
+    Returns:
+        steps + 1 floats from exactly 1.0 to exactly 0.0.
+
+    Raises:
+        MrFlowError: A number is out of its range.
+    """
+    steps = checked_whole(steps, "steps", 1, MAX_STEPS)
+    mu = checked_number(mu, "mu", -MAX_MU, MAX_MU, "it is a mean of logits")
+    std = checked_number(std, "std", 0.1, 10.0, "the published value is 1.5")
+    normal = NormalDist(mu, std)
+    inner = [1.0 / (1.0 + math.exp(-normal.inv_cdf(1.0 - index / steps))) for index in range(1, steps)]
+    kept = [min(max(sigma, _LOGIT_NORMAL_SMALLEST), LOGIT_NORMAL_LARGEST) for sigma in inner]
+    return validate_sigmas([1.0, *kept, 0.0], "sigmas")
+
+
+# The ends of diffusers' Ideogram4Pipeline, which cuts the logits of its sigmas off at 9 and -7.5.
+LOGIT_NORMAL_LARGEST = 1.0 - 1.0 / (1.0 + math.exp(9.0))
+_LOGIT_NORMAL_SMALLEST = 1.0 - 1.0 / (1.0 + math.exp(-7.5))
 
 
 def spaced_by_beta(above_zero: Sequence[float], beta: float = 0.6) -> list[float]:
@@ -417,7 +484,7 @@ def scaled_linear_betas(first: float, last: float, count: int) -> list[float]:
     return [root**2 for root in evenly(math.sqrt(first), math.sqrt(last), count)]
 
 
-def ve_of_betas(betas: Sequence[float], *, zero_snr: bool = False) -> Sigmas:
+def ve_of_betas(betas: Sequence[float], *, zero_snr: bool = False, snr_scale: float = 1.0) -> Sigmas:
     """The sigma_ve of every training step: sqrt((1 - abar) / abar), where abar is the product of 1 - beta.
 
     Args:
@@ -425,11 +492,14 @@ def ve_of_betas(betas: Sequence[float], *, zero_snr: bool = False) -> Sigmas:
         zero_snr: Shift and scale the roots of abar so that the last is 0 (Lin et al. 2023, algorithm 1). It is then set
             to 2^-24, as in diffusers, so that its sigma_ve is finite: 4096. Steps before it that would lie above are
             lowered to just below.
+        snr_scale: The signal-to-noise ratio of every step is divided by this before it is rescaled (CogView3-Plus).
 
     Returns:
         As many values, rising.
     """
     kept: list[float] = list(accumulate((1.0 - beta for beta in betas), operator.mul))
+    if snr_scale != 1.0:
+        kept = [each / (snr_scale + (1.0 - snr_scale) * each) for each in kept]
     if zero_snr:
         roots = [math.sqrt(each) for each in kept]
         scale = roots[0] / (roots[0] - roots[-1])

@@ -10,21 +10,19 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.betas import training_betas
 from mrflow_sched.plan.checks import checked_number
 from mrflow_sched.plan.schedule import (
     Sigmas,
     evenly,
-    scaled_linear_betas,
     shift_sigma,
     spaced_by_beta,
     spaced_by_rho,
     stretched,
     trailing_steps,
-    ve_of_betas,
 )
 
 CONVERSIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
@@ -189,7 +187,7 @@ class EdmLevels:
 
 
 def edm_levels(options: Mapping[str, Any]) -> EdmLevels | None:
-    """The noise levels in the configuration of EDMEulerScheduler or EDMDPMSolverMultistepScheduler.
+    """The noise levels in a scheduler's configuration: EDM's own ones, and what Cosmos-Predict2 writes into its own.
 
     Args:
         options: The scheduler's configuration.
@@ -200,7 +198,7 @@ def edm_levels(options: Mapping[str, Any]) -> EdmLevels | None:
     Raises:
         MrFlowError: Values that no model has.
     """
-    if options.get("sigma_data") is None:
+    if options.get("sigma_data") is None or options.get("prediction_type") == "trigflow":
         return None
     data, largest, smallest = (
         checked_number(options.get(name), name, 1e-4, 1e4, "as in the model's own scheduler")
@@ -208,12 +206,13 @@ def edm_levels(options: Mapping[str, Any]) -> EdmLevels | None:
     )
     if smallest >= largest:
         raise MrFlowError(f"sigma_min must be below sigma_max, got {smallest!r} and {largest!r}.")
-    rho = None if options.get("sigma_schedule") == "exponential" else float(options.get("rho") or 7.0)
+    logarithms = options.get("sigma_schedule") == "exponential" or options.get("use_exponential_sigmas")
+    rho = None if logarithms else float(options.get("rho") or 7.0)
     return EdmLevels(data, largest / data, smallest / data, rho)
 
 
 def training_sigmas(options: Mapping[str, Any]) -> Sigmas:
-    """The sigma_ve of every training step, see `schedule.ve_of_betas`.
+    """The sigma_ve of every training step, see `betas.TrainingBetas`.
 
     Args:
         options: The scheduler's configuration.
@@ -224,24 +223,7 @@ def training_sigmas(options: Mapping[str, Any]) -> Sigmas:
     Raises:
         MrFlowError: The configuration names no betas.
     """
-    return ve_of_betas(_betas(options), zero_snr=bool(options["rescale_betas_zero_snr"]))
-
-
-def _betas(options: Mapping[str, Any]) -> list[float]:
-    count, first, last = options["num_train_timesteps"], options["beta_start"], options["beta_end"]
-    if options["trained_betas"] is not None:
-        return [float(beta) for beta in options["trained_betas"]]
-    if options["beta_schedule"] == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, eq. 17
-        kept = [math.cos((index / count + 0.008) / 1.008 * math.pi / 2) ** 2 for index in range(count + 1)]
-        return [min(1.0 - after / before, 0.999) for before, after in pairwise(kept)]
-    if first is None or last is None:
-        raise MrFlowError(
-            f"prediction_type is {options['prediction_type']!r}, which needs beta_start and beta_end; give the "
-            "configuration of the model's own scheduler."
-        )
-    if options["beta_schedule"] == "linear":
-        return evenly(float(first), float(last), count)
-    return scaled_linear_betas(float(first), float(last), count)
+    return training_betas(options).levels
 
 
 def ve_sigmas(
@@ -303,3 +285,18 @@ def time_of(sigma: float, table: Sigmas) -> float:
     low = min(max(bisect_right(table, sigma) - 1, 0), len(table) - 2)
     below, above = math.log(table[low]), math.log(table[low + 1])
     return low + min(max((math.log(sigma) - below) / (above - below), 0.0), 1.0)
+
+
+def adds_noise(config: Mapping[str, Any], name: str = "") -> bool:
+    """Whether a sampler draws noise at every step, as far as its configuration and the name of its class tell.
+
+    Args:
+        config: Of a scheduler.
+        name: Of its class; "" where only the configuration is known.
+
+    Returns:
+        True for LCM, TCD, ancestral and SDE samplers.
+    """
+    asked = bool(config.get("stochastic_sampling")) or str(config.get("algorithm_type", "")).startswith("sde")
+    named = any(word in name for word in ("LCM", "TCD", "SCM", "Ancestral", "SDE"))
+    return asked or named or "timestep_scaling" in config  # the last is an option of LCM and TCD alone

@@ -20,6 +20,7 @@ from mrflow_sched.plan.checks import (
     Noise,
     Posterior,
     SeedRule,
+    TilePositions,
     check_choice,
     checked_interval,
     checked_number,
@@ -153,6 +154,8 @@ class StagedPlan:
         attention: Cost of attention: one forward on n tokens, text included, costs n (1 + `attention` n) in units that
             cancel.
         tile: Side in pixels of the tiles in which the network sees later stages that are larger; 0: whole images.
+        tile_positions: Where a tile's tokens are to the network: where they lie in the "whole" image, or as if the tile
+            were an image of its "own", as in every plan of before there was a choice.
         noise: What stage 1 starts from: noise of its "own" size, or that of the final size, shrunk ("nested").
         notes: Sentences for the user; not part of equality.
 
@@ -173,6 +176,7 @@ class StagedPlan:
     text_tokens: int = 0
     attention: float = 0.0
     tile: int = 0
+    tile_positions: TilePositions = "own"
     noise: Noise = "own"
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -188,6 +192,7 @@ class StagedPlan:
         check_choice(self.seed_rule, "seed_rule", ("offset", "hash"))
         check_choice(self.posterior, "posterior", ("mode", "sample"))
         check_choice(self.noise, "noise", ("own", "nested"))
+        check_choice(self.tile_positions, "tile_positions", ("whole", "own"))
         object.__setattr__(self, "native_steps", checked_whole(self.native_steps, "native_steps", 1, MAX_FORWARDS))
         object.__setattr__(
             self, "native_forwards", checked_whole(self.native_forwards, "native_forwards", 1, MAX_FORWARDS)
@@ -318,6 +323,7 @@ class StagedPlan:
             "forwards": self.forwards,
             **{name: getattr(self, name) for name in PLAN_NUMBERS},
             "tile": self.tile,
+            "tile_positions": self.tile_positions,
             "noise": self.noise,
             "notes": list(self.notes),
         }
@@ -353,6 +359,7 @@ class StagedPlan:
                 stages=tuple(Stage(**stage_from_dict(stage)) for stage in data["stages"]),
                 **{name: data[name] for name in PLAN_NUMBERS},
                 tile=data.get("tile", 0),
+                tile_positions=data.get("tile_positions", "own"),
                 noise=data.get("noise", "own"),
                 notes=tuple(shown(note, _LONGEST_NOTE) for note in data["notes"][:_MOST_NOTES]),
             )

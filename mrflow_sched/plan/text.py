@@ -53,6 +53,8 @@ def plan_to_string(plan: StagedPlan) -> str:
     }
     if plan.tile:
         values["tile"] = str(plan.tile)
+    if plan.tile_positions != "own":
+        values["tile_positions"] = plan.tile_positions
     if plan.noise != "own":
         values["noise"] = plan.noise
     head = [f"{name}={value}" for name, value in values.items()]
@@ -174,7 +176,7 @@ def _interval(text: str) -> tuple[float, float]:
     return read_number(low), read_number(high)
 
 
-_OPTIONAL = ("tile", "noise", "mu", "guidance_interval", "seed_rule", "posterior")
+_OPTIONAL = ("tile", "tile_positions", "noise", "mu", "guidance_interval", "seed_rule", "posterior")
 _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
         "family": str,
@@ -188,6 +190,7 @@ _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "text_tokens": _whole,
         "attention": read_number,
         "tile": _whole,
+        "tile_positions": str,
         "noise": str,
     }
 )

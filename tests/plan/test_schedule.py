@@ -12,7 +12,9 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.plan import schedule
 from mrflow_sched.plan.recipes import explicit_recipe, sigmas_from_recipe
 from mrflow_sched.plan.schedule import (
+    LOGIT_NORMAL_LARGEST,
     beta_sigmas,
+    logit_normal_sigmas,
     mu_flux2,
     mu_for_tokens,
     native_sigmas,
@@ -378,7 +380,10 @@ def wrong(function: Any) -> Any:
         (lambda: wrong(sigmas_from_recipe)("native 12x mu=0.0"), "lacks its number of steps"),
         (lambda: wrong(sigmas_from_recipe)("native 12"), "lacks mu"),
         (lambda: wrong(sigmas_from_recipe)("native 12 mu=0.5 te\x1b=0.02"), r"do not take: 'te\\x1b'"),
-        (lambda: wrong(sigmas_from_recipe)("native 2 mu=0 a=1 b=2 c=3 d=4"), "has a number twice, or too many"),
+        (
+            lambda: wrong(sigmas_from_recipe)("native 2 mu=0 a=1 b=2 c=3 d=4 e=5 f=6 g=7"),
+            "has a number twice, or too many",
+        ),
     ],
 )
 def test_numbers_that_no_schedule_has_end_in_a_sentence(call: Any, sentence: str | None) -> None:
@@ -394,3 +399,33 @@ def test_numbers_that_no_schedule_has_end_in_a_sentence(call: Any, sentence: str
 def test_the_shifted_curve_falls_up_to_its_limit(count: int) -> None:
     sigmas = refine_sigmas(0.12, count, "shifted")
     assert (len(sigmas), sigmas[0], sigmas[-1]) == (count + 1, 0.12, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ models' own schedules
+
+
+@quick
+@given(STEPS, st.floats(-2, 2), st.floats(0.5, 2))
+def test_logit_normal_sigmas_are_evenly_spaced_quantiles(steps: int, mu: float, std: float) -> None:
+    sigmas = logit_normal_sigmas(steps, mu=mu, std=std)
+    assert_stage1(sigmas, steps)
+    for index, sigma in enumerate(sigmas[1:-1], 1):
+        below = 0.5 * (1 + math.erf((math.log(sigma / (1 - sigma)) - mu) / (std * math.sqrt(2))))
+        assert below == pytest.approx(1 - index / steps, abs=1e-9)
+    assert sigmas_from_recipe(f"logit-normal {steps} mu={mu:.15f} std={std:.15f}") == pytest.approx(sigmas, abs=1e-9)
+
+
+def test_logit_normal_sigmas_are_those_of_ideogram_4() -> None:
+    # diffusers' _logit_normal_sigmas(4, 0.0, 1.5)
+    assert logit_normal_sigmas(4, mu=0.0, std=1.5) == pytest.approx([1.0, 0.733359, 0.5, 0.266641, 0.0], abs=1e-6)
+    assert pytest.approx(0.99987661, abs=1e-8) == LOGIT_NORMAL_LARGEST
+    with pytest.raises(MrFlowError, match="std must be a number"):
+        logit_normal_sigmas(4, mu=0.0, std=0.0)
+
+
+def test_whole_training_steps_may_be_rounded_up() -> None:
+    # diffusers' get_original_sigmas of Bria: indices int(linspace(0, 999, 4)) of 1000 steps
+    assert native_sigmas(4, sigma_min=0.001, whole=1000, up=True) == (1.0, 0.667, 0.334, 0.001, 0.0)
+    assert native_sigmas(5, sigma_min=0.001, whole=1000, up=True) == (1.0, 0.751, 0.501, 0.251, 0.001, 0.0)
+    assert native_sigmas(5, sigma_min=0.001, whole=1000)[1] == 0.75
+    assert sigmas_from_recipe("native 5 mu=0.0 min=0.001 whole=1000 up=1")[1] == 0.751

@@ -19,19 +19,36 @@ from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.plan.families import (
     anima,
     auraflow,
+    bria,
+    by_betas,
     chroma,
+    cogview,
+    cosmos,
     demo,
+    dreamlite,
     ernie,
     flux1,
     flux2,
+    flux3,
     hidream,
     hunyuan,
+    ideogram4,
+    kandinsky5,
     krea2,
+    lens,
+    longcat,
     lumina2,
+    mage,
+    moss,
+    nucleus,
+    omnigen,
+    ovis,
+    prx,
     qwen,
     sana,
     sd3,
     sdxl,
+    video,
     zimage,
 )
 from mrflow_sched.plan.families.base import (
@@ -78,6 +95,7 @@ _MODULES: tuple[FamilyModule, ...] = (
     sd3,
     zimage,
     flux2,
+    flux3,
     chroma,
     lumina2,
     sana,
@@ -86,8 +104,24 @@ _MODULES: tuple[FamilyModule, ...] = (
     hidream,
     krea2,
     ernie,
+    longcat,
+    ovis,
+    nucleus,
     anima,
+    ideogram4,
+    bria,
+    kandinsky5,
+    prx,
+    dreamlite,
+    lens,
+    mage,
+    moss,
+    cogview,
+    cosmos,
+    omnigen,
     sdxl,
+    by_betas,
+    video,
     demo,
 )
 
@@ -127,13 +161,13 @@ def get_family(name: str, families: Mapping[str, Family] = FAMILIES) -> Family:
         The family.
 
     Raises:
-        MrFlowError: The name is unknown; the sentence has the nearest known name and all names.
+        MrFlowError: The name is unknown; the sentence has the nearest known name, or some.
     """
     family = families.get(name) if isinstance(cast("object", name), str) else None
     if family is None:
         near = _nearest(name, families) if isinstance(cast("object", name), str) else None
-        hint = f"did you mean {near!r}? Known families are" if near else "known families are"
-        raise MrFlowError(f"family {quoted(name)} is unknown; {hint} {', '.join(families)}.")
+        hint = f"did you mean {near!r}?" if near else f"use {', '.join(tuple(families)[:8])} or another:"
+        raise MrFlowError(f"family {quoted(name)} is unknown; {hint} `mrflow families` lists all {len(families)}.")
     return family
 
 

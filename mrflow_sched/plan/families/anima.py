@@ -1,8 +1,8 @@
-"""Anima, on the network of Cosmos-Predict2 2B."""
+"""Anima, on the network of Cosmos-Predict2 2B. diffusers has it as a modular pipeline only."""
 
 from __future__ import annotations
 
-from mrflow_sched.plan.families.base import Family, HostFacts, ShiftRule
+from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, ShiftRule, always
 from mrflow_sched.plan.families.qwen import QWEN_VAE
 from mrflow_sched.plan.families.shared import ASSUMED_PRESETS, FEWER_CFG_PRESETS, sources, transformer_flop
 
@@ -29,6 +29,13 @@ _ANIMA = Family(
     linear_cost=_ANIMA_LINEAR,
     attention_cost=_ANIMA_ATTENTION,
     vae_cost=QWEN_VAE,
+    pipeline=PipelineInfo(
+        classes=r"AnimaModularPipeline",
+        titles=(("Anima", "AnimaModularPipeline"),),
+        tells=always,
+        layout="AnimaLayout",
+        text_outputs=("qwen_prompt_embeds", "qwen_attention_mask", "t5_input_ids", "t5_attention_mask"),
+    ),
     host=_host,
     sources=sources(
         "careful",

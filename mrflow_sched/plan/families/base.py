@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
+from mrflow_sched.plan.betas import TrainingBetas
 from mrflow_sched.plan.checks import MAX_STAGES, MAX_STEPS
 from mrflow_sched.plan.schedule import scaled_linear_ve, validate_sigmas
 
@@ -27,8 +28,10 @@ __all__ = [
 ]
 
 Prediction = Literal["flow", "epsilon", "v", "edm"]
+Positions = Literal["told", "made", "none"]
 GuidanceKind = Literal["embedded", "cfg", "none"]
-ShiftKind = Literal["none", "static", "exponential", "flux2", "beta", "scaled-linear", "zero-snr", "edm", "list"]
+FlowShift = Literal["none", "static", "exponential", "root", "flux2", "beta", "logit-normal", "trigflow", "list"]
+ShiftKind = FlowShift | Literal["scaled-linear", "zero-snr", "betas", "edm"]
 
 TIERS = ("fast", "balanced", "best")
 """Names that every family has a preset for; "balanced" is its default."""
@@ -43,25 +46,37 @@ class ShiftRule:
 
     Attributes:
         kind: "none" evenly spaced; "static" a fixed `shift` >= 1; "exponential" exp(mu) with mu on a line through
-            (`base_tokens`, `base_shift`) and (`max_tokens`, `max_shift`); "flux2" its empirical mu of tokens and steps;
-            "beta" Beta(0.6, 0.6) quantiles, then the static `shift`; "scaled-linear" the training betas of SD1.5 and
-            SDXL; "zero-snr" the same, rescaled to zero terminal SNR; "edm" from the sigma_ve `sigma_max` to
-            `sigma_min`, spaced by `rho`; "list" a distilled model's own sigmas.
+            (`base_tokens`, `base_shift`) and (`max_tokens`, `max_shift`); "root" the same with mu = `base_shift` +
+            `max_shift` * sqrt(tokens / `base_tokens`); "flux2" its empirical mu of tokens and steps; "beta"
+            Beta(0.6, 0.6) quantiles, then the static `shift`; "logit-normal" quantiles of a logit-normal distribution
+            of deviation `std` and mean `base_shift` at `base_tokens`, 0.5 more for each natural logarithm of tokens
+            above; "scaled-linear" the training betas of SD1.5 and SDXL;
+            "zero-snr" the same, rescaled to zero terminal SNR; "betas" others, `betas`; "edm" from the sigma_ve
+            `sigma_max` to `sigma_min`, spaced by `rho`; "trigflow" evenly spaced angles; "list" a distilled model's own
+            sigmas.
         shift: The fixed shift of "static" and "beta"; 1 is no shift.
-        base_tokens: Image tokens at the first point of the line of "exponential".
+        base_tokens: Image tokens at the first point of the line of "exponential", and those of "root".
         max_tokens: Image tokens at its second point.
         base_shift: Value of mu at the first point.
         max_shift: Value of mu at the second point.
+        factor: What these give is not mu but the shift itself, exp(mu) ("linear" time shift in diffusers).
         terminal: The schedule is stretched so that its last sigma above 0 is this one; None: it is not stretched.
         sigma_min: The last sigma before the shift; None: 1/steps. For "edm" the last sigma_ve.
         sigma_max: The first sigma_ve of "edm".
         rho: Roots of this order are evenly spaced in "edm"; None: logarithms are.
         beta: The finished schedule is spaced anew between its ends, at quantiles of Beta(beta, beta); None: it is not.
+        roots: It is spaced anew so that its roots of this order are evenly spaced (0: its logarithms); None: it is not.
+        ahead: The sigma before the shift that one more step would reach; None: 0. Not used with `sigma_min`.
+        whole: Sigmas before the shift are rounded down to multiples of 1/whole; None: they are not.
+        up: They are rounded up instead.
+        betas: The training betas of "betas".
+        std: Standard deviation of the logits of "logit-normal".
+        middle: The angle in the middle of two steps of "trigflow"; None: half the way.
         lists: The schedules of "list", each from 1 to 0; the step count selects one.
 
     Raises:
         MrFlowError: `lists` is given for another kind, is missing for "list", or does not start at 1; likewise
-            `sigma_max` and `sigma_min` for "edm".
+            `betas`, and `sigma_max` and `sigma_min` for "edm".
     """
 
     kind: ShiftKind
@@ -70,23 +85,35 @@ class ShiftRule:
     max_tokens: int = 4096
     base_shift: float = 0.5
     max_shift: float = 1.15
+    factor: bool = False
     terminal: float | None = None
     sigma_min: float | None = None
     beta: float | None = None
+    roots: float | None = None
+    ahead: float | None = None
+    whole: int | None = None
+    up: bool = False
+    betas: TrainingBetas | None = None
+    std: float | None = None
+    middle: float | None = None
     sigma_max: float | None = None
     rho: float | None = None
     lists: tuple[tuple[float, ...], ...] = ()
 
     @property
     def largest_ve(self) -> float:
-        """The sigma_ve at which variance-exploding models are given pure noise: 14.6, 4096, or `sigma_max`."""
+        """The sigma_ve at which variance-exploding models are given pure noise: 14.6 for SD1.5 and SDXL."""
         if self.sigma_max is not None:
             return self.sigma_max
+        if self.betas is not None:
+            return self.betas.levels[-1]
         return scaled_linear_ve(self.kind == "zero-snr")[-1]
 
     def __post_init__(self) -> None:
         if (self.kind == "list") != bool(self.lists):
             raise MrFlowError(f"lists must be given for the shift rule 'list' and no other, got {self.lists!r}.")
+        if (self.kind == "betas") != (self.betas is not None):
+            raise MrFlowError(f"betas must be given for the shift rule 'betas' and no other, got {self.betas!r}.")
         if (self.kind == "edm") != (self.sigma_max is not None) or (self.kind == "edm" and self.sigma_min is None):
             raise MrFlowError(f"sigma_max and sigma_min must be given for the shift rule 'edm', got {self!r}.")
         for sigmas in self.lists:
@@ -196,6 +223,8 @@ class PipelineInfo:
         classes: A regular expression that the names of the text-to-image classes match.
         titles: Pairs of a name for people and the class it stands for, as `mrflow doctor` shows them.
         tells: Whether a loaded pipeline of these classes is of this family.
+        positions: What the network knows of where a token lies: it is "told", it is "made" by the network from the size
+            of what it is given, or "none" (convolutions see their surroundings only).
         layout: The class of `engines.diffusers.layouts` that packs, scales and decodes its latents ("Layout": the plain
             kind).
         even_list: The pipeline gives its scheduler evenly spaced sigmas; False: the scheduler makes its own.
@@ -204,17 +233,22 @@ class PipelineInfo:
         casts_latents: The pipeline casts given latents to its network's dtype by itself.
         positive_first: Its doubled CFG batch is [positive, negative] instead of [negative, positive].
         max_sequence_length: Text tokens to ask the pipeline for; None: its own default is right.
+        reads_patch: The family's models differ in patch size: that of the network's configuration holds.
+        experimental: The method has not been tried on such a model.
     """
 
     classes: str
     titles: tuple[tuple[str, str], ...]
     tells: Callable[[Any], bool]
+    positions: Positions = "made"
     layout: str = "Layout"
     even_list: bool = True
     text_outputs: tuple[str, ...] = ()
     casts_latents: bool = True
     positive_first: bool = False
     max_sequence_length: int | None = None
+    reads_patch: bool = False
+    experimental: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,7 +352,8 @@ class Family:
         presets: Its presets, the default one among them.
         prediction: What the network predicts: velocity ("flow"), noise ("epsilon"), "v", or as in EDM
             ("edm").
-        grid: `vae_factor` x `patch`: sides must be multiples of it and one token covers grid x grid pixels.
+        rescaled_flow: It is a flow that its pipeline counts in sigma_ve, so converting sigmas approximates nothing.
+        grid: Sides must be multiples of it: mostly of a token's side, `vae_factor` x `patch`, else of some tokens'.
         vae_factor: Pixels per latent pixel along a side.
         patch: Latent pixels per token along a side.
         latent_channels: Channels of the VAE's latents.
@@ -333,7 +368,7 @@ class Family:
         network_cost: Memory of the network; None: not counted.
         vae_cost: Work and memory of the VAE; None: not counted.
         usual_upscaler: The name in `cost.UPSCALER_FLOP` that its cost is counted with.
-        pipeline: Its diffusers pipelines; None: probed.
+        pipeline: Its diffusers pipelines; None: rehearsed.
         host: Whether a host's loaded model is of this family.
         sources: Where the value of each field comes from; not part of equality.
     """
@@ -347,6 +382,7 @@ class Family:
     native_steps: int
     presets: tuple[Preset, ...]
     prediction: Prediction = "flow"
+    rescaled_flow: bool = False
     grid: int = 16
     vae_factor: int = 8
     patch: int = 2

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
-from mrflow_sched.plan.families.base import Family, HostFacts, Preset, ShiftRule, named_distilled
+from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, Preset, ShiftRule, named_distilled
 from mrflow_sched.plan.families.shared import (
     ASSUMED_PRESETS,
     DIFFUSERS,
@@ -30,6 +31,23 @@ def _host_base(facts: HostFacts) -> bool:
     return _host(facts) and not _host_turbo(facts)
 
 
+def _turbo(pipe: Any) -> bool:
+    # Same network, same class; the released schedulers differ: shift 3 is Turbo, 4 the base model.
+    return float(pipe.scheduler.config.get("shift") or 1.0) <= 3.0
+
+
+def _base(pipe: Any) -> bool:
+    return not _turbo(pipe)
+
+
+_PIPELINE = PipelineInfo(
+    classes=r"ErnieImagePipeline",
+    titles=(("ERNIE-Image", "ErnieImagePipeline"),),
+    tells=_base,
+    layout="ErnieImageLayout",
+    text_outputs=("prompt_embeds",),
+    casts_latents=False,
+)
 _MATRICES = "matrix sizes in the released config.json of its transformer; they sum to the 8 billion of the card"
 
 # Attention 4, gated MLP of width 3 (9).
@@ -49,6 +67,7 @@ _ERNIE_IMAGE = Family(
     solver="careful",
     linear_cost=_ERNIE_LINEAR,
     attention_cost=_ERNIE_ATTENTION,
+    pipeline=_PIPELINE,
     host=_host_base,
     sources=sources(
         "careful",
@@ -75,6 +94,7 @@ _ERNIE_IMAGE_TURBO = replace(
     presets=(Preset("8+1", 8, 1, 0.12, "not measured; its own 8 steps at the low size"),),
     default_preset="8+1",
     solver="euler",
+    pipeline=replace(_PIPELINE, tells=_turbo),
     host=_host_turbo,
     sources=MappingProxyType(
         {

@@ -48,7 +48,8 @@ def _host_dev(facts: HostFacts) -> bool:
 
 
 PIPELINE = PipelineInfo(
-    classes=r"Flux(ControlNet|Control|Kontext)?Pipeline",
+    classes=r"Flux(ControlNet|Control|Kontext)?(Inpaint)?Pipeline|FluxFillPipeline",
+    positions="told",
     titles=(("FLUX.1", "FluxPipeline"), ("FLUX.1 Kontext", "FluxKontextPipeline")),
     tells=_dev,
     layout="FluxLayout",

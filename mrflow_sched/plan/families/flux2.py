@@ -21,7 +21,8 @@ from mrflow_sched.plan.families.shared import (
 
 
 def _distilled(pipe: Any) -> bool:
-    return bool(pipe.config.get("is_distilled"))
+    # The pipeline that caches its references' keys and values is for the distilled model only.
+    return bool(pipe.config.get("is_distilled")) or type(pipe).__name__ == "Flux2KleinKVPipeline"
 
 
 def _base(pipe: Any) -> bool:
@@ -48,7 +49,8 @@ def _host_base(facts: HostFacts) -> bool:
 
 
 _KLEIN_PIPELINE = PipelineInfo(
-    classes=r"Flux2Klein(KV)?Pipeline",
+    classes=r"Flux2Klein(KV|Inpaint)?Pipeline",
+    positions="told",
     titles=(("FLUX.2 Klein", "Flux2KleinPipeline"),),
     tells=_base,
     layout="Flux2KleinLayout",
@@ -145,6 +147,7 @@ _FLUX2_DEV = Family(
     attention_cost=_FLUX2_ATTENTION,
     pipeline=PipelineInfo(
         classes=r"Flux2Pipeline",
+        positions="told",
         titles=(("FLUX.2", "Flux2Pipeline"),),
         tells=always,
         layout="Flux2Layout",

@@ -46,6 +46,7 @@ def _host_full(facts: HostFacts) -> bool:
 
 _PIPELINE = PipelineInfo(
     classes=r"HiDreamImagePipeline",
+    positions="told",
     titles=(("HiDream", "HiDreamImagePipeline"),),
     tells=_full,
     layout="HiDreamLayout",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
-from mrflow_sched.plan.families.base import Family, HostFacts, Preset, ShiftRule, named_distilled
+from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, Preset, ShiftRule, named_distilled
 from mrflow_sched.plan.families.qwen import QWEN_VAE
 from mrflow_sched.plan.families.shared import (
     ASSUMED_PRESETS,
@@ -32,6 +33,22 @@ def _host_raw(facts: HostFacts) -> bool:
     return _host(facts) and not _host_turbo(facts)
 
 
+def _distilled(pipe: Any) -> bool:
+    return bool(pipe.config.get("is_distilled"))
+
+
+def _raw(pipe: Any) -> bool:
+    return not _distilled(pipe)
+
+
+_PIPELINE = PipelineInfo(
+    classes=r"Krea2Pipeline",
+    positions="told",
+    titles=(("Krea 2", "Krea2Pipeline"),),
+    tells=_raw,
+    layout="Krea2Layout",
+    text_outputs=("prompt_embeds", "prompt_embeds_mask"),
+)
 _MATRICES = "matrix sizes in diffusers' Krea2Transformer2DModel; its weights sum to the 12.8 billion of the release"
 
 # A quarter of the heads for keys and values, and a gate of the attention (3.5); gated MLP of width 8/3 (8).
@@ -49,6 +66,7 @@ _KREA2 = Family(
     linear_cost=_KREA_LINEAR,
     attention_cost=_KREA_ATTENTION,
     vae_cost=QWEN_VAE,
+    pipeline=_PIPELINE,
     host=_host_raw,
     sources=sources(
         "careful",
@@ -72,6 +90,7 @@ _KREA2_TURBO = replace(
     presets=(Preset("8+1", 8, 1, 0.12, "not measured; its own 8 steps at the low size"),),
     default_preset="8+1",
     solver="euler",
+    pipeline=replace(_PIPELINE, tells=_distilled),
     host=_host_turbo,
     sources=MappingProxyType(
         {

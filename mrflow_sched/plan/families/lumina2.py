@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0."""
+"""Lumina-Image 2.0 and Lumina-Next."""
 
 from __future__ import annotations
 
@@ -48,4 +48,42 @@ _LUMINA2 = Family(
     ),
 )
 
-FAMILIES = (_LUMINA2,)
+_MATRICES = "Lumina-Next-SFT: 24 blocks of width 2304, 8 of 32 heads for keys and values; recalled, not read again"
+
+# Attention to image and text (2.5 + 2), gated MLP of width 8/3 (8).
+_NEXT_LINEAR, _NEXT_ATTENTION = transformer_flop(2304, 24, matrices=12.5)
+_LUMINA_NEXT = Family(
+    name="lumina-next",
+    title="Lumina-Next",
+    shift=ShiftRule("none"),
+    guidance_kind="cfg",
+    guidance=4.0,
+    text_tokens=0,
+    native_steps=30,
+    presets=ASSUMED_PRESETS + FEWER_CFG_PRESETS,
+    latent_channels=4,
+    solver="careful",
+    linear_cost=_NEXT_LINEAR,
+    attention_cost=_NEXT_ATTENTION,
+    pipeline=PipelineInfo(
+        classes=r"Lumina(Text2Img)?Pipeline",
+        titles=(("Lumina-Next", "LuminaPipeline"),),
+        tells=always,
+        layout="LuminaNextLayout",
+        even_list=False,
+        casts_latents=False,
+        positive_first=True,
+        text_outputs=MASKED_CFG_TEXT,
+    ),
+    sources=sources(
+        "careful",
+        shift="none, the default of diffusers' scheduler; its scheduler file was not read",
+        guidance=DIFFUSERS,
+        text_tokens="0: text enters by cross attention",
+        native_steps=DIFFUSERS,
+        linear_cost=_MATRICES,
+        attention_cost=_MATRICES,
+    ),
+)
+
+FAMILIES = (_LUMINA2, _LUMINA_NEXT)

@@ -1,9 +1,10 @@
-"""Qwen-Image, Qwen-Image 2.1 and 2.1 Turbo."""
+"""Qwen-Image, Qwen-Image-2512, Qwen-Image 2.1 and 2.1 Turbo."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from mrflow_sched.plan.families.base import (
     Family,
@@ -14,7 +15,6 @@ from mrflow_sched.plan.families.base import (
     Preset,
     ShiftRule,
     VaeCost,
-    always,
     named_distilled,
 )
 from mrflow_sched.plan.families.shared import (
@@ -36,7 +36,28 @@ def _host_21(facts: HostFacts) -> bool:
 
 
 def _host_first(facts: HostFacts) -> bool:
-    return facts.flow and facts.engine.startswith("Qwen") and not _host_21(facts)
+    return facts.flow and facts.engine.startswith("Qwen") and not _host_21(facts) and "2512" not in facts.name
+
+
+def _host_2512(facts: HostFacts) -> bool:
+    # Nothing but the name tells: network and configuration are Qwen-Image's.
+    return facts.flow and facts.engine.startswith("Qwen") and not _host_21(facts) and "2512" in facts.name
+
+
+def _named_2512(pipe: Any) -> bool:
+    return "2512" in str(getattr(pipe, "name_or_path", None)).replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def _not_named_2512(pipe: Any) -> bool:
+    return not _named_2512(pipe)
+
+
+def _has_own_sigmas(pipe: Any) -> bool:
+    return bool(pipe.config.get("sample_sigmas"))
+
+
+def _has_no_sigmas(pipe: Any) -> bool:
+    return not _has_own_sigmas(pipe)
 
 
 def _host_21_turbo(facts: HostFacts) -> bool:
@@ -50,6 +71,13 @@ def _host_21_base(facts: HostFacts) -> bool:
 
 QWEN_VAE = VaeCost(PixelCost(1.0748e7, 0.375, 3460.0), PixelCost(6.657e6, 0.375, 1935.0), 1.269e8)
 _SHIFT = ShiftRule("exponential", max_tokens=8192, max_shift=0.9, terminal=0.02)
+_PIPELINE = PipelineInfo(
+    classes=r"QwenImage(ControlNet|Edit|EditPlus)?(Inpaint)?Pipeline",
+    titles=(("Qwen-Image", "QwenImagePipeline"),),
+    tells=_not_named_2512,
+    layout="QwenImageLayout",
+    text_outputs=("prompt_embeds", "prompt_embeds_mask"),
+)
 _QWEN_LINEAR, _QWEN_ATTENTION = transformer_flop(3072, 60)
 _QWEN_IMAGE = Family(
     name="qwen-image",
@@ -65,13 +93,7 @@ _QWEN_IMAGE = Family(
     attention_cost=_QWEN_ATTENTION,
     network_cost=NetworkCost(2.043e10, 9.31e4),
     vae_cost=QWEN_VAE,
-    pipeline=PipelineInfo(
-        classes=r"QwenImage(ControlNet)?Pipeline",
-        titles=(("Qwen-Image", "QwenImagePipeline"),),
-        tells=always,
-        layout="QwenImageLayout",
-        text_outputs=("prompt_embeds", "prompt_embeds_mask"),
-    ),
+    pipeline=_PIPELINE,
     host=_host_first,
     sources=sources(
         "careful",
@@ -82,14 +104,41 @@ _QWEN_IMAGE = Family(
     ),
 )
 
+_QWEN_IMAGE_2512 = replace(
+    _QWEN_IMAGE,
+    name="qwen-image-2512",
+    title="Qwen-Image-2512",
+    presets=tuple(
+        replace(preset, source=f"not measured; Qwen-Image's: {preset.source}") for preset in _QWEN_IMAGE.presets
+    ),
+    pipeline=replace(_PIPELINE, tells=_named_2512),
+    host=_host_2512,
+    sources=MappingProxyType(
+        {
+            **_QWEN_IMAGE.sources,
+            "shift": "second-hand: its scheduler file has Qwen-Image's numbers; ComfyUI's template shifts by 3.1",
+            "guidance": "template of ComfyUI: 4",
+            "native_steps": "template of ComfyUI: 50",
+        }
+    ),
+)
+
 _MATRICES = "matrix sizes in diffusers' QwenImage21Transformer2DModel; its weights sum to the 7 billion of the card"
+
+_PIPELINE_21 = PipelineInfo(
+    classes=r"QwenImage21Pipeline",
+    titles=(("Qwen-Image 2.1", "QwenImage21Pipeline"),),
+    tells=_has_no_sigmas,
+    layout="QwenImage21Layout",
+    text_outputs=("prompt_embeds", "prompt_embeds_mask", ""),
+)
 
 # Attention 4, gated MLP of width 3 (9).
 _QWEN21_LINEAR, _QWEN21_ATTENTION = transformer_flop(4096, 32, matrices=13.0)
 _QWEN_IMAGE_21 = Family(
     name="qwen-image-2.1",
     title="Qwen-Image 2.1",
-    grid=16,
+    grid=32,
     vae_factor=16,
     patch=1,
     latent_channels=64,
@@ -103,9 +152,11 @@ _QWEN_IMAGE_21 = Family(
     linear_cost=_QWEN21_LINEAR,
     attention_cost=_QWEN21_ATTENTION,
     vae_cost=None,
+    pipeline=_PIPELINE_21,
     host=_host_21_base,
     sources=sources(
         "multistep",
+        grid="diffusers QwenImage21Pipeline: a slot of its sequence is 2x2 tokens",
         patch="none: a token is a latent pixel (diffusers QwenImage21Pipeline)",
         shift="Qwen-Image's: the line as in Forge Neo; the stretch second-hand, its scheduler file was not read",
         guidance="documentation of diffusers: the authors recommend no guidance",
@@ -128,6 +179,7 @@ _QWEN_IMAGE_21_TURBO = replace(
     presets=(Preset("8+1", 8, 1, 0.12, "not measured; the model has sigmas for 8 steps only"),),
     default_preset="8+1",
     solver="euler",
+    pipeline=replace(_PIPELINE_21, tells=_has_own_sigmas),
     host=_host_21_turbo,
     sources=MappingProxyType(
         {
@@ -140,4 +192,4 @@ _QWEN_IMAGE_21_TURBO = replace(
     ),
 )
 
-FAMILIES = (_QWEN_IMAGE, _QWEN_IMAGE_21, _QWEN_IMAGE_21_TURBO)
+FAMILIES = (_QWEN_IMAGE, _QWEN_IMAGE_2512, _QWEN_IMAGE_21, _QWEN_IMAGE_21_TURBO)

@@ -44,7 +44,7 @@ def _host(facts: HostFacts) -> bool:
 
 
 _PIPELINE = PipelineInfo(
-    classes=r"StableDiffusion3(ControlNet|PAG)?Pipeline",
+    classes=r"StableDiffusion3(ControlNet|PAG)?(Inpaint|Inpainting)?Pipeline",
     titles=(("SD3, SD3.5", "StableDiffusion3Pipeline"),),
     tells=_medium,
     even_list=False,

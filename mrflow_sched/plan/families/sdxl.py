@@ -25,7 +25,8 @@ def _host_sd15(facts: HostFacts) -> bool:
 
 
 _PIPELINE = PipelineInfo(
-    classes=r"StableDiffusionXL(ControlNet|PAG|ControlNetPAG|Adapter)?Pipeline",
+    classes=r"StableDiffusionXL(ControlNet|ControlNetUnion|PAG|ControlNetPAG|Adapter)?(Inpaint)?Pipeline",
+    positions="none",
     titles=(("SDXL (experimental)", "StableDiffusionXLPipeline"),),
     tells=always,
     layout="StableDiffusionXLLayout",
@@ -38,7 +39,8 @@ _PIPELINE = PipelineInfo(
     ),
 )
 _SD15_PIPELINE = PipelineInfo(
-    classes=r"StableDiffusion(ControlNet|PAG|ControlNetPAG|Adapter)?Pipeline",
+    classes=r"StableDiffusion(ControlNet|PAG|ControlNetPAG|Adapter)?(Inpaint)?Pipeline",
+    positions="none",
     titles=(("SD1.5 (experimental)", "StableDiffusionPipeline"),),
     tells=always,
     layout="StableDiffusionLayout",
@@ -47,7 +49,7 @@ _SD15_PIPELINE = PipelineInfo(
 )
 
 _UNET_COST = "FLOP count of diffusers' UNet2DConditionModel at five sizes, least squares; within 8 %"
-_SDXL = Family(
+SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
     prediction="epsilon",
@@ -83,8 +85,8 @@ _SDXL = Family(
     ),
 )
 
-_SD15 = replace(
-    _SDXL,
+SD15 = replace(
+    SDXL,
     name="sd15",
     title="Stable Diffusion 1.5",
     guidance=7.5,
@@ -99,7 +101,7 @@ _SD15 = replace(
     host=_host_sd15,
     sources=MappingProxyType(
         {
-            **_SDXL.sources,
+            **SDXL.sources,
             "min_low_side": "docs/method.md, section 5.1: no use below 512 px, so targets start at 1024",
             "native_size": CARD,
             "default_size": "docs/method.md, section 5.1: targets start at 1024",
@@ -109,6 +111,6 @@ _SD15 = replace(
 )
 
 FAMILIES = (
-    _SDXL,
-    _SD15,
+    SDXL,
+    SD15,
 )

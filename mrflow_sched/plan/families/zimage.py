@@ -1,8 +1,9 @@
-"""Z-Image and Z-Image-Turbo."""
+"""Z-Image, Z-Image-Turbo and Z-Image-Omni."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from mrflow_sched.plan.families.base import (
@@ -12,7 +13,9 @@ from mrflow_sched.plan.families.base import (
     PipelineInfo,
     Preset,
     ShiftRule,
+    always,
     named_distilled,
+    never,
 )
 from mrflow_sched.plan.families.shared import (
     ASSUMED_PRESETS,
@@ -49,7 +52,7 @@ def _host_base(facts: HostFacts) -> bool:
 
 
 _PIPELINE = PipelineInfo(
-    classes=r"ZImage(ControlNet)?Pipeline",
+    classes=r"ZImage(ControlNet)?(Inpaint)?Pipeline",
     titles=(("Z-Image", "ZImagePipeline"),),
     tells=_base,
     layout="ZImageLayout",
@@ -106,7 +109,25 @@ _Z_IMAGE_TURBO = replace(
     ),
 )
 
+_Z_IMAGE_OMNI = replace(
+    Z_IMAGE,
+    name="z-image-omni",
+    title="Z-Image-Omni",
+    pipeline=replace(
+        _PIPELINE,
+        classes=r"ZImageOmniPipeline",
+        titles=(("Z-Image-Omni", "ZImageOmniPipeline"),),
+        tells=always,
+        layout="ZImageOmniLayout",
+    ),
+    host=never,
+    sources=MappingProxyType(
+        {**Z_IMAGE.sources, "shift": "that of Z-Image is assumed; its scheduler file was not read"}
+    ),
+)
+
 FAMILIES = (
     Z_IMAGE,
     _Z_IMAGE_TURBO,
+    _Z_IMAGE_OMNI,
 )
