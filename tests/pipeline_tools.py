@@ -39,7 +39,8 @@ def listening(pipe: Any) -> Iterator[Heard]:
         timestep = next(
             (kwargs[name] for name in ("timestep", "timesteps", "t") if name in kwargs), rest[0] if rest else None
         )
-        heard.states.append(torch.stack(list(state)) if isinstance(state, list) else state.detach().clone())
+        rows = [row[-1] if isinstance(row, list) else row for row in state]  # of several pictures the last is made
+        heard.states.append(torch.stack(rows) if isinstance(state, list) else state.detach().clone())
         heard.timesteps.append(torch.as_tensor(timestep, dtype=torch.float32).flatten().clone())
         heard.arguments.append(kwargs)
 

@@ -20,6 +20,7 @@ class EmbeddedEngine(PipelineEngine):
         negative_prompts: Sequence[str] | None = None,
         *,
         lora_scale: float | None = None,
+        size: tuple[int, int] | None = None,
     ) -> PipelineText:
         """Embeddings for a batch of images, as `PipelineEngine.encode_text` makes them.
 
@@ -27,10 +28,11 @@ class EmbeddedEngine(PipelineEngine):
             prompts: One text per image.
             negative_prompts: As many, or None.
             lora_scale: The scale of all LoRAs; None: as they are set.
+            size: Of the final image; not read.
 
         Returns:
             The conditioning; its first note names unknown words.
         """
         sentence = unknown_words_sentence(prompts)
-        text = super().encode_text(prompts, negative_prompts, lora_scale=lora_scale)
+        text = super().encode_text(prompts, negative_prompts, lora_scale=lora_scale, size=size)
         return text if sentence is None else replace(text, notes=(sentence, *text.notes))

@@ -30,6 +30,33 @@ def split_alpha(images: Tensor) -> tuple[Tensor, Tensor | None]:
     return colour.expand(-1, 3, -1, -1).contiguous(), alpha.contiguous()
 
 
+def opaque(images: Tensor) -> Tensor:
+    """Images with alpha, which is 1 where they had none.
+
+    Args:
+        images: (B, 3, H, W) or (B, 4, H, W), float in [0, 1].
+
+    Returns:
+        (B, 4, H, W).
+    """
+    return images if images.shape[1] == 4 else torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
+
+
+def on_white(images: Tensor) -> Tensor:
+    """Images as they are seen on a white page, for what knows no transparency.
+
+    Args:
+        images: (..., 3, H, W) or, with alpha, (..., 4, H, W), float in [0, 1].
+
+    Returns:
+        (..., 3, H, W).
+    """
+    if images.shape[-3] == 3:
+        return images
+    colour, alpha = images[..., :3, :, :], images[..., 3:, :, :]
+    return alpha * colour + (1 - alpha)
+
+
 def _filled(colour: Tensor, trust: Tensor, weight: Tensor) -> Tensor:
     """Each colour mixed by `trust` with the mean, by `weight`, of an ever wider neighbourhood that has some weight."""
     height, width = colour.shape[-2:]

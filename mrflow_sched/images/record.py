@@ -96,6 +96,7 @@ class RunRecord:
         draft_steps: The fewer steps of a draft that is for ranking alone.
         preview: How the image was made cheaply ("few, 6 steps"), where it is a preview of the run and not its result;
             else None.
+        references: Hashes of the files that an editing model looked at, in their order.
     """
 
     plan: str
@@ -125,6 +126,7 @@ class RunRecord:
     draft_latents: str | None = None
     draft_steps: int | None = None
     preview: str | None = None
+    references: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The record as JSON.
@@ -168,6 +170,7 @@ class RunRecord:
         wrong = next((name for name, fits in _KINDS.items() if not fits(known[name])), None)
         if wrong is not None:
             raise MrFlowError(f"the mrflow record has {wrong} = {quoted(known[wrong])}; the image's text was altered.")
+        known["references"] = tuple(known["references"])
         known["loras"] = tuple(RecordedLora(**{name: each[name] for name in _LORA_KINDS}) for each in known["loras"])
         record = cls(**known)
         if record.image >= record.batch:
@@ -249,6 +252,12 @@ def _are_loras(value: object) -> bool:
     return fit and len(entries) == len(cast("list[object]", value))
 
 
+def _are_words(value: object) -> bool:
+    """Whether `value` is a list of a reasonable number of words."""
+    words = cast("list[object]", value) if isinstance(value, list) else None
+    return words is not None and len(words) <= MAX_ENTRIES and all(_is_word(each) for each in words)
+
+
 # A letter takes up to twelve characters of JSON.
 _LONGEST = 12 * (5 * MAX_PROMPT + 2 * MAX_ENTRIES * MAX_WORD)
 # What an older version did not write.
@@ -259,6 +268,7 @@ _OLD: Mapping[str, Any] = MappingProxyType(
         "unfinished": False,
         "dtypes": {},
         "loras": [],
+        "references": [],
     }
 )
 _LORA_KINDS: Mapping[str, Callable[[object], bool]] = MappingProxyType(
@@ -293,6 +303,7 @@ _KINDS: Mapping[str, Callable[[object], bool]] = MappingProxyType(
         "draft_latents": _is_word_or_none,
         "draft_steps": lambda value: value is None or _is_whole(1, MAX_STEPS)(value),
         "preview": _is_word_or_none,
+        "references": _are_words,
     }
 )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mrflow_sched.plan.notes import own_image_note
 from mrflow_sched.plan.tiles import cells
 from mrflow_sched.sampling.answers import float_tensor
 from mrflow_sched.sampling.engine import Capabilities, capabilities_of
@@ -41,25 +42,31 @@ class Tiled(Wrapper):
         """
         if not run.plan.tiled(run.index):
             return self.inner.stage(run, latents)
-        tiled = TiledEngine(run.engine, run.plan.tile, cancel=run.hooks.stop_if_cancelled)
+        wanted = run.plan.tile_positions == "whole"
+        placed = wanted and capabilities_of(run.engine).places
+        known = run.engine.family.pipeline
+        if wanted and not placed and (known is None or known.positions != "none"):
+            run.hooks.say(own_image_note(run.engine.family))
+        tiled = TiledEngine(run.engine, run.plan.tile, placed=placed, cancel=run.hooks.stop_if_cancelled)
         return self.inner.stage(run.with_engine(tiled), latents)
 
 
 class TiledEngine:
-    """An engine whose network sees an image tile by tile; all else is the wrapped engine's own.
+    """An engine whose network sees an image tile by tile; all else is the wrapped engine's own."""
 
-    Positions in each tile start at 0, as at the sizes that the network was trained at.
-    """
-
-    def __init__(self, engine: Engine, tile: int, *, cancel: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, engine: Engine, tile: int, *, placed: bool = False, cancel: Callable[[], object] | None = None
+    ) -> None:
         """Wrap `engine`.
 
         Args:
             engine: Evaluated for every tile.
             tile: Side in pixels, at least the family's grid.
+            placed: The tokens of a tile have the positions that they have in the whole image; False: as if the tile
+                were an image. For engines that take a `place` (`Capabilities.places`).
             cancel: Called before each tile; may raise `Cancelled`.
         """
-        self._engine, self._tile, self._cancel = engine, tile, cancel
+        self._engine, self._tile, self._placed, self._cancel = engine, tile, placed, cancel
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -94,7 +101,8 @@ class TiledEngine:
                 area = (..., slice(top * each, bottom * each), slice(left * each, right * each))
                 mask = (rows[:, None] * columns).to(x)
                 tile = x[area].contiguous()
-                answer = self._engine.denoise(tile, sigma, text, guidance=guidance)
+                place: dict[str, Any] = {"place": (top, left)} if self._placed else {}
+                answer = self._engine.denoise(tile, sigma, text, guidance=guidance, **place)
                 total[area] += mask * float_tensor(answer, tile.shape, self._engine, "denoise")
                 weight[area] += mask
         return total / weight

@@ -34,8 +34,11 @@ class Capabilities:
         network_seam: `sample_stage` takes `around`, a function between its loop and its network.
         token_subsets: Its network calls can be restricted to some of the image tokens (`NetworkCall.subset`).
         tiles: `TilingEngine.in_tiles` gives the same engine with a VAE that works in tiles.
+        places: `denoise` takes `place`, the (row, column) that a tile's first token has in the whole image.
         gradients: `denoise` keeps a graph where gradients are recorded.
         lora_scale: `encode_text` takes `lora_scale`, which holds wherever the text it returns is used.
+        text_size: `encode_text` takes `size`, (width, height) of the final image, for which it rewrites prompts.
+        alpha: Images have a fourth channel: (B, 4, H, W) wherever an engine without it has (B, 3, H, W).
     """
 
     whole_stages: bool = False
@@ -43,8 +46,11 @@ class Capabilities:
     network_seam: bool = False
     token_subsets: bool = False
     tiles: bool = False
+    places: bool = False
     gradients: bool = False
     lora_scale: bool = False
+    text_size: bool = False
+    alpha: bool = False
 
 
 def capabilities_of(engine: Any) -> Capabilities:

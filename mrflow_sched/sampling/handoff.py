@@ -58,6 +58,7 @@ def handoff(
     posterior: str = "mode",
     on_part: Callable[[str], object] | None = None,
     on_image: Callable[[Tensor], object] | None = None,
+    compose: Callable[[Tensor], Tensor] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> HandoffResult:
     """Carry finished images to the start of a stage: upscale, encode, add noise.
@@ -75,6 +76,7 @@ def handoff(
             each seed, and the noise is the numbers after them, as in the official scripts.
         on_part: Called with the name as each of `PARTS` begins.
         on_image: Called with the upscaled image as soon as it is ready.
+        compose: Called with the upscaled images; what it returns takes their place.
         cancel: Polled between parts, images and tiles; True stops the handoff.
 
     Returns:
@@ -93,6 +95,8 @@ def handoff(
     warnings: list[str] = []
     begin("upscale")
     upscaled = upscale_or_resize(images, stage, upscaler, cancel=cancel, warn=warnings.append)
+    if compose is not None:
+        upscaled = compose(upscaled)
     if on_image is not None:
         on_image(upscaled)
     if not stage.sigmas:

@@ -250,6 +250,7 @@ class Plain:
             posterior=run.plan.posterior,
             on_part=lambda name: run.tracker.begin(name, run.index),
             on_image=lambda image: _keep(run, image),
+            compose=run.hooks.compose,
             cancel=run.hooks.cancel,
         )
         for sentence in result.warnings:

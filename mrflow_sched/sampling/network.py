@@ -189,7 +189,9 @@ def like_output(output: Any, made: Tensor) -> Any:
     inner: Any = list(made.unbind(0)) if isinstance(first, (list, tuple)) else made
     if isinstance(output, tuple):
         return (inner, *cast("tuple[Any, ...]", output)[1:])
-    if inner is first or output is first:
+    if inner is first:
+        return output
+    if output is first:
         return inner
     return type(output)(sample=inner)
 
@@ -216,8 +218,8 @@ def rows_of(value: Any, rows: slice, count: int) -> Any:
         return {name: rows_of(each, rows, count) for name, each in found.items()}
     if isinstance(value, (list, tuple)):
         many = list(cast("Sequence[Any]", value))
-        if len(many) == count and all(isinstance(each, Tensor) for each in many):
-            kept = many[rows]  # one tensor per image
+        if isinstance(value, list) and len(many) == count and all(isinstance(each, Tensor) for each in many):
+            kept = many[rows]  # one tensor per image; a tuple is a pair, such as the cosines and sines of positions
         else:
             kept = [rows_of(each, rows, count) for each in many]
         return tuple(kept) if isinstance(value, tuple) else kept

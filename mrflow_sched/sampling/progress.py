@@ -71,11 +71,13 @@ class Hooks:
         cancel: Polled between parts, steps, images and tiles; True stops the run.
         warn: Called with one sentence at a time for the user.
         keep: Called with every intermediate image and its name: "stage 1", "stage 2 upscaled"; (B, 3, H, W) in [0, 1].
+        compose: Called with upscaled images, (B, 3, H, W) in [0, 1]; what it returns takes their place.
     """
 
     cancel: Callable[[], bool] | None = None
     warn: Callable[[str], object] | None = None
     keep: Callable[[str, Tensor], object] | None = None
+    compose: Callable[[Tensor], Tensor] | None = None
 
     def say(self, sentence: str) -> None:
         """Pass a warning to the caller.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched._runtime.values import check_dense, check_unit_range
+from mrflow_sched.images.alpha import opaque
 from mrflow_sched.plan.checks import checked_whole, is_number, plain
 from mrflow_sched.plan.notes import image_notes
 from mrflow_sched.plan.recipes import explicit_recipe
@@ -46,18 +47,21 @@ class Texts:
     negatives: tuple[str, ...] | None
     lora_scale: float | None = None
 
-    def encoded(self, engine: Engine) -> Any:
+    def encoded(self, engine: Engine, size: tuple[int, int]) -> Any:
         """The conditioning that the engine makes of them.
 
         Args:
             engine: Encodes.
+            size: (width, height) of the final image in pixels.
 
         Returns:
             What its `encode_text` returns.
         """
         negatives = None if self.negatives is None else list(self.negatives)
         able: Any = engine
-        more = {} if self.lora_scale is None else {"lora_scale": self.lora_scale}
+        more: dict[str, Any] = {} if self.lora_scale is None else {"lora_scale": self.lora_scale}
+        if capabilities_of(engine).text_size:
+            more["size"] = size
         return able.encode_text(list(self.prompts), negatives, **more)
 
 
@@ -90,21 +94,25 @@ class Request:
         """Number of images."""
         return len(self.texts[0].prompts)
 
-    def encoded_texts(self, engine: Engine, warn: Callable[[str], object]) -> list[Any]:
+    def encoded_texts(self, engine: Engine, plan: StagedPlan, warn: Callable[[str], object]) -> list[Any]:
         """The conditioning of every stage, each text encoded once; None for a stage that is not run.
 
         Args:
             engine: Encodes.
+            plan: Its final size counts.
             warn: Called with each sentence that the engine has to say.
 
         Returns:
             As many as stages.
         """
         read = self.texts[self.first if self.latents is None else 1 :]
-        made = {each: each.encoded(engine) for each in dict.fromkeys(read)}
+        made = {each: each.encoded(engine, (plan.width, plan.height)) for each in dict.fromkeys(read)}
         for text in made.values():
             for note in getattr(text, "notes", ()):
                 warn(note)
+        off = engine.family.guidance_kind == "cfg" and all(stage.guidance == 1.0 for stage in self.stages)
+        if off and any(negative.strip() for each in read for negative in each.negatives or ()):
+            warn("The negative prompt has no effect, as guidance is off (1); give a scale above 1 for it to count.")
         return [made.get(each) for each in self.texts]
 
     def noise_seeds(self, plan: StagedPlan, stage: int) -> tuple[int, ...]:
@@ -164,7 +172,8 @@ def request_of(
     given = None if image is None else _start_images(image, engine, count)
     start = None if start_sigma is None else _start_of(start_sigma, given)
     stages, costs = _stages_of(plan, start, given)
-    made = None if latents is None else _finished_latents(latents, engine, stages[0], count, given)
+    replaced = given if start is None else None
+    made = None if latents is None else _finished_latents(latents, engine, stages[0], count, replaced)
     if made is not None:
         costs = (0.0, *costs[1:])
     last = len(stages) if until is None else checked_whole(until, "until", 1, len(stages))
@@ -346,10 +355,12 @@ def _start_images(image: object, engine: Engine, batch: int) -> Tensor:
         )
     check_dense(image, "image")
     shape = tuple(image.shape)
-    if image.ndim not in (3, 4) or shape[-3] != 3 or 0 in shape:
+    alpha = capabilities_of(engine).alpha
+    if image.ndim not in (3, 4) or shape[-3] not in (3, 3 + alpha) or 0 in shape:
         advice = "drop the alpha channel" if len(shape) in (3, 4) and shape[-3] == 4 else "RGB comes first"
         raise MrFlowError(f"image must be (3, H, W) or ({batch}, 3, H, W), got {shape}; {advice}.")
     images = image if image.ndim == 4 else image[None]
+    images = opaque(images) if alpha else images
     if len(images) not in (1, batch):
         prompts = "1 prompt" if batch == 1 else f"{batch} prompts"
         raise MrFlowError(

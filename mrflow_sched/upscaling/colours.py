@@ -18,7 +18,7 @@ def colour_shift(before: Tensor, after: Tensor) -> Tensor:
     """How far the mean of each channel moved from one image to another, where the guard is to act.
 
     Args:
-        before: (..., 3, h, w) in [0, 1]; values outside are clipped.
+        before: (..., 3, h, w) in [0, 1], or (..., 4, h, w) with transparency; values outside are clipped.
         after: (..., 3, H, W), likewise, of any size.
 
     Returns:
@@ -33,7 +33,7 @@ def with_colours_of(before: Tensor, after: Tensor) -> Tensor:
     """Images whose mean colours are moved back to those of the images they were made from.
 
     Args:
-        before: (B, 3, h, w), float32 in [0, 1].
+        before: (B, 3, h, w), float32 in [0, 1], or (B, 4, h, w) with transparency, which hides what does not count.
         after: (B, 3, H, W), likewise; where the shapes differ, `before` was cropped at the centre (`upscale_to`).
 
     Returns:
@@ -44,9 +44,14 @@ def with_colours_of(before: Tensor, after: Tensor) -> Tensor:
     shifts = torch.stack([colour_shift(*pair) for pair in zip(shown, after, strict=True)])
     if not bool(shifts.any()):
         return after
-    return (after - shifts.to(after)[..., None, None]).clamp(0, 1)
+    colour = (after[:, :3] - shifts.to(after)[..., None, None]).clamp(0, 1)
+    return torch.cat([colour, after[:, 3:]], dim=1)
 
 
 def _means(image: Tensor) -> Tensor:
-    """Mean of each channel (3,) of (..., 3, H, W), on the CPU, values outside [0, 1] clipped."""
-    return image.float().clamp(0.0, 1.0).movedim(-3, 0).flatten(1).mean(dim=1).cpu()
+    """Mean of each colour (3,) of (..., 3, H, W), on the CPU, values outside [0, 1] clipped; alpha is its weight."""
+    channels = image.float().clamp(0.0, 1.0).movedim(-3, 0).flatten(1)
+    if len(channels) == 3:
+        return channels.mean(dim=1).cpu()
+    colour, alpha = channels[:3], channels[3]
+    return ((colour * alpha).sum(dim=1) / alpha.sum().clamp(min=torch.finfo(alpha.dtype).tiny)).cpu()

@@ -11,6 +11,7 @@ from torch.nn import functional
 from mrflow_sched._runtime.cancel import Cancel, Warn, ignore, stop_if
 from mrflow_sched._runtime.errors import shown
 from mrflow_sched._runtime.memory import free_memory, is_memory_error
+from mrflow_sched.images.alpha import split_alpha
 from mrflow_sched.plan.sizes import fit_box
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.upscaling.lanczos import LanczosUpscaler, resize_lanczos
@@ -43,10 +44,11 @@ def upscale_to(
 
     The model runs until its result is nearest to the needed factor (on a ratio scale); bicubic resizing with
     antialiasing, in float32, does the rest, up or down. Where the shapes differ, the image fills the target and is
-    cropped at the centre (`plan.fit_box`).
+    cropped at the centre (`plan.fit_box`). Transparency is resized by itself, with Lanczos, and colour that it hides is
+    filled in from its neighbours first, so that edges get no fringe.
 
     Args:
-        images: (B, 3, h, w) float in [0, 1].
+        images: (B, 3, h, w) float in [0, 1], or (B, 4, h, w) with transparency.
         width: Width of the result in pixels, 1 or more.
         height: Its height.
         upscaler: What upscales; None and `LanczosUpscaler` resize with Lanczos, and `warn` receives `NO_MODEL`.
@@ -54,7 +56,7 @@ def upscale_to(
         warn: Receives one sentence at a time.
 
     Returns:
-        (B, 3, height, width) float32 in [0, 1], on the device of `images`.
+        (B, 3, height, width) float32 in [0, 1], on the device of `images`; with transparency (B, 4, height, width).
 
     Raises:
         MrFlowError: `images`, a size or the upscaler is not as above, or the upscaler returns what it must not
@@ -62,6 +64,10 @@ def upscale_to(
         MemoryError: One image, or the smallest tile of one, does not fit into memory.
         Cancelled: `cancel` answered True.
     """
+    if images.ndim == 4 and images.shape[1] == 4:
+        check_images(images[:, :3])
+        large = upscale_to(split_alpha(images)[0], width, height, upscaler, cancel=cancel, warn=warn)
+        return torch.cat([large, _fitted(images[:, 3:], width, height)], dim=1)
     check_images(images)
     check_upscaler(upscaler)
     say = warn or ignore
@@ -98,9 +104,14 @@ def fit_like(channel: Tensor, images: Tensor, plan: StagedPlan) -> Tensor:
     height, width = images.shape[-2:]
     final = (height, width) == tuple(side.stop - side.start for side in area)
     width, height = (plan.width, plan.height) if final else (width, height)
-    wide, high, left, top = fit_box(channel.shape[-1], channel.shape[-2], width, height)
-    fitted = resize_lanczos(channel, wide, high)[..., top : top + height, left : left + width].clamp(0, 1)
+    fitted = _fitted(channel, width, height)
     return fitted[(..., *area)] if final else fitted
+
+
+def _fitted(channel: Tensor, width: int, height: int) -> Tensor:
+    """A channel resized with Lanczos to fill the size, and cropped at the centre."""
+    wide, high, left, top = fit_box(channel.shape[-1], channel.shape[-2], width, height)
+    return resize_lanczos(channel, wide, high)[..., top : top + height, left : left + width].clamp(0, 1)
 
 
 def _apply(upscaler: PixelUpscaler, images: Tensor, cancel: Cancel | None, say: Warn) -> Tensor:

@@ -322,3 +322,29 @@ def test_importing_the_module_imports_no_model_library() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("offload", "called"),
+    [
+        (False, None),
+        (True, "enable_model_cpu_offload"),
+        ("model", "enable_model_cpu_offload"),
+        ("layers", "enable_sequential_cpu_offload"),
+    ],
+)
+def test_offload_is_by_part_or_by_layer(monkeypatch: pytest.MonkeyPatch, offload: Any, called: str | None) -> None:
+    """On a card that this machine lacks: what is called of the pipeline, and with which device."""
+    from diffusers import FluxPipeline
+
+    from mrflow_sched import demo
+    from mrflow_sched.engines.diffusers import folder
+
+    heard: list[tuple[str, Any]] = []
+    for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        monkeypatch.setattr(FluxPipeline, name, lambda _, device, name=name: heard.append((name, device)))
+    monkeypatch.setattr(FluxPipeline, "to", lambda pipe, device: heard.append(("to", device)) or pipe)
+    card = torch.device("cuda")
+    monkeypatch.setattr(folder, "resolve_device", lambda _: card)
+    folder.load_pipeline(demo.weights_path(), dtype="float32", offload=offload)
+    assert heard == [("to" if called is None else called, card)]

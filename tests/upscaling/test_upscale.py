@@ -210,7 +210,24 @@ def test_a_picture_that_is_not_finite_is_not_the_models_fault() -> None:
     assert len(model.seen) == 2
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 4), (1, 4, 4, 4), (1, 1, 4, 4), (1, 3, 0, 4), (0, 3, 4, 4)])
+def test_transparency_is_upscaled_by_itself(x2: ModelUpscaler) -> None:
+    images = torch.rand(2, 4, 6, 8, generator=torch.Generator().manual_seed(0)) / 2 + 0.5
+    for model in (None, x2):
+        made = upscale_to(images, 16, 12, model)
+        torch.testing.assert_close(made[:, :3], upscale_to(images[:, :3], 16, 12, model), atol=0, rtol=0)
+        torch.testing.assert_close(made[:, 3:], resize_lanczos(images[:, 3:], 16, 12).clamp(0, 1), atol=0, rtol=0)
+    hidden = images.clone()
+    hidden[0, 3, :, 4:] = 0
+    hidden[0, :3, :, 4:] = 0
+    edge = upscale_to(hidden, 16, 12)[0, :3, :, :8]
+    assert float(edge.min()) > 0.4  # nothing of the hidden black
+    torch.testing.assert_close(upscale_to(hidden, 16, 12)[1], upscale_to(images, 16, 12)[1], atol=0, rtol=0)
+    for bad in (images[:0], (images * 255).to(torch.uint8)):
+        with pytest.raises(ValueError, match="images must be a float tensor"):
+            upscale_to(bad, 16, 12)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (1, 5, 4, 4), (1, 1, 4, 4), (1, 3, 0, 4), (0, 3, 4, 4)])
 def test_wrong_channels_and_shapes(x2: ModelUpscaler, shape: tuple[int, ...]) -> None:
     calls: list[Callable[[Tensor], Tensor]] = [x2, LanczosUpscaler(), lambda x: upscale_to(x, 8, 8)]
     for call in calls:

@@ -15,6 +15,10 @@ _OF_INPUT = (AttributeError, TypeError, LookupError, ValueError, AssertionError,
 """What libraries raise where a value or a configuration is not what they expect."""
 
 
+_READERS = ("text_encoder", "tokenizer", "prompt_upsampler")
+"""How the names of a pipeline's components that read a prompt begin."""
+
+
 @contextlib.contextmanager
 def told(
     sentence: Callable[[Exception], str], *, if_: Callable[[Exception], bool] | None = None
@@ -73,7 +77,7 @@ def unread_prompt(pipe: Any, prompts: Sequence[str], given: Sequence[str], error
         What failed, in the library's words, and what to look at.
     """
     kind = type(pipe).__name__
-    readers = [name for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))]
+    readers = [name for name in pipe.components if name.startswith(_READERS)]
     missing = [name for name in readers if getattr(pipe, name) is None]
     if missing and isinstance(error, (AttributeError, TypeError)):
         return (

@@ -29,7 +29,7 @@ COMPILE_STEPS = 4
 
 
 class NetworkCompiler:
-    """Makes the compiled twin of a network, and keeps it until it is called with another network.
+    """Makes the compiled twin of a network, and keeps those of the last two: some pipelines have two that take turns.
 
     Attributes:
         mode: The mode of `torch.compile`.
@@ -49,11 +49,11 @@ class NetworkCompiler:
             raise MrFlowError(f"compile_mode must be None or one of {', '.join(COMPILE_MODES)}, got {mode!r}.")
         self.mode = mode
         self.notes: list[str] = []
-        self._known: tuple[torch.nn.Module, torch.nn.Module] | None = None
+        self._known: list[tuple[torch.nn.Module, torch.nn.Module]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # What is compiled cannot be pickled; a copy compiles anew.
-        return {**vars(self), "_known": None}
+        return {**vars(self), "_known": []}
 
     def __call__(self, network: torch.nn.Module) -> torch.nn.Module:
         """A twin of a network with the same weights, adapters and hooks, compiled at its first forward.
@@ -67,9 +67,11 @@ class NetworkCompiler:
         Returns:
             The twin; the same one for the same network.
         """
-        if self._known is None or self._known[0] is not network:
-            self._known = network, _twin(network, self.mode, self._say)
-        return self._known[1]
+        for known, twin in self._known:
+            if known is network:
+                return twin
+        self._known = [*self._known[-1:], (network, _twin(network, self.mode, self._say))]
+        return self._known[-1][1]
 
     def _say(self, sentence: str) -> None:
         self.notes.append(sentence)

@@ -6,12 +6,13 @@ Python of a folder is run, whatever its model_index.json names.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
@@ -48,7 +49,7 @@ from mrflow_sched.engines.diffusers.single_file import (
     is_single_file,
     load_single_file,
 )
-from mrflow_sched.plan.checks import checked_flag
+from mrflow_sched.plan.cost import Offload
 
 __all__ = ["check_model", "load_pipeline", "model_fingerprint", "read_layout", "resolve_dtype"]
 
@@ -64,7 +65,7 @@ def load_pipeline(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | Mapping[str, str] = "auto",
-    offload: bool = False,
+    offload: bool | Offload = False,
     config: str | Path | None = None,
 ) -> Any:
     """The diffusers pipeline in a local folder or file, on its device.
@@ -74,7 +75,8 @@ def load_pipeline(
         device: "auto" (CUDA if available), or as torch spells it.
         dtype: Of all parts; "auto" is bfloat16 where the hardware multiplies it, else float32, and float32 for the VAE
             on a CPU; or a dtype for each part by name, with "default" (else "auto") for the others.
-        offload: Keep each part on the CPU until it is used (on a GPU only).
+        offload: On a GPU only: "model" or True keeps each part on the CPU until it is used, "layers" each layer, which
+            takes the least memory and is slow.
         config: For a single file: the diffusers folder that describes it, as in `config_folder`.
 
     Returns:
@@ -83,7 +85,7 @@ def load_pipeline(
     Raises:
         MrFlowError: A folder that is missing, incomplete, damaged or of no pipeline of this diffusers.
     """
-    model, where, offload = _path_of(path, "path"), resolve_device(device), checked_flag(offload, "offload")
+    model, where, waits = _path_of(path, "path"), resolve_device(device), checked_offload(offload)
     if config is not None and model.is_dir():
         raise MrFlowError(f"config={quoted(config)} is for a single file; leave it out for a folder.")
     config = None if config is None else _path_of(config, "config")
@@ -105,11 +107,32 @@ def load_pipeline(
     vae = getattr(pipe, "vae", None)
     if vae is not None and all(weight.ndim < 5 for weight in vae.parameters()):  # 5: convolutions of a video VAE
         vae.to(memory_format=torch.channels_last)  # convolutions of images are about twice as fast so on a CPU
-    if offload and where.type != "cpu":
-        pipe.enable_model_cpu_offload(device=where)
+    if waits is not None and where.type != "cpu":
+        move = pipe.enable_model_cpu_offload if waits == "model" else pipe.enable_sequential_cpu_offload
+        move(device=where)
         return pipe
     with leaving_out("cannot run with `cpu` device"):  # float16, which runs there, or fails with an error
         return pipe.to(where)
+
+
+def checked_offload(offload: object) -> Offload | None:
+    """What waits on the CPU.
+
+    Args:
+        offload: True, False, None, "model" or "layers".
+
+    Returns:
+        "model", "layers", or None for nothing.
+
+    Raises:
+        MrFlowError: It is anything else.
+    """
+    if offload is None or isinstance(offload, bool):
+        return "model" if offload else None
+    for name in get_args(Offload):
+        if offload == name:
+            return name
+    raise MrFlowError(f"offload must be True, False, 'model' or 'layers', got {quoted(offload)}.")
 
 
 def check_model(path: Path, config: str | Path | None = None) -> dict[str, Any]:
@@ -170,15 +193,19 @@ def read_layout(path: str | Path, family: str | None = None, *, config: str | Pa
     check_files(folder, index)
     check_from_text(pipeline_class(folder, index))
 
-    def build(name: str, kind: Any) -> Any:
+    def build(name: str, kind: Any, tokenizers: bool = False) -> Any:
         if not hasattr(kind, "load_config"):  # a part of transformers: a text encoder, a tokenizer
-            return None
+            return load_part(folder, name, kind, None) if tokenizers and not is_model(kind) else None
         if is_model(kind):
             return skeleton(folder, name, kind, None)
         part = load_part(folder, name, kind, None)
         return as_trained(part, read_checkpoint(Path(path))) if alone and name == "scheduler" else part
 
-    return find_layout(_assembled(folder, index, build), family or (str(index[_FAMILY]) if _FAMILY in index else None))
+    try:
+        pipe = _assembled(folder, index, build)
+    except MrFlowError:  # some constructors ask their tokenizer or processor, which takes long to read
+        pipe = _assembled(folder, index, functools.partial(build, tokenizers=True))
+    return find_layout(pipe, family or (str(index[_FAMILY]) if _FAMILY in index else None))
 
 
 def model_fingerprint(path: str | Path, config: str | Path | None = None) -> str:
@@ -216,9 +243,8 @@ def _assembled(folder: Path, index: Mapping[str, Any], part: Callable[[str, Any]
     try:
         pipe = kind(**parts)
     except Exception as error:  # constructors read whatever they like of their parts' configurations
-        refuse(
-            folder, f"whose parts do not make a {kind.__name__} ({first_line(error)}); download it again", cause=error
-        )
+        advice = "install what it names" if isinstance(error, ImportError) else "download it again"
+        refuse(folder, f"whose parts do not make a {kind.__name__} ({first_line(error)}); {advice}", cause=error)
     pipe.register_to_config(_name_or_path=str(folder))  # as the pipeline's own loader writes down
     return pipe
 

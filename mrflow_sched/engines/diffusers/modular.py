@@ -6,7 +6,8 @@ Put it before the block that loops, and give the pipeline `stage_sigmas`:
     core = blocks.sub_blocks["denoise"].sub_blocks
     core.insert("stage_timesteps", StageTimesteps(), list(core).index("denoise"))
 
-Needs a diffusers that has modular pipelines (0.35 or newer); importing this module elsewhere raises ImportError.
+`MrFlow` runs whole pipelines without it (`modular_view`). Needs a diffusers that has modular pipelines (0.35 or newer);
+importing this module elsewhere raises ImportError.
 """
 
 from __future__ import annotations

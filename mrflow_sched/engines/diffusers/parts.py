@@ -265,7 +265,9 @@ def check_size(folder: Path, name: str, network: torch.nn.Module, held: Weights)
     # Libraries differ in what they store besides weights, and transformers files may hold more than the part in use.
     lacking = weights > 1.5 * held.numbers + 1000 and not quantised
     beyond = weights + tables > held.numbers * (_QUANTISED if quantised else 2) + _FEW
-    left = held.numbers > 1.1 * stored + 1000 and not quantised and stem_of(type(network)) == DIFFUSERS_STEM
+    # A ControlNet that uses parts of the transformer may have been saved with them.
+    whole = stem_of(type(network)) == DIFFUSERS_STEM and not hasattr(type(network), "from_transformer")
+    left = held.numbers > 1.1 * stored + 1000 and not quantised and whole
     if lacking or beyond or left:
         refuse(
             folder,

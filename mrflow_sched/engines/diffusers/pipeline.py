@@ -23,25 +23,33 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.cancel import Cancelled
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched._runtime.memory import callers_own
 from mrflow_sched.engines.diffusers.blame import told, unread_prompt, unstarted
 from mrflow_sched.engines.diffusers.compiled import COMPILE_STEPS, NetworkCompiler
+from mrflow_sched.engines.diffusers.editing import Pictures, starting_at, texts_as_given
 from mrflow_sched.engines.diffusers.folder import load_pipeline, model_fingerprint
 from mrflow_sched.engines.diffusers.layouts import Layout, find_layout
 from mrflow_sched.engines.diffusers.layouts.base import SCALE_ARGUMENTS, parameter_names
+from mrflow_sched.engines.diffusers.layouts.pictures import picture_arguments
 from mrflow_sched.engines.diffusers.layouts.shift import sampler_note, spacing_note
-from mrflow_sched.engines.diffusers.seam import NetworkSeam, guided_per_step, shell_of
+from mrflow_sched.engines.diffusers.modular_view import ModularView, as_pipeline
+from mrflow_sched.engines.diffusers.seam import POSITIONS, NetworkSeam, guided_per_step, moved_to
 from mrflow_sched.engines.diffusers.view import (
     HINT,
     TOKENIZER_LOCK,
     Mirror,
     copy_containers,
+    draws_freely,
     follow_last_change,
     hint_for_stage,
     interrupted,
     put_network,
+    remembering,
+    returning,
+    shell_of,
     stage_window,
+    steady_vae,
     view_of,
     with_tokenizer_lock,
 )
@@ -54,6 +62,7 @@ from mrflow_sched.sampling.solvers import evaluation_sigmas, evaluations_per_ste
 
 if TYPE_CHECKING:
     from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
+    from mrflow_sched.plan.cost import Offload
 
 __all__ = ["PipelineEngine", "PipelineText", "given_embeddings"]
 
@@ -67,12 +76,14 @@ class PipelineText:
         batch: Number of images.
         options: Arguments of the pipeline's call that take the place of the engine's own.
         notes: Sentences for whoever asked: texts without effect, what the engine itself has to say.
+        memory: What a pipeline that encodes text inside its call has encoded so far.
     """
 
     arguments: Mapping[str, Any]
     batch: int
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
+    memory: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.batch
@@ -83,7 +94,8 @@ class _Stage:
     """One stage of some images of a batch, as the pipeline runs it.
 
     `rows` says which images of the batch they are. `scale` is what the pipeline is told, `guidance` the scale of each
-    step; None where that is one scale throughout. `callbacks` says whether the owner's are called.
+    step; None where that is one scale throughout. `place` is where a tile lies in the whole image, in tokens.
+    `callbacks` says whether the owner's are called.
     """
 
     solver: str
@@ -94,6 +106,7 @@ class _Stage:
     guidance: Guidance | None = None
     progress: tuple[float, ...] = (0.0, 1.0)
     around: Around | None = None
+    place: tuple[int, int] | None = None
     callbacks: bool = True
 
 
@@ -120,6 +133,7 @@ class PipelineEngine:
         fingerprint: str = "",
         compiler: NetworkCompiler | None = None,
         guided_by_two: bool = False,
+        pictures: Pictures | None = None,
     ) -> None:
         """Borrow `pipe`, which stays as it is and stays usable.
 
@@ -134,16 +148,20 @@ class PipelineEngine:
             fingerprint: Identifies its weights.
             compiler: Stages of more than `COMPILE_STEPS` steps run its twin of the network.
             guided_by_two: Guidance takes a second branch although the family's does not (FLUX.1's true CFG).
+            pictures: What the pipeline edits: references, or a picture and a mask.
 
         Raises:
             MrFlowError: The pipeline's stages cannot be run.
         """
         self._pipe = pipe
         self._compiler = compiler
-        layout = find_layout(view_of(pipe), family)
+        layout = find_layout(view_of(as_pipeline(pipe)), family).for_arguments(arguments or {})
         self._layout = layout.guided_by_two() if guided_by_two else layout
+        self._share_hooks(layout.pipe)  # a rehearsal has run
         self._arguments = dict(arguments or {})
         self._seeds = seeds
+        self._pictures = pictures or Pictures()
+        self._takes = picture_arguments(pipe)
         self._was_interrupted = interrupted(pipe)
         self.name = name
         self.fingerprint = fingerprint
@@ -157,7 +175,7 @@ class PipelineEngine:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | Mapping[str, str] = "auto",
         family: str | None = None,
-        offload: bool = False,
+        offload: bool | Offload = False,
         config: str | Path | None = None,
     ) -> PipelineEngine:
         """Load any text-to-image folder of diffusers, or a single-file checkpoint.
@@ -168,7 +186,7 @@ class PipelineEngine:
             dtype: As in `load_pipeline`.
             family: Name of the family; None: what the folder says (`_mrflow_family` in its model_index.json), else what
                 its class and configurations imply.
-            offload: Keep parts on the CPU while they are idle.
+            offload: As in `load_pipeline`.
             config: For a single file: the diffusers folder that describes it; None: one of the file's name beside it,
                 else the folder it lies in.
 
@@ -190,12 +208,16 @@ class PipelineEngine:
         whole = mine.denoise is PipelineEngine.denoise or mine.sample_stage is not PipelineEngine.sample_stage
         return Capabilities(
             whole_stages=whole,
-            guidance_per_step=whole,
+            # Within the pipeline's loop, what one branch answers is needed for the other.
+            guidance_per_step=whole and not self._layout.negative_call_first,
             network_seam=whole,
-            token_subsets=whole and self._layout.tokens is not None,
+            token_subsets=whole and self._layout.tokens is not None and not self._pictures,
             tiles=True,
-            gradients=True,
+            places=whole and bool(parameter_names(self._forward) & set(POSITIONS)),
+            gradients=not isinstance(self._layout.pipe, ModularView),  # its blocks switch gradients off
             lora_scale=whole and self._lora_argument is not None,
+            text_size=bool(self._layout.rewrite_switch),
+            alpha=self._layout.keeps_alpha,
         )
 
     @property
@@ -217,7 +239,7 @@ class PipelineEngine:
     def notes(self) -> tuple[str, ...]:
         """Sentences for whoever runs this pipeline: what its own sampler does and stages do not."""
         scheduler = self._layout.pipe.scheduler
-        found = [sampler_note(scheduler)]
+        found: list[str | None] = [*self._layout.notes, sampler_note(scheduler)]
         if self.family.prediction != "flow":
             found.append(spacing_note(scheduler, self._arguments.get("eta")))
         return tuple(note for note in found if note is not None)
@@ -230,7 +252,7 @@ class PipelineEngine:
     @property
     def network(self) -> torch.nn.Module:
         """The pipeline's network, as its owner knows it."""
-        return getattr(self._layout.pipe, self._network)
+        return self._layout.network
 
     @property
     def dtype(self) -> torch.dtype:
@@ -240,7 +262,7 @@ class PipelineEngine:
     @property
     def vae_dtype(self) -> torch.dtype:
         """Dtype of the VAE."""
-        return self._layout.pipe.vae.dtype
+        return self._layout.vae_dtype
 
     @property
     def dtypes(self) -> dict[str, str]:
@@ -251,15 +273,15 @@ class PipelineEngine:
         }
 
     @property
-    def _network(self) -> str:
-        """The attribute that holds the pipeline's network."""
-        return "unet" if getattr(self._layout.pipe, "transformer", None) is None else "transformer"
+    def _forward(self) -> Any:
+        """The network's `forward`, as its class has it."""
+        kind = cast("Any", type(getattr(self.network, "_orig_mod", self.network)))  # inside torch.compile's
+        return kind.forward
 
     @property
     def _lora_argument(self) -> str | None:
         """The argument of the pipeline's call that hands its network the scale of LoRAs; None where there is none."""
-        kind = cast("Any", type(getattr(self.network, "_orig_mod", self.network)))  # inside torch.compile's
-        if not parameter_names(kind.forward) & set(SCALE_ARGUMENTS):
+        if not parameter_names(self._forward) & set(SCALE_ARGUMENTS):
             return None  # FLUX.2's network has another of the names than its pipeline's call, but one it must have
         return next((name for name in SCALE_ARGUMENTS if name in self._layout.call_names), None)
 
@@ -286,6 +308,7 @@ class PipelineEngine:
         negative_prompts: Sequence[str] | None = None,
         *,
         lora_scale: float | None = None,
+        size: tuple[int, int] | None = None,
     ) -> PipelineText:
         """Embeddings for a batch of images; embeddings among the engine's arguments are used in their place.
 
@@ -297,6 +320,7 @@ class PipelineEngine:
             negative_prompts: As many, or None.
             lora_scale: Scale of all LoRAs of text encoders and network wherever this text is used; None: the scale
                 among the engine's arguments, else 1.
+            size: (width, height) of the final image in pixels, for pipelines that rewrite prompts; None: the usual.
 
         Returns:
             The conditioning, for `denoise` and `sample_stage`.
@@ -307,16 +331,26 @@ class PipelineEngine:
         """
         texts = [*prompts, *(negative_prompts or ())]
         with told(lambda error: unread_prompt(self._layout.pipe, texts, self._text_names, error)):
-            return self._encoded(prompts, negative_prompts, lora_scale)
+            return self._encoded(prompts, negative_prompts, lora_scale, size or self.family.native_size)
 
     @property
     def _text_names(self) -> list[str]:
         """Names of the caller's own arguments that are about text."""
-        known = parameter_names(self._layout.pipe.encode_prompt)
+        known = self._encoder_names
         return [name for name in self._arguments if name in known or _is_embedding(name) or name in SCALE_ARGUMENTS]
 
+    @property
+    def _encoder_names(self) -> frozenset[str]:
+        """Arguments of the pipeline's `encode_prompt`; empty where it has none."""
+        encode = getattr(self._layout.pipe, "encode_prompt", None)
+        return frozenset() if encode is None else parameter_names(encode)
+
     def _encoded(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, lora_scale: float | None
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None,
+        lora_scale: float | None,
+        size: tuple[int, int],
     ) -> PipelineText:
         """`encode_text`, with the errors of tokenizers and text encoders as they come."""
         longest = self._layout.text_length
@@ -329,16 +363,22 @@ class PipelineEngine:
         negatives = negative_prompts
         if given and negatives is not None:
             negatives = negatives[:: len(prompts) // given]
-        notes = *self.notes, *lora_notes, *self._text_notes(() if given else prompts, negatives, own)
+        if self._takes.read and not given and self._pictures:
+            notes = *self.notes, *lora_notes, *self._text_notes(prompts, negatives, own)
+            return PipelineText(texts_as_given(self._layout, prompts, negatives), len(prompts), options, notes)
+        if "num_condition_images" in self._encoder_names:
+            own["num_condition_images"] = len(self._pictures.references_at(*self.family.native_size))  # Z-Image-Omni
         try:
             with TOKENIZER_LOCK:
-                text = self._layout.encode_text(None if given else prompts, negatives, own)
+                read = prompts if given else self._layout.rewritten(prompts, own, size)
+                text = self._layout.encode_text(None if given else read, negatives, own)
             if given:
                 text |= {name: value for name, value in own.items() if _is_embedding(name) and value is not None}
                 text = self._layout.select_text(text, [row * given // len(prompts) for row in range(len(prompts))])
         finally:
             self._free()
-        return PipelineText(text, len(prompts), options, notes)
+        notes = *self.notes, *lora_notes, *self._text_notes(() if given else read, negatives, own)
+        return PipelineText(text, len(prompts), options, (*notes, *self._rewriting_notes(prompts, read)))
 
     def _lora_options(self, scale: float | None) -> tuple[dict[str, Any], tuple[str, ...]]:
         """The argument of the pipeline's call that scales its LoRAs, empty for None; and a note where it has none."""
@@ -353,13 +393,25 @@ class PipelineEngine:
         """What text has no effect: a negative prompt where none is used, the end of a long prompt."""
         notes: list[str] = []
         guided = self.family.guidance_kind == "cfg" or "true_cfg_scale" in own
-        if not guided and negatives is not None and any(text.strip() for text in negatives):
-            notes.append(f"{self.family.title} has no negative prompt: it was ignored.")
+        taken = "negative_prompt" in self._layout.call_names | self._encoder_names
+        if not (guided and taken) and negatives is not None and any(text.strip() for text in negatives):
+            whose = "a negative prompt of its own: yours" if guided else "no negative prompt: it"
+            notes.append(f"{self.family.title} has {whose} was ignored.")
         with TOKENIZER_LOCK:
             cut = self._layout.cut_prompt(prompts, own)
         if cut is not None:
             notes.append(f"The prompt is {cut[0]} tokens long and the model reads {cut[1]}: its end was cut off.")
         return notes
+
+    def _rewriting_notes(self, prompts: Sequence[str], read: Sequence[str]) -> list[str]:
+        """What the pipeline made of prompts that it rewrote."""
+        pairs = dict(zip(prompts, read, strict=True)).items()
+        return [
+            f"{type(self._pipe).__name__} rewrote the prompt as {quoted(new)}; {self._layout.rewrite_switch}=False "
+            "leaves it as it is."
+            for old, new in pairs
+            if new != old
+        ]
 
     # -------------------------------------------------------------------------------------------------------- images
 
@@ -411,13 +463,26 @@ class PipelineEngine:
         finally:
             self._free()
 
+    def looking_at(self, pictures: Pictures) -> PipelineEngine:
+        """This engine with pictures that its pipeline edits.
+
+        Args:
+            pictures: They take the place of the engine's own.
+
+        Returns:
+            An engine around the same pipeline.
+        """
+        other = copy.copy(self)
+        other._pictures = pictures
+        return other
+
     def in_tiles(self) -> PipelineEngine | None:
         """This engine with its VAE in tiles; the pipeline's own VAE keeps its setting.
 
         Returns:
             The tiling engine; None where the VAE cannot tile, or already does.
         """
-        vae = self._layout.pipe.vae
+        vae: Any = getattr(self._layout.pipe, "vae", None)
         if getattr(vae, "use_tiling", None) is not False:
             return None
         tiled = copy.copy(vae)  # a module of its own attributes around the same weights
@@ -429,7 +494,14 @@ class PipelineEngine:
     # ------------------------------------------------------------------------------------------------------ sampling
 
     def denoise(
-        self, x: Tensor, sigma: Tensor, text: PipelineText, *, guidance: float, around: Around | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: PipelineText,
+        *,
+        guidance: float,
+        around: Around | None = None,
+        place: tuple[int, int] | None = None,
     ) -> Tensor:
         """Clean estimate of noisy latents: a stage of one step, for which the pipeline's callbacks are not called.
 
@@ -441,13 +513,15 @@ class PipelineEngine:
             text: What `encode_text` returned.
             guidance: The scale in force.
             around: As in `sample_stage`.
+            place: Where `x` lies in a larger image, (row, column) of its first token; None: it is the image. Counts
+                where the network's calls say positions (`Capabilities.places`).
 
         Returns:
             Clean latents in the shape of `x`, float32.
         """
         sigmas = [float(value) for value in sigma]
         flow = [value if self.family.prediction == "flow" else ve_to_sigma(value) for value in sigmas]
-        whole = len(set(sigmas)) == 1
+        whole = len(set(sigmas)) == 1 and self._layout.runs_together(text.arguments)
         rows = [slice(0, len(x))] if whole else [slice(row, row + 1) for row in range(len(x))]
         done = [
             self._stage(
@@ -457,6 +531,7 @@ class PipelineEngine:
                     # How far the run is is not known here: the noise already removed stands for it.
                     progress=(1.0 - flow[each.start],) * 2,
                     around=around,
+                    place=place,
                     callbacks=False,
                 ),
             )
@@ -508,6 +583,10 @@ class PipelineEngine:
             done.append(self._stage(latents[rows], replace(asked, rows=rows), for_batch))
             return done[-1]
 
+        if self._takes.singly or not self._layout.runs_together(text.arguments):
+            for row in range(len(latents)):
+                work(self, slice(row, row + 1))
+            return torch.cat(done)
         width, height = self._pixels(latents)
         what = f"sampling one image of {width}x{height}"
         return within_memory(work, self, len(latents), what, tiles=False)
@@ -548,21 +627,37 @@ class PipelineEngine:
 
         scheduler = MrFlowScheduler.for_stage(
             layout.pipe.scheduler.config,
-            asked.sigmas,
+            layout.stage_sigmas(asked.sigmas),
             asked.solver,
             prediction=self.family.prediction,
+            preserving=layout.preserving,
             start=layout.pack(latents),
             on_evaluation=after_evaluation,
         )
         view = view_of(layout.pipe, scheduler=scheduler, **layout.view_attributes(asked.scale, width, height))
-        object.__setattr__(view, "encode_prompt", with_tokenizer_lock(view.encode_prompt))
+        start = scheduler.to_loop(layout.pack(latents))
+        if hasattr(view, "encode_prompt"):
+            object.__setattr__(view, "encode_prompt", with_tokenizer_lock(view.encode_prompt))
+        if layout.remembered is not None:
+            encode = remembering(getattr(view, layout.remembered), asked.text.memory)
+            object.__setattr__(view, layout.remembered, encode)
+        if self._takes.noised:
+            object.__setattr__(view, "prepare_latents", starting_at(view, start))
+        elif layout.gives_state:
+            object.__setattr__(view, "prepare_latents", returning(view.prepare_latents, start))
+        if draws_freely(view) or (self._pictures and view.vae.dtype != layout.dtype):
+            put_network(view, "vae", steady_vae(view.vae))
         mirror = Mirror(self._pipe, view)
         seam = self._seam(asked, scheduler, len(latents), mirror)
-        put_network(view, self._network, shell_of(self.network, seam))
+        for name in layout.network_names:
+            network = getattr(layout.pipe, name)
+            put_network(view, name, shell_of(network, seam.before(self._as_run(network, asked))))
         try:
             arguments = self._call(latents, asked, scheduler, width, height)
             with told(lambda error: unstarted(self._pipe, list(self._arguments), error), if_=lambda _: not seam.called):
-                _called(view, self._wants_graph(latents))(**arguments)
+                graph = self._wants_graph(latents)
+                call = self._pictures.call_of(view, width, height, graph=graph) or _called(view, graph)
+                call(**arguments)
         except BaseException:
             view.maybe_free_model_hooks()
             raise
@@ -583,9 +678,7 @@ class PipelineEngine:
 
     def _seam(self, asked: _Stage, scheduler: MrFlowScheduler, batch: int, mirror: Mirror) -> NetworkSeam:
         """What runs in place of the network in a stage: guidance for each step, then the method's own function."""
-        layout, network = self._layout, self.network
-        if self._compiler is not None and len(asked.sigmas) > COMPILE_STEPS:
-            network = self._compiler(network)
+        layout = self._layout
         first = _first_shown(self.network, scheduler) if asked.progress[0] > 0.0 else None
 
         def before() -> None:
@@ -594,15 +687,25 @@ class PipelineEngine:
         arounds = [asked.around] if asked.around is not None else []
         if asked.guidance is not None:
             arounds.insert(0, guided_per_step(asked.guidance, asked.scale, layout.guidance_weight))
+        elif asked.scale == 1.0 and layout.always_guided:
+            # The loop runs a branch that does not count: it gets the positive one's answer.
+            arounds.insert(0, guided_per_step(lambda sigma: 1.0, 2.0, layout.guidance_weight))
+        if asked.place is not None:
+            arounds.append(moved_to(asked.place))
         return NetworkSeam(
-            network,
             scheduler=scheduler,
             batch=batch,
-            guided=self.family.guidance_kind == "cfg" and asked.scale != 1.0,
+            guided=self.family.guidance_kind == "cfg" and (asked.scale != 1.0 or layout.always_guided),
             layout=layout,
-            before=before,
+            first=before,
             arounds=arounds,
         )
+
+    def _as_run(self, network: torch.nn.Module, asked: _Stage) -> torch.nn.Module:
+        """The owner's network, or its compiled twin where the stage is long enough."""
+        if self._compiler is None or len(asked.sigmas) <= COMPILE_STEPS:
+            return network
+        return self._compiler(network)
 
     def _wants_graph(self, latents: Tensor) -> bool:
         """Whether a graph is kept: gradients are recorded, and the state or a weight requires them."""
@@ -619,34 +722,48 @@ class PipelineEngine:
         arguments = text.arguments if len(chosen) == len(text) else layout.select_text(text.arguments, chosen)
         seeds = self._seeds or range(len(text))
         # A pipeline without a generator would draw from the global one.
-        generators = [torch.Generator().manual_seed(stage_seed(seeds[row], 0, 0, "hash")) for row in chosen]
+        drawn_with = [stage_seed(seeds[row], 0, 0, "hash") for row in chosen]
+        generators = [torch.Generator().manual_seed(seed) for seed in drawn_with]
+        draws = layout.gives_state or self._takes.noised
         always = {
             "num_inference_steps": len(asked.sigmas) - 1,
-            "latents": layout.call_latents(latents),
+            **({} if draws else {"latents": layout.call_latents(scheduler.to_loop(latents))}),
             "generator": generators if len(generators) > 1 else generators[0],
             "output_type": "latent",
             "return_dict": False,
         }
+        if (asked.around, asked.guidance, asked.place) != (None, None, None):
+            always.update(layout.independent_calls)  # calls may be skipped, or made with other inputs
         own = self._own_arguments(asked, scheduler, width, height)
-        made = {**layout.stage_arguments(arguments, asked.scale, width, height), **own, **always}
+        told = layout.stage_arguments(arguments, asked.scale, width, height)
+        made = {**told, **layout.drawn_arguments(arguments, drawn_with, width, height), **own, **always}
         return copy_containers({name: value for name, value in made.items() if name in names})
 
     def _own_arguments(self, asked: _Stage, scheduler: MrFlowScheduler, width: int, height: int) -> dict[str, Any]:
         """The caller's own arguments of the pipeline's call, as they are in this stage."""
         layout, batch = self._layout, len(asked.text)
-        encoded = parameter_names(layout.pipe.encode_prompt)  # part of the embeddings already
+        unread = self._takes.read and "prompt" in asked.text.arguments
+        made_once = frozenset[str]() if unread else self._encoder_names  # part of the embeddings already
+        encoded = made_once | {layout.rewrite_switch}
         own = {
             name: value
             for name, value in {**self._arguments, **asked.text.options}.items()
             if name not in encoded and not _is_embedding(name)
         }
+        chosen = range(batch)[asked.rows]
         if own.get(HINT) is not None:
-            own[HINT] = hint_for_stage(own[HINT], width, height, range(batch)[asked.rows], batch)
+            own[HINT] = hint_for_stage(own[HINT], width, height, chosen, batch)
         if HINT in own and HINT not in layout.call_names:
             own["image"] = own.pop(HINT)  # its name in Stable Diffusion's ControlNet and T2I-Adapter pipelines
+        own |= self._pictures.arguments(layout.pipe, width, height, chosen, batch)
         own |= _stage_windows(own, asked)
-        callback = own.pop("callback_on_step_end", None)
-        if callback is not None and asked.callbacks:
+        callback: Any = own.pop("callback_on_step_end", None)
+        if not asked.callbacks:
+            callback = None
+        if self._takes.noised:  # the loop changes the latents once more after its last step
+            callback = callback or _nothing
+            own["callback_on_step_end_tensor_inputs"] = ["latents", *own.get("callback_on_step_end_tensor_inputs", ())]
+        if callback is not None:
             if hasattr(callback, "tensor_inputs"):  # diffusers' own callback classes declare theirs
                 own["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
             own["callback_on_step_end"] = follow_last_change(callers_own(callback), scheduler)
@@ -691,7 +808,7 @@ def given_embeddings(arguments: Mapping[str, Any]) -> int:
 
 
 def _is_embedding(name: str) -> bool:
-    return "prompt_embeds" in name
+    return "prompt_embeds" in name or "prompt_cu_seqlens" in name
 
 
 def _even(count: int) -> tuple[float, ...]:
@@ -718,6 +835,10 @@ def _first_shown(network: Any, scheduler: MrFlowScheduler) -> Mapping[str, Any] 
     if hooks is None or hooks.get_hook("faster_cache_denoiser") is None:
         return None
     return {"_current_timestep": torch.tensor(float(len(scheduler)))}
+
+
+def _nothing(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {}
 
 
 _WINDOW = ("control_guidance_start", "control_guidance_end")

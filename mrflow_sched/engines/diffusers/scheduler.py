@@ -10,7 +10,9 @@ output to `step`. Here `step` turns that output into a denoised estimate and sen
 
 The state stays float32 from the first step to `final_state`, whatever the pipeline rounds its copy to. For
 variance-exploding models (SD1.5, SDXL) it is x0 + sigma_ve · noise, as in diffusers' EulerDiscreteScheduler, and for
-EDM models (Playground 2.5, CosXL) x0 + sigma_data · sigma_ve · noise, as in diffusers' EDMEulerScheduler.
+EDM models (Playground 2.5, CosXL) x0 + sigma_data · sigma_ve · noise, as in diffusers' EDMEulerScheduler. The
+pipeline's copy is scaled where its loop has another convention: cos(t) x0 + sin(t) noise for "trigflow" (SanaSprint),
+unit variance with `preserving` (LCM).
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.engines.diffusers.layouts.shift import adds_noise
 from mrflow_sched.engines.diffusers.walk import Walk
 from mrflow_sched.plan.families import Prediction
 from mrflow_sched.plan.schedule import Sigmas, refine_sigmas, shift_sigma, unshift_sigma
 from mrflow_sched.plan.scheduler_config import (
     CONVERSIONS,
+    adds_noise,
     edm_levels,
     flow_sigmas,
     shift_in_force,
@@ -43,6 +45,7 @@ from mrflow_sched.plan.scheduler_config import (
     training_sigmas,
     ve_sigmas,
 )
+from mrflow_sched.plan.trigflow import angle_of, trigflow_sigmas
 from mrflow_sched.sampling.noise import model_sigmas, to_denoised
 from mrflow_sched.sampling.solvers import evaluation_sigmas, evaluations_per_step, get_solver
 
@@ -54,11 +57,11 @@ _PREDICTIONS: Mapping[str, Prediction] = {
     "v_prediction": "v",
     "v": "v",
     "edm": "edm",
+    "trigflow": "flow",
 }
 # Options that only shape a schedule or add noise: a stage whose schedule is given does not use them.
 _GIVEN_SCHEDULE: Mapping[str, Any] = {
     "stage": "sample",
-    "invert_sigmas": False,
     "stochastic_sampling": False,
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
@@ -98,7 +101,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         max_shift: Likewise: its value at `max_image_seq_len` tokens.
         base_image_seq_len: Tokens of the smallest image.
         max_image_seq_len: Tokens of the largest image.
-        invert_sigmas: Only False.
+        invert_sigmas: Times and sigmas that a pipeline reads rise from 0 to 1, and its network predicts image minus
+            noise (OmniGen).
         shift_terminal: Stretch the shifted schedule so that its last sigma above 0 is this one; None for no stretching.
         use_karras_sigmas: Respace the schedule by Karras et al. 2022, equation 5, with rho = 7.
         use_exponential_sigmas: Respace it evenly in log sigma.
@@ -112,8 +116,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         beta_end: Last beta.
         beta_schedule: "linear", "scaled_linear" (linear in the root) or "squaredcos_cap_v2".
         trained_betas: All betas, in place of the three above.
-        prediction_type: "flow", "flow_prediction", "epsilon", "v", "v_prediction" or "edm", which is what "epsilon"
-            means with `sigma_data`; None: see above.
+        prediction_type: "flow", "flow_prediction", "trigflow", "epsilon", "v", "v_prediction" or "edm", which is what
+            "epsilon" means with `sigma_data`; None: see above.
         timestep_spacing: "linspace", "leading" or "trailing": Lin et al. 2023, table 2.
         steps_offset: Added to the training steps of "leading" spacing.
         rescale_betas_zero_snr: Rescale the betas to zero terminal signal-to-noise ratio.
@@ -122,9 +126,11 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         timestep_type: Only "discrete".
         sigma_min: Last sigma before 0 where the schedule is spaced anew, or of an EDM model; None: the schedule's own.
         sigma_max: Its first sigma; None: the schedule's own.
-        sigma_data: Standard deviation of an EDM model's latents; None: it is no EDM model. Sigma is counted in it.
+        sigma_data: Standard deviation of an EDM model's latents; None: it is no EDM model. Sigma is counted in it. For
+            "trigflow" that of the pipeline's state.
         rho: Roots of this order are evenly spaced in an EDM model's schedule.
         sigma_schedule: "karras", or "exponential", which spaces it evenly in log sigma.
+        snr_shift_scale: The signal-to-noise ratio of the betas is divided by it (CogVideoXDDIMScheduler).
         solver: A name in `mrflow_sched.sampling.solvers.SOLVERS`.
         stage: "sample" makes the schedule that diffusers' Euler scheduler for such a model would make of the same
             configuration; "refine" makes `refine_sigmas(sigma, steps, refine_curve)`, which nothing shifts.
@@ -173,6 +179,7 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         sigma_data: float | None = None,
         rho: float = 7.0,
         sigma_schedule: str = "karras",
+        snr_shift_scale: float = 1.0,
         solver: str = "multistep",
         stage: Literal["sample", "refine"] = "sample",
         sigma: float = 0.12,
@@ -181,9 +188,11 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         get_solver(solver)
         options = self._options
         _check_options(options)
-        exploding = beta_start is not None or trained_betas is not None or sigma_data is not None
+        self._angles = prediction_type == "trigflow"
+        self._preserving = False
+        exploding = not self._angles and not (beta_start is None and trained_betas is None and sigma_data is None)
         self.prediction: Prediction = _PREDICTIONS[prediction_type or ("epsilon" if exploding else "flow")]
-        self._edm = edm_levels(options)
+        self._edm = None if self._angles else edm_levels(options)
         if self._edm is not None and self.prediction == "epsilon":
             self.prediction = "edm"
         # sigma_ve of every training step, rising; empty for flow and EDM models.
@@ -232,6 +241,7 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         solver: str,
         *,
         prediction: Prediction = "flow",
+        preserving: bool = False,
         start: Tensor | None = None,
         on_evaluation: Callable[[dict[str, Any]], object] | None = None,
     ) -> MrFlowScheduler:
@@ -243,8 +253,9 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
                 "epsilon" or "v" (`noise.model_sigmas`).
             solver: A name in `mrflow_sched.sampling.solvers.SOLVERS`.
             prediction: What the network predicts.
-            start: The state at `sigmas[0]`, in the layout of the pipeline's loop; used in place of the copy, often in
-                half precision, that the pipeline passes to the first step.
+            preserving: The pipeline hands its network the state as it is, so the state has unit variance.
+            start: The state at `sigmas[0]`, in the layout of the pipeline's loop but in our scale; used in place of the
+                copy, often in half precision, that the pipeline passes to the first step.
             on_evaluation: Called after each evaluation and before the state moves with a dict of `i` (the step, from
                 0), `sigma` (float), `x` and `denoised`; it may raise `Cancelled`.
 
@@ -259,11 +270,14 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
                 f"config has prediction_type {config['prediction_type']!r}, which is not flow, epsilon or v; "
                 "this pipeline cannot be run in stages."
             )
-        overrides: dict[str, Any] = {**_GIVEN_SCHEDULE, "solver": solver, "prediction_type": prediction}
+        said = "trigflow" if config.get("prediction_type") == "trigflow" else prediction
+        overrides: dict[str, Any] = {**_GIVEN_SCHEDULE, "solver": solver, "prediction_type": said}
         # Names that this class does not take would cause a warning at every stage.
         names = inspect.signature(cls.__init__).parameters
         known = {name: value for name, value in config.items() if name in names and value is not None}
         made: MrFlowScheduler = cls.from_config(known, False, **overrides)
+        made.prediction = prediction  # of an EDM model "epsilon" may be meant
+        made._preserving = preserving
         made._start = start
         made._on_evaluation = on_evaluation
         made._fixed = tuple(float(sigma) for sigma in sigmas)
@@ -347,6 +361,9 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
         timesteps: Sequence[float] | None = None,
+        *,
+        intermediate_timesteps: float | None = None,
+        **ignored: Any,
     ) -> None:
         """Make the schedule and start anew.
 
@@ -359,6 +376,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
             mu: Logarithm of the shift ("linear" time shift: the shift itself), needed with `use_dynamic_shifting`.
             timesteps: What the network is told at each step; flow models that get them (CogView4) are told the time
                 before the shift, here too.
+            intermediate_timesteps: The angle in the middle of two steps of "trigflow".
+            **ignored: Arguments of other schedulers; not used.
 
         Raises:
             MrFlowError: Nothing gives the number of steps, the counts disagree, or `mu` is missing.
@@ -371,17 +390,21 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
             if options["stage"] == "refine":
                 refine = refine_sigmas(options["sigma"], count, options["refine_curve"])
                 schedule = model_sigmas(refine, self.prediction, None if self._edm is None else self._edm.largest)
+            elif self._angles:
+                schedule = trigflow_sigmas(count, intermediate_timesteps)
             elif self.prediction == "flow":
                 schedule = flow_sigmas(options, count, sigmas, timesteps, mu, self.sigma_min)
-                times = {} if timesteps is None else dict(zip(schedule, map(float, timesteps), strict=False))
+                told = None if options["invert_sigmas"] else timesteps
+                times = {} if told is None else dict(zip(schedule, map(float, told), strict=False))
             elif self._edm is not None and sigmas is None:
                 schedule = self._edm.spaced(count) if timesteps is None else self._edm.told(timesteps)
             else:
                 schedule, times = ve_sigmas(options, self._table, count, sigmas, timesteps)
-        if timesteps is not None and self.prediction == "flow" and not times:
+        given = timesteps is not None and self.prediction == "flow" and not options["invert_sigmas"]
+        if given and not times:
             # The given times belong to the sigmas of another schedule; they mean that the shift is to be undone.
             shift = shift_in_force(options, mu)
-            times = {sigma: len(self) * unshift_sigma(sigma, shift) for sigma in schedule}
+            times = {sigma: len(self) * unshift_sigma(sigma, shift) for sigma in schedule if sigma > 0.0}
         self._set_sigmas(schedule, times, device)
         self.num_inference_steps = len(schedule) - 1
 
@@ -405,16 +428,25 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
             raise MrFlowError(f"sigmas must be at most 1 for flow models, got {sigmas[0]!r}; 1 is pure noise.")
         self._schedule = sigmas
         told = [times[sigma] if sigma in times else self._time(sigma) for sigma in self._evaluations]
+        if self._angles:
+            told.append(0.0)  # such pipelines read the end of the last step as well
+        levels = [*self._evaluations, sigmas[-1]]
+        if self._options["invert_sigmas"]:
+            levels = [1.0 - level for level in levels]
         self.timesteps = torch.tensor(told, dtype=torch.float32, device=device)
-        self.sigmas = torch.tensor([*self._evaluations, sigmas[-1]], dtype=torch.float32, device=device)
+        self.sigmas = torch.tensor(levels, dtype=torch.float32, device=device)
         self._step_index: int | None = None
         self._begin_index: int | None = None if self._fixed is None else 0
         self._walk: Walk | None = None
 
     def _time(self, sigma: float) -> float:
         """What the network is told for a sigma: the training step it belongs to, fractions included."""
-        if self._edm is not None:
+        if self._edm is not None and self.prediction != "epsilon":
             return self._edm.time(sigma)
+        if self._angles:
+            return angle_of(sigma)
+        if self._options["invert_sigmas"]:
+            return (1.0 - sigma) * len(self)
         return time_of(sigma, self._table) if self._table else sigma * len(self)
 
     def _training_sigmas(self) -> Sigmas:
@@ -440,9 +472,32 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             In the shape of `sample`.
         """
-        if self.prediction == "flow":
+        if self.prediction == "flow" or self._preserving:
             return sample
         return sample / (math.hypot(self._evaluations[self._index(timestep)], 1.0) * self._deviation)
+
+    def to_loop(self, start: Tensor) -> Tensor:
+        """The state at the start of the schedule as the pipeline's loop holds it.
+
+        Args:
+            start: In our scale.
+
+        Returns:
+            In the shape of `start`.
+        """
+        scale = self._scale(self._schedule[0])
+        return start if scale == 1.0 else start * scale
+
+    def _scale(self, sigma: float) -> float:
+        """What the pipeline's state is of ours at a sigma."""
+        if self._angles:
+            return self._data / math.hypot(sigma, 1.0 - sigma)
+        return 1.0 / math.hypot(sigma, 1.0) if self._preserving else 1.0
+
+    @property
+    def _data(self) -> float:
+        """Standard deviation of clean latents in the state of a "trigflow" pipeline."""
+        return float(self._options["sigma_data"] or 1.0)
 
     @property
     def _deviation(self) -> float:
@@ -493,13 +548,24 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         else:
             self._walk.follow(sample)
         x, sigma = self._walk.state, self._evaluations[index]
-        output = model_output if self._edm is None else model_output.float() * self._edm.data
-        denoised = to_denoised(output, x, sigma, self.prediction)
+        denoised = self._denoised(model_output, x, sigma)
         if self._on_evaluation is not None:
             self._on_evaluation({"i": begun, "sigma": sigma, "x": x, "denoised": denoised})
         self._walk.push(denoised)
         self._step_index = index + 1
-        return _output(self._walk.hand_out(model_output.dtype), denoised, return_dict)
+        after = (*self._evaluations, self._schedule[-1])[index + 1]
+        clean = denoised * self._scale(0.0) if self._angles else denoised
+        return _output(self._walk.hand_out(model_output.dtype, self._scale(after)), clean, return_dict)
+
+    def _denoised(self, output: Tensor, x: Tensor, sigma: float) -> Tensor:
+        """The clean estimate of the state `x`, in our scale, that the pipeline's output stands for."""
+        if self._angles:
+            angle = angle_of(sigma)
+            state = x * (self._scale(sigma) / self._data)
+            return math.cos(angle) * state - math.sin(angle) * output.to(x) / self._data
+        if self._options["invert_sigmas"]:
+            return to_denoised(-output, x, sigma, self.prediction)
+        return to_denoised(output if self._edm is None else output.float() * self._edm.data, x, sigma, self.prediction)
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """The evaluation at a timestep: the later one where Heun evaluates a sigma twice, as a step begins there.
@@ -537,7 +603,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
     def _first_state(self, index: int, sample: Tensor) -> Tensor:
         """The state that the solver starts from: the one given to `for_stage`, else the pipeline's."""
         if self._start is None or index > 0:
-            return sample
+            scale = self._scale(self._evaluations[index])
+            return sample if scale == 1.0 else sample.float() / scale
         if self._start.shape != sample.shape:
             raise MrFlowError(
                 f"start has shape {tuple(self._start.shape)} and the pipeline's latents {tuple(sample.shape)}; "
@@ -564,7 +631,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
 
         Flow: (1 - sigma) · sample + sigma · noise; else sample + sigma_ve · noise, and for EDM models the noise times
         `sigma_data`. In a run, or after
-        `set_begin_index`, the sigma of the next evaluation is used instead.
+        `set_begin_index`, the sigma of the next evaluation is used instead. In a stage of `for_stage` the noise is that
+        of its start: a pipeline that keeps a part of a picture has only that start to take for noise.
 
         Args:
             sample: Clean latents (B, ...).
@@ -577,6 +645,8 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             MrFlowError: No noise, or a timestep that the schedule does not have.
         """
+        if self._start is not None and self._start.shape == sample.shape:
+            noise = self._noise_of(sample)
         if noise is None:
             raise MrFlowError("noise is None; give noise in the shape of sample, as nothing is drawn here.")
         if self._step_index is not None or self._begin_index is not None:
@@ -589,6 +659,15 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         sigma = sigma.reshape(-1, *([1] * (sample.ndim - 1)))
         keep = 1.0 - sigma if self.prediction == "flow" else 1.0
         return (keep * sample.float() + sigma * self._deviation * noise.to(sample.device).float()).to(sample.dtype)
+
+    def _noise_of(self, clean: Tensor) -> Tensor:
+        """The noise that makes the stage's start of these clean latents; the start itself where it is nothing else."""
+        start, sigma = cast("Tensor", self._start).to(clean.device).float(), self._schedule[0]
+        if self.prediction == "flow":
+            return (start - (1.0 - sigma) * clean.float()) / sigma
+        largest = max(self._table) if self._edm is None else self._edm.largest
+        kept = clean.float() if sigma < largest * (1.0 - 1e-6) else 0.0
+        return (start - kept) / (sigma * self._deviation)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Tensor) -> Tensor:
         """`scale_noise` under the name and with the argument order that variance-exploding pipelines use.
@@ -628,7 +707,6 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 _ALLOWED: Mapping[str, tuple[Any, ...]] = {
-    "invert_sigmas": (False,),
     "stochastic_sampling": (False,),
     "final_sigmas_type": ("zero",),
     "interpolation_type": ("linear",),

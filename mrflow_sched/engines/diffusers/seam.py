@@ -1,23 +1,20 @@
 """Between a pipeline's loop and its network: where calls are inspected, changed, skipped or run again.
 
 A stage's view of a pipeline has a *shell* in place of its network: a module with the same configuration, dtype,
-parameters and adapters, whose calls come here first. The owner's network is called as a whole, so its own hooks
-(offloading, caching, whatever its owner registered) run once for every call that is really made.
+parameters and adapters (`view.shell_of`), whose calls come here first. The owner's network is called as a whole, so
+its own hooks (offloading, caching, whatever its owner registered) run once for every call that is really made.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from mrflow_sched.engines.diffusers.blame import in_a_library, told, unrun
-from mrflow_sched.engines.diffusers.view import attributes_of
+from mrflow_sched.engines.diffusers.view import argument_names
 from mrflow_sched.sampling.network import (
     Around,
     Branch,
@@ -33,31 +30,10 @@ if TYPE_CHECKING:
     from mrflow_sched.engines.diffusers.scheduler import MrFlowScheduler
     from mrflow_sched.sampling.engine import Guidance
 
-__all__ = ["NetworkSeam", "guided_per_step", "shell_of"]
+__all__ = ["POSITIONS", "NetworkSeam", "guided_per_step", "moved_to"]
 
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-)
-
-
-def shell_of(network: torch.nn.Module, forward: Callable[..., Any]) -> torch.nn.Module:
-    """A module that looks like `network` and whose call is `forward`.
-
-    Args:
-        network: Its attributes, parameters and submodules are shared; it is not changed.
-        forward: Called with the shell's arguments.
-
-    Returns:
-        The shell: of the same class, without hooks of its own.
-    """
-    shell: torch.nn.Module = object.__new__(type(network))
-    # Past `__setattr__`: torch.compile's wrapper hands what is set on it to the module inside.
-    own, shared = attributes_of(shell), attributes_of(network)
-    own.update(shared)
-    own.update({name: OrderedDict[Any, Any]() for name in _HOOKS if name in shared})
-    own.update(forward=forward, _compiled_call_impl=None)
-    return shell
+POSITIONS = ("img_ids", "position_ids")
+"""Inputs of networks that hold the positions of tokens, (N, P) or (B, N, P): which image, row, column and more."""
 
 
 class NetworkSeam:
@@ -70,49 +46,54 @@ class NetworkSeam:
 
     def __init__(
         self,
-        network: torch.nn.Module,
         *,
         scheduler: MrFlowScheduler,
         batch: int,
         guided: bool,
         layout: Layout,
-        before: Callable[[], object] | None = None,
+        first: Callable[[], object] | None = None,
         arounds: Sequence[Around] = (),
     ) -> None:
-        """Stand before `network`.
+        """Stand before no network yet: see `before`.
 
         Args:
-            network: What runs a call: the owner's module, or its compiled twin.
             scheduler: Knows which evaluation is next.
             batch: Images of the stage.
             guided: Whether CFG is in force.
             layout: Knows which half of a doubled batch is which, and which inputs hold image tokens.
-            before: Called before each call.
+            first: Called before each call.
             arounds: From the outermost to the innermost.
         """
-        self._network, self._scheduler, self._batch, self._guided = network, scheduler, batch, guided
-        module = cast("torch.nn.Module", getattr(network, "_orig_mod", network))  # inside torch.compile's wrapper
-        self._names = _argument_names(type(module))
-        self._layout, self._before, self._arounds = layout, before, tuple(arounds)
+        self._scheduler, self._batch, self._guided = scheduler, batch, guided
+        self._layout, self._first, self._arounds = layout, first, tuple(arounds)
         self._evaluation = (-1, 0)
         self.forwards = 0.0
         self.called = self._answered = False
 
-    def __call__(self, *values: Any, **named: Any) -> Any:
-        """Stand in for the network's forward.
+    def before(self, network: torch.nn.Module) -> Callable[..., Any]:
+        """Stand before a network; a pipeline may have two that share the noise levels between them.
 
         Args:
-            *values: Positional arguments of the loop's call.
-            **named: Its keyword arguments.
+            network: What runs a call: the owner's module, or its compiled twin.
 
         Returns:
-            The prediction, in the container that the network itself would return.
+            A function in place of its forward: it takes the arguments of the loop's call, and returns the prediction in
+            the container that the network itself would return.
         """
+        module = cast("torch.nn.Module", getattr(network, "_orig_mod", network))  # inside torch.compile's wrapper
+        names = argument_names(type(module))
+
+        def forward(*values: Any, **named: Any) -> Any:
+            return self._call(network, {**dict(zip(names, values, strict=False)), **named}, names[0])
+
+        return forward
+
+    def _call(self, network: torch.nn.Module, inputs: dict[str, Any], first: str) -> Any:
+        """One call of a network; `first` is the name of its first argument."""
         self.called = True
-        if self._before is not None:
-            self._before()
-        inputs = {**dict(zip(self._names, values, strict=False)), **named}
-        name = self._names[0] if self._names[0] in inputs else next(iter(inputs))
+        if self._first is not None:
+            self._first()
+        name = first if first in inputs else next(iter(inputs))
         call = NetworkCall(
             inputs=inputs,
             sigma=self._scheduler.current_sigma,
@@ -121,7 +102,7 @@ class NetworkSeam:
             batch=self._batch,
             latents_name=name,
             tokens=self._layout.tokens,
-            network=self._network,
+            network=network,
             positive_first=self._layout.positive_first,
             take_rows=self._layout.take_rows,
         )
@@ -137,15 +118,16 @@ class NetworkSeam:
 
     def _run_raw(self, call: NetworkCall) -> Any:
         self.forwards += len(call.inputs[call.latents_name]) / self._batch
+        network = cast("torch.nn.Module", call.network)
         if self._answered:
-            return self._network(**call.inputs)
-        with told(lambda error: unrun(self._network, error), if_=in_a_library):
-            answer = self._network(**call.inputs)
+            return network(**call.inputs)
+        with told(lambda error: unrun(network, error), if_=in_a_library):
+            answer = network(**call.inputs)
         self._answered = True
         return answer
 
     def _branch(self, rows: int) -> Branch:
-        """Which branch a call of `rows` rows is for: the first call of an evaluation is the positive one."""
+        """Which branch a call of `rows` rows is for."""
         evaluation, calls = self._evaluation
         now = self._scheduler.current_evaluation
         calls = calls + 1 if now == evaluation else 1
@@ -156,7 +138,7 @@ class NetworkSeam:
             return "both"
         if rows != self._batch:
             return "only"  # perturbed attention adds a third branch, which cannot be taken apart
-        return "positive" if calls == 1 else "negative"
+        return "positive" if (calls == 1) != self._layout.negative_call_first else "negative"
 
     def _wrapped(self, made: Tensor, inputs: Mapping[str, Any], name: str, answers: Sequence[Any]) -> Any:
         """`made` as the loop unpacks it: in the container that the network just returned, or that the call asks for."""
@@ -195,7 +177,9 @@ def guided_per_step(guidance: Guidance, base: float, weight: Callable[[float], f
             kept[:] = [run(call)]
             return kept[0]
         if call.branch == "negative":
-            positive = kept.pop()
+            positive, rows = kept.pop(), call.latents.shape[1]
+            if call.latents.ndim == 3 and positive.shape[1] > rows:
+                positive = positive[:, -rows:]  # where the positive branch has text tokens before those of the image
             return positive if share == 0.0 else _moved(run(call), positive, share)
         if share == 0.0:
             alone = run(call.positive())
@@ -204,6 +188,33 @@ def guided_per_step(guidance: Guidance, base: float, weight: Callable[[float], f
         positive, negative = halves if call.positive_first else halves[::-1]
         moved = _moved(negative, positive, share)
         return torch.cat([positive, moved] if call.positive_first else [moved, positive])
+
+    return around
+
+
+def moved_to(place: tuple[int, int]) -> Around:
+    """A tile's calls with the positions that its tokens have in the whole image.
+
+    Args:
+        place: (row, column) of the tile's first token.
+
+    Returns:
+        A function to pass as one of a seam's `arounds`. Calls without positions pass unchanged; tokens of text and of
+        reference images stay where they are.
+    """
+
+    def around(call: NetworkCall, run: Next) -> Tensor:
+        name = next((each for each in POSITIONS if call.inputs.get(each) is not None), None)
+        if name is None:
+            return run(call)
+        found: Tensor = call.inputs[name]
+        # In float32: 16 bits hold whole numbers to 256 only, and networks compute angles in 32 at least.
+        moved = found.to(torch.float32 if found.is_floating_point() else found.dtype, copy=True)
+        image = moved[..., -call.latents.shape[-2] :, :]  # after those of the text, where one input holds both
+        own = (image[..., 0] == image[..., :1, 0]).to(moved)
+        image[..., 1] += place[0] * own
+        image[..., 2] += place[1] * own
+        return run(call.replace(**{name: moved}))
 
     return around
 
@@ -221,10 +232,3 @@ def _through(arounds: Sequence[Around], run: Next) -> Next:
 
 def _behind(around: Around, run: Next) -> Next:
     return lambda call: around(call, run)
-
-
-@lru_cache(maxsize=64)
-def _argument_names(kind: type) -> tuple[str, ...]:
-    """Names of the arguments of a network's `forward`, as its class has it."""
-    forward = getattr(cast("Any", kind), "forward")  # noqa: B009  # pyright: ignore[reportUnknownVariableType]
-    return tuple(inspect.signature(forward).parameters)[1:]

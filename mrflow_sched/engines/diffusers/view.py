@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.upscaling.lanczos import resize_lanczos
 
 if TYPE_CHECKING:
@@ -46,14 +50,66 @@ def view_of(pipe: Any, **parts: Any) -> Any:
     return view
 
 
+def shell_of(network: torch.nn.Module, forward: Callable[..., Any]) -> torch.nn.Module:
+    """A module that looks like `network` and whose call is `forward`.
+
+    Args:
+        network: Its attributes, parameters and submodules are shared; it is not changed.
+        forward: Called with the shell's arguments.
+
+    Returns:
+        The shell: of the same class, without hooks of its own, and with the network's signature, by which loops of
+        modular pipelines choose what they pass.
+    """
+
+    def called(*values: Any, **named: Any) -> Any:
+        return forward(*values, **named)
+
+    inner = cast("torch.nn.Module", getattr(network, "_orig_mod", network))  # inside torch.compile's wrapper
+    cast("Any", called).__signature__ = _signature(type(inner))
+    shell: torch.nn.Module = object.__new__(type(network))
+    # Past `__setattr__`: torch.compile's wrapper hands what is set on it to the module inside.
+    own, shared = attributes_of(shell), attributes_of(network)
+    own.update(shared)
+    own.update({name: OrderedDict[Any, Any]() for name in _HOOKS if name in shared})
+    own.update(forward=called, _compiled_call_impl=None)
+    return shell
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
+
+
+def argument_names(kind: type) -> tuple[str, ...]:
+    """Names of the arguments of a network's `forward`, as its class has it.
+
+    Args:
+        kind: The network's class.
+
+    Returns:
+        The names in order, without self.
+    """
+    return tuple(_signature(kind).parameters)
+
+
+@functools.lru_cache(maxsize=64)
+def _signature(kind: type) -> inspect.Signature:
+    """The signature of a network's `forward`, as its class has it, without `self`."""
+    forward = getattr(cast("Any", kind), "forward")  # noqa: B009  # pyright: ignore[reportUnknownVariableType]
+    found = inspect.signature(forward)
+    return found.replace(parameters=list(found.parameters.values())[1:])
+
+
 def put_network(view: Any, name: str, network: torch.nn.Module) -> None:
-    """Replace a view's network until it frees offloaded modules; then its own is put back.
+    """Replace a view's network, or its VAE, until it frees offloaded modules; then its own is put back.
 
     Offloading hooks belong to the owner's module, and freeing installs them anew on the modules it finds.
 
     Args:
         view: What `view_of` returned.
-        name: "transformer" or "unet".
+        name: "transformer", "unet" or "vae".
         network: Run in its place.
     """
     own, free = getattr(view, name), view.maybe_free_model_hooks
@@ -64,6 +120,82 @@ def put_network(view: Any, name: str, network: torch.nn.Module) -> None:
 
     object.__setattr__(view, name, network)
     object.__setattr__(view, "maybe_free_model_hooks", free_own)
+
+
+def returning(prepare_latents: Callable[..., Any], state: Tensor) -> Callable[..., Any]:
+    """A pipeline's `prepare_latents` that returns a given state in place of the noise that it draws.
+
+    Args:
+        prepare_latents: The bound method; it may return other values besides.
+        state: In the shape in which the loop holds its latents.
+
+    Returns:
+        A function with the same signature, which raises MrFlowError where nothing of that shape is returned.
+    """
+
+    @functools.wraps(prepare_latents)
+    def given(*values: Any, **named: Any) -> Any:
+        made = prepare_latents(*values, **named)
+        alone = isinstance(made, Tensor)
+        many: list[Any] = [made] if alone else list(made)
+        for number, each in enumerate(many):
+            if isinstance(each, Tensor) and each.shape == state.shape:
+                many[number] = state.to(each)
+                return many[0] if alone else tuple(many)
+        shapes = [tuple(each.shape) for each in many if isinstance(each, Tensor)]
+        raise MrFlowError(
+            f"prepare_latents returned {shapes}, where the loop starts from {tuple(state.shape)}; this pipeline cannot "
+            "be run in stages."
+        )
+
+    return given
+
+
+def draws_freely(pipe: Any) -> bool:
+    """Whether a pipeline draws encoded images from the global random state.
+
+    Args:
+        pipe: A diffusers pipeline.
+
+    Returns:
+        True where its source samples a posterior without a generator.
+    """
+    return _draws_freely(pipe.__class__)
+
+
+@functools.lru_cache(maxsize=32)
+def _draws_freely(kind: Any) -> bool:
+    modules = {base.__module__ for base in kind.__mro__ if base.__module__.startswith("diffusers.pipelines.")}
+    return any("latent_dist.sample()" in inspect.getsource(sys.modules[name]) for name in sorted(modules))
+
+
+def steady_vae(vae: Any) -> Any:
+    """A VAE that encodes for a pipeline of another dtype, and does not draw from the global random state.
+
+    Args:
+        vae: Stays as it is.
+
+    Returns:
+        A copy around the same weights: it takes images of any dtype, answers in theirs, and answers the mode where no
+        generator is given to draw with.
+    """
+    copied, encode = copy.copy(vae), vae.encode
+
+    def encoded(images: Tensor, *values: Any, **named: Any) -> Any:
+        made: Any = encode(images.to(vae.dtype), *values, **named)
+        posterior: Any = getattr(made, "latent_dist", None)
+        if posterior is None:
+            return made
+        draw, mode = posterior.sample, posterior.mode
+
+        def sample(generator: Any = None) -> Tensor:
+            return (mode() if generator is None else draw(generator)).to(images.dtype)
+
+        posterior.sample, posterior.mode = sample, lambda: mode().to(images.dtype)
+        return made
+
+    attributes_of(copied)["encode"] = encoded
+    return copied
 
 
 class Mirror:
@@ -166,6 +298,43 @@ def attributes_of(thing: Any) -> dict[str, Any]:
         The live dict, as `vars` gives.
     """
     return thing.__dict__
+
+
+def remembering(encode: Any, memory: dict[Any, Any]) -> Any:
+    """A function that encodes text, run once for the same arguments.
+
+    Args:
+        encode: A method of a pipeline that only reads its arguments.
+        memory: Holds what it returned, by its arguments; kept as long as it is to last.
+
+    Returns:
+        A function with the same signature.
+    """
+
+    @functools.wraps(encode)
+    def remembered(*values: Any, **named: Any) -> Any:
+        try:
+            key = _key([values, sorted(named.items())])
+        except TypeError:  # an argument that cannot be told from another one
+            return encode(*values, **named)
+        if key not in memory:
+            memory[key] = encode(*values, **named)
+        return memory[key]
+
+    return remembered
+
+
+def _key(value: Any) -> Any:
+    """What tells an argument from another one. Raises TypeError for kinds that are not known."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(each) for each in cast("Sequence[Any]", value))
+    if isinstance(value, Tensor) and value.device.type != "meta":
+        return value.dtype, tuple(value.shape), value.double().cpu().numpy().tobytes()
+    if isinstance(value, torch.nn.Module):
+        return id(value)  # the pipeline keeps it for as long as the run lasts
+    if value is None or isinstance(value, (str, int, float, torch.device, torch.dtype)):
+        return type(value), value
+    raise TypeError(repr(value))
 
 
 def interrupted(pipe: Any) -> bool:

@@ -29,7 +29,7 @@ class Walk:
         self._steps: SolverSteps = solver_steps(solver, x, sigmas)
         self._solved, _ = next(self._steps)
         self._offset: Tensor | None = None
-        self._handed_out: tuple[Tensor, int] | None = None
+        self._handed_out: tuple[Tensor, int, float] | None = None
 
     @property
     def state(self) -> Tensor:
@@ -47,17 +47,18 @@ class Walk:
         except StopIteration as end:
             self._solved = end.value
 
-    def hand_out(self, dtype: torch.dtype) -> Tensor:
+    def hand_out(self, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         """A copy of the state for the loop: changes to it do not reach the state itself.
 
         Args:
             dtype: Of the copy.
+            scale: The loop's state is this times ours.
 
         Returns:
             The copy; `follow` recognises it.
         """
-        copied = self.state.to(dtype, copy=True)
-        self._handed_out = (copied, _version(copied))
+        copied = self._copied(dtype, scale)
+        self._handed_out = (copied, _version(copied), scale)
         return copied
 
     def follow(self, sample: Tensor) -> None:
@@ -71,14 +72,17 @@ class Walk:
         """
         if self._handed_out is None:
             return
-        copied, version = self._handed_out
+        copied, version, scale = self._handed_out
         if sample is copied and not sample.is_inference() and _version(sample) == version:
             return  # told without waiting for the device
         if sample.shape != self._solved.shape:
             before, got = tuple(self._solved.shape), tuple(sample.shape)
             raise MrFlowError(f"sample must keep the shape of the state before it, {before}, got {got}.")
-        if not torch.equal(sample, self.state.to(copied.dtype).to(sample)):
-            self._offset = sample.to(self._solved) - self._solved
+        if not torch.equal(sample, self._copied(copied.dtype, scale).to(sample)):
+            self._offset = sample.to(self._solved) / scale - self._solved
+
+    def _copied(self, dtype: torch.dtype, scale: float) -> Tensor:
+        return self.state.to(dtype, copy=True) if scale == 1.0 else (self.state * scale).to(dtype)
 
 
 def _version(tensor: Tensor) -> int:

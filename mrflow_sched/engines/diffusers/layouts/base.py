@@ -16,15 +16,18 @@ import math
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.engines.diffusers.layouts.shift import shift_rule
 from mrflow_sched.engines.diffusers.quiet import leaving_out, short_lines
 from mrflow_sched.engines.diffusers.view import copy_containers
-from mrflow_sched.plan.families import Family
+from mrflow_sched.images.alpha import opaque
+from mrflow_sched.plan.families import Family, ShiftRule
 from mrflow_sched.sampling.faults import LARGEST
 from mrflow_sched.sampling.network import TokenInputs, rows_of
 
@@ -33,6 +36,9 @@ __all__ = ["SCALE_ARGUMENTS", "Layout", "parameter_defaults", "parameter_names",
 # A VAE that overflows in float16 is float32 while it runs, as in diffusers; a second thread must not turn it back.
 _UPCAST = threading.Lock()
 
+
+_FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
+"""Names under which pipelines have the pixels of a latent pixel's side; the others are those of models of videos."""
 
 SCALE_ARGUMENTS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
 """Arguments of a pipeline's call whose entry "scale" is that of all its LoRAs."""
@@ -63,17 +69,18 @@ def parameter_defaults(function: Any) -> dict[str, Any]:
     return {name: each.default for name, each in found if each.default is not inspect.Parameter.empty}
 
 
-def parameters(function: Any) -> dict[str, inspect.Parameter]:
+def parameters(function: Any, kind: type[Any] | None = None) -> dict[str, inspect.Parameter]:
     """Named parameters of a function; of a method with `**kwargs`, those of the methods that it overrides as well.
 
     Args:
         function: Any callable with a signature.
+        kind: The class whose method it is, where it is not bound to an object.
 
     Returns:
         Parameter by name.
     """
     layers = [inspect.signature(function).parameters]
-    for base in type(getattr(function, "__self__", None)).__mro__:
+    for base in (kind or type(getattr(function, "__self__", None))).__mro__:
         if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in layers[-1].values()):
             break
         overridden = vars(base).get(getattr(function, "__name__", ""))
@@ -91,12 +98,14 @@ class Layout:
         pipe: The pipeline, or a view of it.
         family: Its family, with the numbers of this very pipeline.
         experimental: Whether the method has not been validated on this family.
+        notes: Sentences for whoever runs the pipeline.
         tokens: Which inputs of the network hold image tokens; None where a subset of them cannot be passed.
     """
 
     pipe: Any
     family: Family
     experimental: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def text_outputs(self) -> tuple[str, ...]:
@@ -108,14 +117,88 @@ class Layout:
         """Whether the pipeline converts given latents to its network's dtype itself; one of no known class may not."""
         return self.family.pipeline is not None and self.family.pipeline.casts_latents
 
+    # Whether the pipeline runs both branches of CFG even where it is off.
+    always_guided: ClassVar[bool] = False
+
+    # Whether the pipeline hands its network the state as it is: of unit variance, as in LCM's loop.
+    preserving: ClassVar[bool] = False
+
+    @property
+    def gives_state(self) -> bool:
+        """Whether a stage starts from what the pipeline's own `prepare_latents` is made to return.
+
+        So it is where the call takes no `latents`, or takes something else than the loop's state.
+        """
+        return "latents" not in self.call_names
+
     # Which inputs of the network hold image tokens, where a subset of them can be passed.
     tokens: ClassVar[TokenInputs | None] = None
+    # Pixels are the latents: there is no VAE.
+    pixels: ClassVar[bool] = False
+    # The method of the pipeline that encodes text inside its call, once in a run where stages ask for the same again.
+    remembered: ClassVar[str | None] = None
+    # Whether the blocks of a modular pipeline read one prompt a call; what they make of several is a list.
+    one_prompt_a_call: ClassVar[bool] = False
+    # Whether they make one negative text where none is given, however many prompts there are.
+    one_negative: ClassVar[bool] = False
+
+    # Arguments of the call under which no call of the network needs what an earlier one of its loop left.
+    independent_calls: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    # The argument of the call that says whether the pipeline rewrites prompts; "" where it never does.
+    rewrite_switch: ClassVar[str] = ""
+
+    @classmethod
+    def stage_one_rule(cls, pipe: Any, family: Family) -> ShiftRule:
+        """How this very pipeline makes the sigmas of its own schedule, which stage 1 walks.
+
+        Args:
+            pipe: The pipeline.
+            family: Its family.
+
+        Returns:
+            Mostly what its scheduler's configuration asks for.
+
+        Raises:
+            MrFlowError: A configuration that no plan can follow.
+        """
+        even = family.pipeline is None or family.pipeline.even_list
+        return shift_rule(pipe.scheduler, family.shift, even_list=even)
+
+    @classmethod
+    def latent_numbers(cls, pipe: Any, family: Family) -> tuple[int, int]:
+        """The pixels of a latent pixel's side, and the channels of latents.
+
+        Args:
+            pipe: The pipeline.
+            family: Its family.
+
+        Returns:
+            As the pipeline's own VAE has them.
+        """
+        config = pipe.vae.config
+        # Where the VAE tells by itself: FluxPipeline's number was twice as large up to diffusers 0.31.
+        plain = type(pipe.vae).__name__ == "AutoencoderKL"
+        said = next((getattr(pipe, word) for word in _FACTORS if getattr(pipe, word, None)), 0)
+        channels = getattr(config, "latent_channels", None) or getattr(config, "z_dim", None)
+        factor = 2 ** (len(config.block_out_channels) - 1) if plain else int(said)
+        return factor, int(channels or family.latent_channels)
+
+    @property
+    def keeps_alpha(self) -> bool:
+        """Whether images have transparency as a fourth channel: where the VAE decodes it."""
+        return getattr(self.pipe.vae.config, "out_channels", None) == 4
 
     @property
     def network(self) -> Any:
-        """The pipeline's network: its transformer, else its U-Net."""
-        transformer = getattr(self.pipe, "transformer", None)
-        return self.pipe.unet if transformer is None else transformer
+        """The pipeline's network: its transformer, else its U-Net; of two that take turns, that of high noise."""
+        return getattr(self.pipe, self.network_names[0])
+
+    @property
+    def network_names(self) -> tuple[str, ...]:
+        """The attributes that hold the pipeline's networks: one, or two that share the noise levels or the branches."""
+        first = "unet" if getattr(self.pipe, "transformer", None) is None else "transformer"
+        return (first,) if getattr(self.pipe, "transformer_2", None) is None else (first, "transformer_2")
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +209,11 @@ class Layout:
     def dtype(self) -> torch.dtype:
         """Dtype of the network."""
         return self.network.dtype
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """Dtype of the VAE; float32 where pixels are the latents."""
+        return self.pipe.vae.dtype
 
     def cut_prompt(self, prompts: Sequence[str], options: Mapping[str, Any]) -> tuple[int, int] | None:
         """Whether the end of a prompt is cut off.
@@ -223,6 +311,17 @@ class Layout:
         """
         return {}
 
+    def stage_sigmas(self, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+        """The sigmas of a stage as the model knows them.
+
+        Args:
+            sigmas: Of the plan, from 1 or below to 0.
+
+        Returns:
+            Mostly the same; another first one where the model's pure noise has another sigma than 1.
+        """
+        return sigmas
+
     def _check_size(self, width: int, height: int) -> None:
         grid = self.family.grid
         if width < grid or height < grid or width % grid or height % grid:
@@ -253,6 +352,7 @@ class Layout:
             raise MrFlowError(
                 f"seeds is {seeds!r}; sampling the posterior needs one seed for each of {len(images)} images."
             )
+        images = opaque(images) if self.keeps_alpha else images
         drawn = [None] * len(images) if posterior == "mode" or seeds is None else list(seeds)
         latents: list[Tensor] = []
         with _gradient_of(images), self._vae() as (vae, device, dtype):
@@ -275,7 +375,7 @@ class Layout:
         with _gradient_of(latents), self._vae() as (vae, device, dtype):
             for latent in latents:
                 values = self._denormalise(latent[None].float().to(device)).to(dtype)
-                pixels = self._from_vae_image(vae.decode(values, return_dict=False)[0])
+                pixels = self._from_vae_image(self._decoded(vae, values))
                 values = pixels.float() / 2 + 0.5
                 values = values.where(values.abs() <= LARGEST, math.nan)  # clamping alone would make an image of it
                 images.append(values.clamp(0, 1).to(latents.device))
@@ -299,6 +399,21 @@ class Layout:
 
     def _denormalise(self, latents: Tensor) -> Tensor:
         return latents / _number(self.pipe.vae, "scaling_factor", 1.0) + _number(self.pipe.vae, "shift_factor", 0.0)
+
+    def for_arguments(self, arguments: Mapping[str, Any]) -> Layout:
+        """The layout of a run with a caller's own arguments of the pipeline's call, some of which are about decoding.
+
+        Args:
+            arguments: Those arguments.
+
+        Returns:
+            Mostly the layout itself.
+        """
+        return self
+
+    def _decoded(self, vae: Any, latents: Tensor) -> Tensor:
+        """What the VAE makes of its latents of one image."""
+        return vae.decode(latents, return_dict=False)[0]
 
     def _to_vae_image(self, pixels: Tensor) -> Tensor:
         """(1, 3, H, W) pixels in the shape that the VAE encodes."""
@@ -324,6 +439,19 @@ class Layout:
 
     # -------------------------------------------------------------------------------------------------------- text
 
+    def rewritten(self, prompts: Sequence[str], options: Mapping[str, Any], size: tuple[int, int]) -> list[str]:
+        """Prompts as the pipeline itself would rewrite them before it reads them; the same text always the same way.
+
+        Args:
+            prompts: One text per image.
+            options: The caller's own arguments of the pipeline's call.
+            size: (width, height) of the final image in pixels, which some pipelines write for.
+
+        Returns:
+            As many texts; the prompts themselves where the pipeline rewrites none or is told not to.
+        """
+        return list(prompts)
+
     def encode_text(
         self,
         prompts: Sequence[str] | None,
@@ -343,11 +471,15 @@ class Layout:
         Returns:
             Keyword arguments of the pipeline's call, for `len(prompts)` images.
         """
+        if not hasattr(self.pipe, "encode_prompt"):
+            return self._prompts_as_they_are(prompts, negative_prompts, dict(options or {}))
         # An explicit None is an argument: Sana's complex_human_instruction=None switches the instruction off. A text or
         # embedding that is None is one that is not there.
         own = {name: value for name, value in dict(options or {}).items() if value is not None or "prompt" not in name}
         known = parameter_names(self.pipe.encode_prompt)
         given = {name: value for name, value in own.items() if name in known} | _lora_scale(own, known)
+        if prompts is None:
+            given |= {name: value for name, value in own.items() if name.startswith("prompt_embeds")}
         firsts = None if prompts is None else list(prompts)
         seconds = None if negative_prompts is None else list(negative_prompts)
         rows: list[int] | None = None
@@ -366,6 +498,16 @@ class Layout:
             text = self.select_text(text, rows)
         if ready:
             text = {name: value for name, value in text.items() if not name.startswith("negative_")} | ready
+        return text
+
+    def _prompts_as_they_are(
+        self, prompts: Sequence[str] | None, negatives: Sequence[str] | None, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """`encode_text` of a pipeline that encodes text only inside its call."""
+        text = {name: value for name, value in options.items() if name in self.call_names and "prompt" in name}
+        text |= {} if prompts is None else {"prompt": list(prompts)}
+        if negatives is not None and "negative_prompt" in self.call_names:
+            text["negative_prompt"] = list(negatives)
         return text
 
     def _encode_rows(
@@ -406,6 +548,17 @@ class Layout:
         """
         return {name: _rows_of(value, rows) for name, value in text.items()}
 
+    def runs_together(self, text: Mapping[str, Any]) -> bool:
+        """Whether the pipeline draws each image of a batch as it would alone.
+
+        Args:
+            text: What `encode_text` returned.
+
+        Returns:
+            False where the texts of a batch change each other's images; they are then run one by one.
+        """
+        return True
+
     # ---------------------------------------------------------------------------------------------------- guidance
 
     @property
@@ -427,6 +580,11 @@ class Layout:
     def positive_first(self) -> bool:
         """Whether the positive branch comes first where CFG runs both in one batch."""
         return self.family.pipeline is not None and self.family.pipeline.positive_first
+
+    @property
+    def negative_call_first(self) -> bool:
+        """Whether the negative branch is called first where CFG makes two calls of an evaluation."""
+        return False
 
     def take_rows(self, inputs: Mapping[str, Any], rows: slice, count: int) -> dict[str, Any]:
         """Some of the samples of a network's inputs.
@@ -471,6 +629,20 @@ class Layout:
         """
         return {"guidance_scale": guidance}
 
+    def drawn_arguments(self, text: Mapping[str, Any], seeds: Sequence[int], width: int, height: int) -> dict[str, Any]:
+        """What a pipeline draws from a seed and the size before its loop, besides noise; mostly nothing.
+
+        Args:
+            text: What `encode_text` returned.
+            seeds: One per image.
+            width: Of the stage in pixels.
+            height: Likewise.
+
+        Returns:
+            Keyword arguments of the pipeline's call.
+        """
+        return {}
+
     def stage_arguments(self, text: Mapping[str, Any], guidance: float, width: int, height: int) -> dict[str, Any]:
         """All that a stage passes to the pipeline apart from latents and steps: text, guidance, size, fixed switches.
 
@@ -490,6 +662,8 @@ class Layout:
         fixed: dict[str, Any] = {}
         if "use_resolution_binning" in self.call_names:
             fixed["use_resolution_binning"] = False  # or the pipeline chooses a size of its own
+        if "num_frames" in self.call_names:
+            fixed["num_frames"] = 1  # of a model of videos
         if "negative_prompt" in self.call_names and "prompt" not in text:
             fixed["negative_prompt"] = None  # where the call's default is text, embeddings beside it are refused
         return {**fixed, **kept, **self.guidance_arguments(guidance), "width": width, "height": height}

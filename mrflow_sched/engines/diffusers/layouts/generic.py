@@ -1,18 +1,16 @@
-"""A layout for flow pipelines that have no class of their own in `per_family`, found by probing the pipeline.
+"""A layout for flow pipelines of classes that no family names, from a rehearsal of the pipeline itself.
 
-Packing is inferred from the noise that `prepare_latents` draws and checked against the pipeline's own `_pack_latents`.
-How latents are scaled is inferred from which of the VAE's numbers the pipeline's source names. Text is passed to the
-pipeline as it is. What cannot be inferred that way is refused in one sentence.
+Text is passed to the pipeline as it is. What a rehearsal cannot tell, or no stage can follow, is refused in one
+sentence.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-import re
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -21,25 +19,72 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.engines.diffusers.layouts.arrangement import Arrangement, Map
 from mrflow_sched.engines.diffusers.layouts.base import Layout, parameter_defaults, parameter_names
-from mrflow_sched.engines.diffusers.layouts.per_family import PackedLayout, VideoVaeLayout
+from mrflow_sched.engines.diffusers.layouts.rehearsal import Guiding, Rehearsal, guidance_word, rehearse
 from mrflow_sched.engines.diffusers.layouts.shift import shift_rule
 from mrflow_sched.plan.families import Family, GuidanceKind, ShiftRule, get_family
+from mrflow_sched.plan.schedule import mu_flux2, mu_for_tokens
 
-__all__ = ["generic_layout"]
+__all__ = ["GenericLayout", "follows_its_own", "generic_layout"]
 
-# A probe image whose sides every VAE factor and patch size in use divides.
-_WIDTH, _HEIGHT = 192, 128
+_MET: weakref.WeakKeyDictionary[Any, dict[tuple[Any, str, str], Rehearsal]] = weakref.WeakKeyDictionary()
+"""Rehearsals by VAE, class of pipeline and settings, so that views of a pipeline need none of their own."""
 
 
-class _Generic(Layout):
-    """What all generic layouts share: text as strings, and guidance by the argument names of the pipeline's call."""
+@dataclass(frozen=True)
+class GenericLayout(Layout):
+    """Conventions as a rehearsal saw them.
+
+    Attributes:
+        seen: The rehearsal.
+    """
+
+    seen: Rehearsal | None = None
+
+    @property
+    def _seen(self) -> Rehearsal:
+        return cast("Rehearsal", self.seen)
 
     @property
     @override
     def positive_first(self) -> bool:
-        # By the order in which the pipeline's source joins the two embeddings.
-        return _joins_positive_first(self.pipe.__class__)
+        # As the pipeline combined the two halves.
+        return self._seen.guiding.positive_first
+
+    @property
+    @override
+    def negative_call_first(self) -> bool:
+        # Likewise, of two calls.
+        return self._seen.guiding.negative_call_first
+
+    @property
+    @override
+    def gives_state(self) -> bool:
+        # Where its `latents` are something else than the loop's state.
+        return not self._seen.takes_state
+
+    @override
+    def pack(self, latents: Tensor) -> Tensor:
+        return self._seen.map.arrangement.pack(latents)
+
+    @override
+    def unpack(self, state: Tensor, width: int, height: int) -> Tensor:
+        _, rows, columns = self.latent_shape(width, height)
+        return self._seen.map.arrangement.unpack(state, rows, columns)
+
+    def _normalise(self, latents: Tensor) -> Tensor:
+        return self._seen.map.normalise(latents[:, :, 0] if self._seen.frame else latents)
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        made = self._seen.map.denormalise(latents)
+        return made[:, :, None] if self._seen.frame else made
+
+    def _to_vae_image(self, pixels: Tensor) -> Tensor:
+        return pixels[:, :, None] if self._seen.frame else pixels
+
+    def _from_vae_image(self, pixels: Tensor) -> Tensor:
+        return pixels[:, :, 0] if self._seen.frame else pixels
 
     @override
     def encode_text(self, prompts: Any, negative_prompts: Any = None, options: Any = None) -> dict[str, Any]:
@@ -49,53 +94,34 @@ class _Generic(Layout):
             text["prompt"] = list(prompts)
         if negative_prompts is not None and "negative_prompt" in self.call_names:
             text["negative_prompt"] = list(negative_prompts)
+        elif self._guided and prompts is not None and self._negative_is_none:
+            text["negative_prompt"] = [""] * len(prompts)  # without one, some pipelines leave guidance out
         return text
+
+    @property
+    def _negative_is_none(self) -> bool:
+        return parameter_defaults(self.pipe.__call__).get("negative_prompt", "") is None
 
     @override
     def plan_guidance(self, guidance: float) -> float:
-        return 1.0 if self._guided and guidance <= _off(self.pipe) else guidance
+        return 1.0 if self._guided and guidance <= self._seen.guiding.off else guidance
+
+    @override
+    def guidance_weight(self, guidance: float) -> float:
+        return 0.0 if guidance == 1.0 else guidance + self._seen.guiding.weight
 
     @override
     def guidance_arguments(self, guidance: float) -> dict[str, Any]:
-        word = _guidance_word(self.pipe)
-        return {word: _off(self.pipe) if self._guided and guidance == 1.0 else guidance} if word else {}
-
-
-class _Plain(_Generic):
-    pass
-
-
-class _Packed(_Generic, PackedLayout):
-    pass
-
-
-class _PackedVideo(_Generic, VideoVaeLayout, PackedLayout):
-    pass
-
-
-class _Unshifted(_Generic):
-    """Scaled and not shifted, whatever else the VAE's configuration says."""
-
-    def _normalise(self, latents: Tensor) -> Tensor:
-        return latents * self.pipe.vae.config.scaling_factor
-
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        return latents / self.pipe.vae.config.scaling_factor
-
-
-@dataclass(frozen=True)
-class _Shape:
-    channels: int
-    factor: int
-    patch: int
-    packed: bool
+        found = self._seen.guiding
+        off = self._guided and guidance == 1.0
+        return {found.word: found.off if off else guidance} if found.word else {}
 
 
 def generic_layout(pipe: Any, family: str | None) -> Layout:
     """The layout of a flow pipeline of a class that is not known.
 
     Args:
-        pipe: The pipeline.
+        pipe: The pipeline. One whose weights are not loaded is described by its configurations alone.
         family: Name of a family whose costs and presets are used; None: the pipeline's own numbers, and
             SD3's for the rest.
 
@@ -103,103 +129,129 @@ def generic_layout(pipe: Any, family: str | None) -> Layout:
         The layout, marked experimental.
 
     Raises:
-        MrFlowError: A convention that cannot be inferred.
+        MrFlowError: It could not be rehearsed, or does what no stage can follow.
     """
-    source = _source(pipe)
-    if re.search(r"sigmas\s*=\s*timesteps\s*/", source):
-        raise MrFlowError(
-            f"pipe is {type(pipe).__name__}, whose timesteps do not match its sigmas; no plan can follow that."
+    seen = _assumed(pipe) if _unloaded(pipe) else _rehearsed(pipe)
+    rule, patch, own_list = _rule(pipe, seen)
+    layout = GenericLayout(pipe, _family(pipe, seen, rule, patch, family), True, seen=seen)
+    if not own_list:
+        return layout
+    said = f"{type(pipe).__name__} makes a list of sigmas of its own; stage 1 has evenly spaced ones, then shifted."
+    return replace(layout, notes=(said,))
+
+
+def follows_its_own(layout: Layout) -> bool:
+    """Whether a pipeline whose class overrides parts of a known one still does as the known layout says.
+
+    Args:
+        layout: Of the known class.
+
+    Returns:
+        True where a rehearsal shows the same latents, and a list of sigmas of the same kind.
+
+    Raises:
+        MrFlowError: The pipeline does what no stage can follow.
+    """
+    pipe, seen = layout.pipe, _rehearsed(layout.pipe)
+    width, height = 192, 128
+    latents = torch.randn(1, *layout.latent_shape(width, height))
+    state = layout.pack(latents)
+    try:
+        theirs = seen.map.arrangement.unpack(state, height // seen.factor, width // seen.factor)
+    except (RuntimeError, ValueError):  # of another shape
+        return False
+    unpacked = layout.unpack(state, width, height).to(layout.device)
+    ours = layout._denormalise(unpacked)  # pyright: ignore[reportPrivateUsage]
+    wanted = seen.map.denormalise(theirs).to(ours)
+    ours = ours[:, :, 0] if ours.ndim == 5 else ours
+    alike = ours.shape == wanted.shape and torch.allclose(ours, wanted, 1e-2, 1e-2)
+    info = layout.family.pipeline
+    return alike and (info is None or not info.even_list or not _rule(pipe, seen)[2])
+
+
+def _rehearsed(pipe: Any) -> Rehearsal:
+    met = _MET.setdefault(pipe.vae, {})
+    key: tuple[Any, str, str] = cast("Any", type(pipe)), str(dict(pipe.scheduler.config)), str(dict(pipe.vae.config))
+    if key not in met:
+        met[key] = rehearse(pipe)
+    return met[key]
+
+
+def _unloaded(pipe: Any) -> bool:
+    """Whether weights have no memory, and no hook of accelerate brings them in when they are needed."""
+    for part in (_network(pipe), pipe.vae):
+        weight = next(iter(part.parameters()), None)
+        if weight is not None and weight.is_meta and not any(hasattr(each, "_hf_hook") for each in part.modules()):
+            return True
+    return False
+
+
+def _assumed(pipe: Any) -> Rehearsal:
+    """What the configurations say, for a pipeline without weights, which is only asked for its numbers."""
+    config, factor = pipe.vae.config, int(getattr(pipe, "vae_scale_factor", None) or 8)
+    channels = int(getattr(config, "latent_channels", None) or getattr(config, "z_dim", None) or 4)
+    arrangement = Arrangement("tokens", 2) if hasattr(pipe, "_pack_latents") else Arrangement("first")
+    plain = Map(arrangement, torch.ones(channels, 1, 1), torch.zeros(channels, 1, 1))
+    words, said = parameter_names(pipe.__call__), parameter_defaults(pipe.__call__)
+    word = guidance_word(pipe)
+    cfg = bool(words & {"negative_prompt", "negative_prompt_embeds"}) and said.get(word) is not None
+    even: Mapping[str, Any] = {"sigmas": (1.0,)} if _gives_sigmas(pipe) else {}
+    return Rehearsal(plain, factor, False, (even,), ((16, 24),), (1,), Guiding(word, cfg), True)
+
+
+def _gives_sigmas(pipe: Any) -> bool:
+    """Whether the source of a pipeline's call makes a list of sigmas; True where it cannot be read."""
+    try:
+        return "linspace" in inspect.getsource(type(pipe).__call__)
+    except (OSError, TypeError):
+        return True
+
+
+def _rule(pipe: Any, seen: Rehearsal) -> tuple[ShiftRule, int, bool]:
+    """The shift rule, the patch that tokens are counted by, and whether the pipeline's list is one of its own."""
+    lists = [each.get("sigmas") for each in seen.asked]
+    even = [each is not None and _is_even([float(sigma) for sigma in each]) for each in lists]
+    own_list = any(each is not None for each in lists) and not all(even)
+    for each in lists:
+        given = [] if each is None else [float(sigma) for sigma in each]
+        if given and (abs(given[0] - 1.0) > 0.01 or any(a <= b for a, b in pairwise(given))):
+            raise MrFlowError(
+                f"pipe is {type(pipe).__name__}, whose list of sigmas does not fall from 1 (it begins "
+                f"{', '.join(f'{sigma:.3g}' for sigma in given[:3])}); no stage can follow that."
+            )
+    patch = max(seen.map.arrangement.patch, _patch(pipe))
+    if not pipe.scheduler.config.get("use_dynamic_shifting") or "mu" not in seen.asked[0]:
+        return shift_rule(pipe.scheduler, None, even_list=all(even)), patch, own_list
+    plain = shift_rule(pipe.scheduler, None, even_list=all(even))
+    mus = [float(each["mu"]) for each in seen.asked]
+    for side in dict.fromkeys((patch, 1, 2, 4)):
+        tokens = [rows * columns // side**2 for rows, columns in seen.latents]
+        line = {name: getattr(plain, name) for name in ("base_tokens", "max_tokens", "base_shift", "max_shift")}
+        by_steps = [mu_flux2(count, steps) for count, steps in zip(tokens, seen.steps, strict=True)]
+        rules = (
+            (plain, [mu_for_tokens(count, **line) for count in tokens]),
+            (ShiftRule("flux2", terminal=plain.terminal), by_steps),
         )
-    shape = _shape(pipe)
-    kind = _scaling(pipe, source, shape.packed)
-    even = any("linspace" in line and not line.lstrip().startswith("#") for line in source.splitlines())
-    if re.search(
-        r"""config\[["']use_dynamic_shifting["']\]""", source
-    ):  # Bria: its own even list with that option only
-        even = even and bool(pipe.scheduler.config.get("use_dynamic_shifting"))
-    known = ShiftRule("flux2") if "compute_empirical_mu" in source else None
-    rule = shift_rule(pipe.scheduler, known, even_list=even)
-    return kind(pipe, _family(pipe, shape, rule, family), True)
-
-
-def _scaling(pipe: Any, source: str, packed: bool) -> type[Layout]:
-    """The layout whose scaling is what the pipeline's source does with the VAE's numbers."""
-    config = pipe.vae.config
-    if "running_mean" in source:
-        found = None
-    elif "latents_mean" in source:
-        found = _PackedVideo if packed and getattr(config, "z_dim", None) else None
-    elif "shift_factor" in source:
-        found = _Packed if packed else _Plain
-    else:
-        found = _Unshifted if "scaling_factor" in source and not packed else None
-    if found is not None:
-        return found
-    raise MrFlowError(f"pipe is {type(pipe).__name__}, whose latent scaling is not recognised; ask for it to be added.")
-
-
-def _shape(pipe: Any) -> _Shape:
-    """Channels, VAE factor, patch and packing, from the noise that the pipeline draws for a small image."""
-    config = pipe.vae.config
-    channels = int(getattr(config, "latent_channels", None) or getattr(config, "z_dim", None) or 0)
-    noise = _drawn(pipe, channels)
-    name = type(pipe).__name__
-    if channels and noise.ndim == 4 and noise.shape[1] == channels and _HEIGHT % noise.shape[2] == 0:
-        factor = _HEIGHT // noise.shape[2]
-        patch = _patch(pipe) or 1
-        if noise.shape[3] * factor == _WIDTH:
-            return _Shape(channels, factor, patch, False)
-    if channels and noise.ndim == 3 and noise.shape[2] % channels == 0:
-        patch = math.isqrt(noise.shape[2] // channels)
-        factor = math.isqrt(_WIDTH * _HEIGHT // (noise.shape[1] * patch**2))
-        made = _Shape(channels, factor, patch, True)
-        if _packs_alike(pipe, made):
-            return made
+        for rule, made in rules:
+            if all(abs(a - b) < 1e-3 for a, b in zip(made, mus, strict=True)):
+                return rule, side, own_list
+    if max(mus) - min(mus) < 1e-6:
+        fixed = ShiftRule("static", shift=float(torch.tensor(mus[0]).exp()), terminal=plain.terminal)
+        return replace(fixed, sigma_min=plain.sigma_min), patch, own_list
     raise MrFlowError(
-        f"pipe is {name}, whose latent shape {tuple(noise.shape)} is not recognised; ask for it to be added."
+        f"pipe is {type(pipe).__name__}, which shifts its sigmas by a rule of its own (mu of {mus[0]:.4g} and "
+        f"{mus[1]:.4g} for {seen.latents[0]} and {seen.latents[1]} latent pixels); ask for it to be added."
     )
 
 
-def _drawn(pipe: Any, channels: int) -> Tensor:
-    known: dict[str, Any] = {
-        "batch_size": 1,
-        "num_channels_latents": channels,
-        "num_latents_channels": channels,
-        "patch_size": _patch(pipe),
-        "height": _HEIGHT,
-        "width": _WIDTH,
-        "dtype": torch.float32,
-        "device": torch.device("cpu"),
-        "generator": torch.Generator().manual_seed(0),
-        "latents": None,
-    }
-    try:
-        wanted = inspect.signature(pipe.prepare_latents).parameters.values()
-        made: Any = pipe.prepare_latents(**{each.name: known[each.name] for each in wanted})
-        noise: Tensor = made if isinstance(made, Tensor) else made[0]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise MrFlowError(
-            f"pipe is {type(pipe).__name__}, whose prepare_latents takes unknown arguments; ask for it to be added."
-        ) from error
-    return noise
+def _is_even(sigmas: Sequence[float]) -> bool:
+    """Whether sigmas are 1 ... 1/steps, with or without the final 0."""
+    count = len(sigmas) - (sigmas[-1] == 0.0)
+    return all(abs(sigma - (1 - index / count)) < 1e-3 for index, sigma in enumerate(sigmas))
 
 
-def _packs_alike(pipe: Any, shape: _Shape) -> bool:
-    rows, columns = _HEIGHT // shape.factor, _WIDTH // shape.factor
-    latents = torch.arange(shape.channels * rows * columns, dtype=torch.float32).view(1, shape.channels, rows, columns)
-    ours = PackedLayout(pipe, replace(get_family("flux1-dev"), patch=shape.patch)).pack(latents)
-    try:
-        extra = (shape.patch,) if "patch_size" in parameter_names(pipe._pack_latents) else ()
-        theirs = pipe._pack_latents(latents, 1, shape.channels, rows, columns, *extra)
-    except (AttributeError, TypeError, RuntimeError):
-        return False
-    return torch.equal(ours, theirs)
-
-
-def _patch(pipe: Any) -> int | None:
-    said: Any = getattr(_network(pipe).config, "patch_size", None)
-    if said is None:
-        return None
+def _patch(pipe: Any) -> int:
+    said: Any = getattr(_network(pipe).config, "patch_size", None) or 1
     return int(cast("Sequence[int]", said)[-1]) if isinstance(said, (list, tuple)) else int(said)
 
 
@@ -208,64 +260,30 @@ def _network(pipe: Any) -> Any:
     return pipe.unet if transformer is None else transformer
 
 
-@lru_cache(maxsize=32)
-def _joins_positive_first(kind: Any) -> bool:
-    return re.search(r"cat\(\s*\[\s*prompt_embeds\s*,\s*negative_prompt_embeds", _source_of(kind)) is not None
-
-
-def _source(pipe: Any) -> str:
-    return _source_of(type(pipe))
-
-
-def _source_of(kind: Any) -> str:
-    """The source of the pipeline's class, and of those below it down to the one that has the loop."""
-    bases = kind.__mro__
-    last = next(number for number, base in enumerate(bases) if "__call__" in vars(base))
-    try:
-        return "\n".join(inspect.getsource(base) for base in bases[: last + 1])
-    except (OSError, TypeError) as error:
-        raise MrFlowError(
-            f"pipe is {kind.__name__}, whose source cannot be read to learn its conventions; use a class of diffusers."
-        ) from error
-
-
-def _guidance_word(pipe: Any) -> str | None:
-    words = parameter_names(pipe.__call__)
-    return next((word for word in ("true_cfg_scale", "guidance_scale") if word in words), None)
-
-
-def _off(pipe: Any) -> float:
-    """The scale that turns CFG off: 1, or 0 where the pipeline guides from 0 on."""
-    guided = getattr(cast("type[Any]", type(pipe)), "do_classifier_free_guidance", None)
-    getter = guided.fget if isinstance(guided, property) else None
-    return 0.0 if getter is not None and re.search(r">\s*0(\.0)?\b", inspect.getsource(getter)) else 1.0
-
-
-def _family(pipe: Any, shape: _Shape, rule: ShiftRule, name: str | None) -> Family:
+def _family(pipe: Any, seen: Rehearsal, rule: ShiftRule, patch: int, name: str | None) -> Family:
     """A family from the pipeline's own numbers, or the named one with them."""
-    grid = shape.factor * shape.patch
+    grid = seen.factor * patch
     measured: dict[str, Any] = {
         "shift": rule,
         "grid": grid,
-        "vae_factor": shape.factor,
-        "patch": shape.patch,
-        "latent_channels": shape.channels,
+        "vae_factor": seen.factor,
+        "patch": patch,
+        "latent_channels": len(seen.map.scale),
         "pipeline": None,
     }
     if name is not None:
         known = get_family(name)
-        sources = {**known.sources, **dict.fromkeys(measured, "read from the pipeline")}
+        sources = {**known.sources, **dict.fromkeys(measured, "seen in a rehearsal of the pipeline")}
         return replace(known, **measured, sources=MappingProxyType(sources))
     like, said, network = get_family("sd3"), parameter_defaults(pipe.__call__), _network(pipe)
-    config = network.config
-    word = _guidance_word(pipe)
-    scale = said.get(word or "") if isinstance(said.get(word or ""), (int, float)) else None
+    word = seen.guiding.word
+    scale = said.get(word) if isinstance(said.get(word), (int, float)) else None
     kind: GuidanceKind = "none"
-    if getattr(config, "guidance_embeds", False) and word == "guidance_scale":
-        kind = "embedded"
-    elif word and scale is not None and parameter_names(pipe.__call__) & {"negative_prompt", "negative_prompt_embeds"}:
+    if seen.guiding.cfg:
         kind = "cfg"
-    side = int(getattr(pipe, "default_sample_size", None) or 0) * int(pipe.vae_scale_factor)
+    elif getattr(network.config, "guidance_embeds", False) and word:
+        kind = "embedded"
+    side = int(getattr(pipe, "default_sample_size", None) or 0) * seen.factor
     side = side // grid * grid if side >= 512 else like.native_size[0]
     own: dict[str, Any] = {
         **measured,
@@ -282,4 +300,4 @@ def _family(pipe: Any, shape: _Shape, rule: ShiftRule, name: str | None) -> Fami
         "attention_cost": 0.0,
         "network_cost": None,
     }
-    return replace(like, **own, sources=MappingProxyType(dict.fromkeys(like.sources, "read from the pipeline")))
+    return replace(like, **own, sources=MappingProxyType(dict.fromkeys(like.sources, "seen in a rehearsal")))

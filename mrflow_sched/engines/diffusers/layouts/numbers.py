@@ -40,10 +40,14 @@ def check_numbers(pipe: Any) -> None:
         MrFlowError: A value is no number, or outside what models have.
     """
     for part, ranges in (("scheduler", _SCHEDULER), ("vae", _VAE)):
+        if getattr(pipe, part, None) is None:  # pixels are the latents
+            continue
         config = dict(getattr(pipe, part).config)
         for name, (low, high) in ranges.items():
             if config.get(name) is not None:
                 checked_number(config[name], f"pipe.{part}.config.{name}", low, high, _ADVICE)
+    if getattr(pipe, "vae", None) is None:
+        return
     config = dict(pipe.vae.config)
     channels = config.get("latent_channels") or config.get("z_dim")
     for name in ("latents_mean", "latents_std"):

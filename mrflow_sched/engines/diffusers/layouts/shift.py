@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mrflow_sched._runtime.errors import MrFlowError, quoted, shown
+from mrflow_sched._runtime.errors import MrFlowError, quoted
+from mrflow_sched.plan.betas import STABLE_DIFFUSION, training_betas
 from mrflow_sched.plan.families import ShiftRule
 from mrflow_sched.plan.schedule import shift_sigma
-from mrflow_sched.plan.scheduler_config import edm_levels
+from mrflow_sched.plan.scheduler_config import adds_noise, edm_levels
 
-__all__ = ["adds_noise", "is_flow", "sampler_note", "shift_rule", "spacing_note", "ve_rule"]
-
-_REFUSED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas")
+__all__ = ["is_flow", "sampler_note", "shift_rule", "spacing_note", "ve_rule"]
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -27,9 +27,12 @@ def is_flow(scheduler: Any) -> bool:
         True for a flow.
     """
     config = _config(scheduler)
-    by_config = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") in ("flow", "flow_prediction")
+    by_config = bool(config.get("use_flow_sigmas")) or config.get("prediction_type") in _FLOW_PREDICTIONS
     # Our own scheduler has `prediction`; it also accepts the configurations of other models.
     return by_config or "FlowMatch" in type(scheduler).__name__ or getattr(scheduler, "prediction", None) == "flow"
+
+
+_FLOW_PREDICTIONS = ("flow", "flow_prediction", "trigflow")
 
 
 def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = True) -> ShiftRule:
@@ -37,7 +40,8 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
 
     Args:
         scheduler: The pipeline's.
-        known: The family's own rule, whose kind decides where a configuration only says "dynamic"; None for no family.
+        known: The family's own rule, whose kind decides where a configuration only says "dynamic", and whose list of
+            raw sigmas ("whole" steps, say) is the pipeline's; None for no family.
         even_list: Whether the pipeline gives the scheduler evenly spaced sigmas 1 ... 1/steps, as most do, or leaves
             them to the scheduler, which then ends them at the shifted 1/num_train_timesteps (SD3).
 
@@ -48,36 +52,56 @@ def shift_rule(scheduler: Any, known: ShiftRule | None, *, even_list: bool = Tru
         MrFlowError: A configuration that no plan can follow.
     """
     config = _config(scheduler)
-    for name in _REFUSED:
-        if config.get(name):
-            raise MrFlowError(f"pipe.scheduler has {name}={config[name]!r}, which no plan can follow; turn it off.")
+    if config.get("prediction_type") == "trigflow":
+        return ShiftRule("trigflow", middle=None if known is None else known.middle)
     if config.get("use_flow_sigmas") and "flow_shift" in config:  # DPMSolverMultistep, UniPC and their kin
-        return _static(float(config["flow_shift"]), None, None)
-    beta = 0.6 if config.get("use_beta_sigmas") else None  # what diffusers takes for both of its numbers
-    terminal = config.get("shift_terminal") or None
-    dynamic, shift = bool(config.get("use_dynamic_shifting")), float(config.get("shift") or 1.0)
+        return _static(float(config["flow_shift"]))
     smallest = 1.0 / int(config.get("num_train_timesteps") or 1000)
-    sigma_min = None if even_list else smallest if dynamic else shift_sigma(smallest, shift)
+    dynamic, shift = bool(config.get("use_dynamic_shifting")), float(config.get("shift") or 1.0)
+    spacing: dict[str, Any] = {
+        "terminal": config.get("shift_terminal") or None,
+        "sigma_min": None if even_list else smallest if dynamic else shift_sigma(smallest, shift),
+        # What diffusers takes for both numbers of the distribution, and for rho.
+        "beta": 0.6 if config.get("use_beta_sigmas") else None,
+        "roots": 7.0 if config.get("use_karras_sigmas") else 0.0 if config.get("use_exponential_sigmas") else None,
+    }
+    if known is not None and known.kind == "logit-normal":
+        return replace(known, base_shift=known.base_shift + math.log(shift))  # a shift moves all logits
+    if known is not None and known.up and not dynamic:  # Bria's own list, where it has no mu
+        spacing |= {"sigma_min": known.sigma_min, "whole": known.whole, "up": True}
+    elif known is not None and known.whole is not None and not known.up:
+        spacing |= {"sigma_min": known.sigma_min, "ahead": known.ahead, "whole": known.whole}
+        _check_undone(config)
     if not dynamic:
-        return _static(shift, terminal, sigma_min, beta)
+        return _static(shift, **spacing)
+    spacing["factor"] = config.get("time_shift_type", "exponential") == "linear"
     if known is not None and known.kind == "flux2":
-        return replace(known, terminal=terminal, beta=beta)
-    if config.get("time_shift_type", "exponential") != "exponential":
-        # Such models (CogView4) are told the unshifted time of a shifted sigma, which only their own schedules know.
-        raise MrFlowError(
-            f"pipe.scheduler has time_shift_type={config['time_shift_type']!r}, which no plan can follow; models with "
-            f"'exponential' or a fixed shift can be run in stages."
-        )
+        return replace(known, **spacing)
+    root = known is not None and known.kind == "root"
     return ShiftRule(
-        "exponential",
+        "root" if root else "exponential",
         base_tokens=int(config.get("base_image_seq_len") or 256),
         max_tokens=int(config.get("max_image_seq_len") or 4096),
-        base_shift=_or(config.get("base_shift"), 0.5),
-        max_shift=_or(config.get("max_shift"), 1.15),
-        terminal=terminal,
-        sigma_min=sigma_min,
-        beta=beta,
+        base_shift=_or(config.get("base_shift"), 0.25 if root else 0.5),
+        max_shift=_or(config.get("max_shift"), 0.75 if root else 1.15),
+        **spacing,
     )
+
+
+def _check_undone(config: Mapping[str, Any]) -> None:
+    """Refuse what moves a sigma after the shift, where a pipeline tells its network the time before the shift.
+
+    Such a time belongs to a place in the pipeline's own list then, and not to a sigma.
+
+    Raises:
+        MrFlowError: The configuration does that.
+    """
+    for name in ("shift_terminal", "use_beta_sigmas", "use_karras_sigmas", "use_exponential_sigmas"):
+        if config.get(name):
+            raise MrFlowError(
+                f"pipe.scheduler has {name}={quoted(config[name])}, while this pipeline tells its network times of "
+                "sigmas that are only shifted; turn it off."
+            )
 
 
 def ve_rule(scheduler: Any, known: ShiftRule) -> ShiftRule:
@@ -88,52 +112,33 @@ def ve_rule(scheduler: Any, known: ShiftRule) -> ShiftRule:
         known: The family's own rule.
 
     Returns:
-        `known`, the rule "zero-snr" where the betas are rescaled to zero terminal signal-to-noise ratio, or the rule
-        "edm" of an EDM model (Playground 2.5, CosXL).
+        "scaled-linear" for the betas of Stable Diffusion, "zero-snr" where they are rescaled to zero terminal
+        signal-to-noise ratio, "betas" for others, or "edm" of an EDM model (Playground 2.5, CosXL, Cosmos-Predict2).
 
     Raises:
-        MrFlowError: The scheduler's noise levels are not those of Stable Diffusion, which the plan's are.
+        MrFlowError: The scheduler has noise levels of no such kind, or impossible ones.
     """
     config, name = _config(scheduler), type(scheduler).__name__
     edm = edm_levels(config)
     if edm is not None:
+        spaced = not is_flow(scheduler) or config.get("use_karras_sigmas") or config.get("use_exponential_sigmas")
+        if not spaced:
+            raise MrFlowError(
+                "pipe.scheduler has neither use_karras_sigmas nor use_exponential_sigmas, while its noise levels run "
+                f"from {edm.largest:g} to {edm.smallest:g}; turn one of them on, as in the model's own scheduler."
+            )
         return ShiftRule("edm", sigma_max=edm.largest, sigma_min=edm.smallest, rho=edm.rho)
-    if "beta_start" not in config:
+    if "beta_start" not in config and not config.get("trained_betas"):
         raise MrFlowError(
             f"pipe.scheduler is {name}, whose noise levels no plan can follow; use the pipeline by itself."
         )
-    for option, value in _SD_BETAS.items():
-        if config.get(option, value) != value:
-            raise MrFlowError(
-                f"pipe.scheduler has {option}={shown(repr(config[option]))}, while plans for such models have "
-                f"{value!r}; give the model's own scheduler, or use the pipeline by itself."
-            )
-    return ShiftRule("zero-snr") if config.get("rescale_betas_zero_snr") else known
+    betas = training_betas(config)
+    if betas == STABLE_DIFFUSION:
+        return known if known.kind == "scaled-linear" else ShiftRule("scaled-linear")
+    return ShiftRule("zero-snr") if betas == _ZERO_SNR else ShiftRule("betas", betas=betas)
 
 
-_SD_BETAS: Mapping[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "trained_betas": None,
-}
-"""Noise levels of training of Stable Diffusion 1.5 and XL (Rombach et al. 2022), which `scaled_linear_ve` has."""
-
-
-def adds_noise(config: Mapping[str, Any], name: str = "") -> bool:
-    """Whether a sampler draws noise at every step, as far as its configuration and the name of its class tell.
-
-    Args:
-        config: Of a scheduler.
-        name: Of its class; "" where only the configuration is known.
-
-    Returns:
-        True for LCM, TCD, ancestral and SDE samplers.
-    """
-    asked = bool(config.get("stochastic_sampling")) or str(config.get("algorithm_type", "")).startswith("sde")
-    named = any(word in name for word in ("LCM", "TCD", "Ancestral", "SDE"))
-    return asked or named or "timestep_scaling" in config  # the last is an option of LCM and TCD alone
+_ZERO_SNR = replace(STABLE_DIFFUSION, zero_snr=True)
 
 
 def sampler_note(scheduler: Any) -> str | None:
@@ -186,9 +191,8 @@ _SPACINGS: Mapping[str, str] = {
 }
 
 
-def _static(shift: float, terminal: float | None, sigma_min: float | None, beta: float | None = None) -> ShiftRule:
-    kind = "none" if shift == 1.0 else "static"
-    return ShiftRule(kind, shift=shift, terminal=terminal, sigma_min=sigma_min, beta=beta)
+def _static(shift: float, **spacing: Any) -> ShiftRule:
+    return ShiftRule("none" if shift == 1.0 else "static", shift=shift, **spacing)
 
 
 def _or(value: Any, absent: float) -> float:
