@@ -21,9 +21,11 @@ from torch import Tensor
 
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched._runtime.memory import callers_own, is_memory_error
+from mrflow_sched.images.alpha import opaque
 from mrflow_sched.methods import method_of
 from mrflow_sched.plan.checks import checked_flag
 from mrflow_sched.sampling.answers import float_tensor
+from mrflow_sched.sampling.engine import capabilities_of
 from mrflow_sched.sampling.faults import Fault, bad_rows, network_fault
 from mrflow_sched.sampling.kept import Kept, StageImage
 from mrflow_sched.sampling.memory import within_memory
@@ -49,7 +51,8 @@ class StagedResult:
 
     Attributes:
         images: (B, 3, H, W), float32 in [0, 1], on the engine's device, of the size that was asked for; where
-            `unfinished`, the best so far, of any size. NaN where a part failed before there was an image.
+            `unfinished`, the best so far, of any size. NaN where a part failed before there was an image. (B, 4, H, W)
+            with transparency where the engine's VAE decodes it (`Capabilities.alpha`).
         stages: The intermediate images; empty unless `keep_stages` was set.
         timings: In order: "text", "stage 1 sample", "stage 1 decode", "upscale", "encode", "noise", "stage 2 sample",
             "stage 2 decode", and so on.
@@ -105,6 +108,7 @@ def sample_staged(
     seeds: Sequence[int] | None = None,
     latents: Tensor | None = None,
     until: int | None = None,
+    compose: Callable[[Tensor], Tensor] | None = None,
     method: Method | None = None,
 ) -> StagedResult:
     """Make the images of a plan (arXiv 2607.01642; docs/method.md, section 1.2); a plan of one stage samples natively.
@@ -128,7 +132,8 @@ def sample_staged(
         cancel: Polled at each of them. Once it returns True, the result is the best image so far: in stage 1 its clean
             estimate, after that the last decoded or upscaled image.
         keep_stages: Keep the intermediate images in the result.
-        image: (3, H, W) or (B, 3, H, W), floats in [0, 1]: replaces stage 1, to be upscaled and refined.
+        image: (3, H, W) or (B, 3, H, W), floats in [0, 1]: replaces stage 1, to be upscaled and refined. With
+            transparency (4, H, W) or (B, 4, H, W) where the engine's VAE decodes it.
         start_sigma: With `image`, above 0 and at most 1: stage 1 starts from that image, resized and noised to this
             sigma, and runs the part of its schedule below it.
         seeds: One per image; if None, they follow from the plan's seed and seed rule. With the rule "offset", image i
@@ -137,6 +142,8 @@ def sample_staged(
             `until=1`. It is decoded, and the later stages go on as they would have there, to the last bit.
         until: The last stage to run, from 1; None: all. With 1 the result is stage 1's image and latents: a draft
             (`mrflow_sched.drafts`).
+        compose: Called with the images, (B, 3, H, W) in [0, 1], that were upscaled for a stage; what it returns takes
+            their place: a given picture outside a mask, say.
         method: How stages are sampled and joined; None: what the plan asks for (`mrflow_sched.methods.method_of`).
 
     Returns:
@@ -159,6 +166,7 @@ def sample_staged(
         None if cancel is None else callers_own(cancel),
         kept.warn,
         lambda name, images: kept.upscaled(name, images, track.index + 1),
+        compose,
     )
     logger.info("plan %s", plan.to_string())
     for note in asked.notes:
@@ -169,7 +177,7 @@ def sample_staged(
         try:
             track.begin("text", asked.first)
             hooks.stop_if_cancelled()
-            text = asked.encoded_texts(engine, kept.warn)
+            text = asked.encoded_texts(engine, plan, kept.warn)
             for index in range(asked.first, len(asked.stages)):
                 stage, behind = asked.stages[index], run_progress(asked.stages[0].sigmas, asked.stages[index].sigmas)
                 noise = asked.noise_seeds(plan, index)
@@ -254,7 +262,7 @@ def _decoded(engine: Engine, latents: Tensor, stage: Stage, warn: Callable[[str]
 
     def decode(able: Engine, part: slice) -> Tensor:
         rows = latents[part]
-        return float_tensor(able.decode(rows), (len(rows), 3, stage.height, stage.width), able, "decode")
+        return float_tensor(able.decode(rows), (len(rows), *_image_shape(engine, stage)), able, "decode")
 
     what = f"decoding one image of {stage.width}x{stage.height}"
     return within_memory(decode, engine, len(latents), what, warn=warn)
@@ -270,11 +278,16 @@ def _best_so_far(kept: Kept, track: Tracker, engine: Engine) -> Tensor:
         kept.take(None, images, bad | bad_rows(images))
     if kept.images is not None:
         return kept.result(kept.images)
-    shape = (kept.batch, 3, stage.height, stage.width)
+    shape = (kept.batch, *_image_shape(engine, stage))
     if kept.hopeless:  # before there was any
         return torch.full(shape, torch.nan, device=engine.device)
     kept.warn("The run was stopped before its first step: the image is empty.")
-    return torch.full(shape, 0.5, device=engine.device)
+    grey = torch.full(shape, 0.5, device=engine.device)
+    return opaque(grey[:, :3]) if shape[1] == 4 else grey
+
+
+def _image_shape(engine: Engine, stage: Stage) -> tuple[int, int, int]:
+    return (4 if capabilities_of(engine).alpha else 3, stage.height, stage.width)
 
 
 def _trimmed(images: Tensor, plan: StagedPlan) -> Tensor:

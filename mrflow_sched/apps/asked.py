@@ -167,13 +167,14 @@ def seeds_of(
     return _one_per_image(own, "seed", batch)
 
 
-def images_of(images: Tensor, batch: int, each: int) -> Tensor:
+def images_of(images: Tensor, batch: int, each: int, name: str = "image") -> Tensor:
     """The images to start from: one for all, one per prompt, or one per image that is made.
 
     Args:
         images: (B, C, H, W).
         batch: Number of images that are made.
         each: Images of each prompt.
+        name: Of the argument.
 
     Returns:
         (1, C, H, W) or (`batch`, C, H, W).
@@ -188,7 +189,7 @@ def images_of(images: Tensor, batch: int, each: int) -> Tensor:
         return images.repeat_interleave(each, dim=0)
     made = "" if each == 1 else f" of {each} images each"
     raise MrFlowError(
-        f"image holds {len(images)} images for {prompts} prompt{'s' if prompts > 1 else ''}{made}; give one image, or "
+        f"{name} holds {len(images)} images for {prompts} prompt{'s' if prompts > 1 else ''}{made}; give one image, or "
         "one per prompt, with the prompts as a list."
     )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MrFlowDraft", "make_drafts"]
 
-_NOT_YET = ("output_type", "image", "strength", "keep_stages")
+_NOT_YET = ("output_type", "image", "keep_stages")
 _PER_PROMPT = ("negative_prompt", "refine_prompt", "refine_negative_prompt")
 
 
@@ -73,13 +75,22 @@ def make_drafts(
         MrFlowError: An argument that does not fit.
     """
     early = next((name for name in _NOT_YET if options.get(name) is not None), None)
+    if early == "image":
+        raise MrFlowError(
+            "image has no meaning for a draft, as it replaces stage 1; leave it out, or call MrFlow with it."
+        )
     if early is not None:
         raise MrFlowError(f"{early} has no meaning for a draft; give it to finish, or leave it out.")
+    if options.get("strength") is not None and options.get("inpaint_image") is None:
+        raise MrFlowError(
+            "strength has no meaning for a draft without inpaint_image; leave it out, or call MrFlow with it."
+        )
     each = checked_whole(num_images_per_prompt, "num_images_per_prompt", 1)
     prompts = prompts_of(prompt, options, each)
     count = len(prompts)
     if prompt is None and count > each:
         raise MrFlowError("draft takes the embeddings of one prompt at a time; call it once for each.")
+    options = {name: _kept(value) for name, value in options.items()}
     texts = {name: texts_of(options.get(name), name, count, each) for name in _PER_PROMPT}
     seeds = seeds_of(seed, generator, count)
     memory = TextMemory()
@@ -103,3 +114,15 @@ def make_drafts(
                 )
             )
     return tuple(made)
+
+
+def _kept(value: Any) -> Any:
+    """A copy of what the caller may change before a draft is finished: tensors, arrays, images, and lists of them."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, np.ndarray) or type(value) is Image.Image:  # an image file of Pillow's has a class of its own
+        return cast("Any", value).copy()
+    if isinstance(value, (list, tuple)):
+        several = [_kept(each) for each in cast("Sequence[Any]", value)]
+        return several if isinstance(value, list) else tuple(several)
+    return value

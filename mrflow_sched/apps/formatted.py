@@ -11,13 +11,20 @@ from mrflow_sched.images.convert import to_pil
 from mrflow_sched.upscaling.fit import fit_like
 
 if TYPE_CHECKING:
+    from mrflow_sched.apps.pictures import Inpainting
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
     from mrflow_sched.sampler import StagedResult
 
 __all__ = ["formatted"]
 
 
-def formatted(result: StagedResult, alpha: Tensor | None, output_type: str, engine: PipelineEngine) -> Any:
+def formatted(
+    result: StagedResult,
+    alpha: Tensor | None,
+    output_type: str,
+    engine: PipelineEngine,
+    inpainting: Inpainting | None = None,
+) -> Any:
     """A result's images in the form that was asked for, as the pipeline would return them.
 
     Args:
@@ -25,6 +32,7 @@ def formatted(result: StagedResult, alpha: Tensor | None, output_type: str, engi
         alpha: (1 or B, 1, h, w) in [0, 1]: the transparency of the image it started from; None where there is none.
         output_type: "pil", "np", "pt" or "latent".
         engine: Finishes the images (safety checker, watermark).
+        inpainting: The picture that stays outside its mask; None where there is none.
 
     Returns:
         A list of PIL images, an array (B, H, W, C), a tensor (B, C, H, W), or packed latents.
@@ -33,6 +41,8 @@ def formatted(result: StagedResult, alpha: Tensor | None, output_type: str, engi
         latents = engine.encode(_on_grid(result)) if result.latents is None else result.latents
         return engine.layout.pack(latents).to(engine.dtype)
     images = engine.finish(result.images.nan_to_num())
+    if inpainting is not None:
+        images = inpainting.finished(images, engine.rejected)
     if alpha is not None:
         images = torch.cat(
             [images, fit_like(alpha.to(images), images, result.plan).expand(len(images), -1, -1, -1)], dim=1

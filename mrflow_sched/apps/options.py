@@ -36,6 +36,8 @@ DECIDED = {
     "latents": "seed, or image with strength to start from an image",
     "return_dict": "the images of what the call returns",
     "max_area": "width and height",
+    "num_frames": "the pipeline itself for videos: MrFlow makes one frame, as a picture",
+    "num_videos_per_prompt": "num_images_per_prompt",
     "native": "the pipeline itself for native sampling",
     "steps": "low_steps and refine_steps",
 }

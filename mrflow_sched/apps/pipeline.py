@@ -11,6 +11,7 @@ The pipeline itself is not changed. docs/diffusers.md has an example per family.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
@@ -38,11 +39,14 @@ from mrflow_sched.apps.asked import (
 from mrflow_sched.apps.drafting import MrFlowDraft, make_drafts
 from mrflow_sched.apps.formatted import formatted
 from mrflow_sched.apps.options import DECIDED, PLAN_OPTIONS, FileUpscaler, unknown_argument, unknown_option, upscaler_of
+from mrflow_sched.apps.pictures import check_pictures, inpainting_of, reading_of, references_of, size_like
 from mrflow_sched.engines.diffusers.arguments import check_arguments
 from mrflow_sched.engines.diffusers.compiled import NetworkCompiler
+from mrflow_sched.engines.diffusers.editing import Pictures
 from mrflow_sched.engines.diffusers.folder import load_pipeline
 from mrflow_sched.engines.diffusers.layouts import find_layout
 from mrflow_sched.engines.diffusers.layouts.base import parameter_names
+from mrflow_sched.engines.diffusers.layouts.pictures import edits_as_classic, picture_arguments
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.engines.diffusers.view import HINT
 from mrflow_sched.images.alpha import split_alpha
@@ -52,7 +56,7 @@ from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.notes import idle_notes
 from mrflow_sched.plan.options import CallOptions
-from mrflow_sched.plan.sizes import size_step
+from mrflow_sched.plan.sizes import from_an_image, size_step
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.sampling.request import check_function
 
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
 
     from mrflow_sched.drafts import TextMemory
     from mrflow_sched.engines.diffusers.layouts import Layout
+    from mrflow_sched.plan.cost import Offload
     from mrflow_sched.plan.families import Family
     from mrflow_sched.plan.options import MadeOptions
     from mrflow_sched.plan.stages import StagedPlan
@@ -87,8 +92,8 @@ class MrFlowOutput:
 
     Attributes:
         images: In the form that `output_type` asks for: a list of PIL images, an array (B, H, W, C) or a tensor (B, C,
-            H, W), both in [0, 1], or the packed latents. Where `unfinished`, the best so far, at the size they had
-            then.
+            H, W), both in [0, 1], or the packed latents. C is 4 where images have transparency. Where `unfinished`, the
+            best so far, at the size they had then.
         plan: All numbers of the run.
         seeds: One per image; `seed=output.seeds[i]` makes image i again.
         timings: Seconds of every part.
@@ -130,6 +135,9 @@ class _Asked:
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     output_type: str = "pil"
     image: Any = None
+    reference_image: Any = None
+    inpaint_image: Any = None
+    mask_image: Any = None
     strength: float | None = None
     callback: Callable[[Progress], object] | None = None
     callback_on_step_end: Callable[..., Any] | None = None
@@ -160,7 +168,7 @@ class MrFlow:
         """Take a loaded `pipe`, which stays as it is and stays usable.
 
         Args:
-            pipe: A text-to-image pipeline of diffusers.
+            pipe: A text-to-image pipeline of diffusers, classic or modular.
             upscaler: An ESRGAN-type file (.safetensors, .pth), a model that spandrel loaded, or any `PixelUpscaler`;
                 None or "lanczos": images are upscaled with Lanczos, which adds no detail.
             upscaler_dtype: What a file's model runs in: "float32", "float16", "bfloat16", or "auto", as in
@@ -195,7 +203,7 @@ class MrFlow:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype | Mapping[str, str] = "auto",
-        offload: bool = False,
+        offload: bool | Offload = False,
         config: str | Path | None = None,
         **options: Any,
     ) -> MrFlow:
@@ -205,7 +213,8 @@ class MrFlow:
             path: A diffusers folder, or a single-file checkpoint (.safetensors).
             device: "auto" (CUDA if available), or as torch spells it.
             dtype: "auto", a dtype of all parts, or one for each part by name.
-            offload: Keep each part on the CPU until it is used (on a GPU only).
+            offload: On a GPU only: "model" or True keeps each part on the CPU until it is used, "layers" each layer,
+                which takes the least memory and is slow.
             config: For a single file: the diffusers folder that describes it; None: one of the file's name beside it,
                 else the folder it lies in.
             **options: Of `MrFlow`; all options are looked at before weights are read.
@@ -283,6 +292,9 @@ class MrFlow:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "pil",
         image: Any = None,
+        reference_image: Any = None,
+        inpaint_image: Any = None,
+        mask_image: Any = None,
         strength: float | None = None,
         callback: Callable[[Progress], object] | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
@@ -296,7 +308,7 @@ class MrFlow:
 
         Args:
             prompt: One, or a list.
-            width: Of the final image in pixels; None: the family's usual, or what follows from `image`.
+            width: Of the final image in pixels; None: the family's usual, or what follows from the pictures given.
             height: Likewise.
             preset: Any "N+M" (low-resolution + refine steps), "fast", "balanced" or "best"; None: the family's default.
             negative_prompt: One, or one per prompt.
@@ -311,8 +323,15 @@ class MrFlow:
                 and returned in the result.
             output_type: "pil", "np", "pt" or "latent".
             image: A PIL image, array or tensor in [0, 1], or one per prompt: upscaled and refined in place of stage 1.
-                Alpha is kept.
-            strength: With `image`: the flow sigma, above 0 and at most 1, at which stage 1 starts from it.
+                Alpha is kept; a model that makes transparent images reads it.
+            reference_image: What an editing pipeline looks at (FLUX.1 Kontext, FLUX.2, Qwen-Image-Edit, ...): an image,
+                a list where it takes several, or a function (width, height) -> either. Every stage gets them at about
+                its own size.
+            inpaint_image: For an inpainting pipeline: the picture, or one per prompt, of which a part is painted anew.
+                All else of it stays as it is, to the last bit, alpha too.
+            mask_image: White where it is painted anew, black where it stays; grey blends.
+            strength: With `image` or `inpaint_image`: the flow sigma, above 0 and at most 1, at which stage 1
+                starts from it.
             callback: Called with `Progress` at every part and step.
             callback_on_step_end: The pipeline's own, called in every stage; `step` counts from 0 in each.
             callback_on_step_end_tensor_inputs: The pipeline's own.
@@ -349,8 +368,9 @@ class MrFlow:
             num_images_per_prompt: Drafts of each prompt.
             seed: As in the call.
             generator: Likewise.
-            **options: The other arguments of the call, which hold for the whole run; of `image`, `strength`,
-                `output_type` and `keep_stages` there are none.
+            **options: The other arguments of the call, which hold for the whole run; of `image`, `output_type` and
+                `keep_stages` there are none, and of `strength` only with `inpaint_image`. Arrays, tensors and images
+                are copied: a draft stays as it is where the caller changes them.
 
         Returns:
             The drafts, in the order of the images that the call would make.
@@ -410,20 +430,30 @@ class MrFlow:
             raise MrFlowError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {asked.output_type!r}.")
         keep_stages = checked_flag(asked.keep_stages, "keep_stages")
         image = asked.image
+        given = {name: getattr(asked, name) for name in ("image", "reference_image", "inpaint_image", "mask_image")}
+        check_pictures(self.pipe, given, more)
         check_function(asked.callback_on_step_end, "callback_on_step_end")
         each = checked_whole(asked.num_images_per_prompt, "num_images_per_prompt", 1)
-        guidance_scale, strength = scale_of(asked.guidance_scale, "guidance_scale"), strength_of(asked.strength, image)
+        guidance_scale, strength = (
+            scale_of(asked.guidance_scale, "guidance_scale"),
+            strength_of(asked.strength, asked.inpaint_image if image is None else image),
+        )
         sides = (("width", asked.width), ("height", asked.height))
         width, height = (None if side is None else checked_side(side, name) for name, side in sides)
         layout = find_layout(self.pipe, self._family)
         numbers, arguments = self._sorted(more, layout.call_names)
         if asked.callback_on_step_end is not None:
+            if "callback_on_step_end" not in layout.call_names:
+                raise MrFlowError(
+                    f"callback_on_step_end is given, but the loop of {type(self.pipe).__name__} calls none; use "
+                    "callback, which is called after every step."
+                )
             arguments["callback_on_step_end"] = asked.callback_on_step_end
         if asked.callback_on_step_end_tensor_inputs is not None:
             arguments["callback_on_step_end_tensor_inputs"] = tensor_inputs_of(
                 asked.callback_on_step_end_tensor_inputs, self.pipe
             )
-        check_arguments(self.pipe, arguments)
+        check_arguments(layout.pipe, arguments)
         prompts = prompts_of(prompt, arguments, each)
         negatives = texts_of(asked.negative_prompt, "negative_prompt", len(prompts), each)
         refine = refine_texts(asked.refine_prompt, asked.refine_negative_prompt, arguments, len(prompts), each)
@@ -435,6 +465,8 @@ class MrFlow:
         pixels, alpha = None, None
         if image is not None:
             pixels, alpha = split_alpha(images_of(from_pictures(image, said.append), len(prompts), each))
+            if alpha is not None and layout.keeps_alpha:  # the model reads it, and makes its own
+                pixels, alpha = torch.cat([pixels, alpha], dim=1), None
         two = _guided_by_two(layout, arguments, negatives)
         if two:
             layout = layout.guided_by_two()
@@ -443,15 +475,34 @@ class MrFlow:
         if pixels is not None and (width is None or height is None):
             factor = 1.0 if strength is not None else size_step(layout.family, numbers)
             width, height = _image_size(pixels, width, height, factor)
+        references = references_of(asked.reference_image, self.pipe, said.append)
+        reading = reading_of(
+            *(asked.inpaint_image, asked.mask_image),
+            lambda images, name: images_of(images, len(prompts), each, name),
+            said.append,
+        )
+        if reading is not None and (width is None or height is None):
+            width, height = _image_size(reading.picture, width, height, 1.0)
+        if width is None or height is None:
+            width, height = size_like(references, layout.family, width, height) or (width, height)
         wide, high = _size(layout.family, width, height)
         scale = _guidance(layout, guidance_scale, arguments)
         if scale is not None:
             numbers["guidance"] = scale
-        plan = make_plan(layout.family, wide, high, asked.preset, seed=seeds[0], **numbers)
+        options: dict[str, Any] = {"preset": asked.preset, **numbers}
+        if image is not None and strength is None:
+            options = from_an_image(options)
+        plan = make_plan(layout.family, wide, high, seed=seeds[0], **options)
         if image is not None and strength is None:
             plan = replace(plan, notes=(*plan.notes, *idle_notes(numbers)))
-        if plan.tile and arguments.get(HINT) is not None:
-            raise MrFlowError(f"tile={plan.tile} would give every tile the whole {HINT}; leave one of the two out.")
+        whole = (HINT, *(name for name in given if name != "image" and given[name] is not None))
+        tiled = next((name for name in whole if name in given or arguments.get(name) is not None), None)
+        if plan.tile and tiled is not None:
+            raise MrFlowError(f"tile={plan.tile} would give every tile the whole {tiled}; leave one of the two out.")
+        inpainting = None if reading is None else inpainting_of(reading, plan, said.append)
+        pictures = Pictures(references) if inpainting is None else replace(inpainting.pictures, references=references)
+        if strength is not None and inpainting is not None:
+            pixels, _ = pictures.at(plan.stages[0].width, plan.stages[0].height)
         engine = PipelineEngine(
             self.pipe,
             family=self._family,
@@ -459,6 +510,7 @@ class MrFlow:
             seeds=seeds,
             compiler=self._compiler,
             guided_by_two=two,
+            pictures=pictures,
         )
         result = sample_staged(
             engine if memory is None else memory.reading(engine),
@@ -478,10 +530,12 @@ class MrFlow:
             seeds=seeds,
             latents=latents,
             until=until,
+            compose=None if inpainting is None else functools.partial(pictures.composed, blend=False),
             method=asked.method,
         )
-        images = formatted(result, alpha, asked.output_type, engine)
-        said.extend(_image_warnings(self.pipe, image, layout))
+        images = formatted(result, alpha, asked.output_type, engine, inpainting)
+        if asked.reference_image is None:
+            said.extend(_image_warnings(self.pipe, image))
         said.extend(
             f"Image {number} is black, as the pipeline's safety checker rejected it."
             for number, rejected in enumerate(engine.rejected or (), 1)
@@ -538,14 +592,13 @@ def _size(family: Family, width: int | None, height: int | None) -> tuple[int, i
 
 def _has_control(pipe: Any) -> bool:
     """Whether a pipeline takes a control image: FLUX Control, a ControlNet or a T2I-Adapter."""
-    return HINT in parameter_names(pipe.__call__) or any(
-        getattr(pipe, name, None) is not None for name in ("controlnet", "adapter")
-    )
+    parts = parameter_names(type(pipe).__init__) & {"controlnet", "adapter"}
+    return HINT in parameter_names(pipe.__call__) or any(getattr(pipe, name, None) is not None for name in parts)
 
 
 def _check_image(pipe: Any, image: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse a controlled pipeline without its hint, which has another name here than in some pipelines."""
-    if not _has_control(pipe) or arguments.get(HINT) is not None:
+    if not _has_control(pipe) or arguments.get(HINT) is not None or picture_arguments(pipe).picture == HINT:
         return
     given = "is missing" if image is None else "is missing, as image is what MrFlow starts from"
     raise MrFlowError(
@@ -554,11 +607,18 @@ def _check_image(pipe: Any, image: Any, arguments: Mapping[str, Any]) -> None:
     )
 
 
-def _image_warnings(pipe: Any, image: Any, layout: Layout) -> tuple[str, ...]:
+def _image_warnings(pipe: Any, image: Any) -> tuple[str, ...]:
     """A sentence where `image` means something else in the pipeline's own call: a reference to edit."""
-    if image is None or "image" not in layout.call_names or _has_control(pipe):
+    if image is not None and edits_as_classic(pipe):
+        return (
+            f"image is upscaled and refined; {type(pipe).__name__} is modular: to edit it, load the classic pipeline "
+            "of this model that takes references (FluxKontextPipeline, ...) and give it as reference_image.",
+        )
+    if image is None or picture_arguments(pipe).reference != "image":
         return ()
-    return (f"image is upscaled and refined; MrFlow does not pass it to {type(pipe).__name__} as a reference to edit.",)
+    return (
+        f"image is upscaled and refined; to have {type(pipe).__name__} edit it, give it as reference_image instead.",
+    )
 
 
 def _guided_by_two(layout: Layout, arguments: Mapping[str, Any], negatives: Sequence[str] | None) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.images.alpha import on_white
 from mrflow_sched.measure.metrics import paired_t, psnr, ssim
 from mrflow_sched.measure.preview_kinds import FEW_STEPS, KINDS
 from mrflow_sched.measure.previews import preview, preview_plan, shrunk
@@ -173,7 +174,7 @@ class _Natives:
         if result.latents is None:
             raise MrFlowError("the native images contain NaN or infinity; try --dtype float32.")
         self._latents = result.latents
-        self.native = shrunk(result.images, small.requested_width, small.requested_height).float().cpu()
+        self.native = on_white(shrunk(result.images, small.requested_width, small.requested_height).float().cpu())
         self.other = self.native.roll(1, 0)
 
     def preview(self, kind: str, steps: int) -> Any:
@@ -189,7 +190,7 @@ class _Natives:
             small = functional.interpolate(latents, (rows, columns), mode="area")
         else:
             small = DownSelector(2, 0).down(latents).contiguous()
-        return engine.decode(small)[(..., *self._small.asked_area)].float().cpu()
+        return on_white(engine.decode(small)[(..., *self._small.asked_area)].float().cpu())
 
     def _follow(self, name: str) -> Callable[[Progress], object] | None:
         callback = self._callback
@@ -204,7 +205,7 @@ def _checked(kind: str, done: Sequence[_Natives], steps: int, nested: Tensor | N
     try:
         for each in done:
             found = each.preview(kind, steps)
-            images = found.images.float().cpu()
+            images = on_white(found.images.float().cpu())
             cost, seconds = found.cost, seconds + found.seconds / len(done) / SEEDS
             decibel.append(psnr(images, each.native).clamp(max=_MOST_DB))
             likeness.append(ssim(images, each.native))

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched._runtime.values import check_dense, check_unit_range
+from mrflow_sched.images.alpha import on_white
 
 __all__ = ["NAMES", "Measure", "Score", "get_score"]
 
@@ -48,7 +49,7 @@ class Score:
         """Score images.
 
         Args:
-            images: (B, 3, H, W), floats in [0, 1].
+            images: (B, 3, H, W), floats in [0, 1]; with transparency (B, 4, H, W), seen on white.
             prompts: What each should show, B texts.
 
         Returns:
@@ -59,7 +60,7 @@ class Score:
         """
         _check(images, prompts)
         with torch.no_grad():
-            given: Any = self.measure(images.float(), prompts)
+            given: Any = self.measure(on_white(images.float()), prompts)
         try:
             values = torch.as_tensor(given).detach().to("cpu", torch.float64)
         except Exception as error:  # whatever a score of the user's returned
@@ -121,7 +122,12 @@ def _measure_of(name: str, spec: str, device: str | torch.device) -> Measure:
 
 
 def _check(images: Tensor, prompts: Sequence[str]) -> None:
-    if not isinstance(cast("object", images), Tensor) or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+    if (
+        not isinstance(cast("object", images), Tensor)
+        or images.ndim != 4
+        or images.shape[1] not in (3, 4)
+        or not len(images)
+    ):
         came = tuple(images.shape) if isinstance(cast("object", images), Tensor) else quoted(images)
         raise MrFlowError(f"images must be a tensor (B, 3, H, W) of at least one image, got {came}.")
     if not images.is_floating_point():

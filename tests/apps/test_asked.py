@@ -178,7 +178,7 @@ def test_options_of_mrflow_are_refused_by_their_names(flux: Any, options: dict[s
         ({"upscaler": "nope.pth"}, "there is no upscaler file 'nope.pth'"),
         ({"upscaler": "a.pth", "upscaler_tile": 3}, "upscaler_tile must be"),
         ({"colour_guard": 2}, "colour_guard must be True or False"),
-        ({"offload": "x"}, "offload must be True or False, got 'x'"),
+        ({"offload": "x"}, "offload must be True, False, 'model' or 'layers', got 'x'"),
         ({"config": 3}, "config=3 is for a single file; leave it out for a folder"),
         (
             {"dtype": {"nope": "float32"}},

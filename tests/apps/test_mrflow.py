@@ -468,7 +468,7 @@ def test_a_lora_scale_that_can_do_nothing_is_told(flux: Any) -> None:
     assert "The pipeline has no LoRA loaded: the scale of LoRAs changes nothing." in made.warnings
     assert torch.equal(made.images, run(flux).images)
     with pytest.raises(ValueError, match=r"refine_lora_scale=0.5 cannot be used, as Lumina.* takes no LoRA scale"):
-        run(tiny_pipelines.make("lumina"), refine_lora_scale=0.5)
+        run(tiny_pipelines.make("lumina-next"), refine_lora_scale=0.5)
 
 
 # -------------------------------------------------------------------------------------------------- what a result says

@@ -33,10 +33,12 @@ KNOWN = {
     "AuraFlow": {"auraflow"},
     "HiDream": {"hidream", "hidream-dev", "hidream-full", "hidream-fast"},
     "HunyuanImage21": {"hunyuan-image"},
+    "Lens": {"lens", "lens-turbo"},
+    "MageFlow": {"mage-flow", "mage-flow-turbo"},
 }
 # Flow models that are in no table of ours, or not always.
 GENERIC = (
-    *("LongCatImage", "ChromaRadiance", "Krea2", "Anima", "ErnieImage", "Omnigen2", "Boogu", "MageFlow", "Lens"),
+    *("LongCatImage", "ChromaRadiance", "Krea2", "Anima", "ErnieImage", "Omnigen2", "Boogu"),
     *("JoyImage", "PixelDiTT2I", "ZImagePixelSpace", "Kandinsky5Image"),
 )
 # Variance-exploding ones: the list is converted at equal signal-to-noise ratio.

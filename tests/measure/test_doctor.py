@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -174,7 +175,8 @@ def test_importing_mrflow_makes_diffusers_importable() -> None:
     assert found.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", tiny_pipelines.available())
+# Cosmos-Predict2's class needs a package for its safety checker; the tiny Kolors has a tokenizer of the bench.
+@pytest.mark.parametrize("name", sorted({*tiny_pipelines.available()} - {"cosmos-predict2", "kolors"}))
 def test_a_layout_is_read_without_weights(name: str, tmp_path: Path) -> None:
     pipe = tiny_pipelines.make(name)
     pipe.save_pretrained(tmp_path / "model")
@@ -218,3 +220,11 @@ def test_a_folder_of_no_known_pipeline_is_refused(
     assert cli.main(["generate", "a cat", "--model", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "made for NoSuchPipeline" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_a_pipeline_needs_is_named(tmp_path: Path) -> None:
+    if importlib.util.find_spec("cosmos_guardrail"):
+        pytest.skip("the package is installed")
+    tiny_pipelines.make("cosmos-predict2").save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"cosmos_guardrail.*; install what it names"):
+        read_layout(tmp_path / "model")

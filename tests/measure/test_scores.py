@@ -115,6 +115,8 @@ def test_any_function_is_a_score() -> None:
     score = get_score(first_pixel)
     assert score.name == "first_pixel"
     assert score(torch.zeros(2, 3, 4, 4), ["ab", "c"]).tolist() == [2, 1]
+    white = get_score(lambda images, prompts: images.mean((1, 2, 3)))  # what is transparent is seen on white
+    assert white(torch.zeros(1, 4, 4, 4), ["a"]).tolist() == [1]
     assert get_score(score) is score
 
 
@@ -150,7 +152,7 @@ def test_what_has_no_order_is_refused(given: Any, sentence: str) -> None:
     ("images", "prompts", "sentence"),
     [
         (torch.zeros(3, 4, 4), ["a"], "images must be a tensor"),
-        (torch.zeros(1, 4, 4, 4), ["a"], "images must be a tensor"),
+        (torch.zeros(1, 5, 4, 4), ["a"], "images must be a tensor"),
         (torch.zeros(0, 3, 4, 4), [], "images must be a tensor"),
         ("picture.png", ["a"], "images must be a tensor"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ["a"], "divide bytes by 255"),

@@ -204,7 +204,7 @@ def test_an_unknown_model_gets_no_number() -> None:
 def test_every_family_has_a_finite_estimate(family: str) -> None:
     found = expectation(family, min(FAMILIES[family].native_size) * 2, steps=20)
     assert math.isfinite(found.faster)
-    assert found.faster > 0.5
+    assert found.faster > 0.4  # of SANA-Sprint, whose native run is two steps
 
 
 def test_the_last_clean_run_of_this_machine_counts_more_than_a_typical_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.options import ModelChoices
 from mrflow_sched.apps.plan_lines import counted
+from mrflow_sched.plan.card import Fitted, fit_card
 from mrflow_sched.plan.cost import peak_memory
 from mrflow_sched.plan.families import FAMILIES, Family
 from mrflow_sched.plan.stages import StagedPlan
 
+_LARGEST_SCALE = 4
 LEAST_TILE = 512
 """Side in pixels of the tiles that VAE and upscaler fall back to where a GPU's memory runs out."""
 
@@ -56,6 +60,54 @@ def check_memory(model: ModelChoices, family: str | Family, *plans: StagedPlan, 
                 f"the run needs about {_gigabytes(peak.total)} of memory for {what}, in {peak.name}, and "
                 f"{_gigabytes(free)} are free on {device}; choose a smaller size or batch{offer}, or add --force."
             )
+
+
+def fit_to_card(
+    model: ModelChoices, family: str | Family, plan: StagedPlan, gigabytes: float, *, batch: int = 1, tiles: bool = True
+) -> tuple[ModelChoices, Fitted]:
+    """Choose offload and tiles for a card of a given size.
+
+    Args:
+        model: The device, the dtype, --offload and --force.
+        family: The model's family, or its name.
+        plan: What is run.
+        gigabytes: Memory of the card in GiB.
+        batch: Images that are made at once.
+        tiles: The plan may get tiles.
+
+    Returns:
+        The model with the offload and tiles that were chosen, and what was counted.
+
+    Raises:
+        MrFlowError: It does not fit and --force was not given, or --offload was given as well.
+    """
+    from mrflow_sched._runtime.device import has_bfloat16, resolve_device
+
+    if model.offload is not None:
+        raise MrFlowError("--memory chooses what is offloaded, and so does --offload; leave one out.")
+    device = resolve_device(model.device)
+    wide = model.dtype == "float32" or (model.dtype == "auto" and not has_bfloat16(device))
+    fitted = fit_card(
+        plan,
+        gigabytes,
+        FAMILIES.get(family) if isinstance(family, str) else family,
+        batch=batch,
+        value_bytes=4 if wide else 2,
+        offloads=device.type != "cpu",
+        tiles=tiles,
+        name="--memory",
+    )
+    if not (fitted.fits or model.force):
+        raise MrFlowError(f"{fitted.sentence[:-1]}; choose a smaller size or batch, or add --force.")
+    # The side that an upscaler is given: what it makes of it is at most four times as large.
+    upscaler_tile = None if fitted.upscaler_tile is None else fitted.upscaler_tile // _LARGEST_SCALE
+    chosen = replace(
+        model,
+        offload=fitted.offload,
+        vae_tile=fitted.vae_tile,
+        upscaler_tile=model.upscaler_tile or upscaler_tile,
+    )
+    return chosen, fitted
 
 
 def _gigabytes(count: float) -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.console import Outcome, progress_bar, say_new, saying_warnings, writable
-from mrflow_sched.apps.cli.forecast import check_memory
-from mrflow_sched.apps.cli.inputs import read_prompts, read_start, syntax_notes
+from mrflow_sched.apps.cli.forecast import check_memory, fit_to_card
+from mrflow_sched.apps.cli.inputs import read_prompts, read_references, read_start, syntax_notes
 from mrflow_sched.apps.cli.load import (
     Job,
     Loaded,
@@ -28,6 +28,7 @@ from mrflow_sched.apps.cli.options import (
     ModelChoices,
     OutputChoices,
     PlanChoices,
+    add_memory,
     common_options,
     model_options,
     output_options,
@@ -73,6 +74,8 @@ class GenerateRequest:
         save_stages: Save the image of each stage too.
         suffix: Ending of the image files, which decides their format.
         output: Where the results go.
+        references: Image files that an editing model looks at.
+        memory: Of the card in GiB, for which offload and tiles are chosen; None: neither is.
     """
 
     prompts: tuple[str, ...]
@@ -87,6 +90,8 @@ class GenerateRequest:
     save_stages: bool
     suffix: str
     output: OutputChoices
+    references: tuple[Path, ...] = ()
+    memory: float | None = None
 
     def jobs(self, family: str | Family) -> tuple[Job, ...]:
         """Plan the runs.
@@ -112,6 +117,7 @@ class GenerateRequest:
             start=start,
             refine_prompt=self.refine_prompt,
             refine_negative=self.refine_negative,
+            references=read_references(self.references),
         )
         return tuple(replace(first, prompt=prompt) for prompt in self.prompts)
 
@@ -128,6 +134,8 @@ class RepeatRequest:
         save_stages: Save the image of each stage too.
         suffix: Ending of the image files, which decides their format.
         output: Where the results go.
+        references: Image files that an editing model looked at.
+        memory: Of the card in GiB, for which offload and tiles are chosen; None: neither is.
     """
 
     source: Path
@@ -137,6 +145,8 @@ class RepeatRequest:
     save_stages: bool
     suffix: str
     output: OutputChoices
+    references: tuple[Path, ...] = ()
+    memory: float | None = None
 
     def jobs(self, family: str | Family) -> tuple[Job, ...]:
         """Read the run.
@@ -150,7 +160,7 @@ class RepeatRequest:
         Raises:
             MrFlowError: The file has no readable record, or was made with other files than those given.
         """
-        return (repeated_job(self.source, self.model, self.image, family, self.changes),)
+        return (repeated_job(self.source, self.model, self.image, family, self.changes, self.references),)
 
 
 def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
@@ -181,6 +191,8 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
             args.save_stages,
             f".{args.format}",
             output,
+            tuple(args.reference or ()),
+            args.memory,
         )
     fixed = next((word for word in ("prompt", "prompts", "strength") if getattr(args, word) is not None), None)
     if fixed is not None:
@@ -191,7 +203,8 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
     recorded = (*OPTIONS, "size", "negative", "refine_prompt", "refine_negative", "family", "calibration", "batch")
     names = tuple(option_name(word) for word in recorded if getattr(args, word) is not None)
     changes = Changes(names, choices, args.batch or 1, args.negative, args.refine_prompt, args.refine_negative)
-    return RepeatRequest(args.source, args.image, changes, model, args.save_stages, f".{args.format}", output)
+    seen, suffix = tuple(args.reference or ()), f".{args.format}"
+    return RepeatRequest(args.source, args.image, changes, model, args.save_stages, suffix, output, seen, args.memory)
 
 
 def add_parser(commands: Commands) -> None:
@@ -233,6 +246,13 @@ def add_parser(commands: Commands) -> None:
         metavar="S",
         help="start stage 1 from --image at this sigma, above 0 (keep it) and at most 1 (ignore it)",
     )
+    parser.add_argument(
+        "--reference",
+        type=path_option,
+        action="append",
+        metavar="FILE",
+        help="an image for an editing model to look at; several with several options",
+    )
     parser.add_argument("--batch", type=whole_number(1, MAX_BATCH), metavar="N", help="number of images (default 1)")
     parser.add_argument(
         "--format",
@@ -241,6 +261,7 @@ def add_parser(commands: Commands) -> None:
         metavar="png|jpg|webp",
         help="of the saved images (default png, lossless)",
     )
+    add_memory(parser)
     parser.add_argument("--save-stages", action="store_true", help="save the image of every stage too")
     parser.add_argument(
         "--from", dest="source", type=path_option, metavar="IMAGE", help="repeat the run of a saved image"
@@ -286,6 +307,13 @@ def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> Non
     if source is not None:
         check_weights(model, file, source)
         model = recorded_loras(model, source)
+    if request.memory is not None:
+        model, fitted = fit_to_card(
+            *(model, family, jobs[0].plan, request.memory), batch=jobs[0].batch, tiles=source is None
+        )
+        jobs = tuple(replace(job, plan=fitted.plan) for job in jobs)
+        results.plan = fitted.plan
+        say_new((fitted.sentence,), results.notes)
     check_packages(model)
     check_memory(model, family, jobs[0].plan, batch=jobs[0].batch)
     with writable(output.folder), saying_warnings(results.notes), threads_of(source):
@@ -338,6 +366,6 @@ def _sample(
         callback=callback,
         cancel=stop.polled,
         keep_stages=keep_stages,
-        image=None if job.start is None else job.start.pixels,
+        image=None if job.start is None else job.start.for_engine(loaded.engine),
         start_sigma=None if job.start is None else job.start.strength,
     )

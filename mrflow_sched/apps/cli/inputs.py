@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, Literal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mrflow_sched.plan.stages import StagedPlan
+    from mrflow_sched.sampling.engine import Engine
 
 STDIN: Final = "-"
 """What stands for standard input in place of a file."""
@@ -49,6 +51,23 @@ class StartImage:
     pixels: Tensor
     strength: float | None
     alpha: Tensor | None = None
+
+    def for_engine(self, engine: Engine) -> Tensor:
+        """The image as an engine reads it.
+
+        Args:
+            engine: Its `Capabilities.alpha` counts.
+
+        Returns:
+            (3, H, W), or (4, H, W) with the transparency where the engine makes transparent images.
+        """
+        import torch
+
+        from mrflow_sched.sampling.engine import capabilities_of
+
+        if self.alpha is None or not capabilities_of(engine).alpha:
+            return self.pixels
+        return torch.cat([self.pixels, self.alpha])
 
     def size(self, factor: float) -> tuple[int, int]:
         """The size of the final image where none was asked for.
@@ -115,6 +134,45 @@ def read_start(file: Path, strength: float | None) -> StartImage:
 
     pixels, alpha = split_alpha(load_image(file, warn=say, alpha=True)[None])
     return StartImage(file, hash_of(file), pixels[0], strength, None if alpha is None else alpha[0])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An image that an editing model looks at.
+
+    Attributes:
+        file: Where it was read.
+        sha256: Hash of the file.
+        pixels: (3 or 4, H, W), float32 in [0, 1].
+    """
+
+    file: Path
+    sha256: str
+    pixels: Tensor
+
+
+def read_references(files: Sequence[Path]) -> tuple[Reference, ...]:
+    """Read the images of --reference.
+
+    Args:
+        files: Image files.
+
+    Returns:
+        The images with their hashes, in the same order.
+
+    Raises:
+        MrFlowError: A file cannot be read.
+    """
+    from mrflow_sched.images.files import load_image
+
+    found: list[Reference] = []
+    for file in files:
+        try:
+            pixels = load_image(file, warn=say, alpha=True)
+        except MrFlowError as error:
+            raise MrFlowError(f"--reference: {error}") from error
+        found.append(Reference(file, hash_of(file), pixels))
+    return tuple(found)
 
 
 def syntax_notes(*texts: str | None) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.console import say
-from mrflow_sched.apps.cli.inputs import StartImage, hash_of
+from mrflow_sched.apps.cli.inputs import Reference, StartImage, hash_of
 from mrflow_sched.apps.cli.lora import add_loras
 from mrflow_sched.apps.cli.options import LANCZOS, ModelChoices
 from mrflow_sched.apps.cli.stopping import current
@@ -47,6 +47,7 @@ class Job:
         start: The image that the run starts from, or None.
         refine_prompt: The prompt of the stages after the first; None: `prompt`.
         refine_negative: Their negative prompt; None: `negative`.
+        references: What an editing model looks at.
     """
 
     plan: StagedPlan
@@ -58,6 +59,7 @@ class Job:
     start: StartImage | None = None
     refine_prompt: str | None = None
     refine_negative: str | None = None
+    references: tuple[Reference, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -211,7 +213,19 @@ def load(model: ModelChoices, job: Job, file: Path | None) -> Loaded:
     family = model.family if source is None else job.plan.family
     chosen = replace(model, device=device, family=family, upscaler_dtype=own)
     upscaler = None if len(job.plan.stages) == 1 else open_upscaler(chosen, file)
-    return Loaded(load_engine(chosen, dtypes), upscaler, None if upscaler is None else file)
+    engine = _looking_at(load_engine(chosen, dtypes), job.references)
+    return Loaded(engine, upscaler, None if upscaler is None else file)
+
+
+def _looking_at(engine: PipelineEngine, references: Sequence[Reference]) -> PipelineEngine:
+    """The engine with references; refuses those that it does not take, and a model that cannot do without."""
+    from mrflow_sched.apps.pictures import check_references, references_of
+    from mrflow_sched.engines.diffusers.editing import Pictures
+
+    check_references(engine.pipe, len(references))
+    if not references:
+        return engine
+    return engine.looking_at(Pictures(references_of([each.pixels for each in references], engine.pipe, say)))
 
 
 def open_upscaler(model: ModelChoices, file: Path | None) -> PixelUpscaler:
@@ -249,7 +263,11 @@ def load_engine(model: ModelChoices, dtypes: str | Mapping[str, str]) -> Pipelin
     Raises:
         MrFlowError: The folder, the family, the device, a dtype or a LoRA cannot be used.
     """
+    from mrflow_sched.engines.diffusers.vae_tiles import tile_vae
+
     engine = _bare_engine(model, dtypes)
+    if model.vae_tile is not None and not tile_vae(engine.pipe.vae, model.vae_tile):
+        say("The VAE cannot work in tiles, so it needs more memory than was counted.")
     current().check()
     if model.loras:
         add_loras(engine.pipe, model.loras)
@@ -269,21 +287,17 @@ def _bare_engine(model: ModelChoices, dtypes: str | Mapping[str, str]) -> Pipeli
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
     device = resolve_device(model.device)
-    layers = model.offload == "layers" and device.type != "cpu"
     if model.offload and device.type == "cpu":
         say("--offload has no effect on a CPU, where all parts are already.")
     known = model.family if model.family in FAMILIES else None  # a family read from a configuration is read again
-    engine = PipelineEngine.from_folder(
+    return PipelineEngine.from_folder(
         model.model,
-        device="cpu" if layers else device,
+        device=device,
         dtype=dtypes,
         family=known,
-        offload=model.offload == "model",
+        offload=model.offload or False,
         config=model.config,
     )
-    if layers:
-        engine.pipe.enable_sequential_cpu_offload(device=device)
-    return engine
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -362,5 +376,6 @@ def make_record(model: ModelChoices, job: Job, loaded: Loaded) -> RunRecord:
         strength=None if start is None else start.strength,
         refine_prompt=job.refine_prompt,
         refine_negative=job.refine_negative,
+        references=tuple(each.sha256 for each in job.references),
         loras=tuple(RecordedLora(each.file.name, hash_of(each.file), each.scale) for each in model.loras),
     )

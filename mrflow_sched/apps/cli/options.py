@@ -15,6 +15,7 @@ from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage, read_small
 from mrflow_sched.apps.cli.meaning import check_plan_options, check_start_options
 from mrflow_sched.apps.cli.parsing import (
     lora_option,
+    number_option,
     path_option,
     path_text_option,
     seed_option,
@@ -25,10 +26,11 @@ from mrflow_sched.apps.cli.wording import option_name, with_options
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.options import OPTIONS, Option, PlanOptions
-from mrflow_sched.plan.sizes import size_step
+from mrflow_sched.plan.sizes import from_an_image, size_step
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
+    from mrflow_sched.plan.cost import Offload
     from mrflow_sched.plan.families import Family
 
 LANCZOS = "lanczos"
@@ -261,7 +263,8 @@ class PlanChoices:
         known, native = self._calibrated(family), bool(self.options.get("native"))
         usual = default_size(known, native=native) if start is None else start.size(size_step(known, self.options))
         width, height = self.size or usual
-        plan = make_plan(known, width, height, **self.options)
+        options = from_an_image(self.options) if start is not None and start.strength is None else self.options
+        plan = make_plan(known, width, height, **cast("PlanOptions", options))
         if start is not None and self.size is None:
             start.check_shape(plan)
         return plan
@@ -373,6 +376,20 @@ def model_options() -> Parser:
     return parser
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add the option for a card of a given size.
+
+    Args:
+        parser: Of a command that plans for one.
+    """
+    parser.add_argument(
+        "--memory",
+        type=number_option,
+        metavar="GB",
+        help="choose offload and tiles so that the run fits on a card of this size, such as 8, 12 or 16",
+    )
+
+
 @dataclass(frozen=True)
 class ModelChoices:
     """Which model and upscaler to load, and how.
@@ -389,6 +406,7 @@ class ModelChoices:
         upscaler_tile: Largest side in input pixels that the upscaler is given at once; None: the whole image.
         force: Run although the forecast says that memory will not do.
         config: For a single file: the diffusers folder that describes it; None: one of its name beside it.
+        vae_tile: Largest side in pixels of an image that the VAE works on at once; None: the whole image.
     """
 
     model: str | None = None
@@ -396,12 +414,13 @@ class ModelChoices:
     upscaler: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    offload: str | None = None
+    offload: Offload | None = None
     loras: tuple[LoraChoice, ...] = ()
     upscaler_dtype: str = "auto"
     upscaler_tile: int | None = None
     force: bool = False
     config: str | None = None
+    vae_tile: int | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ModelChoices:

@@ -11,8 +11,9 @@ from typing import Any
 from mrflow_sched._runtime.errors import MrFlowError, first_line
 from mrflow_sched.apps.cli.console import Outcome
 from mrflow_sched.apps.cli.inputs import read_small
-from mrflow_sched.apps.cli.options import Commands, PlanChoices, common_options, plan_options
+from mrflow_sched.apps.cli.options import Commands, PlanChoices, add_memory, common_options, plan_options
 from mrflow_sched.apps.plan_lines import plan_lines
+from mrflow_sched.plan.card import fit_card
 from mrflow_sched.plan.cost import Speeds, part_costs, work_ratio
 from mrflow_sched.plan.families import FAMILIES
 from mrflow_sched.plan.stages import StagedPlan
@@ -26,11 +27,13 @@ class PlanRequest:
         family: Name of the model family.
         choices: Options of the plan.
         timings: A file that holds what `mrflow compare --json` printed, to predict the run time from; or None.
+        memory: Of a card in GiB, for which offload and tiles are chosen; None: neither is.
     """
 
     family: str
     choices: PlanChoices
     timings: Path | None
+    memory: float | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> PlanRequest:
@@ -42,7 +45,7 @@ class PlanRequest:
         Returns:
             The request.
         """
-        return cls(args.family, PlanChoices.from_args(args), args.timings)
+        return cls(args.family, PlanChoices.from_args(args), args.timings, args.memory)
 
 
 def add_parser(commands: Commands) -> None:
@@ -61,6 +64,7 @@ def add_parser(commands: Commands) -> None:
         metavar="FILE",
         help="predict the run time from what `mrflow compare --json` printed on this machine",
     )
+    add_memory(parser)
     parser.set_defaults(from_args=PlanRequest.from_args, run=run)
 
 
@@ -77,10 +81,16 @@ def run(request: PlanRequest) -> Outcome:
         MrFlowError: The options make no plan, or the file of --timings cannot be used.
     """
     plan = request.choices.make_plan(request.family)
+    fitted = None if request.memory is None else fit_card(plan, request.memory, name="--memory")
+    plan = plan if fitted is None else fitted.plan
     seconds = None if request.timings is None else _predicted(plan, request.timings)
-    more = {} if seconds is None else {"seconds": [{"name": name, "seconds": value} for name, value in seconds]}
+    more: dict[str, Any] = (
+        {} if seconds is None else {"seconds": [{"name": name, "seconds": value} for name, value in seconds]}
+    )
+    if fitted is not None:
+        more["memory"] = fitted.to_dict()
     value = {**plan.to_dict(), "work_ratio": work_ratio(plan), "work": _work(plan), **more}
-    return Outcome(value, tuple(plan_lines(plan, seconds)))
+    return Outcome(value, (*plan_lines(plan, seconds), *([] if fitted is None else [fitted.sentence])))
 
 
 def _work(plan: StagedPlan) -> list[dict[str, Any]]:

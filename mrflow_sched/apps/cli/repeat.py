@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.apps.cli.console import say
-from mrflow_sched.apps.cli.inputs import LoraChoice, StartImage, hash_of, read_start
+from mrflow_sched.apps.cli.inputs import LoraChoice, Reference, StartImage, hash_of, read_references, read_start
 from mrflow_sched.apps.cli.load import EMBEDDED, UPSCALER, Job
 from mrflow_sched.apps.cli.meaning import left_of
 from mrflow_sched.apps.cli.options import ModelChoices, PlanChoices
@@ -45,7 +45,14 @@ class Changes:
     refine_negative: str | None
 
 
-def repeated_job(file: Path, model: ModelChoices, image: Path | None, family: str | Family, changes: Changes) -> Job:
+def repeated_job(
+    file: Path,
+    model: ModelChoices,
+    image: Path | None,
+    family: str | Family,
+    changes: Changes,
+    references: tuple[Path, ...] = (),
+) -> Job:
     """Read what an image says of its run: our record, or the texts of A1111 and ComfyUI.
 
     Args:
@@ -54,6 +61,7 @@ def repeated_job(file: Path, model: ModelChoices, image: Path | None, family: st
         image: The file of --image, or None.
         family: The model's, from `plan_family`.
         changes: What else was asked for.
+        references: The files of --reference.
 
     Returns:
         The job: the recorded run, of whose images only the recorded one is saved; or a new run with the prompts, the
@@ -74,7 +82,7 @@ def repeated_job(file: Path, model: ModelChoices, image: Path | None, family: st
                 f"--from takes the prompt and all numbers from the image's record, so {changes.names[0]} has no "
                 "meaning; leave one out."
             )
-        return _recorded_job(file, RunRecord.from_json(texts[KEY]), model, image)
+        return _recorded_job(file, RunRecord.from_json(texts[KEY]), model, image, references)
     foreign = read_foreign(texts)
     if foreign is None:
         raise MrFlowError(
@@ -85,6 +93,8 @@ def repeated_job(file: Path, model: ModelChoices, image: Path | None, family: st
         raise MrFlowError(
             f"--from is {str(file)!r}, whose prompt is taken for a new run from noise; leave out --image."
         )
+    if references:
+        raise MrFlowError(f"--from is {str(file)!r}, which has no mrflow record of references; leave out --reference.")
     if nodes is not None:
         known = get_family(family) if isinstance(family, str) else family
         return _node_job(file, foreign, nodes, known, changes, None if image is None else read_start(image, None))
@@ -183,17 +193,40 @@ def _misfits(foreign: ForeignRun, nodes: NodeSettings, family: Family) -> Iterat
         yield f"the negative prompt, as {family.title} takes none"
 
 
-def _recorded_job(file: Path, record: RunRecord, model: ModelChoices, image: Path | None) -> Job:
+def _recorded_job(
+    file: Path, record: RunRecord, model: ModelChoices, image: Path | None, references: tuple[Path, ...]
+) -> Job:
     """Make the job of a record. The whole batch runs again, because the last bits depend on the batch's size."""
     check_source(str(file), model, record)
     start = _recorded_start(file, record, image)
+    seen = _recorded_references(file, record, references)
     if record.unfinished:
         say(f"{str(file)!r} is an unfinished image; its run is now completed.")
     if record.preview is not None:
         say(f"{str(file)!r} is a preview ({shown(record.preview)}); its native run is now made in full.")
     plan = StagedPlan.from_string(record.plan)
     later = record.refine_prompt, record.refine_negative
-    return Job(plan, record.prompt, record.negative, record.batch, (record.image,), record, start, *later)
+    return Job(plan, record.prompt, record.negative, record.batch, (record.image,), record, start, *later, seen)
+
+
+def _recorded_references(file: Path, record: RunRecord, files: tuple[Path, ...]) -> tuple[Reference, ...]:
+    """Read the references of a recorded run, which the record knows by their hashes alone."""
+    wanted = len(record.references)
+    if not wanted and files:
+        raise MrFlowError(f"{str(file)!r} was made without references; leave out --reference.")
+    if wanted != len(files):
+        raise MrFlowError(
+            f"{str(file)!r} was made with {wanted} reference{'s' if wanted > 1 else ''}, which it does not hold; give "
+            "the same files again, each with --reference."
+        )
+    found = read_references(files)
+    other = next((one for one, known in zip(found, record.references, strict=True) if one.sha256 != known), None)
+    if other is not None:
+        raise MrFlowError(
+            f"{str(other.file)!r} is not the reference that {str(file)!r} was made with; give the same files, in the "
+            "same order, each with --reference."
+        )
+    return found
 
 
 def _recorded_start(file: Path, record: RunRecord, image: Path | None) -> StartImage | None:

@@ -124,6 +124,8 @@ class Results:
 
     def _save_one(self, folder: Path, suffix: str, job: Job, record: RunRecord, result: StagedResult) -> None:
         """Write one image and its stages; the stages take the name that the image got."""
+        from mrflow_sched.images.alpha import on_white
+
         seed, number = job.plan.seed + record.image, record.image
         stem = f"mrflow-{seed}{'-unfinished' if record.unfinished else ''}"
         text = {PARAMETERS: parameters_text(record), KEY: record.to_json()}
@@ -133,7 +135,8 @@ class Results:
         for step, stage in enumerate(result.stages, 1):
             name = re.sub(r"[^a-z0-9]+", "-", stage.name.lower()).strip("-")
             own = f"{stem if path is None else path.stem}-part{step}-{name}"
-            stages.append(self._put(folder, own, suffix, _one(stage.image, number), text))
+            shown = _one(stage.image, number)
+            stages.append(self._put(folder, own, suffix, shown if holds_alpha(suffix) else on_white(shown), text))
         if path is not None:
             kept = tuple(stage for stage in stages if stage is not None)
             self.images.append(SavedImage(path, record.prompt, seed, record.unfinished, kept))
@@ -190,13 +193,16 @@ def _one(images: Tensor, number: int) -> Tensor:
 
 
 def _with_alpha(image: Tensor, job: Job, suffix: str) -> Tensor:
-    """An image with the transparency of the one that the run started from, where the format holds it."""
-    if job.start is None or job.start.alpha is None or not holds_alpha(suffix):
-        return image
+    """An image with its own transparency, or that of the one that the run started from, where the format holds it."""
     import torch
 
+    from mrflow_sched.images.alpha import on_white
     from mrflow_sched.upscaling.fit import fit_like
 
+    if not holds_alpha(suffix):
+        return on_white(image)
+    if job.start is None or job.start.alpha is None or len(image) == 4:
+        return image
     return torch.cat([image, fit_like(job.start.alpha[None].to(image), image[None], job.plan)[0]])
 
 

@@ -14,7 +14,7 @@ from mrflow_sched.images.record import MAX_PROMPT
 from mrflow_sched.plan.checks import MAX_SEED
 from mrflow_sched.plan.families import Family
 from mrflow_sched.plan.make import make_plan
-from mrflow_sched.plan.sizes import size_step
+from mrflow_sched.plan.sizes import from_an_image, size_step
 from mrflow_sched.plan.stages import StagedPlan
 
 RANDOM = "random"
@@ -84,6 +84,7 @@ class Choices:
         }
         given: Any = {name: value for name, value in options.items() if value is not None}
         width, height = start.size(size_step(family, given)) if start is not None else self._sides(family)
+        given = from_an_image(given) if start is not None else given
         plan = make_plan(family, width, height, **given, seed=self._seed() or 0)
         if start is not None:
             start.check_shape(plan)

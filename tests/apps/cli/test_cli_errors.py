@@ -81,7 +81,7 @@ BAD = {
     "from nothing": ["generate", "--from", "nothing.png"],
     "device": ["generate", "p", "--device", "quantum"],
     "device without numbers": ["generate", "p", "--device", "meta"],
-    "too large for the schedule": ["plan", "--family", "flux1-dev", "--size", "32768x32768"],
+    "too large for the schedule": ["plan", "--family", "flux1-dev", "--size", "32768x32768", "--stages", "2"],
     "out is --": ["generate", "p", "--out=--"],
     "size is --": ["plan", "--family", "demo", "--size=--"],
     "out is empty": ["generate", "p", "--out="],

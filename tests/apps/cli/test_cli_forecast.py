@@ -13,6 +13,8 @@ from mrflow_sched._runtime import memory
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.forecast import check_memory
 from mrflow_sched.apps.cli.options import ModelChoices
+from mrflow_sched.plan.card import CUT, SPARE
+from mrflow_sched.plan.cost import peak_memory
 from mrflow_sched.plan.make import make_plan
 
 SMALL = ("--size", "64x64", "--preset", "1+1", "--upscaler", "lanczos")
@@ -110,3 +112,51 @@ def test_a_folder_needs_what_its_own_network_weighs(
     monkeypatch.setattr(memory, "free_bytes", lambda _: 4 * 10**9)
     run = ("generate", "a cat", *SMALL, "--out", str(tmp_path / "out"))
     assert mrflow(*run, model=str(tmp_path / "tiny"))[0] == 0
+
+
+def test_memory_cuts_a_run_to_fit_and_refuses_one_that_cannot(
+    mrflow: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mrflow_sched.apps.cli import generate
+
+    seen: list[ModelChoices] = []
+    loaded = generate.load
+
+    def note(model: ModelChoices, *rest: Any) -> Any:
+        seen.append(model)
+        return loaded(model, *rest)
+
+    monkeypatch.setattr(generate, "load", note)
+    run = ("generate", "a star", "--preset", "1+1", "--out", str(tmp_path), "--dtype", "bfloat16")
+    plan = make_plan("demo", 576, 512, "1+1")
+    cut = peak_memory(plan, upscaler_tile=CUT)
+    assert cut is not None
+    card = str(cut.total * SPARE / 2**30)
+    code, _, err = mrflow(*run, "--size", "576x512", "--memory", card, model=None)
+    assert code == 0
+    assert "GB all parts stay on it; upscaler in tiles of 512: about 0.1 GiB in upscale." in err
+    assert [(model.offload, model.vae_tile, model.upscaler_tile) for model in seen] == [(None, None, CUT // 4)]
+    code, _, err = mrflow(*run, "--size", "1024x1024", "--memory", "0.05", model=None)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "does not fit on a card of 0.05 GB" in err
+    assert "or add --force" in err
+    for bad in ("0", "0.01"):
+        for words in (run, ("plan", "--family", "flux1-dev", "--size", "1024x1024")):
+            code, _, err = mrflow(*words, "--memory", bad, model=None)
+            assert (code, err.count("\n")) == (2, 1)
+            assert "--memory must be a number from 0.05 to " in err
+    code, _, err = mrflow(*run, "--memory", "8", "--offload", "layers", model=None)
+    assert code == 2
+    assert "--memory chooses what is offloaded" in err
+
+
+def test_a_vae_in_tiles_takes_tiles_of_the_side_that_was_counted() -> None:
+    from mrflow_sched.apps.cli.load import load_engine
+    from mrflow_sched.engines.diffusers.vae_tiles import tile_vae
+
+    vae = load_engine(ModelChoices(device="cpu", vae_tile=64), "float32").pipe.vae
+    assert vae.use_tiling
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (64, 16)  # the embedded model's VAE has factor 4
+    assert tile_vae(vae, 512)
+    assert vae.tile_sample_min_size == 64  # smaller tiles are kept
+    assert not tile_vae(object(), 512)

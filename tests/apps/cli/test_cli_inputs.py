@@ -131,6 +131,9 @@ def test_the_size_from_an_image_follows_the_factors(start: Path) -> None:
         plan = PlanChoices(None, options, None).make_plan("demo", image)  # type: ignore[arg-type]
         assert (plan.width, plan.height) == size
     assert PlanChoices((64, 64), {}, None).make_plan("demo", image).width == 64
+    # However large the result, no size is chosen for a stage that the image replaces; one that starts from it has one.
+    assert len(PlanChoices((1024, 1024), {}, None).make_plan("demo", image).stages) == 2
+    assert len(PlanChoices((1024, 1024), {}, None).make_plan("demo", read_start(start, 0.5)).stages) == 3
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_every_option_of_a_plan_is_on_the_command_line_and_nothing_else(capsys: 
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     text = capsys.readouterr().out
-    of_the_command = {"--help", "--json", "--debug", "--family", "--timings", "--size", "--calibration"}
+    of_the_command = {"--help", "--json", "--debug", "--family", "--timings", "--size", "--calibration", "--memory"}
     shown = set(re.findall(r"^ +(?:-h, )?(--[a-z][a-z-]*)", text.partition("options:")[2], re.MULTILINE))
     assert shown - of_the_command == {f"--{name.replace('_', '-')}" for name in OPTIONS}
     for option in OPTIONS.values():
@@ -186,3 +186,13 @@ def test_every_later_stage_may_have_its_own_numbers(mrflow: Any) -> None:
     plan = StagedPlan.from_string(json.loads(out)["plan"])
     assert [stage.width for stage in plan.stages] == [512, 1024, 2048]
     assert [(stage.steps, stage.start_sigma) for stage in plan.stages[1:]] == [(1, 0.2), (2, 0.1)]
+
+
+def test_memory_chooses_offload_and_tiles_and_says_so(mrflow: Any) -> None:
+    words = ("plan", "--family", "z-image", "--size", "4096x4096", "--memory", "16")
+    code, out, _ = mrflow(*words, model=None)
+    assert code == 0
+    assert out.splitlines()[-1].startswith("On a card of 16 GB all parts stay on it; VAE in tiles of 512; upscaler in ")
+    assert ";tile=1024;tile_positions=whole;" in out
+    found = json.loads(mrflow(*words, "--json", model=None)[1])["memory"]
+    assert (found["tile"], found["vae_tile"], found["offload"], found["fits"]) == (1024, 512, None, True)
