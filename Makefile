@@ -40,11 +40,15 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Everything but the WebUI, whose hosts bring diffusers of their own or none, the building of packages, the benches, and
-# what uses no library whose version is pinned: plans, image files, solvers, training.
+# what uses no library whose version is pinned: plans, image files, solvers, training; and the sweep, whose page is of the newest.
+# Two processes share it, about half each.
+HALF := tests/engines tests/methods tests/measure tests/demo tests/upscaling tests/docs
 oldest: $(OLDEST)/.made
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider --ignore=tests/webui --ignore=tests/test_packaging.py \
-		--ignore=tests/plan --ignore=tests/images --ignore=tests/sampling --ignore=tests/bench --ignore=tests/tools \
-		$(PYTEST_ARGS)
+	printf '%s\n' "$(HALF) --ignore=tests/engines/test_every_pipeline.py" "tests $(HALF:%=--ignore=%) \
+		--ignore=tests/webui --ignore=tests/test_packaging.py --ignore=tests/test_watch.py --ignore=tests/plan \
+		--ignore=tests/images --ignore=tests/sampling --ignore=tests/bench --ignore=tests/tools" | \
+		PYTHONPATH=. OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I PART \
+		sh -c '$(OLDEST)/bin/python -m pytest -q -p no:cacheprovider PART $(PYTEST_ARGS)'
 
 $(OLDEST)/.made:
 	@echo "Installing into $(OLDEST); the first time takes some minutes."
