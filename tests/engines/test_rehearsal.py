@@ -275,11 +275,17 @@ def _clamped(self: Any, **named: Any) -> Any:
         del self.scheduler.step
 
 
+_TURNED = "turns its loop's latents into those of its vae"
+
+
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
         ({"prepare_latents": _louder}, "starts from noise of deviation 2.* instead of 1"),
-        ({"__call__": functools.update_wrapper(_clamped, type(tiny("sd3")).__call__)}, "latents|stage"),
+        (
+            {"__call__": functools.update_wrapper(_clamped, type(tiny("sd3")).__call__)},
+            "turns its loop's latents into those of its vae",
+        ),
     ],
 )
 def test_loops_that_do_more_than_their_scheduler_are_refused(members: dict[str, Any], sentence: str) -> None:
@@ -348,10 +354,8 @@ def test_scales_may_differ_within_a_patch() -> None:
     assert (found.denormalise(latents) - latents * scale).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("made", [lambda x: x.flip(-1), lambda x: x**3, lambda x: x * x.abs().max(), torch.zeros_like])
+@pytest.mark.parametrize("made", [lambda x: x.flip(-1), lambda x: x**3, torch.zeros_like])
 def test_what_is_no_such_map_is_not_found(made: Any) -> None:
     torch.manual_seed(0)
     latents = torch.randn(1, 4, 6, 8)
-    other: Tensor = made(latents)
-    found = find_map(latents, other)
-    assert found is None or (found.denormalise(latents) - other).abs().max() < 1e-4
+    assert find_map(latents, made(latents)) is None

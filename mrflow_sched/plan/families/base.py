@@ -279,6 +279,15 @@ class HostFacts:
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     latent_channels: int | None = None
 
+    @property
+    def distilled(self) -> bool:
+        """Whether it is distilled to few steps, of two models that share one network: by its name, else by a CFG of 1.
+
+        Hosts configure both alike.
+        """
+        named = named_distilled(self.name)
+        return self.guidance == 1 if named is None else named
+
     def number(self, key: str) -> int:
         """A whole number of `config`.
 

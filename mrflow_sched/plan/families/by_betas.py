@@ -14,6 +14,7 @@ from mrflow_sched.plan.families.shared import (
     DIFFUSERS,
     FEWER_CFG_PRESETS,
     MASKED_CFG_TEXT,
+    POOLED_CFG_TEXT,
     SCHEDULER,
     SOLVER_SOURCES,
     sources,
@@ -35,12 +36,7 @@ _KOLORS = replace(
         tells=always,
         layout="StableDiffusionLayout",
         casts_latents=False,
-        text_outputs=(
-            "prompt_embeds",
-            "negative_prompt_embeds",
-            "pooled_prompt_embeds",
-            "negative_pooled_prompt_embeds",
-        ),
+        text_outputs=POOLED_CFG_TEXT,
     ),
     host=never,
     sources=MappingProxyType(

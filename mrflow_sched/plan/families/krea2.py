@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, Preset, ShiftRule, named_distilled
+from mrflow_sched.plan.families.base import Family, HostFacts, PipelineInfo, Preset, ShiftRule
 from mrflow_sched.plan.families.qwen import QWEN_VAE
 from mrflow_sched.plan.families.shared import (
     ASSUMED_PRESETS,
@@ -24,9 +24,7 @@ def _host(facts: HostFacts) -> bool:
 
 
 def _host_turbo(facts: HostFacts) -> bool:
-    # Hosts configure both by Raw's repository.
-    named = named_distilled(facts.name)
-    return _host(facts) and (facts.guidance == 1 if named is None else named)
+    return _host(facts) and facts.distilled
 
 
 def _host_raw(facts: HostFacts) -> bool:

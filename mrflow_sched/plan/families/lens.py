@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-from mrflow_sched.plan.families.base import Family, HostFacts, Preset, ShiftRule, named_distilled
+from mrflow_sched.plan.families.base import Family, HostFacts, Preset, ShiftRule
 from mrflow_sched.plan.families.shared import (
     ASSUMED_PRESETS,
     FEWER_CFG_PRESETS,
@@ -20,8 +20,7 @@ def _host(facts: HostFacts) -> bool:
 
 
 def _host_turbo(facts: HostFacts) -> bool:
-    named = named_distilled(facts.name)
-    return _host(facts) and (facts.guidance == 1 if named is None else named)
+    return _host(facts) and facts.distilled
 
 
 def _host_base(facts: HostFacts) -> bool:

@@ -13,6 +13,7 @@ from mrflow_sched.plan.families.shared import (
     COUNTED,
     DIFFUSERS,
     FEWER_CFG_PRESETS,
+    POOLED_CFG_TEXT,
     SCHEDULER,
     sources,
     transformer_flop,
@@ -48,12 +49,7 @@ _PIPELINE = PipelineInfo(
     titles=(("SD3, SD3.5", "StableDiffusion3Pipeline"),),
     tells=_medium,
     even_list=False,
-    text_outputs=(
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
+    text_outputs=POOLED_CFG_TEXT,
 )
 
 _SD3_LINEAR, _SD3_ATTENTION = transformer_flop(1536, 24)

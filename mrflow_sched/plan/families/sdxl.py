@@ -6,7 +6,14 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from mrflow_sched.plan.families.base import Family, HostFacts, NetworkCost, PipelineInfo, ShiftRule, always
-from mrflow_sched.plan.families.shared import ASSUMED_PRESETS, CARD, DIFFUSERS, FEWER_CFG_PRESETS, sources
+from mrflow_sched.plan.families.shared import (
+    ASSUMED_PRESETS,
+    CARD,
+    DIFFUSERS,
+    FEWER_CFG_PRESETS,
+    POOLED_CFG_TEXT,
+    sources,
+)
 
 _SD15_ENGINES = ("StableDiffusion", "StableDiffusion2", "SD15", "SD20")
 # ComfyUI's names of SDXL and of the smaller networks that were distilled from it.
@@ -31,12 +38,7 @@ _PIPELINE = PipelineInfo(
     tells=always,
     layout="StableDiffusionXLLayout",
     casts_latents=False,
-    text_outputs=(
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    ),
+    text_outputs=POOLED_CFG_TEXT,
 )
 _SD15_PIPELINE = PipelineInfo(
     classes=r"StableDiffusion(ControlNet|PAG|ControlNetPAG|Adapter)?(Inpaint)?Pipeline",

@@ -29,6 +29,14 @@ MASKED_CFG_TEXT = (
     "negative_prompt_attention_mask",
 )
 
+# Likewise where both have a pooled embedding.
+POOLED_CFG_TEXT = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
+
 OFFICIAL_PRESETS = (
     Preset("12+1", 12, 1, 0.12, OFFICIAL),
     Preset("20+1", 20, 1, 0.15, COMFY),

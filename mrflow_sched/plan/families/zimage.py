@@ -14,7 +14,6 @@ from mrflow_sched.plan.families.base import (
     Preset,
     ShiftRule,
     always,
-    named_distilled,
     never,
 )
 from mrflow_sched.plan.families.shared import (
@@ -42,9 +41,7 @@ def _host(facts: HostFacts) -> bool:
 
 
 def _host_turbo(facts: HostFacts) -> bool:
-    # Hosts configure both by Turbo's repository.
-    named = named_distilled(facts.name)
-    return _host(facts) and (facts.guidance == 1 if named is None else named)
+    return _host(facts) and facts.distilled
 
 
 def _host_base(facts: HostFacts) -> bool:

@@ -31,7 +31,7 @@ from mrflow_sched.plan.families import Family, ShiftRule
 from mrflow_sched.sampling.faults import LARGEST
 from mrflow_sched.sampling.network import TokenInputs, rows_of
 
-__all__ = ["SCALE_ARGUMENTS", "Layout", "parameter_defaults", "parameter_names", "parameters"]
+__all__ = ["SCALE_ARGUMENTS", "Layout", "network_name", "parameter_defaults", "parameter_names", "parameters"]
 
 # A VAE that overflows in float16 is float32 while it runs, as in diffusers; a second thread must not turn it back.
 _UPCAST = threading.Lock()
@@ -42,6 +42,18 @@ _FACTORS = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compres
 
 SCALE_ARGUMENTS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
 """Arguments of a pipeline's call whose entry "scale" is that of all its LoRAs."""
+
+
+def network_name(pipe: Any) -> str:
+    """The attribute of a pipeline that holds its network.
+
+    Args:
+        pipe: A diffusers pipeline.
+
+    Returns:
+        "transformer", or "unet" where there is none.
+    """
+    return "unet" if getattr(pipe, "transformer", None) is None else "transformer"
 
 
 def parameter_names(function: Any) -> frozenset[str]:
@@ -197,7 +209,7 @@ class Layout:
     @property
     def network_names(self) -> tuple[str, ...]:
         """The attributes that hold the pipeline's networks: one, or two that share the noise levels or the branches."""
-        first = "unet" if getattr(self.pipe, "transformer", None) is None else "transformer"
+        first = network_name(self.pipe)
         return (first,) if getattr(self.pipe, "transformer_2", None) is None else (first, "transformer_2")
 
     @property

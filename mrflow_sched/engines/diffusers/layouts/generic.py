@@ -1,7 +1,7 @@
 """A layout for flow pipelines of classes that no family names, from a rehearsal of the pipeline itself.
 
 Text is passed to the pipeline as it is. What a rehearsal cannot tell, or no stage can follow, is refused in one
-sentence.
+sentence. A pipeline without weights cannot be rehearsed: its numbers are those of its configurations.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing_extensions import override
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts.arrangement import Arrangement, Map
-from mrflow_sched.engines.diffusers.layouts.base import Layout, parameter_defaults, parameter_names
-from mrflow_sched.engines.diffusers.layouts.rehearsal import Guiding, Rehearsal, guidance_word, rehearse
+from mrflow_sched.engines.diffusers.layouts.base import Layout, network_name, parameter_defaults, parameter_names
+from mrflow_sched.engines.diffusers.layouts.rehearsal import Guiding, Rehearsal, guidance_word, patch_of, rehearse
 from mrflow_sched.engines.diffusers.layouts.shift import shift_rule
 from mrflow_sched.plan.families import Family, GuidanceKind, ShiftRule, get_family
 from mrflow_sched.plan.schedule import mu_flux2, mu_for_tokens
@@ -179,7 +179,7 @@ def _rehearsed(pipe: Any) -> Rehearsal:
 
 def _unloaded(pipe: Any) -> bool:
     """Whether weights have no memory, and no hook of accelerate brings them in when they are needed."""
-    for part in (_network(pipe), pipe.vae):
+    for part in (getattr(pipe, network_name(pipe)), pipe.vae):
         weight = next(iter(part.parameters()), None)
         if weight is not None and weight.is_meta and not any(hasattr(each, "_hf_hook") for each in part.modules()):
             return True
@@ -219,7 +219,7 @@ def _rule(pipe: Any, seen: Rehearsal) -> tuple[ShiftRule, int, bool]:
                 f"pipe is {type(pipe).__name__}, whose list of sigmas does not fall from 1 (it begins "
                 f"{', '.join(f'{sigma:.3g}' for sigma in given[:3])}); no stage can follow that."
             )
-    patch = max(seen.map.arrangement.patch, _patch(pipe))
+    patch = max(seen.map.arrangement.patch, patch_of(getattr(pipe, network_name(pipe))))
     if not pipe.scheduler.config.get("use_dynamic_shifting") or "mu" not in seen.asked[0]:
         return shift_rule(pipe.scheduler, None, even_list=all(even)), patch, own_list
     plain = shift_rule(pipe.scheduler, None, even_list=all(even))
@@ -250,16 +250,6 @@ def _is_even(sigmas: Sequence[float]) -> bool:
     return all(abs(sigma - (1 - index / count)) < 1e-3 for index, sigma in enumerate(sigmas))
 
 
-def _patch(pipe: Any) -> int:
-    said: Any = getattr(_network(pipe).config, "patch_size", None) or 1
-    return int(cast("Sequence[int]", said)[-1]) if isinstance(said, (list, tuple)) else int(said)
-
-
-def _network(pipe: Any) -> Any:
-    transformer = getattr(pipe, "transformer", None)
-    return pipe.unet if transformer is None else transformer
-
-
 def _family(pipe: Any, seen: Rehearsal, rule: ShiftRule, patch: int, name: str | None) -> Family:
     """A family from the pipeline's own numbers, or the named one with them."""
     grid = seen.factor * patch
@@ -275,7 +265,7 @@ def _family(pipe: Any, seen: Rehearsal, rule: ShiftRule, patch: int, name: str |
         known = get_family(name)
         sources = {**known.sources, **dict.fromkeys(measured, "seen in a rehearsal of the pipeline")}
         return replace(known, **measured, sources=MappingProxyType(sources))
-    like, said, network = get_family("sd3"), parameter_defaults(pipe.__call__), _network(pipe)
+    like, said, network = get_family("sd3"), parameter_defaults(pipe.__call__), getattr(pipe, network_name(pipe))
     word = seen.guiding.word
     scale = said.get(word) if isinstance(said.get(word), (int, float)) else None
     kind: GuidanceKind = "none"

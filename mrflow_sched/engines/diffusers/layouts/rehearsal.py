@@ -21,7 +21,7 @@ from torch import Tensor
 from mrflow_sched._runtime.errors import MrFlowError, first_line
 from mrflow_sched._runtime.memory import is_memory_error
 from mrflow_sched.engines.diffusers.layouts.arrangement import Map, find_map
-from mrflow_sched.engines.diffusers.layouts.base import parameter_names
+from mrflow_sched.engines.diffusers.layouts.base import network_name, parameter_names
 from mrflow_sched.engines.diffusers.quiet import short_lines
 from mrflow_sched.engines.diffusers.view import (
     TOKENIZER_LOCK,
@@ -33,7 +33,7 @@ from mrflow_sched.engines.diffusers.view import (
 )
 from mrflow_sched.sampling.network import first_of, tensor_of
 
-__all__ = ["Guiding", "Rehearsal", "guidance_word", "rehearse"]
+__all__ = ["Guiding", "Rehearsal", "guidance_word", "patch_of", "rehearse"]
 
 _SIZES = ((192, 128), (128, 256))
 """Small images whose sides every VAE factor and patch in use divides; they differ in their number of tokens."""
@@ -150,6 +150,19 @@ def rehearse(pipe: Any) -> Rehearsal:
     )
 
 
+def patch_of(network: Any) -> int:
+    """Latent pixels per token along a side, by a network's configuration.
+
+    Args:
+        network: A network of diffusers.
+
+    Returns:
+        1 where the configuration has none.
+    """
+    said: Any = getattr(network.config, "patch_size", None) or 1
+    return int(cast("Sequence[int]", said)[-1]) if isinstance(said, (list, tuple)) else int(said)
+
+
 def guidance_word(pipe: Any) -> str:
     """The argument of a pipeline's call that holds the scale: of two, that of CFG, unless the network reads the other.
 
@@ -161,7 +174,7 @@ def guidance_word(pipe: Any) -> str:
     """
     names = parameter_names(pipe.__call__)
     words = [word for word in ("true_cfg_scale", "guidance_scale", "distilled_guidance_scale") if word in names]
-    network = getattr(pipe, "transformer", None) or pipe.unet
+    network = getattr(pipe, network_name(pipe))
     return words[-1 if getattr(network.config, "guidance_embeds", False) else 0] if words else ""
 
 
@@ -190,7 +203,7 @@ def _begins_at(run: _Run, start: Tensor) -> bool:
 def _perform(pipe: Any, run: _Run, given: Mapping[str, Any], *, real: bool) -> None:
     """Call a view of the pipeline with stand-ins; `run` holds what they saw."""
     view = view_of(pipe, scheduler=_listening(pipe.scheduler.config, run), vae=_noting(pipe.vae, run))
-    name = "unet" if getattr(pipe, "transformer", None) is None else "transformer"
+    name = network_name(pipe)
     network = getattr(pipe, name)
     put_network(view, name, shell_of(network, _answering(network, view.scheduler, run, real)))
     names = parameter_names(pipe.__call__)
@@ -307,10 +320,8 @@ def _shape_of(network: Any, x: Tensor) -> tuple[int, ...]:
     axis = 2 if x.ndim == 3 else 1
     if not out or not into or x.shape[axis] != into:
         return tuple(x.shape)
-    patch = getattr(config, "patch_size", None) or 1
-    patch = int(cast("Sequence[int]", patch)[-1]) if isinstance(patch, (list, tuple)) else int(patch)
     shape = list(x.shape)
-    shape[axis] = int(out) * (patch**2 if x.ndim == 3 else 1)
+    shape[axis] = int(out) * (patch_of(network) ** 2 if x.ndim == 3 else 1)
     return tuple(shape)
 
 
