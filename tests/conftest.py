@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -24,6 +25,15 @@ class RootIsNoPackage:
 
     def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+@pytest.fixture(autouse=True)
+def logging_is_left_as_it_was() -> Iterator[None]:
+    """A test that silences all logging would make tests of log lines fail that happen to follow it in its process."""
+    before = logging.root.manager.disable
+    yield
+    after, logging.root.manager.disable = logging.root.manager.disable, before
+    assert after == before, f"the test left logging.disable at {after}; it was {before}"
 
 
 def pytest_configure(config: pytest.Config) -> None:

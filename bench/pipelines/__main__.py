@@ -9,11 +9,12 @@ python -m bench.pipelines --out FILE     all classes, the same tables into a fil
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from bench.pipelines import page
@@ -30,14 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.names and (options.write or options.out or options.changes):
         parser.error("--write, --out and --changes take all classes; leave the names out")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     found: list[Swept] = []
-    began = time.monotonic()
-    for each in sweep(options.names):
-        found.append(each)
-        print(line_of(each, time.monotonic() - began), flush=True)
+    with _libraries_silent():
         began = time.monotonic()
+        for each in sweep(options.names):
+            found.append(each)
+            print(line_of(each, time.monotonic() - began), flush=True)
+            began = time.monotonic()
     if not found:
         parser.error(f"no class or tiny pipeline is called {', '.join(options.names)}")
     names, running = share(found)
@@ -55,6 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out:
             options.out.write_text(text + "\n", "utf-8")
     return int(bool(failed))
+
+
+@contextlib.contextmanager
+def _libraries_silent() -> Generator[None, None, None]:
+    """No warnings, neither raised nor logged, while a block runs; what was set before holds again after it."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def line_of(each: Swept, seconds: float) -> str:
