@@ -1,5 +1,6 @@
 # make demo   sets up .venv and makes an image: native and staged sampling side by side, on the embedded model
-# make test   sets up .venv and runs everything that must hold: lint, types, tests, coverage
+# make test   sets up .venv and runs everything that must hold: lint, types, tests
+# make coverage  the tests once more, counting the branches that they run
 #
 # make docs   builds the documentation as a site, in site/
 # make oldest tests what touches diffusers with the oldest version that is supported, in an environment that is kept
@@ -25,13 +26,17 @@ WORKERS ?= 2
 # Holds no code of ours, so it serves every checkout until a pin or the Python changes.
 OLDEST := $(CACHE)/oldest-$(shell $(PYTHON) -c 'import sys, zlib; print("%d.%d-%08x" % (*sys.version_info[:2], zlib.crc32(open("requirements-oldest.txt", "rb").read())))')
 
-.PHONY: demo test docs oldest lint types train figures clean
+.PHONY: demo test coverage docs oldest lint types train figures clean
 
 demo: $(VENV)/.demo
 	$(BIN)/mrflow compare "$(PROMPT)" --out $(OUT)
 	@echo "The image is $(OUT)/compare.png"
 
 test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# Takes half as long again as the tests alone.
+coverage: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 		--cov=mrflow_sched --cov-report=term --cov-fail-under=$(CORE_COVERAGE) $(PYTEST_ARGS)
 

@@ -33,7 +33,8 @@ from bench.markdown import table
 from bench.quality import judge
 from bench.quality.__main__ import FIRST_SEED, scenes_of
 from mrflow_sched import demo, load_upscaler, make_plan
-from mrflow_sched.demo.scenes import Scene, caption
+from mrflow_sched.demo.captions import caption
+from mrflow_sched.demo.scenes import Scene
 from mrflow_sched.measure.metrics import psnr
 from mrflow_sched.methods.tiled import Tiled, TiledEngine
 from mrflow_sched.plan.tiles import cells

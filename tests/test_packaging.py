@@ -84,14 +84,15 @@ def test_the_wheel_holds_the_package_with_its_data_and_nothing_else(wheel: zipfi
     here = [path for path in (ROOT / "mrflow_sched").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     code = {path.relative_to(ROOT).as_posix() for path in here if path.suffix == ".py" or path.name == "py.typed"}
     data = {path for path in here if {"weights", "languages"} & set(path.parts) and path.suffix in DATA}
-    data |= {ROOT / "mrflow_sched" / "demo" / "judge.safetensors", ROOT / "mrflow_sched" / "apps" / "ui" / "page.css"}
+    data |= {ROOT / "mrflow_sched" / "demo" / name for name in ("judge.safetensors", "fine_judge.safetensors")}
+    data.add(ROOT / "mrflow_sched" / "apps" / "ui" / "page.css")
     assert names == code | {path.relative_to(ROOT).as_posix() for path in data}
     assert {"mrflow_sched/sampler.py", "mrflow_sched/apps/cli/main.py", "mrflow_sched/py.typed"} <= names
 
 
 def test_the_weights_are_small_enough_to_ship() -> None:
     size = sum(path.stat().st_size for path in (ROOT / "mrflow_sched").rglob("*.safetensors"))
-    assert size <= 27_000_000  # 25 of the embedded model, and its judge
+    assert size <= 28_500_000  # 25 of the embedded model, and its judges
 
 
 def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:

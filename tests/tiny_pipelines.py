@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from torch import Tensor
+from torch.nn import functional
 
 from bench import tiny
 from bench.tiny import MODULAR, NAMES, VIDEO, available
 from bench.tiny.parts import diffusers
 
-__all__ = ["MODULAR", "NAMES", "VIDEO", "available", "diffusers", "make"]
+__all__ = ["MODULAR", "NAMES", "TWICE", "VIDEO", "available", "diffusers", "make"]
+
+
+@dataclass(frozen=True)
+class Twice:
+    """Stands for a x2 network: a plan for interpolation refines more."""
+
+    name: str = "twice"
+    scale: int = 2
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return functional.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+TWICE = Twice()
 
 
 def make(name: str) -> Any:

@@ -28,7 +28,8 @@ from bench.previews.open_captions import open_caption
 from bench.quality import metrics, scores
 from bench.quality.__main__ import rendered, scenes_of
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
-from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption
+from mrflow_sched.demo.captions import caption
+from mrflow_sched.demo.scenes import CATEGORIES, Scene
 from mrflow_sched.measure.metrics import psnr
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged

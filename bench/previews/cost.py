@@ -14,7 +14,7 @@ from typing import Any
 from bench.markdown import table
 from bench.previews.pictures import scenes
 from mrflow_sched import demo, draft, finish, load_upscaler, make_native_plan, make_plan, sample_staged
-from mrflow_sched.demo.scenes import caption
+from mrflow_sched.demo.captions import caption
 
 RUNS: tuple[tuple[str, int, dict[str, Any], int | None], ...] = (
     ("12+1 at 256", 256, {}, None),

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan, sample_staged
-from mrflow_sched.demo.scenes import CATEGORIES, Scene, Thing, caption, random_scene
+from mrflow_sched.demo.captions import caption
+from mrflow_sched.demo.scenes import CATEGORIES, Scene, Thing, random_scene
 
 SIDE, LOW = 256, 128
 FIRST_SEED, TOGETHER = 3000, 8

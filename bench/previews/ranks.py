@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.markdown import table
 from bench.previews.pictures import DRAFT_STEPS, FINISHED, FULL_DRAFT, pictures, scenes
 from bench.quality.metrics import interval
-from mrflow_sched.demo.scenes import caption
+from mrflow_sched.demo.captions import caption
 from mrflow_sched.measure.ranking import Gain, expected_gain, spearman
 from mrflow_sched.measure.scores import NAMES, Score, get_score
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.quality.__main__ import scenes_of
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan, sample_staged
-from mrflow_sched.demo.scenes import caption
+from mrflow_sched.demo.captions import caption
 from mrflow_sched.measure.previews import preview, shrunk
 from mrflow_sched.methods.previews import (
     CommutatorGuidance,

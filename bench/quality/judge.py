@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mrflow_sched.demo import judge
+from mrflow_sched.demo import fine_judge, judge
 from mrflow_sched.demo.scenes import Scene
 
 
@@ -21,6 +21,24 @@ def load() -> judge.Judge:
 def hits(pictures: Tensor, scenes: Sequence[Scene]) -> list[dict[str, list[bool]]]:
     """By image and group of attributes, whether each reads as the scene says; "letters" are those of its word."""
     return judge.hits(load(), pictures, scenes)
+
+
+@lru_cache(maxsize=1)
+def load_fine() -> fine_judge.FineJudge:
+    """The judge of fine detail, ready to read."""
+    return fine_judge.load_fine_judge()
+
+
+def fine_hits(pictures: Tensor, scenes: Sequence[Scene]) -> list[dict[str, list[bool]]]:
+    """The same of fine detail, which is read at full size; an empty group where a scene has none."""
+    return fine_judge.fine_hits(load_fine(), pictures, scenes)
+
+
+@torch.inference_mode()
+def readings(pictures: Tensor) -> dict[str, Tensor]:
+    """What the judge reads in whole images, whatever their captions say: numbers of values (N,), by field."""
+    parts = [load().whole(part) for part in judge.at_reading_size(pictures).split(50)]
+    return {field: torch.cat([part[field].argmax(-1) for part in parts]) for field in judge.WHOLE}
 
 
 @torch.inference_mode()

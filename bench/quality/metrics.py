@@ -51,7 +51,7 @@ def perceptual(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """
     total = torch.zeros(len(a[0]))
     for x, y in zip(a, b, strict=True):
-        total += (functional.normalize(x) - functional.normalize(y)).square().sum(1).flatten(1).mean(1)
+        total += (functional.normalize(x.float()) - functional.normalize(y.float())).square().sum(1).flatten(1).mean(1)
     return total
 
 
@@ -83,9 +83,21 @@ def pyramid(images: Tensor, levels: int = LEVELS) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Projected:
-    """Patches of a set along fixed directions: (N, PATCHES, DIRECTIONS) per pyramid level."""
+    """Patches of a set along fixed directions, per pyramid level: the values in ascending order and the image of each,
+    both (DIRECTIONS, N * PATCHES). So sets of resampled images need no sorting."""
 
-    levels: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    images: tuple[Tensor, ...]
+
+    def of(self, rows: Tensor | None) -> list[Tensor]:
+        """The values of the images `rows`, as often as each is there, in ascending order."""
+        if rows is None:
+            return list(self.values)
+        counts = torch.bincount(rows, minlength=int(self.images[0].max()) + 1)
+        return [
+            values.flatten().repeat_interleave(counts.index_select(0, images.flatten())).view(len(values), -1)
+            for values, images in zip(self.values, self.images, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class Scale:
 def project(images: Tensor, scale: Scale, seed: int = 0) -> Projected:
     """Random 7x7 patches of every level, at the same positions in every set, projected on random unit directions."""
     generator = torch.Generator().manual_seed(seed)
-    found: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []
     for band, mean, deviation in zip(pyramid(images), scale.mean, scale.deviation, strict=True):
         n, _, height, width = band.shape
         top = torch.randint(height - PATCH + 1, (n, PATCHES), generator=generator)
@@ -116,8 +128,9 @@ def project(images: Tensor, scale: Scale, seed: int = 0) -> Projected:
         every = ((band - mean) / deviation).unfold(2, PATCH, 1).unfold(3, PATCH, 1)  # (N, 3, h', w', 7, 7)
         rows = torch.arange(n)[:, None].expand_as(top)
         patches = every[rows, :, top, left]  # (N, PATCHES, 3, 7, 7)
-        found.append(patches.flatten(2) @ directions)
-    return Projected(tuple(found))
+        values, order = (patches.flatten(2) @ directions).flatten(0, 1).T.contiguous().sort(1)
+        found.append((values, (order // PATCHES).int()))
+    return Projected(*zip(*found, strict=True))
 
 
 def sliced_wasserstein(a: Projected, b: Projected, rows: Tensor | None = None) -> Tensor:
@@ -126,12 +139,7 @@ def sliced_wasserstein(a: Projected, b: Projected, rows: Tensor | None = None) -
     As in Progressive GAN (Karras et al. 2018), but both sets are normalised by the ground truth, so a lack of contrast
     counts.
     """
-    distances: list[Tensor] = []
-    for x, y in zip(a.levels, b.levels, strict=True):
-        left, right = (x, y) if rows is None else (x[rows], y[rows])
-        sorted_left, sorted_right = (each.flatten(0, 1).sort(0).values for each in (left, right))
-        distances.append((sorted_left - sorted_right).abs().mean())
-    return torch.stack(distances)
+    return torch.stack([(x - y).abs().mean() for x, y in zip(a.of(rows), b.of(rows), strict=True)])
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ def frechet(a: Tensor, b: Tensor, rows: Tensor | None = None) -> float:
     """Frechet distance of Gaussians fitted to features (N, K): |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))."""
     x, y = (a, b) if rows is None else (a[rows], b[rows])
     mean = (x.mean(0) - y.mean(0)).square().sum()
-    first, second = torch.cov(x.T), torch.cov(y.T)
+    first, second = (torch.cov(each.T, correction=min(1, len(each) - 1)) for each in (x, y))
     # The eigenvalues of S_a S_b are real and not negative, being those of S_a^(1/2) S_b S_a^(1/2).
     crossed = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt().sum()
     return float((mean + first.trace() + second.trace() - 2 * crossed).clamp(min=0))

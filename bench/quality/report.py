@@ -10,12 +10,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from bench.markdown import table
+from bench.quality import full_size, known
+from bench.quality.kinds import kind_of
 from mrflow_sched.demo.scenes import Scene
 from mrflow_sched.images.convert import to_pil
 
 OURS = "staged 12+1"
 """The way that the goals are about."""
-TRUTH = "ground truth"
+TRUTH = known.TRUE
 """The rendered scenes, among the images by way."""
 BEYOND = ("hires fix", "midway", "native")
 """Kinds of ways that are not ours; the goals compare them with the staged ones."""
@@ -23,33 +25,103 @@ PARTS = ("attributes", "letters", "local structure", "look", "spectrum")
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """Three tables: composite and cost, its parts, and by category."""
-    base = record["base"]
-    categories = list(next(iter(record["ways"].values()))["categories"])
-    costs: list[list[str]] = []
-    apart: list[list[str]] = []
-    by_category: list[list[str]] = []
-    for name, row in record["ways"].items():
-        low, high = row["interval"]
-        gap_low, gap_high = row["to base, interval"]
-        own = f"{row['composite']:.3f} ({low:.3f} to {high:.3f})"
-        gap = f"{row['to base']:+.3f} ({gap_low:+.3f} to {gap_high:+.3f})"
-        costs.append([name, f"{row['cost']:.2f}", f"{row['seconds']:.2f}", own, gap])
-        near = row[f"to {base}"]
-        parts = [f"{row[part]:.3f}" if part in row else "" for part in PARTS]
-        apart.append([name, *parts, f"{near['psnr']:.1f}, {near['ssim']:.3f}", f"{near['colour drift']:.2f}"])
-        heights = ", ".join(f"{height} px {share:.2f}" for height, share in row["letters by height"].items())
-        each = [f"{row['categories'][category]['composite']:.3f}" for category in categories]
-        by_category.append([name, *each, heights])
-    tables = [
-        table(["way", "cost", "s", "composite (95 %)", f"to {base} (95 %)"], costs, "lrrl"),
-        table(["way", *PARTS, f"PSNR, SSIM to {base}", "colour drift"], apart),
-        table(["way", *categories, "letters by height"], by_category),
-    ]
-    if OURS in record["ways"] and "staged 20+1" in record["ways"]:
+    """What the bench knows of itself, then the ways in the order asked: composite and cost, its parts, full size, same
+    noise, kinds of picture and, if it could tell its known pairs apart, differences to the base and the goals."""
+    told = record["known"]["could tell"]
+    tables = [known.to_markdown(record["known"]), _costs(record, told), _parts(record), _at_full_size(record, told)]
+    natives = {name: row["same noise"] for name, row in record["ways"].items() if "same noise" in row}
+    if len(natives) > 1:
+        tables.append(_same_noise(natives))
+    if "by kind" in record:
+        tables.append(_by_kind(record))
+    tables.append(_kinds_of_all(record))
+    if told and OURS in record["ways"] and "staged 20+1" in record["ways"]:
         met = [[goal, value, "yes" if reached else "no"] for goal, value, reached in goals(record)]
         tables.append(table(["goal", "measured", "met"], met, "l"))
     return "\n\n".join(tables)
+
+
+def _costs(record: Mapping[str, Any], told: bool) -> str:
+    head = ["way", "cost", "s", "composite (95 %)", "over ceiling"]
+    lines: list[list[str]] = []
+    for name, row in record["ways"].items():
+        own = f"{row['composite']:.3f} {_within(row['interval'], '.3f')}"
+        lines.append([name, f"{row['cost']:.2f}", f"{row['seconds']:.2f}", own, f"{row['over ceiling']:.3f}"])
+        if told:
+            lines[-1].append(f"{row['to base']:+.3f} {_within(row['to base, interval'])}")
+    for name, command in record.get("not installed", {}).items():
+        lines.append([name, "", "", "not installed", f"`{command}`", *([""] if told else [])])
+    return table([*head, f"to {record['base']} (95 %)"] if told else head, lines, "lrrl")
+
+
+def _within(edges: Sequence[float], form: str = "+.3f") -> str:
+    low, high = edges
+    return f"({low:{form}} to {high:{form}})"
+
+
+def _parts(record: Mapping[str, Any]) -> str:
+    base = record["base"]
+    lines: list[list[str]] = []
+    for name, row in record["ways"].items():
+        near = row[f"to {base}"]
+        parts = [f"{row[part]:.3f}" if part in row else "" for part in PARTS]
+        lines.append([name, *parts, f"{near['psnr']:.1f}, {near['ssim']:.3f}", f"{near['colour drift']:.2f}"])
+    return table(["way", *PARTS, f"PSNR, SSIM to {base}", "colour drift"], lines)
+
+
+def _at_full_size(record: Mapping[str, Any], told: bool) -> str:
+    """Distances at full size and the patch judge's readings; what these and local structure say together, where the
+    bench could tell."""
+    head = ["way", "distance at full size", "logit", "patch distance"]
+    lines: list[list[str]] = []
+    for name, row in record["ways"].items():
+        patches = row["patches"]
+        lines.append([name, f"{row['full size']['distance']:.2f}", f"{patches['logit']:+.2f}"])
+        lines[-1].append(f"{patches['distance']:.2f}")
+        if told:
+            lines[-1] += [_within(patches[f"{value} to base, interval"], "+.2f") for value in ("logit", "distance")]
+            lines[-1].append(patches["verdict"])
+    base = record["base"]
+    more = [f"logit to {base} (95 %)", f"patch distance to {base} (95 %)", "all together"]
+    against_truth = {name: row["full size"]["to ground truth"] for name, row in record["ways"].items()}
+    return "\n\n".join(
+        [table([*head, *more] if told else head, lines), full_size.to_markdown(against_truth, "ground truth")]
+    )
+
+
+def _same_noise(natives: Mapping[str, Mapping[str, Any]]) -> str:
+    converged = next(iter(natives.values()))["converged"]
+    lines = [
+        [name, f"{found['median psnr']:.1f}", f"{found['flips']:.0%}"]
+        for name, found in natives.items()
+        if name != converged
+    ]
+    return table([f"way, to {converged} from the same noise", "median PSNR", "another colour, ground or sky"], lines)
+
+
+def _by_kind(record: Mapping[str, Any]) -> str:
+    """Where our way loses to the base, and by how much."""
+    lines: list[list[str]] = []
+    for kind, row in record["by kind"].items():
+        both = [row["base"], row["ours"]]
+        cells = [f"{row['ceiling']['composite']:.3f}", " / ".join(f"{each['composite']:.3f}" for each in both)]
+        cells.append(f"{row['to base']:+.3f} {_within(row['to base, interval'])}")
+        cells += [
+            " / ".join(f"{each[part]:.2f}" if part in each else "-" for each in both)
+            for part in ("attributes", "letters", "distance at full size")
+        ]
+        lines.append([kind, str(row["scenes"]), *cells])
+    head = ["by kind of picture", "scenes", "ceiling", f"{record['base']} / {OURS}", "difference (95 %)"]
+    return table([*head, "attributes", "letters", "distance at full size"], lines)
+
+
+def _kinds_of_all(record: Mapping[str, Any]) -> str:
+    kinds = list(next(iter(record["ways"].values()))["kinds"])
+    lines: list[list[str]] = []
+    for name, row in record["ways"].items():
+        heights = ", ".join(f"{height} px {share:.2f}" for height, share in row["letters by height"].items())
+        lines.append([name, *(f"{row['kinds'][kind]['composite']:.3f}" for kind in kinds), heights])
+    return table(["way", *kinds, "letters by height"], lines)
 
 
 def goals(record: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
@@ -112,6 +184,8 @@ def plot(record: Mapping[str, Any], path: Path, *, sweep: bool = False) -> None:
         both[1].set_title("the best ways, by number (see right)", fontsize=9)
         names = "\n".join(f"{number}  {name}" for number, (name, _) in numbered)
         figure.text(1.01, 0.5, names, fontsize=7.5, va="center")
+    if not record["known"]["could tell"]:
+        figure.suptitle("could not tell its known pairs apart: differences mean nothing", fontsize=9)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
@@ -156,7 +230,7 @@ def sweeps_plot(records: Mapping[str, tuple[str, Mapping[str, Any]]], path: Path
         bottom, top = panel.get_ylim()
         panel.set_ylim(min(bottom, -0.03), max(top, 0.03))
         panel.set_xticks(range(len(rows)), list(rows), rotation=30, ha="right", fontsize=7)
-        panel.set_title(question, fontsize=9)
+        panel.set_title(question if record["known"]["could tell"] else f"{question} (could not tell)", fontsize=9)
         panel.set_ylabel("composite, to 12+1", fontsize=7)
         panel.tick_params(axis="y", labelsize=7)
         panel.grid(alpha=0.3)
@@ -176,17 +250,17 @@ def _bar(
 def sheet(
     record: Mapping[str, Any], pictures: Mapping[str, Tensor], scenes: Sequence[Scene], path: Path, each: int = 2
 ) -> None:
-    """The ground truth and the images of every way: `each` scenes of every category side by side, a line per way."""
+    """The ground truth and the 8-bit images of every way: `each` scenes of every kind side by side, a line per way."""
     shown: list[int] = []
-    for category in dict.fromkeys(scene.category for scene in scenes):
-        shown += [row for row, scene in enumerate(scenes) if scene.category == category][:each]
+    for kind in dict.fromkeys(map(kind_of, scenes)):
+        shown += [row for row, scene in enumerate(scenes) if kind_of(scene) == kind][:each]
     side, left = 160, 190
     out = Image.new("RGB", (left + side * len(shown), side * len(pictures)), (250, 249, 246))
     pen = ImageDraw.Draw(out)
     for line, (name, images) in enumerate(pictures.items()):
         pen.multiline_text((8, line * side + 8), _wrapped(name), fill=(28, 30, 34))
         for column, row in enumerate(shown):
-            small = to_pil(images[row]).resize((side, side), Image.Resampling.LANCZOS)
+            small = to_pil(images[row] / 255).resize((side, side), Image.Resampling.LANCZOS)
             out.paste(small, (left + column * side, line * side))
     out.save(path)
 
@@ -201,7 +275,7 @@ def worst_sheet(record: Mapping[str, Any], pictures: Mapping[str, Tensor], path:
     for line, name in enumerate(names):
         pen.multiline_text((8, line * side + 8), _wrapped(name, 16), fill=(28, 30, 34))
         for column, row in enumerate(rows):
-            small = to_pil(pictures[name][row]).resize((side, side), Image.Resampling.LANCZOS)
+            small = to_pil(pictures[name][row] / 255).resize((side, side), Image.Resampling.LANCZOS)
             out.paste(small, (left + column * side, line * side))
     out.save(path)
 

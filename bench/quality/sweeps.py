@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.quality.cached import cached
 from bench.quality.guided import guided
-from bench.quality.ways import Way, staged
+from bench.quality.ways import UPSCALERS, Way, staged
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,7 @@ SWEEPS: dict[str, Sweep] = {
     "factor": Sweep("How much smaller can stage 1 be?", _each("factor", (1.25, 1.5, 2.0, 3.0, 4.0))),
     "upscaler": Sweep(
         "Does the upscaler have to be a network?",
-        lambda size: [
-            staged(size, "12+1", f"upscaler {kind}", upscaler=kind)
-            for kind in ("SR", "regressed", "SR twice, halved", "Lanczos")
-        ],
+        lambda size: [staged(size, "12+1", f"upscaler {kind}", upscaler=kind) for kind in UPSCALERS],
     ),
     "refine_guidance": Sweep("Guidance in the refine step?", _each("refine_guidance", (1.0, 2.0, 3.5, 5.0))),
     "guidance_interval": Sweep("Where does CFG matter?", _guidance_interval),

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from bench import reference
+from bench.quality import foreign
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
+from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.images.convert import from_pictures, to_pil
 from mrflow_sched.plan.schedule import native_sigmas, shift_sigma, unshift_sigma
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
@@ -42,9 +48,40 @@ class Twice:
         return self.once(self.once(images))
 
 
+@dataclass(frozen=True)
+class Damaged:
+    """Another upscaler that gets pictures out of JPEG files of `quality`, as most pictures on the web are."""
+
+    then: Any
+    quality: int = 60
+
+    @property
+    def scale(self) -> int:
+        return self.then.scale
+
+    @property
+    def name(self) -> str:
+        return f"{self.then.name} of JPEG {self.quality}"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.then(torch.cat([self._damaged(image) for image in images]).to(images.device))
+
+    def _damaged(self, image: Tensor) -> Tensor:
+        file = io.BytesIO()
+        to_pil(image).save(file, "JPEG", quality=self.quality)
+        return from_pictures(Image.open(file))
+
+
+UPSCALERS = ("SR", "regressed", "SR twice, halved", "SR of a damaged low picture", *foreign.NETWORKS, "Lanczos")
+"""Every upscaler by name: our own, those of others (`foreign`), and none."""
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
-    """The embedded model and its upscalers, loaded once; `size` is the final side in pixels."""
+    """The embedded model and its upscalers, loaded once; `size` is the final side in pixels.
+
+    `upscalers` holds those of `UPSCALERS` that are on this machine.
+    """
 
     engine: Any
     upscalers: dict[str, Any]
@@ -53,8 +90,10 @@ class Model:
     @classmethod
     def load(cls, size: int) -> Model:
         gan, regressed = load_upscaler(demo.upscaler_path()), load_upscaler(REGRESSED)
-        kinds = {"SR": gan, "regressed": regressed, "SR twice, halved": Twice(gan), "Lanczos": LanczosUpscaler()}
-        return cls(demo.load_engine(), kinds, size)
+        own = {"SR": gan, "regressed": regressed, "SR twice, halved": Twice(gan), "Lanczos": LanczosUpscaler()}
+        damaged = {"SR of a damaged low picture": Damaged(gan)}
+        others = {name: foreign.loaded(file) for name, file in foreign.installed().items()}
+        return cls(demo.load_engine(), {**own, **damaged, **others}, size)
 
     @property
     def guidance(self) -> float:
@@ -72,12 +111,14 @@ class Made:
 
 @dataclass(frozen=True)
 class Way:
-    """One way. `cost` is its work in the network, in forwards at the final size; `kind` groups it in the plot."""
+    """One way. `cost` is its work in the network, in forwards at the final size; `kind` groups it in the plot;
+    `upscaler` is the one that it needs."""
 
     name: str
     kind: str
     cost: float
     make: Callable[[Model, Sequence[str], Sequence[int]], Made]
+    upscaler: str = "SR"
 
 
 def planned(
@@ -100,13 +141,21 @@ def planned(
         on_the_way = {stage.name: stage.image for stage in done.stages}
         return Made(done.images, on_the_way.get("stage 1"), on_the_way.get("stage 2 upscaled"))
 
-    return Way(name, kind, sum(plan.stage_costs()), make)
+    return Way(name, kind, sum(plan.stage_costs()), make, upscaler)
 
 
 def _upscaler(model: Model, name: str) -> Any:
     if name == "reference":
         return reference.Tiles(model.upscalers["SR"], rounded=True)
+    if name not in model.upscalers:
+        raise MrFlowError(f"the upscaler {name!r} is not installed; {foreign.COMMAND}.")
     return model.upscalers[name]
+
+
+def not_installed(ways: Sequence[Way]) -> dict[str, str]:
+    """The ways whose upscaler is not on this machine, and the command that installs it, by the way's name."""
+    missing = set(foreign.NETWORKS) - set(foreign.installed())
+    return {way.name: foreign.COMMAND for way in ways if way.upscaler in missing}
 
 
 def native(size: int, steps: int, solver: str = "euler") -> Way:
@@ -119,6 +168,14 @@ def staged(size: int, preset: str = "12+1", name: str = "", upscaler: str = "SR"
     """Our method, with `numbers` of `make_plan`."""
     plan = make_plan(FAMILY, size, size, preset, **numbers)
     return planned(name or f"staged {plan.preset}", "staged", plan, upscaler)
+
+
+def refined_and_not(size: int, upscaler: str, name: str = "") -> list[Way]:
+    """ "NAME 12+1" and "NAME 12+0" with an upscaler: a pair that the bench must tell apart (known.py)."""
+    return [
+        staged(size, "12+1", f"{name or upscaler} 12+{steps}", upscaler=upscaler, refine_steps=steps)
+        for steps in (1, 0)
+    ]
 
 
 @dataclass(frozen=True)
@@ -211,7 +268,8 @@ def equal_cost(size: int) -> list[Way]:
         staged(size, name="staged 6+2 from 0.45", low_steps=6, refine_steps=2, sigma=0.45),
         staged(size, name="staged 6+4 from 0.6", low_steps=6, refine_steps=4, sigma=0.6, refine_curve="shifted"),
         staged(size, "12+1", "no refine, 12+0", refine_steps=0),
-        staged(size, "12+1", "no SR network, 12+1", upscaler="Lanczos"),
+        *refined_and_not(size, "Lanczos", "no SR network,"),
+        *(way for name in foreign.NETWORKS for way in refined_and_not(size, name)),
         staged(size, "12+1", "reference procedure, 12+1", upscaler="reference", solver="euler", posterior="sample"),
         hires_fix(size, 12, 1, 0.12, latent=False),
         hires_fix(size, 12, 4, 0.12, latent=False),

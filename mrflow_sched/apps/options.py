@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from mrflow_sched._runtime.errors import MrFlowError, shown
+from mrflow_sched.plan.checks import UpscalerKind
 from mrflow_sched.plan.options import CallOptions
-from mrflow_sched.upscaling.load import check_upscaler_dtype, load_upscaler
+from mrflow_sched.upscaling.load import LANCZOS, check_upscaler_dtype, load_upscaler, read_scale
 from mrflow_sched.upscaling.model import ModelUpscaler, as_upscaler, checked_tile_side
+from mrflow_sched.upscaling.role import kind_of
 
 if TYPE_CHECKING:
     from mrflow_sched.upscaling.role import PixelUpscaler
@@ -40,6 +42,7 @@ DECIDED = {
     "num_videos_per_prompt": "num_images_per_prompt",
     "native": "the pipeline itself for native sampling",
     "steps": "low_steps and refine_steps",
+    "upscaler_kind": "MrFlow(pipe, upscaler=...)",
 }
 """Arguments of a pipeline's call, or options of a plan, that the call decides; and what to use in their place."""
 # What users of diffusers write, and what it is called here.
@@ -107,6 +110,18 @@ class FileUpscaler:
     def name(self) -> str:
         """Its name in messages."""
         return Path(self.file).stem if self.loaded is None else self.loaded.name
+
+    @property
+    def kind(self) -> UpscalerKind:
+        """Its kind, told without loading it; a file that will be refused counts as a network."""
+        if self.loaded is not None:
+            return kind_of(self.loaded)
+        if self.file == LANCZOS:
+            return "interpolation"
+        try:
+            return "interpolation" if read_scale(self.file) == 1 else "network"
+        except MrFlowError:
+            return "network"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "loaded": None}  # read again from its file in another process

@@ -59,12 +59,14 @@ from mrflow_sched.plan.options import CallOptions
 from mrflow_sched.plan.sizes import from_an_image, size_step
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.sampling.request import check_function
+from mrflow_sched.upscaling.role import kind_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mrflow_sched.drafts import TextMemory
     from mrflow_sched.engines.diffusers.layouts import Layout
+    from mrflow_sched.plan.checks import UpscalerKind
     from mrflow_sched.plan.cost import Offload
     from mrflow_sched.plan.families import Family
     from mrflow_sched.plan.options import MadeOptions
@@ -170,7 +172,7 @@ class MrFlow:
         Args:
             pipe: A text-to-image pipeline of diffusers, classic or modular.
             upscaler: An ESRGAN-type file (.safetensors, .pth), a model that spandrel loaded, or any `PixelUpscaler`;
-                None or "lanczos": images are upscaled with Lanczos, which adds no detail.
+                None or "lanczos": images are upscaled with Lanczos, which adds no detail, so presets refine more.
             upscaler_dtype: What a file's model runs in: "float32", "float16", "bfloat16", or "auto", as in
                 `load_upscaler`.
             upscaler_tile: Largest side in input pixels that a file's model is given at once; None: the whole image, and
@@ -273,6 +275,8 @@ class MrFlow:
             MrFlowError: A value out of range.
         """
         wide, high = _size(self.family, width, height)
+        if options.get("upscaler_kind") is None and not options.get("native"):
+            options["upscaler_kind"] = self._upscaler_kind
         return make_plan(self.family, wide, high, preset, **options)
 
     def __call__(
@@ -492,7 +496,7 @@ class MrFlow:
         options: dict[str, Any] = {"preset": asked.preset, **numbers}
         if image is not None and strength is None:
             options = from_an_image(options)
-        plan = make_plan(layout.family, wide, high, seed=seeds[0], **options)
+        plan = make_plan(layout.family, wide, high, seed=seeds[0], upscaler_kind=self._upscaler_kind, **options)
         if image is not None and strength is None:
             plan = replace(plan, notes=(*plan.notes, *idle_notes(numbers)))
         whole = (HINT, *(name for name in given if name != "image" and given[name] is not None))
@@ -576,6 +580,10 @@ class MrFlow:
                 own, asked = _names(MrFlow.__init__), _names(MrFlow.__call__)
                 raise MrFlowError(unknown_argument(name, own, asked | call_names, type(self.pipe).__name__))
         return numbers, arguments
+
+    @property
+    def _upscaler_kind(self) -> UpscalerKind:
+        return self._upscaler.kind if isinstance(self._upscaler, FileUpscaler) else kind_of(self._upscaler)
 
     def _upscaler_on(self, device: torch.device) -> PixelUpscaler | None:
         """The upscaler; one that was read from a file moves with the pipeline."""

@@ -8,7 +8,7 @@ diffusers' `FluxPipeline` as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mrflow_sched.demo.paths import upscaler_path, weights_path
 
@@ -40,17 +40,38 @@ def load_engine(
     return EmbeddedEngine.from_folder(weights_path(), device=device, dtype=dtype, family="demo")
 
 
-def example_prompts() -> tuple[str, ...]:
+def example_prompts(kind: Literal["full", "open", "fine"] = "full") -> tuple[str, ...]:
     """Prompts that the embedded model understands.
 
+    Args:
+        kind: "full": they say what is to be seen, without fine detail; "open": they leave most of it to the seed;
+            "fine": they name detail that only an image of 256 pixels holds.
+
     Returns:
-        One or two for each of its four kinds of scene.
+        A few of that kind. Weights without the words of fine detail do not know the last.
     """
-    return (
-        "a red striped circle and a blue star over green hills under an orange sky, the word FLOW",
-        "a purple dotted heart and a yellow triangle over grey mountains under a pink sky",
-        "the word MAGIC in white letters on a blue wall",
-        "many small yellow windows on purple behind a red star",
-        "many small orange flowers on green",
-        "a smooth pink sky over blue waves with a sun on the left",
-    )
+    return {"full": _FULL, "open": _OPEN, "fine": _FINE}[kind]
+
+
+_FULL = (
+    "a red striped circle and a blue star over green hills under an orange sky, the word FLOW",
+    "a purple dotted heart and a yellow triangle over grey mountains under a pink sky",
+    "the word MAGIC in white letters on a blue wall",
+    "many small yellow windows on purple behind a red star",
+    "many small orange flowers on green",
+    "a smooth pink sky over blue waves with a sun on the left",
+)
+_OPEN = (
+    "a star",
+    "the word FLOW",
+    "hills under a sky with a moon",
+    "a striped circle and a heart over white snow",
+    "many small windows behind a ring",
+)
+_FINE = (
+    "a small happy face with red hair and blue eyes and a small sad face with black hair and green eyes on a red wall",
+    "the word FLOW in white letters on a blue wall above the tiny word SLOW",
+    "a red outlined star over green hills under a blue sky with three birds, the small word BIRD",
+    "a thin red grid four apart on white",
+    "a surprised face",
+)

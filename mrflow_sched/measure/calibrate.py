@@ -5,7 +5,8 @@ of that power hides whatever the upscaler put there, which gives the bound s* = 
 2607.01642; docs/method.md, section 1.3). E is the power of the upscaler's own error there, which the paper cannot know
 and which is measured here, with a bound of the same form. A small sweep then starts the refine stage at several sigmas
 and measures the result: the recommended sigma is the smallest one, from the smaller bound on, that gives the image the
-fine detail of the model's own images.
+fine detail of the model's own images. Interpolation errs little and leaves detail out, which its error does not tell:
+there the bound is that of L, and steps are at least those of `refining.UNAIDED_STEPS`.
 
 Power is in units of white noise of standard deviation 1, the noise that samplers start from.
 """
@@ -28,9 +29,11 @@ from mrflow_sched.plan.checks import MAX_STEPS
 from mrflow_sched.plan.families import Family, Preset
 from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.plan.notes import USUAL_SIGMA
+from mrflow_sched.plan.refining import UNAIDED_STEPS
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.fit import upscale_to
 from mrflow_sched.upscaling.lanczos import resize_lanczos
+from mrflow_sched.upscaling.role import kind_of
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import StagedPlan
@@ -116,7 +119,9 @@ class Calibration:
     @property
     def preset(self) -> Preset:
         """The recommendation as a preset."""
-        return Preset(PRESET, self.low_steps, self.refine_steps, self.sigma, f"measured with {self.upscaler}")
+        return Preset(
+            PRESET, self.low_steps, self.refine_steps, self.sigma, f"measured with {self.upscaler}", measured=True
+        )
 
     def apply(self, family: Family) -> Family:
         """A family with the recommendation as its default preset.
@@ -268,10 +273,11 @@ def calibrate(
             detail = band_power(unfold_patches(latents, family), step)[1]
             return SweepRow(sigma, steps, _decibel(detail / power), _psnr(made, large))
 
-        least = min(bound(power), bound(error))
+        unaided = kind_of(upscaler) == "interpolation"
+        least = bound(power) if unaided else min(bound(power), bound(error))
         starts = sorted({*SWEPT, round(bound(power), 2), round(bound(error), 2)})
         rows = [refined(start, 1) for start in starts if USUAL_SIGMA[0] <= start <= USUAL_SIGMA[1]]
-        best = choose(rows, round(least, 2))
+        best = choose(rows, min(round(least, 2), max(row.sigma for row in rows)))
         rows.append(refined(best.sigma, 2))
         twice = abs(best.detail_db) - abs(rows[-1].detail_db) > NEAR_DB
         say(f"steps at {low.width}x{low.height}")
@@ -292,7 +298,7 @@ def calibrate(
         low_steps_distance=distances,
         sigma=best.sigma,
         low_steps=fewest_steps(distances),
-        refine_steps=2 if twice else 1,
+        refine_steps=max(2 if twice else 1, UNAIDED_STEPS if unaided else 1),
     )
 
 

@@ -16,6 +16,7 @@ SeedRule = Literal["offset", "hash"]
 Posterior = Literal["mode", "sample"]
 Noise = Literal["own", "nested"]
 TilePositions = Literal["whole", "own"]
+UpscalerKind = Literal["network", "interpolation"]
 Number = TypeVar("Number", int, float)
 
 MIN_FACTOR, MAX_FACTOR = 1.25, 4.0

@@ -70,7 +70,8 @@ def part_costs(
     Args:
         plan: The plan.
         family: Its family; None: the known one of its name.
-        upscaler: A name of `UPSCALER_FLOP`, or FLOP per pixel of the small image; None: the family's usual upscaler.
+        upscaler: A name of `UPSCALER_FLOP`, or FLOP per pixel of the small image; None: the family's usual upscaler,
+            or none where the plan is for interpolation.
 
     Returns:
         The parts in order; None for a family that is not in the table.
@@ -81,7 +82,7 @@ def part_costs(
     known = FAMILIES.get(plan.family) if family is None else family
     if known is None:
         return None
-    each = _upscaler_flop(known.usual_upscaler if upscaler is None else upscaler)
+    each = _upscaler_flop(_usual_upscaler(plan, known) if upscaler is None else upscaler)
     vae = known.vae_cost
     parts: list[PartCost] = []
     for number, stage in enumerate(plan.stages, 1):
@@ -187,7 +188,7 @@ def peak_memory(
     held = {
         "sample": weights * (value_bytes if weight_bytes is None else weight_bytes),
         "vae": value_bytes * vae.weights if vae else 0.0,
-        "upscale": value_bytes * _UPSCALER_WEIGHTS[known.usual_upscaler] if len(plan.stages) > 1 else 0.0,
+        "upscale": value_bytes * _UPSCALER_WEIGHTS[_usual_upscaler(plan, known)] if len(plan.stages) > 1 else 0.0,
     }
     latents = _LATENT_COPIES * 4 * known.latent_channels / known.vae_factor**2
     found: list[Peak] = []
@@ -332,6 +333,10 @@ class Speeds:
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _usual_upscaler(plan: StagedPlan, family: Family) -> str:
+    return family.usual_upscaler if plan.upscaler_kind == "network" else "lanczos"
 
 
 def _upscaler_flop(upscaler: str | float) -> float:

@@ -22,6 +22,7 @@ from mrflow_sched.plan.families.base import steps_in
 from mrflow_sched.plan.notes import chosen_note, plan_notes
 from mrflow_sched.plan.options import OPTIONS, MadeOptions, NativeOptions, PlanOptions, check_options
 from mrflow_sched.plan.recipes import explicit_recipe, recipe_of_betas, recipe_of_steps, sigmas_from_recipe
+from mrflow_sched.plan.refining import for_upscaler
 from mrflow_sched.plan.schedule import (
     MAX_MU,
     Sigmas,
@@ -53,7 +54,9 @@ def make_plan(
         height: Height in pixels, likewise.
         preset: Where to start from: "fast", "balanced", "best", another preset of the family such as "text", or any
             "N+M", the steps of stage 1 and of the later ones ("10+1"; with "10+1+2" there are three stages). None: the
-            family's default. Options override its numbers.
+            family's default. Options override its numbers. With `upscaler_kind="interpolation"` (no network upscales
+            the image) what is left to it is refined more: the default 12+1 is 12+2 from .45, and "12+1" by name is 1
+            step from .45 (`refining.for_upscaler`).
         **options: What else to decide, see `options.OPTIONS`: each with its type, range and meaning. None is the same
             as leaving an option out. `stages` is the number of stages and `factor` the size step between them: 2048 px
             with factor 2 and 3 stages runs at 512, 1024 and 2048. Where neither they nor `factors` are given and the
@@ -217,7 +220,9 @@ def _staged_plan(
     family: Family, sizes: Sequence[tuple[int, int]], requested: tuple[int, int], given: PlanOptions
 ) -> StagedPlan:
     _check_first(family, given, "low_steps")
-    chosen, later = family.get_preset(given.get("preset")), len(sizes) - 1
+    name, later = given.get("preset"), len(sizes) - 1
+    counted = "sigma" in given or bool(steps_in(name or ""))
+    chosen = for_upscaler(family, family.get_preset(name), _value(given, "upscaler_kind"), counted=counted)
     low = _or(given.get("low_steps"), chosen.low_steps)
     refine = _one_per_stage(_or(given.get("refine_steps"), chosen.refine_steps), later, "refine_steps")
     starts = _one_per_stage(_or(given.get("sigma"), chosen.sigma), later, "sigma")
@@ -231,8 +236,8 @@ def _staged_plan(
     for size, count, start in zip(sizes[1:], refine, starts, strict=True):
         made.append(_refine_stage(family, size, count, start, curve, solver, high))
     own_steps = {"low_steps", "refine_steps", "sigmas"} & set(given)
-    name = "+".join(map(str, (made[0].steps, *refine))) if own_steps else chosen.name
-    return _assemble(family, name, requested, made, scale, None, given)
+    called = "+".join(map(str, (made[0].steps, *refine))) if own_steps else chosen.name
+    return _assemble(family, called, requested, made, scale, None, given)
 
 
 def _or(value: _T | None, otherwise: _T) -> _T:
@@ -273,6 +278,7 @@ def _assemble(
         tile=checked_tile(_value(given, "tile"), family),
         tile_positions=_value(given, "tile_positions") if _value(given, "tile") else "own",
         noise=_value(given, "noise"),
+        upscaler_kind=_value(given, "upscaler_kind"),
     )
     return replace(plan, notes=(*plan_notes(plan, family), *_idle_notes(given)))
 

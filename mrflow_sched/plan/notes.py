@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mrflow_sched.plan.checks import MAX_FACTOR, MIN_FACTOR
 from mrflow_sched.plan.families import FAMILIES, Family
+from mrflow_sched.plan.refining import UNAIDED_SIGMA
 from mrflow_sched.plan.sizes import fit_box, stage_sizes
 
 if TYPE_CHECKING:
@@ -279,8 +280,28 @@ def _guidance_notes(plan: StagedPlan, family: Family) -> list[str]:
     ]
 
 
+def unaided_stages(plan: StagedPlan) -> tuple[Stage, ...]:
+    """The later stages that start with more noise because no network upscales the image.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        Those from `refining.UNAIDED_SIGMA`; none where the plan is for a network.
+    """
+    if plan.upscaler_kind == "network":
+        return ()
+    return tuple(stage for stage in plan.stages[1:] if stage.start_sigma == UNAIDED_SIGMA)
+
+
 def _refine_notes(plan: StagedPlan) -> list[str]:
     notes: list[str] = []
+    unaided = unaided_stages(plan)
+    if unaided:
+        steps = f"{unaided[-1].steps} step{'s' if unaided[-1].steps > 1 else ''}"
+        notes.append(
+            f"No network upscales the image, so it is refined more: {steps} from sigma {unaided[-1].start_sigma:g}."
+        )
     for number, stage in enumerate(plan.stages[1:], start=2):
         if not stage.sigmas:
             notes.append(f"Stage {number} takes no step: the upscaler's image is kept as it is.")
@@ -289,6 +310,6 @@ def _refine_notes(plan: StagedPlan) -> list[str]:
                 f"Stage {number} starts at sigma {stage.start_sigma:g}, outside the usual {USUAL_SIGMA[0]} to "
                 f"{USUAL_SIGMA[1]}: below, nothing is refined; above, the image is made anew."
             )
-        if stage.steps > 1:
+        if stage.steps > 1 and stage.start_sigma < UNAIDED_SIGMA:
             notes.append(f"Stage {number} takes {stage.steps} refine steps; published results gain little beyond one.")
     return notes

@@ -25,6 +25,7 @@ from mrflow_sched.plan.checks import (
     Posterior,
     SeedRule,
     TilePositions,
+    UpscalerKind,
     checked_interval,
     is_number,
     plain,
@@ -310,6 +311,14 @@ class StagedOptions(CallOptions, _SharedOptions, total=False):
     """Keywords that a staged plan takes."""
 
     native: Annotated[bool, Option(help="plan plain sampling at the final size, in one stage", default=False)]
+    upscaler_kind: Annotated[
+        UpscalerKind,
+        Option(
+            help="what upscales the image: a network, or interpolation such as Lanczos, for which the presets refine "
+            "more, in 2 steps from sigma 0.45",
+            default="network",
+        ),
+    ]
 
 
 class MadeOptions(NativeOptions, StagedOptions, total=False):

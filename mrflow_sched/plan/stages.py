@@ -21,6 +21,7 @@ from mrflow_sched.plan.checks import (
     Posterior,
     SeedRule,
     TilePositions,
+    UpscalerKind,
     check_choice,
     checked_interval,
     checked_number,
@@ -157,6 +158,8 @@ class StagedPlan:
         tile_positions: Where a tile's tokens are to the network: where they lie in the "whole" image, or as if the tile
             were an image of its "own", as in every plan of before there was a choice.
         noise: What stage 1 starts from: noise of its "own" size, or that of the final size, shrunk ("nested").
+        upscaler_kind: What upscales the image that this was planned for: a "network", as in every plan of before there
+            was a choice, or "interpolation".
         notes: Sentences for the user; not part of equality.
 
     Raises:
@@ -178,6 +181,7 @@ class StagedPlan:
     tile: int = 0
     tile_positions: TilePositions = "own"
     noise: Noise = "own"
+    upscaler_kind: UpscalerKind = "network"
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -192,6 +196,7 @@ class StagedPlan:
         check_choice(self.seed_rule, "seed_rule", ("offset", "hash"))
         check_choice(self.posterior, "posterior", ("mode", "sample"))
         check_choice(self.noise, "noise", ("own", "nested"))
+        check_choice(self.upscaler_kind, "upscaler_kind", ("network", "interpolation"))
         check_choice(self.tile_positions, "tile_positions", ("whole", "own"))
         object.__setattr__(self, "native_steps", checked_whole(self.native_steps, "native_steps", 1, MAX_FORWARDS))
         object.__setattr__(
@@ -325,6 +330,7 @@ class StagedPlan:
             "tile": self.tile,
             "tile_positions": self.tile_positions,
             "noise": self.noise,
+            "upscaler_kind": self.upscaler_kind,
             "notes": list(self.notes),
         }
 
@@ -361,6 +367,7 @@ class StagedPlan:
                 tile=data.get("tile", 0),
                 tile_positions=data.get("tile_positions", "own"),
                 noise=data.get("noise", "own"),
+                upscaler_kind=data.get("upscaler_kind", "network"),
                 notes=tuple(shown(note, _LONGEST_NOTE) for note in data["notes"][:_MOST_NOTES]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:

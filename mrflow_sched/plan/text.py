@@ -57,6 +57,8 @@ def plan_to_string(plan: StagedPlan) -> str:
         values["tile_positions"] = plan.tile_positions
     if plan.noise != "own":
         values["noise"] = plan.noise
+    if plan.upscaler_kind != "network":
+        values["upscaler_kind"] = plan.upscaler_kind
     head = [f"{name}={value}" for name, value in values.items()]
     text = ";".join([FORMAT, *head, *(_stage_to_string(stage) for stage in plan.stages)])
     return f"{text};#{checksum(text, plan.stages)}"
@@ -176,7 +178,7 @@ def _interval(text: str) -> tuple[float, float]:
     return read_number(low), read_number(high)
 
 
-_OPTIONAL = ("tile", "tile_positions", "noise", "mu", "guidance_interval", "seed_rule", "posterior")
+_OPTIONAL = ("tile", "tile_positions", "noise", "upscaler_kind", "mu", "guidance_interval", "seed_rule", "posterior")
 _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
         "family": str,
@@ -192,6 +194,7 @@ _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "tile": _whole,
         "tile_positions": str,
         "noise": str,
+        "upscaler_kind": str,
     }
 )
 _STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(

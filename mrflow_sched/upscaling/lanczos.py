@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.plan.checks import UpscalerKind
 from mrflow_sched.upscaling.role import check_images
 
 
@@ -19,10 +21,12 @@ class LanczosUpscaler:
     Attributes:
         scale: Output side over input side.
         name: Its name in metadata and messages.
+        kind: It is no network, which plans take into account.
     """
 
     scale: int = 2
     name: str = "Lanczos"
+    kind: ClassVar[UpscalerKind] = "interpolation"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Upscale a batch by `scale`.

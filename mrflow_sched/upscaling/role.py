@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched._runtime.values import check_dense
+from mrflow_sched.plan.checks import UpscalerKind
 
 MOST_SHIFT = 0.25
 """Change of an image's mean that no upscaler makes, of 1; real networks move it by up to 0.04."""
@@ -40,6 +41,21 @@ class PixelUpscaler(Protocol):
             (B, 3, h*scale, w*scale) float32 in [0, 1], on the same device.
         """
         ...
+
+
+def kind_of(upscaler: object) -> UpscalerKind:
+    """The kind of an upscaler, as `make_plan(upscaler_kind=...)` takes it.
+
+    Args:
+        upscaler: A `PixelUpscaler`, or None, which is Lanczos. One of your own that only interpolates says so with an
+            attribute `kind` of "interpolation".
+
+    Returns:
+        "interpolation" for None, Lanczos and models of scale 1, after which bicubic resampling enlarges; "network" for
+        every other one.
+    """
+    plain = upscaler is None or getattr(upscaler, "kind", None) == "interpolation"
+    return "interpolation" if plain or getattr(upscaler, "scale", None) == 1 else "network"
 
 
 def check_images(images: Tensor) -> None:

@@ -877,13 +877,25 @@ def test_what_is_no_upscaler_is_refused_at_once(flux: Any, wrong: Any) -> None:
         MrFlow(flux, upscaler=wrong)
 
 
+def test_without_an_upscaler_the_plan_refines_more(flux: Any) -> None:
+    plain, sharp = MrFlow(flux), MrFlow(flux, upscaler=Doubler())
+    for own, steps, sigma in ((plain, 2, 0.45), (sharp, 1, 0.12)):
+        later = own.plan(64, 64).stages[1]
+        assert (later.steps, later.start_sigma) == (steps, sigma)
+        assert own("a cat", seed=3, **NUMBERS).plan.stages[1] == later
+    assert plain.plan(64, 64, upscaler_kind="network").stages[1].start_sigma == 0.12
+    assert len(plain.plan(64, 64, native=True, steps=2).stages) == 1
+    with pytest.raises(MrFlowError, match=r"upscaler_kind is not accepted.*use MrFlow\(pipe, upscaler"):
+        plain("a cat", upscaler_kind="network")
+
+
 def test_an_upscaler_that_fails_costs_the_detail(flux: Any) -> None:
     class Broken(Doubler):
         def __call__(self, images: Tensor) -> Tensor:
             raise RuntimeError("boom")
 
     made = MrFlow(flux, upscaler=Broken())("a cat", seed=3, **NUMBERS)
-    assert torch.equal(made.images, MrFlow(flux)("a cat", seed=3, **NUMBERS).images)
+    assert torch.equal(made.images, MrFlow(flux)("a cat", seed=3, **NUMBERS, sigma=0.12, refine_steps=1).images)
     assert not made.unfinished
     assert any("the upscaler doubler failed (RuntimeError: boom), so" in said for said in made.warnings)
 
@@ -921,7 +933,14 @@ def test_step_caching_of_diffusers_works_within_stages_and_is_forgotten_between_
     if not hasattr(diffusers, "FirstBlockCacheConfig"):
         pytest.skip("the installed diffusers has no first-block cache")
     pipe = tiny_pipelines.make("flux1-dev")
-    numbers: dict[str, Any] = {"width": 64, "height": 64, "seed": 3, "output_type": "pt", "keep_stages": True}
+    numbers: dict[str, Any] = {
+        "width": 64,
+        "height": 64,
+        "seed": 3,
+        "output_type": "pt",
+        "keep_stages": True,
+        "refine_steps": 1,
+    }
     plain = MrFlow(pipe)("a star", low_steps=6, **numbers)
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e9))
     cached, again = (MrFlow(pipe)("a star", low_steps=6, **numbers) for _ in range(2))

@@ -15,7 +15,7 @@ from bench.previews.composition import Pictures, Row, compare, interval_of, rows
 from bench.previews.open_captions import open_caption
 from bench.quality.__main__ import scenes_of
 from mrflow_sched import make_plan
-from mrflow_sched.demo.scenes import caption, vocabulary
+from mrflow_sched.demo.captions import caption, vocabulary
 
 
 def test_open_captions_leave_something_out_and_keep_what_absence_means() -> None:

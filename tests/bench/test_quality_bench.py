@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bench.quality.__main__ as command
-from bench.quality import cached, guided, ideas, judge, metrics, report, scores, sweeps, ways
+from bench.quality import cached, guided, ideas, judge, kinds, metrics, report, scores, sweeps, ways
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.demo.scenes import CATEGORIES
 
@@ -118,6 +118,7 @@ def test_the_composite_is_one_for_the_truth_and_falls_with_every_fault(truth: An
     blank = truth.parts(truth.measure(true.mean((2, 3), keepdim=True).expand_as(true)))
     assert best["composite"] > soft["composite"] > blank["composite"]
     assert blank["local structure"] == pytest.approx(0, abs=0.02)
+    assert blank["spectrum"] < 0  # nothing is clipped
     smooth = truth.rows_of("smooth")
     assert "letters" not in truth.parts(truth.true, smooth)
     assert truth.parts(truth.true, smooth)["composite"] > 0.97
@@ -332,15 +333,37 @@ def test_the_worst_pictures_come_first(truth: Any) -> None:
     assert set(scores.worst(truth.measure(spoilt), truth.true)[:2]) == {3, 9}
 
 
-def test_the_command_writes_tables_a_plot_and_pictures(tmp_path: Path, capsys: Any) -> None:
+def test_what_a_run_needs_is_looked_for_before_the_first_picture(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "measure", lambda *_, **__: pytest.fail("a picture was made"))
+    with pytest.raises(SystemExit):
+        command.main(["--quick", "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert "matplotlib, which is not installed" in said
+    assert "mrflow-sched[dev]" in said
+
+
+def test_the_command_writes_tables_a_plot_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    pair = [ways.native(64, 1), ways.staged(64, low_steps=1)]
-    record, pictures = command.measure(pair, "native 1", size=64, each=2, count=3, tell=lambda line: None)
+    pair = [ways.native(64, 1), ways.native(64, 2), ways.staged(64, low_steps=1)]
+    monkeypatch.setattr(report, "OURS", "staged 1+1")
+    record, pictures = command.measure(pair, "native 1", size=64, each=1, count=3, tell=lambda line: None)
     text = report.to_markdown(record)
-    assert text.count("| staged 1+1 |") == 3
+    assert text.startswith("**Could tell its known pairs apart: no: 10 scenes are too few: give at least 12.")
+    assert "to native 1 (95 %)" not in text
+    trusted = {**record, "known": {**record["known"], "could tell": True}}
+    assert "to native 1 (95 %)" in report.to_markdown(trusted)
+    assert "| all together |" in report.to_markdown(trusted)
+    assert list(record["by kind"]) == list(kinds.KINDS)
+    assert "same noise" not in record["ways"]["staged 1+1"]
+    same, far = (record["ways"][name]["same noise"] for name in ("native 2", "native 1"))
+    assert (same["flips"], same["median psnr"]) == (0.0, 100.0)
+    assert far["median psnr"] < 60
     report.plot(record, tmp_path / "plot.png")
     report.plot(record, tmp_path / "sweep.png", sweep=True)
-    report.sheet(record, pictures, command.scenes_of(2), tmp_path / "sheet.png")
+    report.sheet(record, pictures, kinds.all_scenes(1), tmp_path / "sheet.png")
     report.sweeps_plot({"one": ("Which?", record), "two": ("And?", record)}, tmp_path / "sweeps.png")
     for name in ("plot", "sweep", "sheet", "sweeps"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000

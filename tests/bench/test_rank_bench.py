@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.previews import pictures, ranks
-from mrflow_sched.demo.scenes import caption
+from mrflow_sched.demo.captions import caption
 
 
 class Maker:

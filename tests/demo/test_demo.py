@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan, sample_staged
+from mrflow_sched.demo.captions import caption
+from mrflow_sched.demo.drawing import render, word_boxes
 from mrflow_sched.demo.glyphs import LETTERS
-from mrflow_sched.demo.scenes import COLOURS, Scene, caption, random_scene, render, word_boxes
+from mrflow_sched.demo.scenes import COLOURS, Scene, random_scene
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.upscaling.lanczos import resize_lanczos
 
@@ -158,7 +160,7 @@ def test_native_and_staged_agree_on_sky_and_ground(engine: PipelineEngine) -> No
 
 
 def test_example_prompts_are_in_the_grammar() -> None:
-    from mrflow_sched.demo.scenes import vocabulary
+    from mrflow_sched.demo.captions import vocabulary
 
     known = set(vocabulary())
     for prompt in demo.example_prompts():

@@ -1,56 +1,34 @@
-"""The scenes of the demo model: same content at every size, words that say exactly what is drawn."""
+"""The scenes of the demo model: what is in them at random, and what open captions leave out of them."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+from typing import Any
+
 import numpy as np
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from mrflow_sched.demo.glyphs import GLYPHS, GRID_HEIGHT, GRID_WIDTH, LETTERS
 from mrflow_sched.demo.scenes import (
     CATEGORIES,
-    COLOURS,
-    MAX_LETTERS,
+    FINE_KINDS,
+    GAPS,
+    PRINTS,
+    Face,
     Scene,
     Thing,
-    caption,
-    caption_words,
-    layout,
-    letter_boxes,
+    fine_scene,
+    left_open,
+    luminance,
     random_scene,
-    render,
-    vocabulary,
-    word_boxes,
 )
 
-EXAMPLE = Scene(
-    "objects", (Thing("red", "striped", "circle"), Thing("blue", "plain", "star")), "green hills", "orange", word="FLOW"
-)
+KINDS = (*CATEGORIES, *FINE_KINDS)
 
 
-def test_caption_of_an_example() -> None:
-    assert (
-        caption(EXAMPLE) == "a red striped circle and a blue star over green hills under an orange sky, the word FLOW"
-    )
-    assert (
-        caption(Scene("letters", word="AB", ink="red", wall="orange")) == "the word AB in red letters on an orange wall"
-    )
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from(CATEGORIES))
-def test_captions_stay_in_the_vocabulary_and_name_every_attribute(seed: int, category: str) -> None:
-    scene = random_scene(np.random.default_rng(seed), category)  # type: ignore[arg-type]
-    known = set(vocabulary())
-    words = [word.rstrip(",") for word, role in caption_words(scene) if role != "word"]
-    assert set(words) <= known
-    for thing in scene.things:
-        assert {thing.colour, thing.shape} <= set(words)
-        assert (thing.texture in words) == (thing.texture != "plain")
-    named = {*scene.ground.split(), scene.sky, scene.ink, scene.wall, scene.detail, scene.light, scene.side}
-    assert named - {""} <= set(words)
-    assert (scene.word in caption(scene).split()) == bool(scene.word)
-    assert len(scene.word) <= MAX_LETTERS
+def scene_at(seed: int, kind: Any) -> Scene:
+    rng = np.random.default_rng(seed)
+    return random_scene(rng, kind) if kind in CATEGORIES else fine_scene(rng, kind)
 
 
 def test_the_same_seed_draws_the_same_scenes_in_all_categories() -> None:
@@ -59,82 +37,48 @@ def test_the_same_seed_draws_the_same_scenes_in_all_categories() -> None:
     assert {scene.category for scene in first} == set(CATEGORIES)
 
 
-@settings(deadline=None, max_examples=12)
-@given(st.integers(0, 10_000), st.sampled_from(CATEGORIES))
-def test_both_sizes_show_the_same_picture(seed: int, category: str) -> None:
-    scene = random_scene(np.random.default_rng(seed), category)  # type: ignore[arg-type]
-    high, low = render(scene, 128, seed), render(scene, 64, seed)
-    shrunk = high.reshape(64, 2, 64, 2, 3).mean((1, 3))
-    assert (high.dtype, high.shape) == (np.float32, (128, 128, 3))
-    assert high.min() >= 0.0
-    assert high.max() <= 1.0
-    assert np.abs(shrunk - low).mean() < 0.035  # many small flowers come to 0.026
-    assert np.array_equal(high, render(scene, 128, seed))
-    assert not np.array_equal(high, render(scene, 128, seed + 1))
+def test_fine_scenes_hold_the_detail_that_they_are_asked_for() -> None:
+    found = {kind: [scene_at(seed, kind) for seed in range(60)] for kind in FINE_KINDS}
+    assert all(scene.is_fine for scenes in found.values() for scene in scenes)
+    assert {scene.category for scene in found["small letters"]} == {"letters"}
+    assert (
+        {scene.print for scene in found["small letters"]} == {scene.print for scene in found["small sign"]} == {*PRINTS}
+    )
+    assert all(scene.small_word and not scene.word for scene in found["small sign"])
+    assert {scene.category for scene in found["birds"] if scene.birds} == {"objects", "smooth"}
+    assert {len(scene.faces) for scene in found["faces"]} == {1, 2}
+    assert all(scene.face_size == "small" for scene in found["faces"] if len(scene.faces) == 2)
+    assert {scene.gap for scene in found["lines"]} == {*GAPS}
+    contrasts = [abs(luminance(scene.ink) - luminance(scene.wall)) for scene in found["lines"] + found["small letters"]]
+    assert min(contrasts) >= 0.25
+    drawn = [fine_scene(np.random.default_rng([4, k])) for k in range(100)]
+    assert drawn == [fine_scene(np.random.default_rng([4, k])) for k in range(100)]
+    assert not any(random_scene(np.random.default_rng([3, k])).is_fine for k in range(100))
 
 
-def test_the_drawing_follows_the_words() -> None:
-    wall = render(Scene("letters", word="I", ink="white", wall="blue"), 64, 0)
-    assert np.abs(wall[2, 2] - COLOURS["blue"]).max() < 0.15
-    one, two = (render(Scene("objects", EXAMPLE.things[:n], "white snow", "blue"), 128, 5) for n in (1, 2))
-    blueish = [(picture[..., 2] - picture[..., 0] > 0.5) & (picture[..., 1] < 0.5) for picture in (one, two)]
-    assert blueish[0].sum() == 0 < blueish[1].sum()
-    assert blueish[1][:, 64:].sum() == blueish[1].sum(), "the second object stands on the right"
+def parts(scene: Scene) -> list[Scene | Thing | Face]:
+    return [replace(scene, things=(), faces=()), *scene.things, *scene.faces]
 
 
-def test_every_letter_is_drawn_inside_its_box_and_unlike_the_others() -> None:
-    assert len(LETTERS) == 26
-    points = [point for lines in GLYPHS.values() for line in lines for point in line]
-    assert min(x for x, _ in points) >= 0 and max(x for x, _ in points) <= GRID_WIDTH + 0.2  # noqa: PT018
-    assert min(y for _, y in points) >= 0 and max(y for _, y in points) <= GRID_HEIGHT + 0.2  # noqa: PT018
-    shown = {letter: render(Scene("letters", word=letter, ink="white", wall="black"), 64, 1) for letter in LETTERS}
-    flat = np.stack([picture.ravel() for picture in shown.values()])
-    apart = np.abs(flat[:, None] - flat[None]).sum(-1) + 1e9 * np.eye(26)
-    assert apart.min() > 20
+@given(st.integers(0, 2**32 - 1), st.sampled_from(KINDS))
+def test_an_open_scene_names_less_and_nothing_else(seed: int, kind: str) -> None:
+    scene = scene_at(seed, kind)
+    named = left_open(scene, np.random.default_rng(seed))
+    assert named == left_open(scene, np.random.default_rng(seed))
+    for whole, less in zip(parts(scene), parts(named), strict=True):
+        assert all(value in {asdict(whole)[field], ""} for field, value in asdict(less).items())
+    for field in ("category", "small_word", "print", "birds", "detail", "face_size", "pattern"):
+        assert getattr(named, field) == getattr(scene, field)
+    for thing, less in zip(scene.things, named.things, strict=True):
+        assert less == thing or not less.colour, "a coloured thing keeps its texture"
+        assert less.texture != "plain" or less.colour
+    assert named.word == scene.word or not named.ground, "no sign over a named ground means that there is none"
+    assert not named.side or named.light
 
 
-def test_a_size_that_is_too_small_is_refused() -> None:
-    with pytest.raises(ValueError, match="size must be 8 pixels or more, got 4"):
-        render(EXAMPLE, 4, 0)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_layout_says_where_things_are_drawn(seed: int) -> None:
-    scene = Scene("objects", (Thing("red", "plain", "circle"), Thing("black", "plain", "square")), "white snow", "blue")
-    picture = render(scene, 128, seed)
-    marks = layout(scene, seed)
-    assert [(mark.kind, mark.index) for mark in marks] == [("thing", 0), ("thing", 1)]
-    for mark, thing in zip(marks, scene.things, strict=True):
-        x, y = round((mark.left + mark.right) * 64), round((mark.top + mark.bottom) * 64)
-        assert np.abs(picture[y, x] - COLOURS[thing.colour]).max() < 0.2
-        assert np.abs(picture[y, round(mark.left * 128) - 6] - COLOURS[thing.colour]).max() > 0.2
-
-
-def test_every_letter_has_its_box() -> None:
-    scene = Scene("letters", word="FLOW", ink="white", wall="black")
-    marks = layout(scene, 3)
-    assert [mark.index for mark in marks] == [0, 1, 2, 3]
-    bright = render(scene, 256, 3).mean(-1) > 0.5
-    inside = np.zeros_like(bright)
-    for mark in marks:
-        rows, columns = (round(mark.top * 256) - 4, round(mark.bottom * 256) + 4), (mark.left, mark.right)
-        part = slice(*rows), slice(round(columns[0] * 256) - 4, round(columns[1] * 256) + 4)
-        assert bright[part].any()
-        inside[part] = True
-    assert not (bright & ~inside).any()
-    for mark, box in zip(marks, word_boxes(scene), strict=True):
-        assert abs(mark.left - box[0]) <= 0.015
-        assert abs(mark.top - box[1]) <= 0.12
-
-
-def test_letter_boxes_are_centred() -> None:
-    boxes = letter_boxes("ABC", 0.5, 0.4, 0.12)
-    assert (boxes[0][0] + boxes[-1][2]) / 2 == pytest.approx(0.5)
-    assert all(box[3] - box[1] == pytest.approx(0.12) and (box[1] + box[3]) / 2 == pytest.approx(0.4) for box in boxes)
-
-
-def test_a_sun_is_marked_on_its_side() -> None:
-    scene = Scene("smooth", ground="blue waves", sky="pink", light="sun", side="left")
-    (mark,) = layout(scene, 5)
-    assert mark.kind == "light"
-    assert mark.right < 0.5
+def test_the_share_says_how_much_is_left_open() -> None:
+    rng = np.random.default_rng(1)
+    scenes = [random_scene(rng, "letters") for _ in range(400)]
+    assert all(left_open(scene, rng, 0.0) == scene for scene in scenes)
+    assert not any(left_open(scene, rng, 1.0).ink for scene in scenes)
+    assert 0.3 < np.mean([bool(left_open(scene, rng).wall) for scene in scenes]) < 0.5

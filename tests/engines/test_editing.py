@@ -14,6 +14,7 @@ import tiny_pipelines
 import torch
 from PIL import Image
 from pipeline_tools import listening
+from tiny_pipelines import TWICE
 from torch import Tensor
 
 from mrflow_sched import MrFlow
@@ -127,7 +128,9 @@ def _native(pipe: Any, stage: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
 def test_stage_1_is_the_pipelines_own_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipelines.make(name)
     with _recorded(monkeypatch) as stages, listening(pipe) as heard:
-        made = MrFlow(pipe)("a cat", solver="euler", preset="2+1", seed=_SEED, output_type="pt", **_CASES[name])
+        made = MrFlow(pipe, upscaler=TWICE)(
+            "a cat", solver="euler", preset="2+1", seed=_SEED, output_type="pt", **_CASES[name]
+        )
     assert [stage["size"] for stage in stages][-1] == (made.plan.width, made.plan.height)
     assert bool(made.images.isfinite().all())
     first = stages[0]
@@ -155,7 +158,7 @@ def _refined(name: str, sigma: float) -> float:
 
 @pytest.fixture(scope="module")
 def kontext() -> Any:
-    return MrFlow(tiny_pipelines.make("flux1-kontext"))
+    return MrFlow(tiny_pipelines.make("flux1-kontext"), upscaler=TWICE)
 
 
 def _run(pipe: MrFlow, **options: Any) -> Any:
@@ -217,14 +220,14 @@ def test_a_network_in_half_precision_sees_references_through_a_whole_vae() -> No
         pipe = tiny_pipelines.make(name)
         for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
             part.to(torch.bfloat16)
-        made = _run(MrFlow(pipe), **_CASES[name], output_type="pt").images
+        made = _run(MrFlow(pipe, upscaler=TWICE), **_CASES[name], output_type="pt").images
         assert bool(made.isfinite().all())
         assert pipe.vae.dtype == torch.float32
 
 
 def test_a_batch_of_edits_is_its_images(kontext: MrFlow) -> None:
     for name in ("flux2-klein", "qwen-image-edit-plus"):
-        pipe = MrFlow(tiny_pipelines.make(name))
+        pipe = MrFlow(tiny_pipelines.make(name), upscaler=TWICE)
         options: dict[str, Any] = {**_TWO, "solver": "euler", "preset": "1+1", "output_type": "pt"}
         both = pipe(["a", "b"], seed=5, **options).images
         alone = torch.cat([pipe(text, seed=5 + i, **options).images for i, text in enumerate("ab")])
@@ -232,7 +235,7 @@ def test_a_batch_of_edits_is_its_images(kontext: MrFlow) -> None:
 
 
 def test_omnigen_sees_its_references_for_every_prompt() -> None:
-    pipe, text = MrFlow(tiny_pipelines.make("omnigen")), "fog over <img><|image_1|></img>"
+    pipe, text = MrFlow(tiny_pipelines.make("omnigen"), upscaler=TWICE), "fog over <img><|image_1|></img>"
     options: dict[str, Any] = {"width": 128, "height": 128, "preset": "1+1", "solver": "euler", "output_type": "pt"}
     both = pipe([text, text], reference_image=REFERENCE, seed=[5, 6], **options).images
     alone = [pipe(text, reference_image=REFERENCE, seed=seed, **options).images for seed in (5, 6)]
@@ -248,7 +251,7 @@ def test_omnigen_sees_its_references_for_every_prompt() -> None:
 
 @pytest.fixture(scope="module")
 def inpainting() -> Any:
-    return MrFlow(tiny_pipelines.make("flux1-inpaint"))
+    return MrFlow(tiny_pipelines.make("flux1-inpaint"), upscaler=TWICE)
 
 
 def test_pixels_outside_the_mask_stay_bit_for_bit(inpainting: MrFlow) -> None:
@@ -483,14 +486,14 @@ def test_pictures_that_do_not_fit_are_refused(
 
 
 def test_references_that_a_pipeline_checks_itself_are_refused_before() -> None:
-    pipe = MrFlow(tiny_pipelines.make("flux2-klein"))
+    pipe = MrFlow(tiny_pipelines.make("flux2-klein"), upscaler=TWICE)
     for size in ((32, 32), (1000, 100)):
         with pytest.raises(ValueError, match="needs 64 pixels or more on each side, and a shape between 1:8 and 8:1"):
             _run(pipe, reference_image=Image.new("RGB", size), width=128, height=128)
 
 
 def test_an_edit_without_a_reference_is_refused() -> None:
-    pipe = MrFlow(tiny_pipelines.make("qwen-image-edit"))
+    pipe = MrFlow(tiny_pipelines.make("qwen-image-edit"), upscaler=TWICE)
     with pytest.raises(ValueError, match="reference_image is missing; QwenImageEditPipeline edits a picture"):
         _run(pipe)
     with pytest.raises(ValueError, match="reference_image is missing, as image is"):
@@ -498,7 +501,7 @@ def test_an_edit_without_a_reference_is_refused() -> None:
 
 
 def test_modular_pipelines_say_that_they_are() -> None:
-    pipe = MrFlow(tiny_pipelines.make("flux1-kontext-modular"))
+    pipe = MrFlow(tiny_pipelines.make("flux1-kontext-modular"), upscaler=TWICE)
     with pytest.raises(ValueError, match=r"is modular, .* takes references \(FluxKontextPipeline"):
         _run(pipe, **_ONE)
     with pytest.raises(ValueError, match=r"is modular, .* that inpaints"):

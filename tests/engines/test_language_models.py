@@ -11,6 +11,7 @@ import tiny_pipelines
 import torch
 from PIL import Image
 from pipeline_tools import listening, network_of
+from tiny_pipelines import TWICE
 from torch import Tensor
 
 from mrflow_sched import MrFlow, demo
@@ -45,7 +46,7 @@ def as_asked(name: str, scale: float | None) -> dict[str, Any]:
 )
 def test_stage_one_is_the_pipelines_own_picture(name: str, scale: float | None) -> None:
     pipe, off = tiny(name), scale is None or scale == as_off(name)
-    mrflow, given = MrFlow(pipe), as_asked(name, scale)
+    mrflow, given = MrFlow(pipe, upscaler=TWICE), as_asked(name, scale)
     asked = {**SMALL, "preset": "8+1" if name == "qwen-image-2.1-turbo" else "3+1"}
     if not off:
         given["negative_prompt"] = NEGATIVES
@@ -79,7 +80,7 @@ def as_off(name: str) -> float:
 
 def test_a_prompt_does_not_change_the_images_of_others() -> None:
     # Qwen-Image 2.1 puts image tokens behind the text, padding included: natively a longer prompt beside it moves them.
-    mrflow = MrFlow(tiny("qwen-image-2.1"))
+    mrflow = MrFlow(tiny("qwen-image-2.1"), upscaler=TWICE)
     both = mrflow(PROMPTS, **SMALL, output_type="pt").images
     for row, prompt in enumerate(PROMPTS):
         asked: dict[str, Any] = {**SMALL, "seed": 3 + row}
@@ -89,7 +90,7 @@ def test_a_prompt_does_not_change_the_images_of_others() -> None:
 
 @pytest.mark.parametrize("name", GUIDED)
 def test_the_given_embeddings_of_a_prompt_make_its_picture(name: str) -> None:
-    mrflow, layout = MrFlow(tiny(name)), find_layout(tiny(name))
+    mrflow, layout = MrFlow(tiny(name), upscaler=TWICE), find_layout(tiny(name))
     scale = as_asked(name, 3.0)
     wanted = mrflow("a red star", **SMALL, **scale, negative_prompt="fog", output_type="pt").images
     text = layout.encode_text(["a red star"], ["fog"])
@@ -103,7 +104,7 @@ def test_the_given_embeddings_of_a_prompt_make_its_picture(name: str) -> None:
 @pytest.mark.parametrize("name", ["qwen-image-2.1", "longcat-image", "nucleus-image", "krea2"])
 def test_guidance_for_some_steps_is_that_guidance(name: str) -> None:
     # Over the whole run it is the one scale; outside the interval the second branch is not run, nor its cache needed.
-    mrflow, scale = MrFlow(tiny(name)), as_asked(name, 3.0)
+    mrflow, scale = MrFlow(tiny(name), upscaler=TWICE), as_asked(name, 3.0)
     asked = {**SMALL, "preset": "4+1", "negative_prompt": "fog", "output_type": "pt", "keep_stages": True}
     whole = mrflow("a star", **asked, **scale).stages[0].image
     within = mrflow("a star", **asked, **scale, guidance_interval=(0.0, 1.0)).stages[0].image
@@ -115,7 +116,7 @@ def test_guidance_for_some_steps_is_that_guidance(name: str) -> None:
 
 
 def test_the_norm_of_longcats_guidance_is_held_in_stages() -> None:
-    mrflow, scale = MrFlow(tiny("longcat-image")), as_asked("longcat-image", 4.0)
+    mrflow, scale = MrFlow(tiny("longcat-image"), upscaler=TWICE), as_asked("longcat-image", 4.0)
     on, off = (
         mrflow("a star", **SMALL, **scale, enable_cfg_renorm=value, output_type="pt", keep_stages=True).stages[0].image
         for value in (True, False)
@@ -128,34 +129,34 @@ def test_the_norm_of_longcats_guidance_is_held_in_stages() -> None:
 
 def test_turbo_walks_the_sigmas_of_its_model_index() -> None:
     pipe = tiny("qwen-image-2.1-turbo")
-    family = MrFlow(pipe).family
+    family = MrFlow(pipe, upscaler=TWICE).family
     assert family.shift.lists == ((*pipe.config.sample_sigmas, 0.0),)
     with pytest.raises(MrFlowError, match="must take 8 steps, for which the model has sigmas of its own, got 6"):
-        MrFlow(pipe)("a star", low_steps=6)
+        MrFlow(pipe, upscaler=TWICE)("a star", low_steps=6)
     shifted = tiny_pipelines.make("qwen-image-2.1-turbo")
     shifted.scheduler = type(shifted.scheduler)(shift=3.0)
-    assert MrFlow(shifted).family.shift.lists[0][1] == pytest.approx(3 * 0.978453 / (1 + 2 * 0.978453))
+    assert MrFlow(shifted, upscaler=TWICE).family.shift.lists[0][1] == pytest.approx(3 * 0.978453 / (1 + 2 * 0.978453))
     shifted.scheduler = type(shifted.scheduler)(use_dynamic_shifting=True)
     with pytest.raises(MrFlowError, match=r"moves the pipeline's own sample_sigmas.* turn use_dynamic_shifting"):
-        MrFlow(shifted)
+        MrFlow(shifted, upscaler=TWICE)
     for wrong in ([1.0, 1.2], [0.5, 0.2], "1, 0.5", [1.0, "x"]):
         shifted = tiny_pipelines.make("qwen-image-2.1-turbo")
         shifted.register_to_config(sample_sigmas=wrong)
         with pytest.raises(MrFlowError):
-            MrFlow(shifted)
+            MrFlow(shifted, upscaler=TWICE)
 
 
 def test_krea_2_turbo_has_one_mu_for_every_size() -> None:
-    mrflow = MrFlow(tiny("krea2-turbo"))
+    mrflow = MrFlow(tiny("krea2-turbo"), upscaler=TWICE)
     for side in (512, 2048):
         assert mrflow.plan(side, side).stages[0].mu == pytest.approx(1.15)
-    raw = MrFlow(tiny("krea2"))
+    raw = MrFlow(tiny("krea2"), upscaler=TWICE)
     assert raw.plan(1024, 1024).stages[0].mu == pytest.approx(0.5 + (1024 - 256) * 0.65 / (6400 - 256))
     assert raw.plan(1024, 1024, guidance=4.5).stages[0].guidance == 4.5
 
 
 def test_qwen_image_21_draws_on_a_grid_of_two_tokens() -> None:
-    made = MrFlow(tiny("qwen-image-2.1"))("a star", width=100, height=90, preset="2+1", seed=1)
+    made = MrFlow(tiny("qwen-image-2.1"), upscaler=TWICE)("a star", width=100, height=90, preset="2+1", seed=1)
     assert [(stage.width, stage.height) for stage in made.plan.stages] == [(64, 64), (128, 96)]
     assert made.images[0].size == (100, 90)
     assert made.plan.stages[0].tokens == 16
@@ -196,7 +197,7 @@ def test_alpha_is_kept_from_the_first_stage_to_the_last() -> None:
 def test_hidden_colour_leaves_no_fringe_and_the_model_reads_alpha() -> None:
     pipe, seen = tiny("qwen-image-2.1"), list[Tensor]()
     vae = pipe.vae
-    plain, pipe_encode = MrFlow(pipe), vae.encode
+    plain, pipe_encode = MrFlow(pipe, upscaler=TWICE), vae.encode
     vae.encode = lambda pixels, *more, **named: (seen.append(pixels), pipe_encode(pixels, *more, **named))[1]
     try:
         made = plain("a star", image=half_clear(), width=128, height=128, preset="2+1", seed=1)
@@ -215,7 +216,7 @@ def test_hidden_colour_leaves_no_fringe_and_the_model_reads_alpha() -> None:
 
 
 def test_models_without_alpha_still_give_it_back() -> None:
-    made = MrFlow(tiny("krea2-turbo"))("a star", image=half_clear(), preset="2+1", seed=1).images[0]
+    made = MrFlow(tiny("krea2-turbo"), upscaler=TWICE)("a star", image=half_clear(), preset="2+1", seed=1).images[0]
     assert (made.mode, made.getpixel((0, 0))[3]) == ("RGBA", 0)
 
 
@@ -227,7 +228,7 @@ def test_models_without_alpha_still_give_it_back() -> None:
 )
 def test_a_prompt_is_rewritten_once_and_always_alike(name: str, switch: str) -> None:
     pipe = tiny(name)
-    mrflow, layout = MrFlow(pipe), find_layout(pipe)
+    mrflow, layout = MrFlow(pipe, upscaler=TWICE), find_layout(pipe)
     state = torch.get_rng_state()
     made = mrflow("a red star", **SMALL, output_type="pt")
     assert torch.equal(torch.get_rng_state(), state)
@@ -250,7 +251,7 @@ def test_the_enhancer_is_told_the_final_size() -> None:
     object.__setattr__(
         pipe, "_enhance_prompt_with_pe", lambda prompt, device, **size: (told.append(size), prompt + "!")[1]
     )
-    mrflow = MrFlow(pipe)
+    mrflow = MrFlow(pipe, upscaler=TWICE)
     mrflow(["a star", "a star", "hills"], width=128, height=64, preset="2+1", seed=1)
     mrflow.draft("a star", width=128, height=64, preset="2+1", seed=1)
     assert told == [{"width": 128, "height": 64}] * 3

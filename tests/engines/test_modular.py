@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_pipelines
 import torch
+from tiny_pipelines import TWICE
 from torch import Tensor
 
 from mrflow_sched import MrFlow
@@ -86,7 +87,7 @@ def natively(pipe: Any, state: Tensor, side: int, **inputs: Any) -> Tensor:
 def test_stage_1_is_the_pipeline_s_own_picture(name: str) -> None:
     pipe = tiny(name)
     heard = Heard(pipe)
-    result = MrFlow(pipe)("a red star", seed=3, keep_stages=True, **SIZE, **STEPS)
+    result = MrFlow(pipe, upscaler=TWICE)("a red star", seed=3, keep_stages=True, **SIZE, **STEPS)
     heard.end()
     alone = Heard(pipe)
     assert heard.state is not None
@@ -99,7 +100,7 @@ def test_stage_1_is_the_pipeline_s_own_picture(name: str) -> None:
     assert heard.times[: 2 * each] == pytest.approx(alone.times, rel=1e-5)
     told = sum(heard.times[-each:]) / each
     assert told == pytest.approx({1000.0: 120.0, 0.0: 0.88}.get(alone.times[0], 0.12), rel=1e-5)
-    again = MrFlow(pipe)("a red star", seed=3, **SIZE, **STEPS)
+    again = MrFlow(pipe, upscaler=TWICE)("a red star", seed=3, **SIZE, **STEPS)
     assert torch.equal(again.images, result.images)
 
 
@@ -109,7 +110,9 @@ def test_guidance_is_the_guider_s(name: str) -> None:
     config = dict(pipe.guider.config)
     for scale, calls in ((1.0, 3), (2.5, 6)):
         heard = Heard(pipe)
-        result = MrFlow(pipe)("a red star", seed=3, guidance_scale=scale, keep_stages=True, **SIZE, **STEPS)
+        result = MrFlow(pipe, upscaler=TWICE)(
+            "a red star", seed=3, guidance_scale=scale, keep_stages=True, **SIZE, **STEPS
+        )
         heard.end()
         assert len(heard.times) == calls == result.plan.forwards
         assert heard.state is not None
@@ -119,7 +122,9 @@ def test_guidance_is_the_guider_s(name: str) -> None:
         first = next(stage.image for stage in result.stages if stage.image.shape[-1] == 32)
         torch.testing.assert_close(first, theirs, rtol=0, atol=1e-5)
     assert dict(pipe.guider.config) == config
-    negative = MrFlow(pipe)("a red star", seed=3, guidance_scale=2.5, negative_prompt="rain", **SIZE, **STEPS)
+    negative = MrFlow(pipe, upscaler=TWICE)(
+        "a red star", seed=3, guidance_scale=2.5, negative_prompt="rain", **SIZE, **STEPS
+    )
     assert not torch.equal(negative.images, result.images)
 
 
@@ -129,9 +134,11 @@ def test_a_batch_is_its_images(name: str) -> None:
     pipe = tiny(name)
     prompts = ["a red star", "hills " * 20, "hills " * 20]
     seen: list[tuple[int, int]] = []
-    both = MrFlow(pipe)(prompts, seed=3, callback=lambda now: seen.append((now.stage, now.step)), **SIZE, **STEPS)
+    both = MrFlow(pipe, upscaler=TWICE)(
+        prompts, seed=3, callback=lambda now: seen.append((now.stage, now.step)), **SIZE, **STEPS
+    )
     for row, prompt in enumerate(prompts):
-        one = MrFlow(pipe)(prompt, seed=3 + row, **SIZE, **STEPS)
+        one = MrFlow(pipe, upscaler=TWICE)(prompt, seed=3 + row, **SIZE, **STEPS)
         torch.testing.assert_close(both.images[row : row + 1], one.images, rtol=0, atol=1e-4)
     assert seen
 
@@ -143,14 +150,17 @@ def test_a_classic_pipeline_with_the_same_parts_makes_the_same_pictures() -> Non
     classic = diffusers.StableDiffusionXLPipeline(**{name: part for name, part in parts.items() if name in known})
     asked = {"seed": 3, "guidance_scale": 5.0, "negative_prompt": "rain", **SIZE, **STEPS}
     torch.testing.assert_close(
-        MrFlow(modular)("a red star", **asked).images, MrFlow(classic)("a red star", **asked).images, rtol=0, atol=1e-5
+        MrFlow(modular, upscaler=TWICE)("a red star", **asked).images,
+        MrFlow(classic, upscaler=TWICE)("a red star", **asked).images,
+        rtol=0,
+        atol=1e-5,
     )
 
 
 def test_a_pipeline_with_sigmas_of_its_own_walks_them() -> None:
     pipe = tiny("qwen-image-2.1-turbo-modular")
     heard = Heard(pipe)
-    result = MrFlow(pipe)("a red star", seed=3, solver="euler", output_type="pt", **SIZE)
+    result = MrFlow(pipe, upscaler=TWICE)("a red star", seed=3, solver="euler", output_type="pt", **SIZE)
     heard.end()
     alone = Heard(pipe)
     pipe(prompt="a red star", **SIZE, generator=torch.Generator().manual_seed(0))
@@ -171,7 +181,7 @@ def test_the_pipeline_is_as_it_was() -> None:
         **SIZE,
     }
     own = pipe(**asked, generator=torch.Generator().manual_seed(1))
-    MrFlow(pipe)("a red star", seed=3, **SIZE, **STEPS)
+    MrFlow(pipe, upscaler=TWICE)("a red star", seed=3, **SIZE, **STEPS)
     assert vars(pipe) == before
     assert torch.equal(own, pipe(**asked, generator=torch.Generator().manual_seed(1)))
 
@@ -179,19 +189,19 @@ def test_the_pipeline_is_as_it_was() -> None:
 def test_embeddings_take_the_place_of_prompts() -> None:
     pipe = tiny("flux1-dev-modular")
     text = PipelineEngine(pipe).encode_text(["a red star"]).arguments
-    made = MrFlow(pipe)(seed=3, **text, **SIZE, **STEPS)
-    assert torch.equal(made.images, MrFlow(pipe)("a red star", seed=3, **SIZE, **STEPS).images)
+    made = MrFlow(pipe, upscaler=TWICE)(seed=3, **text, **SIZE, **STEPS)
+    assert torch.equal(made.images, MrFlow(pipe, upscaler=TWICE)("a red star", seed=3, **SIZE, **STEPS).images)
 
 
 def test_a_run_that_is_stopped_says_nothing_else(caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
-    made = MrFlow(tiny("flux1-dev-modular"))("a red star", seed=3, cancel=lambda: True, **SIZE, **STEPS)
+    made = MrFlow(tiny("flux1-dev-modular"), upscaler=TWICE)("a red star", seed=3, cancel=lambda: True, **SIZE, **STEPS)
     assert made.cancelled
     assert "Error in block" not in capsys.readouterr().err
 
 
 def refused(pipe: Any, *values: Any, **named: Any) -> str:
     with pytest.raises(MrFlowError) as error:
-        MrFlow(pipe)(*values, **named)
+        MrFlow(pipe, upscaler=TWICE)(*values, **named)
     return str(error.value)
 
 
@@ -235,7 +245,7 @@ def test_blocks_without_a_known_family_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["qwen-image-modular", "qwen-image-2.1-modular"])
 def test_prompts_of_a_batch_need_no_negative_ones(name: str) -> None:
-    mrflow = MrFlow(tiny_pipelines.make(name))
+    mrflow = MrFlow(tiny_pipelines.make(name), upscaler=TWICE)
     asked: dict[str, Any] = {"width": 192, "height": 128, "output_type": "pt", "solver": "euler", "low_steps": 2}
     both = mrflow(["a red star", "green"], seed=[3, 9], **asked).images
     alone = [mrflow(text, seed=seed, **asked).images[0] for text, seed in (("a red star", 3), ("green", 9))]

@@ -15,6 +15,7 @@ import pytest
 import tiny_pipelines
 import torch
 from pipeline_tools import listening, theirs_with
+from tiny_pipelines import TWICE
 
 from mrflow_sched import MrFlow, MrFlowError, make_native_plan, make_plan
 from mrflow_sched.engines.diffusers.layouts import find_layout
@@ -39,7 +40,9 @@ def told(name: str, steps: int, **options: Any) -> tuple[list[float], Any]:
     pipe = tiny(name)
     side = 8 * find_layout(pipe).family.grid
     with listening(pipe) as heard:
-        made = MrFlow(pipe)("a star", width=side, height=side, low_steps=steps, solver="euler", seed=2, **options)
+        made = MrFlow(pipe, upscaler=TWICE)(
+            "a star", width=side, height=side, low_steps=steps, solver="euler", seed=2, **options
+        )
     times = [float(time[0]) for time in heard.timesteps]
     return [time for index, time in enumerate(times) if not index or time != times[index - 1]], made.plan
 
@@ -67,7 +70,9 @@ def test_omnigen_is_told_how_much_image_there_is() -> None:
 def test_omnigen_without_guidance_runs_one_branch() -> None:
     pipe = tiny("omnigen")
     with listening(pipe) as heard:
-        made = MrFlow(pipe)("a star", width=128, height=128, low_steps=2, solver="euler", guidance_scale=1.0)
+        made = MrFlow(pipe, upscaler=TWICE)(
+            "a star", width=128, height=128, low_steps=2, solver="euler", guidance_scale=1.0
+        )
     assert [len(state) for state in heard.states] == [1, 1, 1]
     assert made.plan.forwards == 3
 
@@ -78,7 +83,7 @@ def test_cosmos_is_told_flow_sigmas_and_handed_flow_states() -> None:
     assert times == pytest.approx([*(sigma / (1 + sigma) for sigma in ve[:-1]), 0.12], rel=1e-5)
     assert ve[0] == 80.0
     assert ve[3] == pytest.approx(0.002)
-    assert not MrFlow(tiny("cosmos-predict2")).experimental
+    assert not MrFlow(tiny("cosmos-predict2"), upscaler=TWICE).experimental
     assert not any("not a flow" in note for note in plan.notes)
 
 
@@ -99,7 +104,7 @@ def test_sana_sprint_has_the_angles_of_its_pipeline() -> None:
 def test_lcm_is_handed_states_of_unit_variance() -> None:
     pipe = tiny("lcm")
     with listening(pipe) as heard:
-        MrFlow(pipe)("a star", width=256, height=256, low_steps=3, solver="euler", seed=2)
+        MrFlow(pipe, upscaler=TWICE)("a star", width=256, height=256, low_steps=3, solver="euler", seed=2)
     assert [float(state.std()) for state in heard.states[:1]] == pytest.approx([1.0], abs=0.05)
 
 
@@ -112,7 +117,7 @@ def test_a_state_that_a_callback_changes_counts_in_the_loops_own_scale(name: str
 
     def heard_by(callback: Any) -> list[float]:
         with listening(pipe) as heard:
-            MrFlow(pipe)(
+            MrFlow(pipe, upscaler=TWICE)(
                 "a star",
                 width=256,
                 height=256,
@@ -143,7 +148,7 @@ def test_glm_image_writes_its_tokens_once_for_an_image(monkeypatch: pytest.Monke
     monkeypatch.setattr(type(pipe), "generate_prior_tokens", noted)
     state = torch.random.get_rng_state()
     with listening(pipe) as heard:
-        MrFlow(pipe)(["a star", "hills"], width=192, height=128, low_steps=1, solver="euler", seed=2)
+        MrFlow(pipe, upscaler=TWICE)(["a star", "hills"], width=192, height=128, low_steps=1, solver="euler", seed=2)
     assert sizes == [(96, 64), (96, 64)]
     assert torch.equal(state, torch.random.get_rng_state())
     low, high = (heard.arguments[call]["prior_token_id"] for call in (0, -1))
@@ -173,32 +178,34 @@ def test_cosmos_asks_its_safety_checker_once_and_heeds_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(guard, "check_text_safety", lambda self, text: (texts.append(text), read(self, text))[1])
     monkeypatch.setattr(guard, "check_video_safety", lambda self, f: (pictures.append(f.shape), look(self, f))[1])
     asked: dict[str, Any] = {"width": 128, "height": 128, "low_steps": 1, "output_type": "np"}
-    made = MrFlow(pipe)(["a star"] * 2, **asked)
+    made = MrFlow(pipe, upscaler=TWICE)(["a star"] * 2, **asked)
     assert texts == ["a star"]
     assert pictures == [(1, 128, 128, 3)] * 2
     assert made.nsfw_content_detected == (False, False)
     with pytest.raises(MrFlowError, match="safety checker refuses the prompt 'forbidden'"):
-        MrFlow(pipe)("forbidden", **asked)
+        MrFlow(pipe, upscaler=TWICE)("forbidden", **asked)
     monkeypatch.setattr(guard, "check_video_safety", lambda self, frames: None)
-    black = MrFlow(pipe)("a star", **asked)
+    black = MrFlow(pipe, upscaler=TWICE)("a star", **asked)
     assert not numpy.asarray(black.images[0]).any()
     without = copy.copy(pipe)
     without.safety_checker = None
     with pytest.raises(MrFlowError, match="pipe has no safety_checker"):
-        MrFlow(without)("a star", **asked)
+        MrFlow(without, upscaler=TWICE)("a star", **asked)
 
 
 @pytest.mark.parametrize("name", ["omnigen", "glm-image"])
 def test_a_negative_prompt_that_cannot_be_given_is_told_of(name: str) -> None:
     pipe = tiny(name)
-    made = MrFlow(pipe)("a star", negative_prompt="rain", width=128, height=128, low_steps=1)
+    made = MrFlow(pipe, upscaler=TWICE)("a star", negative_prompt="rain", width=128, height=128, low_steps=1)
     assert any("has a negative prompt of its own: yours was ignored" in said for said in made.warnings)
 
 
 def test_cogview3_heeds_a_negative_prompt() -> None:
     pipe = tiny("cogview3-plus")
     asked: dict[str, Any] = {"width": 128, "height": 128, "low_steps": 2, "output_type": "np", "seed": 1}
-    plain, other = (MrFlow(pipe)("a star", negative_prompt=said, **asked).images[0] for said in (None, "rain"))
+    plain, other = (
+        MrFlow(pipe, upscaler=TWICE)("a star", negative_prompt=said, **asked).images[0] for said in (None, "rain")
+    )
     assert not numpy.array_equal(plain, other)
 
 

@@ -10,6 +10,7 @@ import pytest
 import tiny_pipelines
 import torch
 from pipeline_tools import listening
+from tiny_pipelines import TWICE
 from torch import Tensor
 
 from bench.tiny import special
@@ -45,7 +46,7 @@ def made(pipe: Any, prompt: Any = "a red star", **changes: Any) -> Any:
         "width": 2 * LOW[0],
         "height": 2 * LOW[1],
     }
-    return MrFlow(pipe)(prompt, output_type="pt", keep_stages=True, **{**short, **numbers, **changes})
+    return MrFlow(pipe, upscaler=TWICE)(prompt, output_type="pt", keep_stages=True, **{**short, **numbers, **changes})
 
 
 def available(name: str) -> None:

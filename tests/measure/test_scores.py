@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.demo.scenes import caption, random_scene, render
+from mrflow_sched.demo.captions import caption
+from mrflow_sched.demo.drawing import render
+from mrflow_sched.demo.scenes import random_scene
 from mrflow_sched.measure.scores import NAMES, get_score
 
 PIXELS = tuple(name for name in NAMES if name != "judge")

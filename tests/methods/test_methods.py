@@ -9,6 +9,7 @@ import pytest
 import tiny_pipelines
 import torch
 from pipeline_tools import listening, network_of, snapshot
+from tiny_pipelines import TWICE
 from torch import Tensor
 
 from mrflow_sched import MrFlow, make_plan, sample_staged
@@ -154,7 +155,7 @@ def test_with_an_interval_callbacks_count_as_documented() -> None:
             seen.append((step, given.num_timesteps))
             return tensors
 
-        MrFlow(pipe)("a cat", low_steps=4, callback_on_step_end=note, **SIZE, **more)
+        MrFlow(pipe, upscaler=TWICE)("a cat", low_steps=4, callback_on_step_end=note, **SIZE, **more)
         return seen
 
     assert heard() == heard(guidance_interval=(0.3, 0.9)) == [(0, 4), (1, 4), (2, 4), (3, 4), (0, 1)]
@@ -173,11 +174,11 @@ def test_with_an_interval_stage_1_is_compiled_all_the_same(monkeypatch: pytest.M
     monkeypatch.setattr(torch, "compile", spy)
     pipe = tiny_pipelines.make("sd3")
     numbers: dict[str, Any] = {"low_steps": 6, "solver": "euler", "guidance_interval": (0.3, 0.9)}
-    plan = MrFlow(pipe).plan(64, 64, low_steps=6, solver="euler")
+    plan = MrFlow(pipe, upscaler=TWICE).plan(64, 64, low_steps=6, solver="euler")
     inside = [0.3 <= sigma <= 0.9 for sigma in plan.stages[0].sigmas[:-1]]
     assert any(inside)
     assert not all(inside)
-    MrFlow(pipe, compile_mode="default")("a cat", **numbers, **SIZE)
+    MrFlow(pipe, compile_mode="default", upscaler=TWICE)("a cat", **numbers, **SIZE)
     assert compiled == [2 if each else 1 for each in inside]
 
 
@@ -215,9 +216,9 @@ def test_any_scale_can_be_asked_for_at_any_step() -> None:
 
 def test_true_cfg_is_counted_and_reached_by_refine_guidance_and_interval() -> None:
     pipe = tiny_pipelines.make("flux1-dev")
-    if "true_cfg_scale" not in MrFlow(pipe)._layout.call_names:  # pyright: ignore[reportPrivateUsage]
+    if "true_cfg_scale" not in MrFlow(pipe, upscaler=TWICE)._layout.call_names:  # pyright: ignore[reportPrivateUsage]
         pytest.skip("this FluxPipeline has no true CFG")
-    run = MrFlow(pipe)
+    run = MrFlow(pipe, upscaler=TWICE)
     asked: dict[str, Any] = {"negative_prompt": "blue", "true_cfg_scale": 3.0, "low_steps": 4, "solver": "euler"}
 
     def made(**more: Any) -> tuple[Any, int]:
@@ -256,7 +257,7 @@ def _scales(pipe: Any, **more: Any) -> list[float]:
     hint = torch.rand((1, 3, 128, 128), generator=torch.Generator().manual_seed(2))
     try:
         asked: dict[str, Any] = {**SIZE, "width": 128, "height": 128, "low_steps": 6, "solver": "euler", **more}
-        MrFlow(pipe)("a cat", control_image=hint, **asked)
+        MrFlow(pipe, upscaler=TWICE)("a cat", control_image=hint, **asked)
     finally:
         handle.remove()
     return scales
@@ -301,7 +302,7 @@ def test_a_controlled_pipeline_without_its_hint_is_one_sentence() -> None:
     asked: list[dict[str, Any]] = [{"image": hint}, {}]
     for given in asked:
         with pytest.raises(MrFlowError, match="control_image is missing"):
-            MrFlow(pipe)("a cat", **SIZE, **given)
+            MrFlow(pipe, upscaler=TWICE)("a cat", **SIZE, **given)
 
 
 # ------------------------------------------------------------------------------------------------------------ callbacks
@@ -325,7 +326,7 @@ def test_what_a_callback_makes_of_the_last_steps_latents_counts(name: str, in_pl
 
     def made() -> Tensor:
         asked: dict[str, Any] = {**SIZE, "width": side, "height": side, "low_steps": 3, "solver": "euler"}
-        return MrFlow(pipe)("a cat", callback_on_step_end=move, **asked).images
+        return MrFlow(pipe, upscaler=TWICE)("a cat", callback_on_step_end=move, **asked).images
 
     plain = made()
     where = 3  # the last step of stage 1
@@ -359,12 +360,12 @@ def test_caches_that_read_the_owners_pipeline_work(kind: str) -> None:
         more |= {"spatial_attention_timestep_skip_range": (-1, 901), "unconditional_batch_skip_range": 2}
     else:
         more |= {"spatial_attention_timestep_skip_range": (100, 950)}
-    plain = MrFlow(pipe)("a cat", low_steps=8, **SIZE)
+    plain = MrFlow(pipe, upscaler=TWICE)("a cat", low_steps=8, **SIZE)
     pipe.transformer.enable_cache(config(spatial_attention_block_skip_range=2, **more))
     pipe.transformer.disable_cache()  # which leaves registries of hooks, empty, on the network
     before = snapshot(pipe)
     pipe.transformer.enable_cache(config(spatial_attention_block_skip_range=2, **more))
-    cached = MrFlow(pipe)("a cat", low_steps=8, **SIZE).images
+    cached = MrFlow(pipe, upscaler=TWICE)("a cat", low_steps=8, **SIZE).images
     pipe.transformer.disable_cache()
     assert difference(cached, plain.images) > 1e-5
     levels = [1000 * sigma for stage in plain.plan.stages for sigma in stage.sigmas[:-1]]
@@ -373,7 +374,7 @@ def test_caches_that_read_the_owners_pipeline_work(kind: str) -> None:
     assert all(any(abs(each - level) < 0.01 for level in levels) for each in read)
     assert len({round(each, 2) for each in read}) == len(levels)
     assert snapshot(pipe) == before
-    assert difference(MrFlow(pipe)("a cat", low_steps=8, **SIZE).images, plain.images) == 0.0
+    assert difference(MrFlow(pipe, upscaler=TWICE)("a cat", low_steps=8, **SIZE).images, plain.images) == 0.0
 
 
 def test_the_owner_shows_what_the_call_has_set_and_forgets_it_again() -> None:
@@ -391,7 +392,7 @@ def test_the_owner_shows_what_the_call_has_set_and_forgets_it_again() -> None:
     assert seen == [(True, 4.0)] * run.plan.stages[0].steps + [(True, 4.0)]
     assert snapshot(pipe) == before
     with pytest.raises(ZeroDivisionError):
-        MrFlow(pipe)("a cat", callback_on_step_end=lambda *_: 1 / 0, **SIZE)
+        MrFlow(pipe, upscaler=TWICE)("a cat", callback_on_step_end=lambda *_: 1 / 0, **SIZE)
     assert snapshot(pipe) == before
     handle.remove()
 
@@ -401,11 +402,11 @@ def test_the_owner_shows_what_the_call_has_set_and_forgets_it_again() -> None:
 
 def test_an_explicit_none_is_an_argument() -> None:
     pipe = tiny_pipelines.make("sana")
-    if "complex_human_instruction" not in MrFlow(pipe)._layout.call_names:  # pyright: ignore[reportPrivateUsage]
+    if "complex_human_instruction" not in MrFlow(pipe, upscaler=TWICE)._layout.call_names:  # pyright: ignore[reportPrivateUsage]
         pytest.skip("this Sana has no instruction")
     asked: dict[str, Any] = {**SIZE, "width": 128, "height": 128, "low_steps": 2, "max_sequence_length": 300}
-    with_it = MrFlow(pipe)("a cat", **asked).images
-    without = MrFlow(pipe)("a cat", complex_human_instruction=None, **asked).images
+    with_it = MrFlow(pipe, upscaler=TWICE)("a cat", **asked).images
+    without = MrFlow(pipe, upscaler=TWICE)("a cat", complex_human_instruction=None, **asked).images
     assert difference(with_it, without) > 1e-4
 
 

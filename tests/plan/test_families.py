@@ -467,7 +467,7 @@ assert made.images.shape == (1, 3, 64, 64) and bool(made.images.isfinite().all()
 assert made.plan.family == "mine" and not any("family" in warning for warning in made.warnings)
 sigmas = [sigma for stage in made.plan.stages for sigma in stage.sigmas[:-1]]
 told = [float(time[0]) for time in heard.timesteps]
-assert len(told) == len(sigmas) == 4 and max(abs(a - b) for a, b in zip(told, sigmas)) < 1e-6
+assert len(told) == len(sigmas) == 5 and max(abs(a - b) for a, b in zip(told, sigmas)) < 1e-6
 assert {float(each["guidance"][0]) for each in heard.arguments} == {2.5}
 assert {each["encoder_hidden_states"].shape[1] for each in heard.arguments} == {24}
 print("made")

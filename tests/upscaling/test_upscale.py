@@ -32,6 +32,7 @@ from mrflow_sched.upscaling.fit import upscale_to
 from mrflow_sched.upscaling.lanczos import LanczosUpscaler, resize_lanczos
 from mrflow_sched.upscaling.load import choose_dtype, load_upscaler
 from mrflow_sched.upscaling.model import ModelUpscaler
+from mrflow_sched.upscaling.role import kind_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -787,3 +788,10 @@ def test_somebody_elses_upscaler_takes_image_by_image_what_it_cannot_take_at_onc
         with pytest.raises(MemoryError, match="the upscaler small upscaled 6x4 pixels; free memory, or choose"):
             upscale_to(images, 12, 8, Small())
         assert asked == [2, 1]
+
+
+def test_the_kind_of_an_upscaler(x2: ModelUpscaler) -> None:
+    for plain in (None, LanczosUpscaler(), SimpleNamespace(scale=2, kind="interpolation"), SimpleNamespace(scale=1)):
+        assert kind_of(plain) == "interpolation"
+    for network in (x2, SimpleNamespace(scale=2), SimpleNamespace(scale=4, kind="esrgan")):
+        assert kind_of(network) == "network"

@@ -64,6 +64,21 @@ def test_the_recipe_is_the_librarys_plan(family: str) -> None:
         assert made.refine_sigmas == pytest.approx((0.12 / 0.88, 0.0))
 
 
+@pytest.mark.parametrize("name", ["None", "Lanczos", "Nearest", "Latent", "Latent (bicubic antialiased)"])
+def test_without_a_network_the_image_is_refined_more_and_the_line_says_so(name: str) -> None:
+    made = make(names=(*NAMES, name), upscaler=name)
+    assert (made.low_steps, made.refine_steps, made.sigma, made.preset) == (12, 2, 0.45, "12+1")
+    assert made.line.endswith("×2 @ σ 0.45 · refined more, as no network upscales")
+    assert made.plan.upscaler_kind == "interpolation"
+    counted = make(names=(*NAMES, name), upscaler=name, preset="12+1")
+    assert (counted.refine_steps, counted.sigma) == (1, 0.45)
+    given = make(names=(*NAMES, name), upscaler=name, sigma=0.12)
+    assert (given.refine_steps, given.sigma) == (1, 0.12)
+    assert "network" not in given.line
+    assert make(names=(*NAMES, name)).plan.upscaler_kind == "network"
+    assert make(names=(name,), upscaler="gone").sigma == 0.45  # what is used in its place
+
+
 def test_presets_and_overrides() -> None:
     assert (make(preset="text").sigma, make(preset="text").low_steps) == (0.18, 12)
     assert [make(preset=tier).low_steps for tier in ("fast", "balanced", "best")] == [6, 12, 20]

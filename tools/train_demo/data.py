@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from mrflow_sched.demo import drawing
 from mrflow_sched.demo import scenes as S
-from mrflow_sched.demo.scenes import Scene, Thing, random_scene, render
+from mrflow_sched.demo.canvas import Mark
+from mrflow_sched.demo.drawing import render
+from mrflow_sched.demo.scenes import Scene, Thing, random_scene
 
 HIGH, LOW, TINY = 256, 128, 64
 SIZES = (HIGH, LOW, TINY)
@@ -71,10 +74,14 @@ def fit_components(pictures: np.ndarray) -> dict[str, np.ndarray]:
 
 
 UNKNOWN = 255
+# "print" are small letters at a size that cannot show which.
 MEANINGS: dict[str, tuple[str, ...]] = {
-    "part": (*S.GROUNDS, *(f"{sky} sky" for sky in S.SKIES), *S.SHAPES, *S.LETTERS, *S.LIGHTS, *S.DETAILS, "wall"),
+    "part": (
+        *(*S.GROUNDS, *(f"{sky} sky" for sky in S.SKIES), *S.SHAPES, *S.LETTERS, *S.LIGHTS, *S.DETAILS, "wall"),
+        *("face", *S.PATTERNS, "eye", *S.MOODS, "bird", "print"),
+    ),
     "colour": tuple(S.COLOURS),
-    "texture": S.TEXTURES,
+    "texture": (*S.TEXTURES, S.OUTLINED, *S.GAPS),
 }
 
 
@@ -94,19 +101,31 @@ def meaning(scene: Scene, seed: int, grid: int) -> np.ndarray:
         fill(centre > 0.74, everywhere, scene.ground)
     elif scene.detail:
         fill(everywhere, everywhere, scene.detail, scene.ink)
+    elif scene.pattern:
+        fill(everywhere, everywhere, scene.pattern, scene.ink, scene.gap)
     else:
         fill(everywhere, everywhere, "wall", scene.wall)
-    for mark in S.layout(scene, seed):
+    for mark in drawing.layout(scene, seed):
         rows = (centre > mark.top) & (centre < mark.bottom)
         columns = (centre > mark.left) & (centre < mark.right)
-        if mark.kind == "thing":
-            thing = scene.things[mark.index]
-            fill(rows, columns, thing.shape, thing.colour, thing.texture)
-        elif mark.kind == "letter":
-            fill(rows, columns, scene.word[mark.index], scene.ink)
-        else:
-            fill(rows, columns, scene.light)
+        fill(rows, columns, *_meaning_of(mark, scene, fine=grid * TOKEN >= S.FINE_SIZE))
     return out
+
+
+def _meaning_of(mark: Mark, scene: Scene, *, fine: bool) -> tuple[str, str, str]:
+    """Part, colour and texture of a marked place."""
+    if mark.kind == "thing":
+        thing = scene.things[mark.index]
+        return thing.shape, thing.colour, thing.texture
+    if mark.kind == "letter":
+        return scene.word[mark.index], scene.ink, ""
+    if mark.kind == "small letter":
+        return (scene.small_word[mark.index] if fine else "print"), scene.ink, ""
+    if mark.kind == "light":
+        return scene.light, "", ""
+    if mark.kind == "eye":
+        return "eye", scene.faces[mark.index].eyes, ""
+    return (scene.faces[mark.index].mood if mark.kind == "mouth" else mark.kind), "", ""
 
 
 def _meaning_range(args: tuple[str, int, int]) -> int:

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from mrflow_sched import make_native_plan, make_plan
-from mrflow_sched.demo.judge import Judge
-from mrflow_sched.demo.scenes import CATEGORIES, Scene, caption
+from mrflow_sched.demo.captions import caption
+from mrflow_sched.demo.judge import load_judge
+from mrflow_sched.demo.scenes import CATEGORIES, Scene
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.load import load_upscaler
@@ -60,8 +61,9 @@ def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path |
     """Write ``evaluation.json`` and sheets; the judge is the classifier trained on rendered scenes."""
     engine = PipelineEngine.from_folder(weights, family="demo")
     upscaler = load_upscaler(weights / "upscaler" / "x2.safetensors")
-    judge = Judge()
-    judge.load_state_dict(torch.load(work / "classifier.pt", weights_only=True))
+    judge = load_judge()
+    if (work / "classifier.pt").exists():
+        judge.load_state_dict(torch.load(work / "classifier.pt", weights_only=True))
     scenes = test_scenes(per_category)
     prompts = [caption(scene) for scene in scenes]
     true = torch.from_numpy(np.stack([data.picture_at(i, data.TEST_STREAM) for i in range(len(scenes))])).permute(

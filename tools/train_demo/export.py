@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_file, save_file
 
 from mrflow_sched.demo.judge import WEIGHTS
-from tools.train_demo import flow, text, vae
+from mrflow_sched.demo.paths import weights_path
+from tools.train_demo import flow, further, text, vae
 
 
 def load_flow(work: Path) -> flow.TextToVelocity:
@@ -31,34 +32,61 @@ def load_vae(work: Path) -> Any:
 
 
 def export(work: Path, folder: Path) -> None:
-    """Write ``folder``, which every FLUX.1 script can load. The transformer, by far the largest part, is stored in
-    bfloat16."""
+    """Write ``folder``, which every FLUX.1 script can load."""
     model = load_flow(work)
-    t5_tokenizer, _, clip_tokenizer, _ = text.load(work)
+    tokenizers = text.load(work)
+    parts = {"t5": model.t5, "clip": model.clip, "transformer": model.transformer, "vae": load_vae(work)}
+    state = torch.load(work / "sr.pt", weights_only=False)["ema"]
+    upscaler = {key: value.half().contiguous() for key, value in state.items()}
+    write(folder, parts, (tokenizers[0], tokenizers[2]), work / "text" / "tokenizer", upscaler)
+
+
+def export_further(work: Path, folder: Path) -> None:
+    """Write ``folder`` with the parts that were trained further, and the shipped upscaler and, if it was not, VAE."""
+    _, model, tokenizers = further.load(work)
+    model.load_state_dict(torch.load(work / "further.pt", weights_only=False)["ema"])
+    kind: Any = AutoencoderKL
+    shipped = kind.from_pretrained(weights_path() / "vae")
+    if (work / "decoder" / "vae.pt").exists():
+        shipped.load_state_dict(torch.load(work / "decoder" / "vae.pt", weights_only=False)["vae"])
+    upscaler = load_file(weights_path() / "upscaler" / "x2.safetensors")
+    parts = {"t5": model.t5, "clip": model.clip, "transformer": model.transformer, "vae": shipped}
+    write(folder, parts, tokenizers, work / "text" / "tokenizer", upscaler)
+
+
+def write(
+    folder: Path, parts: dict[str, Any], tokenizers: tuple[Any, Any], clip_files: Path, upscaler: dict[str, Any]
+) -> None:
+    """Write a pipeline folder with its upscaler. The transformer, by far the largest part, is stored in bfloat16.
+
+    `tokenizers` are those of T5 and of CLIP; `clip_files` is a folder with the latter's vocab.json and merges.txt.
+    """
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=64, max_image_seq_len=1024
     )
+    for part in parts.values():
+        part.eval().requires_grad_(False)
     pipe = FluxPipeline(
         scheduler=scheduler,
-        vae=load_vae(work),
-        text_encoder=model.clip,
-        tokenizer=clip_tokenizer,
-        text_encoder_2=model.t5,
-        tokenizer_2=t5_tokenizer,
-        transformer=model.transformer.bfloat16(),
+        vae=parts["vae"],
+        text_encoder=parts["clip"],
+        tokenizer=tokenizers[1],
+        text_encoder_2=parts["t5"],
+        tokenizer_2=tokenizers[0],
+        transformer=parts["transformer"].bfloat16(),
     )
+    files = {name: (clip_files / name).read_bytes() for name in ("vocab.json", "merges.txt")}
     shutil.rmtree(folder, ignore_errors=True)
     pipe.save_pretrained(folder)
     _name_as_released(folder / "text_encoder" / "model.safetensors")
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(work / "text" / "tokenizer" / name, folder / "tokenizer" / name)
+    for name, content in files.items():
+        (folder / "tokenizer" / name).write_bytes(content)
     index = json.loads((folder / "model_index.json").read_text())
     index["tokenizer"], index["tokenizer_2"] = ["transformers", "CLIPTokenizer"], ["transformers", "T5TokenizerFast"]
     index["_mrflow_family"] = "demo"
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "upscaler").mkdir()
-    state = torch.load(work / "sr.pt", weights_only=False)["ema"]
-    save_file({key: value.half().contiguous() for key, value in state.items()}, folder / "upscaler" / "x2.safetensors")
+    save_file(upscaler, folder / "upscaler" / "x2.safetensors")
     for path in folder.rglob("*.json"):
         path.write_text(_without_paths(path.read_text()))
 

@@ -22,7 +22,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from mrflow_sched.demo import scenes
-from mrflow_sched.demo.scenes import caption
+from mrflow_sched.demo.captions import caption
 from mrflow_sched.engines.diffusers.layouts.per_family import pack, unpack
 from tools.train_demo import data, text
 
@@ -97,8 +97,8 @@ def velocity(
         pooled_projections=pooled,
         timestep=sigma,
         guidance=guidance,
-        img_ids=position_ids(h, w, top),
-        txt_ids=torch.zeros(tokens.shape[1], 3),
+        img_ids=position_ids(h, w, top).to(x.device),
+        txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device),
         return_dict=False,
     )[0]
     return unpack(out.float(), h, w)
@@ -125,7 +125,7 @@ class TextToVelocity(nn.Module):
     def naming_loss(self, features: Tensor, shown: Tensor) -> Tensor:
         """features (B, tokens, width), shown (B, 3, tokens) → mean cross-entropy of what every token shows."""
         features = nn.functional.layer_norm(features, features.shape[-1:])
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=features.device)
         for index, head in enumerate(self.meaning.values()):
             wanted = shown[:, index].flatten()
             known = wanted != data.UNKNOWN

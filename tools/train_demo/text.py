@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from mrflow_sched.demo import captions
 from mrflow_sched.demo import scenes as S
 from mrflow_sched.demo.judge import FIELDS, labels
 
@@ -27,10 +28,16 @@ LENGTH = 32
 _LOWER = "abcdefghijklmnopqrstuvwxyz"
 
 
+def first_words() -> list[str]:
+    """The vocabulary without the words that were added later, which come after everything else in both tokenizers."""
+    return [word for word in captions.vocabulary() if word not in captions.ADDED_WORDS]
+
+
 def make_t5_tokenizer() -> Any:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [("\u2581" + word, -2.0) for word in S.vocabulary()] + [("\u2581", -3.0), (",", -3.0)]
+    pieces += [("\u2581" + word, -2.0) for word in first_words()] + [("\u2581", -3.0), (",", -3.0)]
     pieces += [(char, -9.0) for char in S.LETTERS + _LOWER + "0123456789.-'!?"]
+    pieces += [("\u2581" + word, -2.0) for word in captions.ADDED_WORDS]
     return _TOKENIZERS.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=LENGTH)
 
 
@@ -42,22 +49,30 @@ def _byte_alphabet() -> list[str]:
 def make_clip_tokenizer() -> tuple[Any, dict[str, int], list[str]]:
     alphabet = _byte_alphabet()
     merges: list[str] = []
-    for word in S.vocabulary():
-        parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            merge = f"{parts[0]} {parts[1]}"
-            if merge not in merges:
-                merges.append(merge)
-            parts = [parts[0] + parts[1], *parts[2:]]
-    pieces = [*alphabet, *(char + "</w>" for char in alphabet), *(merge.replace(" ", "") for merge in merges)]
+    first = _merge(merges, first_words())
+    pieces = [*alphabet, *(char + "</w>" for char in alphabet), *first]
     pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    pieces = list(dict.fromkeys([*pieces, *_merge(merges, list(captions.ADDED_WORDS))]))
     vocab = {piece: index for index, piece in enumerate(pieces)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     tokenizer = _TOKENIZERS.CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=77)
     return tokenizer, vocab, merges
 
 
-def make_encoders(t5_vocab: int, clip_vocab: int) -> tuple[T5EncoderModel, CLIPTextModel]:
+def _merge(merges: list[str], words: list[str]) -> list[str]:
+    """Add the merges that make each word one token; returns the tokens that they make."""
+    before = len(merges)
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            merge = f"{parts[0]} {parts[1]}"
+            if merge not in merges:
+                merges.append(merge)
+            parts = [parts[0] + parts[1], *parts[2:]]
+    return [merge.replace(" ", "") for merge in merges[before:]]
+
+
+def make_encoders(t5_vocab: int, clip_vocab: int, ends: tuple[int, int]) -> tuple[T5EncoderModel, CLIPTextModel]:
     torch.manual_seed(0)
     t5 = T5EncoderModel(
         T5Config(
@@ -84,9 +99,9 @@ def make_encoders(t5_vocab: int, clip_vocab: int) -> tuple[T5EncoderModel, CLIPT
             num_attention_heads=4,
             max_position_embeddings=77,
             projection_dim=WIDTH,
-            bos_token_id=clip_vocab - 2,
-            eos_token_id=clip_vocab - 1,
-            pad_token_id=clip_vocab - 1,
+            bos_token_id=ends[0],
+            eos_token_id=ends[1],
+            pad_token_id=ends[1],
         )
     )
     return t5, clip
@@ -103,7 +118,7 @@ ROLES += [f"letter{k}/{n}" for n in range(2, S.MAX_LETTERS + 1) for k in range(n
 def token_roles(scene: S.Scene, *, name_sky: bool = True) -> list[int]:
     """Role index of every token: one per word, comma and letter, one for the mark before letters, then the end."""
     roles: list[int] = []
-    for word, role in S.caption_words(scene, name_sky=name_sky):
+    for word, role in captions.caption_words(scene, name_sky=name_sky):
         if role == "word":
             names = ["glue"] + [f"letter{k}/{len(word)}" for k in range(len(word))]
         else:
@@ -168,7 +183,7 @@ class Batch:
 def make_batch(rng: np.random.Generator, count: int, length: int, tokenizers: tuple[Any, Any]) -> Batch:
     """Captions of new scenes, with all labels; a quarter leave the sky open."""
     rows = [(S.random_scene(rng), bool(rng.random() < 0.75)) for _ in range(count)]
-    texts = [S.caption(scene, name_sky=named) for scene, named in rows]
+    texts = [captions.caption(scene, name_sky=named) for scene, named in rows]
     pad = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     ids = tokenizers[0](texts, max_length=length, **pad).input_ids
     roles = torch.zeros(ids.shape, dtype=torch.long)
@@ -196,7 +211,8 @@ def train(work: Path, seconds: float = 900.0, batch: int = 32, report: int = 250
     begin, step, elapsed, curve = time.time(), 0, 0.0, []
     t5_tokenizer, (clip_tokenizer, vocab, merges) = make_t5_tokenizer(), make_clip_tokenizer()
     tokenizers = (t5_tokenizer, clip_tokenizer)
-    model = Parser(*make_encoders(len(t5_tokenizer), len(clip_tokenizer)), len(t5_tokenizer))
+    ends = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
+    model = Parser(*make_encoders(len(t5_tokenizer), len(clip_tokenizer), ends), len(t5_tokenizer))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
     rng = np.random.default_rng(5)
     held_out = [

@@ -101,12 +101,15 @@ def _edges(picture: Tensor) -> Tensor:
     )
 
 
-def train(work: Path, settings: DecoderSettings | None = None, *, save_every: float = 60.0) -> dict[str, Any]:
-    """Train the decoder on stored latents and images; writes ``vae.pt``."""
+def train(
+    work: Path, settings: DecoderSettings | None = None, *, start: Any = None, save_every: float = 60.0
+) -> dict[str, Any]:
+    """Train the decoder on stored latents and images, from nothing or from the VAE `start` on; writes ``vae.pt``."""
     settings = settings or DecoderSettings()
     torch.manual_seed(settings.seed)
-    vae = make_vae()
-    write_encoder(vae, np.load(work / "components.npz"))
+    vae = start or make_vae()
+    if start is None:
+        write_encoder(vae, np.load(work / "components.npz"))
     decoder: Any = vae.decoder
     opt = torch.optim.AdamW(decoder.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0)
     step, elapsed, curve = 0, 0.0, []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mrflow_sched.apps.cli.console import Outcome, progress_bar, say, saying_warnings, writable
 from mrflow_sched.apps.cli.forecast import check_memory
 from mrflow_sched.apps.cli.inputs import syntax_notes
-from mrflow_sched.apps.cli.load import Job, check_packages, find_upscaler, load, make_record, plan_family
+from mrflow_sched.apps.cli.load import Job, check_packages, find_upscaler, load, make_record, plan_family, upscaler_kind
 from mrflow_sched.apps.cli.options import (
     Commands,
     ModelChoices,
@@ -117,7 +117,8 @@ def run(request: CompareRequest) -> Outcome:
         MrFlowError: The plan, the model, the upscaler or the output folder cannot be used.
     """
     family = plan_family(request.model)
-    plan = request.choices.make_plan(family)
+    kind = upscaler_kind(request.model)
+    plan = request.choices.make_plan(family, upscaler_kind=kind)
     from mrflow_sched.measure.compare import compare, native_plan_of
 
     file = find_upscaler(request.model)

@@ -13,7 +13,16 @@ from mrflow_sched.apps.cli.console import DONE, REFUSED, Outcome, progress_bar, 
 from mrflow_sched.apps.cli.drafting import MOST_DRAFTS, Picked, SavedDraft, finish_one, save, sheet_text
 from mrflow_sched.apps.cli.forecast import check_memory
 from mrflow_sched.apps.cli.inputs import read_prompts, syntax_notes
-from mrflow_sched.apps.cli.load import Job, Loaded, check_packages, find_upscaler, load, make_record, plan_family
+from mrflow_sched.apps.cli.load import (
+    Job,
+    Loaded,
+    check_packages,
+    find_upscaler,
+    load,
+    make_record,
+    plan_family,
+    upscaler_kind,
+)
 from mrflow_sched.apps.cli.options import (
     Commands,
     ModelChoices,
@@ -269,7 +278,7 @@ def run(request: DraftRequest) -> Outcome:
 def _make_all(request: DraftRequest, made: Made) -> None:
     output, model = request.output, request.model
     family = plan_family(model)
-    plan = request.choices.make_plan(family)
+    plan = request.choices.make_plan(family, upscaler_kind=upscaler_kind(model))
     check_seeds(plan.seed, request.batch)
     count = request.batch * len(request.prompts)
     if count > MOST_DRAFTS:

@@ -38,6 +38,8 @@ from mrflow_sched.images.record import RunRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mrflow_sched.plan.checks import UpscalerKind
+
 # What drafts that are finished together share: they are finished by one model in one arithmetic.
 _COMMON = {
     "model": "model",
@@ -162,7 +164,7 @@ def _finish_all(request: FinishRequest, results: Results) -> None:
         record = make_record(model, picked[0].job, loaded)
         say_differences(source, record)
         if other is not None:
-            say(f"{other[:1].upper()}{other[1:].partition(';')[0]}, as you asked.")
+            say(f"{other[:1].upper()}{other[1:].partition(';')[0]}, as you asked.{_of_kind(picked[0], file)}")
         picked = tuple(replace(each, draft=fitted(each.draft, loaded.engine)) for each in picked)
         say_new(_notes(picked), results.notes)
         with current().keeping() as stop, progress_bar(output.progress) as bar:
@@ -185,6 +187,15 @@ def _finish_all(request: FinishRequest, results: Results) -> None:
         if stop.requested and not results.images:
             raise Stopped
         results.tell_missing()
+
+
+def _of_kind(picked: Picked, file: Path | None) -> str:
+    """Say that a draft's later stages were planned for another kind of upscaler; they stay as they were planned."""
+    now: UpscalerKind = "interpolation" if file is None else "network"
+    if picked.job.plan.upscaler_kind == now:
+        return ""
+    wanted = "more noise and steps" if now == "interpolation" else "less noise and fewer steps"
+    return f" Its refining stays as it was planned for that one; a new draft with --upscaler has {wanted}."
 
 
 def _picked(request: FinishRequest) -> tuple[Picked, ...]:

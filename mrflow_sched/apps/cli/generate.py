@@ -21,6 +21,7 @@ from mrflow_sched.apps.cli.load import (
     make_record,
     plan_family,
     threads_of,
+    upscaler_kind,
 )
 from mrflow_sched.apps.cli.meaning import check_run_options
 from mrflow_sched.apps.cli.options import (
@@ -106,7 +107,7 @@ class GenerateRequest:
             MrFlowError: The options make no plan, or the image or the model's folder cannot be used.
         """
         start = None if self.image is None else read_start(self.image, self.strength)
-        plan = self.choices.make_plan(family, start)
+        plan = self.choices.make_plan(family, start, upscaler_kind=upscaler_kind(self.model))
         check_seeds(plan.seed, self.batch)
         first = Job(
             plan,
@@ -202,7 +203,8 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
         )
     recorded = (*OPTIONS, "size", "negative", "refine_prompt", "refine_negative", "family", "calibration", "batch")
     names = tuple(option_name(word) for word in recorded if getattr(args, word) is not None)
-    changes = Changes(names, choices, args.batch or 1, args.negative, args.refine_prompt, args.refine_negative)
+    words = args.negative, args.refine_prompt, args.refine_negative
+    changes = Changes(names, choices, args.batch or 1, *words, upscaler_kind(model))
     seen, suffix = tuple(args.reference or ()), f".{args.format}"
     return RepeatRequest(args.source, args.image, changes, model, args.save_stages, suffix, output, seen, args.memory)
 

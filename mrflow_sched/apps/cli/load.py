@@ -23,6 +23,7 @@ from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+    from mrflow_sched.plan.checks import UpscalerKind
     from mrflow_sched.plan.families import Family
     from mrflow_sched.upscaling.role import PixelUpscaler
 
@@ -144,6 +145,26 @@ def find_upscaler(model: ModelChoices, source: RunRecord | None = None) -> Path 
             f"{idle} is for an upscaler from a file, and none is used here; give --upscaler FILE, or leave it out."
         )
     return file
+
+
+def upscaler_kind(model: ModelChoices, source: RunRecord | None = None) -> UpscalerKind:
+    """Tell what will upscale the image, before anything is loaded or refused.
+
+    Args:
+        model: The model and the upscaler that were asked for.
+        source: As in `find_upscaler`.
+
+    Returns:
+        "interpolation" where it is Lanczos, or a network that does not upscale (x1); else "network".
+    """
+    from mrflow_sched.upscaling.load import read_scale
+
+    try:
+        file = _upscaler_file(model, source)
+        own = file is None or model.upscaler is None  # the embedded upscaler's scale is known
+        return "interpolation" if file is None or (not own and read_scale(file) == 1) else "network"
+    except MrFlowError:  # refused where it is loaded, if not for its scale
+        return "network"
 
 
 def _upscaler_file(model: ModelChoices, source: RunRecord | None) -> Path | None:

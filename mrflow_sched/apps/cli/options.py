@@ -30,6 +30,7 @@ from mrflow_sched.plan.sizes import from_an_image, size_step
 from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
+    from mrflow_sched.plan.checks import UpscalerKind
     from mrflow_sched.plan.cost import Offload
     from mrflow_sched.plan.families import Family
 
@@ -235,7 +236,11 @@ class PlanChoices:
         return cls(args.size, _given_options(args), getattr(args, "calibration", None))
 
     def make_plan(
-        self, family: str | Family, start: StartImage | None = None, taken: PlanOptions | None = None
+        self,
+        family: str | Family,
+        start: StartImage | None = None,
+        taken: PlanOptions | None = None,
+        upscaler_kind: UpscalerKind | None = None,
     ) -> StagedPlan:
         """Make the plan that the options ask for; what was not given is left to `plan.make.make_plan`.
 
@@ -243,6 +248,8 @@ class PlanChoices:
             family: The model's family, or its name.
             start: The image that the run starts from, whose size decides where --size is left out; or None.
             taken: Options besides, from another image, that were not given and do not contradict those that were.
+            upscaler_kind: Of the upscaler that is used (`load.upscaler_kind`), where --upscaler-kind was not given;
+                None: nothing is known of it.
 
         Returns:
             The plan.
@@ -254,7 +261,10 @@ class PlanChoices:
         if start is not None:
             check_start_options(self.options, self.size, start)
         try:
-            whole = replace(self, options={**(taken or {}), **self.options})
+            known: PlanOptions = {}
+            if upscaler_kind is not None and not self.options.get("native"):
+                known["upscaler_kind"] = upscaler_kind
+            whole = replace(self, options={**known, **(taken or {}), **self.options})
             return whole._made(get_family(family) if isinstance(family, str) else family, start)
         except MrFlowError as error:
             raise type(error)(with_options(str(error))) from error

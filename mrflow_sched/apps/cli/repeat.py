@@ -21,6 +21,7 @@ from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
     from mrflow_sched.images.foreign import ForeignRun, NodeSettings
+    from mrflow_sched.plan.checks import UpscalerKind
     from mrflow_sched.plan.families import Family
 
 
@@ -35,6 +36,7 @@ class Changes:
         negative: The negative prompt; None: the image's.
         refine_prompt: The prompt of the stages after the first, or None.
         refine_negative: Their negative prompt, or None.
+        upscaler_kind: Of the upscaler that is used.
     """
 
     names: tuple[str, ...]
@@ -43,6 +45,7 @@ class Changes:
     negative: str | None
     refine_prompt: str | None
     refine_negative: str | None
+    upscaler_kind: UpscalerKind
 
 
 def repeated_job(
@@ -115,7 +118,8 @@ def _new_job(file: Path, foreign: ForeignRun, family: str | Family, changes: Cha
         "--lora), weights of words, sampler, steps, guidance; so this is a new image, not a repeated one."
     )
     options: PlanOptions = {**own, **asked.options}
-    plan = replace(asked, size=asked.size or size, options=options).make_plan(family)
+    chosen = replace(asked, size=asked.size or size, options=options)
+    plan = chosen.make_plan(family, upscaler_kind=changes.upscaler_kind)
     check_seeds(plan.seed, changes.batch)
     return _job_of(plan, foreign, changes, negative)
 
@@ -166,7 +170,7 @@ def _node_job(
             "It was made from another image, which the file does not hold, so this is a new image, not a repeated one; "
             "give that other one with --image FILE."
         )
-    plan = replace(asked, size=size).make_plan(family, start, options)
+    plan = replace(asked, size=size).make_plan(family, start, options, changes.upscaler_kind)
     check_seeds(plan.seed, changes.batch)
     return replace(_job_of(plan, foreign, changes, negative, later), start=start)
 

@@ -14,7 +14,16 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.console import Outcome, refusal_of, say, saying_warnings, writable
 from mrflow_sched.apps.cli.forecast import check_memory
 from mrflow_sched.apps.cli.inputs import StartImage, read_start
-from mrflow_sched.apps.cli.load import Job, Loaded, check_packages, find_upscaler, load, make_record, plan_family
+from mrflow_sched.apps.cli.load import (
+    Job,
+    Loaded,
+    check_packages,
+    find_upscaler,
+    load,
+    make_record,
+    plan_family,
+    upscaler_kind,
+)
 from mrflow_sched.apps.cli.options import Commands, ModelChoices, common_options, model_options
 from mrflow_sched.apps.cli.parsing import path_option, whole_number
 from mrflow_sched.apps.cli.repeat import check_model, check_source, other_upscaler, recorded_loras
@@ -105,7 +114,7 @@ def run(request: UiRequest) -> Outcome:
     file = find_upscaler(model)
     check_packages(model)
     width, height = family.default_size or family.native_size
-    usual = make_plan(family, width, height)
+    usual = make_plan(family, width, height, upscaler_kind=upscaler_kind(model))
     check_memory(model, family, usual)
     with tempfile.TemporaryDirectory(prefix="mrflow-ui-") as uploads, writable(request.folder), saying_warnings():
         # Read when gradio is imported: uploads go with the page, and nothing is reported to anybody.

@@ -161,7 +161,8 @@ class MrFlowDemoModel(io.ComfyNode):
             "MrFlowDemoModel",
             "MrFlow Demo Model",
             "The model that comes with the pack, to try everything without a download. It knows small scenes at 128 "
-            "and 256 pixels: a red star over green hills under a blue sky, the word FLOW.",
+            "and 256 pixels: a red star over green hills under a blue sky, the word FLOW. What a prompt leaves out "
+            '("a star"), the seed decides.',
             aliases=["test model", "tiny model", "embedded model"],
             inputs=[],
             outputs=[

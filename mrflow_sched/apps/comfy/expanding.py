@@ -44,6 +44,10 @@ class _Graph:
         names = ("model", "vae", "low_sigmas", "width", "height", "seed", *_STAGE_1)
         return self.add("MrFlowPlan", **{**self.link(*names), **more}).out(0)
 
+    def kind(self) -> str:
+        # What is going to enlarge the image.
+        return "interpolation" if self._values.get("upscale_model") is None else "network"
+
     def first(self, plan: Link) -> Link:
         # The images of stage 1.
         latent = self.add("MrFlowEmptyLatent", plan=plan, **self.link("model", "batch_size")).out(0)
@@ -105,6 +109,18 @@ def _single(name: str, values: list[Any]) -> Any:
     return values[0]
 
 
+def _refining(plan: Planned, values: dict[str, Any]) -> dict[str, Any]:
+    # Sigma and steps of a draft's later stages where no upscale model is connected, which the draft did not know. What
+    # its plan or the user has of its own stays.
+    if values.get("upscale_model") is not None or values["sigma"]:
+        return {}
+    other = plan.changed({"upscaler_kind": "interpolation"})
+    if other.plan.stages == plan.plan.stages:
+        return {}
+    last = other.stage(len(other.plan.stages))
+    return {"sigma": last.start_sigma, "refine_steps": values["refine_steps"] or last.steps}
+
+
 class MrFlowSampler(io.ComfyNode):
     """A whole staged run."""
 
@@ -134,7 +150,7 @@ class MrFlowSampler(io.ComfyNode):
     def execute(cls, **values: Any) -> Any:
         _check(values, "cfg", "refine_cfg")
         graph = _Graph(values)
-        plan = graph.plan()
+        plan = graph.plan(upscaler_kind=graph.kind())
         draft = graph.first(plan)
         image, said = graph.later(plan, draft, values["stages"])
         image, text = graph.gathered(image, graph.text(plan, said))
@@ -203,7 +219,7 @@ class MrFlowFinish(io.ComfyNode):
     def execute(cls, plan: list[Planned], **lists: list[Any]) -> Any:
         values = {name: _single(name, each) for name, each in lists.items()}
         _check(values, "refine_cfg")
-        graph = _Graph(values)
+        graph = _Graph({**values, **_refining(plan[0], values)})
         stages = _single("the number of the plan's stages", sorted({len(each.plan.stages) for each in plan}))
         link = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]["plan"]
         drafts = graph.add("MrFlowPick", image=values["drafts"], **graph.link("index", "count")).out(0)
@@ -245,6 +261,6 @@ class MrFlowRefine(io.ComfyNode):
         _check(values, "cfg")
         graph = _Graph(values)
         fixed = {"stages": 2, "low_steps": 0, "solver": "family", "shift": "low", "noise": "own"}
-        plan = graph.plan(image=values["image"], **fixed)
+        plan = graph.plan(image=values["image"], upscaler_kind=graph.kind(), **fixed)
         image, said = graph.later(plan, values["image"], 2)
         return graph.output(*graph.gathered(image, graph.text(plan, said)))

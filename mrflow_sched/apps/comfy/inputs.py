@@ -26,7 +26,18 @@ _STEPS = {"default": 0, "min": 0, "max": 100}
 
 # What ComfyUI folds away until the user asks for it.
 _ADVANCED = frozenset(
-    ("family", "factor", "stages", "low_steps", "refine_steps", "refine_cfg", "solver", "shift", "noise")
+    (
+        "family",
+        "factor",
+        "stages",
+        "low_steps",
+        "refine_steps",
+        "refine_cfg",
+        "solver",
+        "shift",
+        "noise",
+        "upscaler_kind",
+    )
 )
 
 # Passed on to later stages as they come, a link too: a slider in front of sigma is to run no more than sigma itself.
@@ -155,6 +166,15 @@ _INPUTS: Mapping[str, tuple[Any, Mapping[str, Any]]] = MappingProxyType(
                 "default": "own",
                 "tooltip": "nested starts stage 1 from the finished size's noise, shrunk: the layout of a plain run of "
                 "that seed.",
+            },
+        ),
+        "upscaler_kind": (
+            io.Combo,
+            {
+                "options": ["network", "interpolation"],
+                "default": "network",
+                "tooltip": "What enlarges the image. Choose interpolation where MrFlow Handoff has no upscale model: "
+                "the presets then refine more, in 2 steps from sigma .45.",
             },
         ),
         "stage": (io.Int, {"default": 1, "min": 1, "max": 8, "tooltip": "1: low resolution; 2 and on: refining."}),

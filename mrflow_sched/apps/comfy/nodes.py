@@ -65,7 +65,7 @@ class MrFlowPlan(io.ComfyNode):
             "their steps and cfg) is set at their nodes, so that changing it does not run stage 1 again.",
             inputs=inputs(
                 *("model", "image?", "vae?", "low_sigmas?", "width", "height", "seed", "preset", "cfg", "family"),
-                *("factor", "stages", "low_steps", "solver", "shift", "noise"),
+                *("factor", "stages", "low_steps", "solver", "shift", "noise", "upscaler_kind?"),
                 image={"tooltip": "An image to refine, which takes the place of stage 1."},
                 vae={"tooltip": "Only looked at, to refuse another model's VAE before anything is sampled."},
                 width={"min": 0, "tooltip": "Of the finished image; 0: from the size of image and factor."},

@@ -11,7 +11,7 @@ from typing import Any
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.apps.ui.studio import Start, Studio, Wish
 from mrflow_sched.images.record import MAX_PROMPT
-from mrflow_sched.plan.checks import MAX_SEED
+from mrflow_sched.plan.checks import MAX_SEED, UpscalerKind
 from mrflow_sched.plan.families import Family
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.sizes import from_an_image, size_step
@@ -62,12 +62,13 @@ class Choices:
         *texts, nested = values
         return cls(*("" if text is None else str(text) for text in texts), nested=bool(nested))
 
-    def plan(self, family: Family, start: Start | None = None) -> StagedPlan:
+    def plan(self, family: Family, start: Start | None = None, upscaler_kind: UpscalerKind = "network") -> StagedPlan:
         """Make the plan. A random seed counts as 0: `settled` draws one.
 
         Args:
             family: The model's.
             start: The image to upscale, which decides the size; or None.
+            upscaler_kind: What upscales the image.
 
         Returns:
             The plan.
@@ -81,6 +82,7 @@ class Choices:
             "refine_steps": _number(self.refine_steps),
             "sigma": _number(self.sigma),
             "noise": "nested" if self.nested and start is None else None,
+            "upscaler_kind": upscaler_kind,
         }
         given: Any = {name: value for name, value in options.items() if value is not None}
         width, height = start.size(size_step(family, given)) if start is not None else self._sides(family)
@@ -128,7 +130,7 @@ class Choices:
             MrFlowError: As in `check_texts` and `plan`, or the run does not fit into memory.
         """
         self.check_texts()
-        plan = self.settled().plan(studio.family, start)
+        plan = self.settled().plan(studio.family, start, studio.upscaler_kind)
         studio.check(plan)
         return Wish(plan, self.prompt.strip(), self.negative.strip() or None, start)
 

@@ -22,6 +22,7 @@ from mrflow_sched.plan.stages import StagedPlan
 if TYPE_CHECKING:
     from mrflow_sched.drafts import Draft
     from mrflow_sched.images.foreign import ForeignRun, NodeSettings
+    from mrflow_sched.plan.checks import UpscalerKind
     from mrflow_sched.plan.families import Family
 
 EXACT = "mrflow generate --from"
@@ -51,12 +52,13 @@ class Given:
     words: str
 
 
-def read_given(path: Path, family: Family) -> Given:
+def read_given(path: Path, family: Family, upscaler_kind: UpscalerKind = "network") -> Given:
     """Read what an image file says of its making: our record, or the texts of A1111 and ComfyUI.
 
     Args:
         path: An image file.
         family: That of the loaded model.
+        upscaler_kind: What upscales the page's images.
 
     Returns:
         Its settings, and what is to be said of them.
@@ -66,7 +68,7 @@ def read_given(path: Path, family: Family) -> Given:
     """
     texts = read_text(path)
     if KEY in texts:
-        return _recorded(RunRecord.from_json(texts[KEY]), path, family)
+        return _recorded(RunRecord.from_json(texts[KEY]), path, family, upscaler_kind)
     if SHEET in texts:
         return Given(None, "A contact sheet of drafts; to finish one, drop the single draft's file.")
     foreign = read_foreign(texts)
@@ -75,7 +77,7 @@ def read_given(path: Path, family: Family) -> Given:
         if foreign is None
         else _foreign(foreign, family)
         if foreign.nodes is None
-        else _of_nodes(foreign, foreign.nodes, family)
+        else _of_nodes(foreign, foreign.nodes, family, upscaler_kind)
     )
 
 
@@ -107,7 +109,7 @@ def given_draft(path: Path, studio: Studio) -> Draft:
     return fitted(draft_of(f"the draft {path.name!r}", file.record, file.image, file.latents), studio.engine)
 
 
-def _recorded(record: RunRecord, path: Path, family: Family) -> Given:
+def _recorded(record: RunRecord, path: Path, family: Family, kind_now: UpscalerKind) -> Given:
     plan = replace(StagedPlan.from_string(record.plan), seed=record.seed + record.image)
     negative, left = _negative(record.negative, family)
     choices = Choices(
@@ -119,7 +121,7 @@ def _recorded(record: RunRecord, path: Path, family: Family) -> Given:
     )
     lost = [*left, *(text for text, is_so in _lost(record, plan, family) if is_so)]
     if plan.family == family.name:
-        choices, different = _nearest(choices, plan, family)
+        choices, different = _nearest(choices, plan, family, kind_now)
         lost += different
     kind, exact = _kind(record)
     made = f"{kind} by mrflow with the model {quoted(record.model)} and the seed {plan.seed}."
@@ -166,8 +168,8 @@ def _lost(record: RunRecord, plan: StagedPlan, family: Family) -> tuple[tuple[st
     )
 
 
-def _nearest(choices: Choices, plan: StagedPlan, family: Family) -> tuple[Choices, tuple[str, ...]]:
-    """The choices whose plan comes nearest to this one, and what differs all the same."""
+def _nearest(choices: Choices, plan: StagedPlan, family: Family, kind: UpscalerKind) -> tuple[Choices, tuple[str, ...]]:
+    """The choices whose plan comes nearest to this one with the page's upscaler, and what differs all the same."""
     first, *later = plan.stages
     tried = [choices]  # of a native image the page can make a staged one
     if later:
@@ -177,7 +179,7 @@ def _nearest(choices: Choices, plan: StagedPlan, family: Family) -> tuple[Choice
         tried = [short, replace(short, sigma=sigma), replace(choices, preset=_counts(plan), sigma=sigma)]
         if len(later) == 1:
             tried.append(replace(choices, **steps, sigma=sigma))
-    made = [(each, _plan(each, len(plan.stages), family)) for each in tried]
+    made = [(each, _plan(each, len(plan.stages), family, kind)) for each in tried]
     found = [(each, _differences(own, plan)) for each, own in made if own is not None]
     return min(found, key=lambda pair: len(pair[1])) if found else (tried[-1], (_OTHER,))
 
@@ -187,10 +189,10 @@ def _counts(plan: StagedPlan) -> str:
     return "+".join(str(stage.steps) for stage in plan.stages)
 
 
-def _plan(choices: Choices, stages: int, family: Family) -> StagedPlan | None:
+def _plan(choices: Choices, stages: int, family: Family, kind: UpscalerKind) -> StagedPlan | None:
     """The page's plan of these choices, as a native one where there is one stage; None: it cannot be made."""
     try:
-        plan = choices.plan(family)
+        plan = choices.plan(family, upscaler_kind=kind)
         return native_plan_of(plan, family=family) if stages == 1 else plan
     except MrFlowError:
         return None
@@ -198,7 +200,7 @@ def _plan(choices: Choices, stages: int, family: Family) -> StagedPlan | None:
 
 def _differences(own: StagedPlan, plan: StagedPlan) -> tuple[str, ...]:
     """What differs between the page's plan and another, in words."""
-    if own == plan:
+    if own == replace(plan, upscaler_kind=own.upscaler_kind):
         return ()
     found = [name for name, part in _PARTS.items() if part(own) != part(plan)]
     sigmas_differ = [stage.sigmas for stage in own.stages] != [stage.sigmas for stage in plan.stages]
@@ -224,7 +226,7 @@ def _foreign(run: ForeignRun, family: Family) -> Given:
     )
 
 
-def _of_nodes(run: ForeignRun, nodes: NodeSettings, family: Family) -> Given:
+def _of_nodes(run: ForeignRun, nodes: NodeSettings, family: Family, kind: UpscalerKind) -> Given:
     """The settings that come nearest to a run of MrFlow's nodes in ComfyUI."""
     negative, without = _negative(run.negative, family)
     options = run.options_for(family)
@@ -240,7 +242,8 @@ def _of_nodes(run: ForeignRun, nodes: NodeSettings, family: Family) -> Given:
     if nodes.from_image:
         left.append("the image that it was made from")
     try:
-        choices, different = _nearest(choices, make_plan(family, width, height, **options), family)
+        plan = make_plan(family, width, height, **{"upscaler_kind": kind, **options})
+        choices, different = _nearest(choices, plan, family, kind)
     except MrFlowError as error:
         different = (f"its numbers ({first_line(error)})",)
     left += different

@@ -11,7 +11,7 @@ from mrflow_sched.apps.ui import words, work
 from mrflow_sched.apps.ui.choices import RANDOM, sizes_of
 from mrflow_sched.apps.ui.studio import Studio
 from mrflow_sched.demo import example_prompts
-from mrflow_sched.demo.scenes import COLOURS, DETAILS, GROUNDS, LIGHTS, SHAPES, SKIES, TEXTURES
+from mrflow_sched.demo.words import unknown_words, world
 from mrflow_sched.measure.scores import NAMES
 from mrflow_sched.plan.families import TIERS
 
@@ -79,21 +79,21 @@ class Layout:
 
     def _suggestions(self) -> None:
         """Prompts and words that the embedded model knows."""
+        examples = (*example_prompts(), *example_prompts("open"), *example_prompts("fine"))
         self.examples = gr.Dataset(
-            label="Examples",
+            label="Examples. What a prompt leaves out, the seed decides",
             components=["textbox"],
-            samples=[[text] for text in example_prompts()],
+            samples=[[text] for text in examples if not unknown_words(text)],
+            samples_per_page=len(examples),
             type="values",
             elem_id="mrflow-examples",
         )
         with gr.Accordion("Words that the model knows", open=False, elem_id="mrflow-vocabulary"):
-            skies = tuple(f"{sky} sky" for sky in SKIES)
-            kinds = (SHAPES, TEXTURES[1:], tuple(COLOURS), GROUNDS, skies, DETAILS, LIGHTS)
             self.words = gr.Dataset(
                 label="Click to add. A word to be written: 2 to 5 capitals, as in the word FLOW",
                 components=["textbox"],
-                samples=[[word] for kind in kinds for word in kind],
-                samples_per_page=60,
+                samples=[[phrase] for kind in world() for phrase in kind],
+                samples_per_page=100,
                 type="values",
                 elem_id="mrflow-words",
             )

@@ -179,7 +179,7 @@ class Page(Layout):
             return None, "", "", gr.skip()
         try:
             _check_bytes(Path(file))
-            said = words.said_html(read_given(Path(file), self._studio.family).words)
+            said = words.said_html(read_given(Path(file), self._studio.family, self._studio.upscaler_kind).words)
         except Exception as error:
             # The status is of something older, which this file has not become.
             return file if Path(file).is_file() else None, self.refused(error), "", ""
@@ -188,7 +188,7 @@ class Page(Layout):
     def _take(self, file: str | None) -> list[Any]:
         same = [gr.skip()] * len(self.choices)
         try:
-            given = read_given(_dropped(file), self._studio.family)
+            given = read_given(_dropped(file), self._studio.family, self._studio.upscaler_kind)
         except Exception as error:
             return [*same, self.refused(error)]
         if given.choices is None:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from mrflow_sched.upscaling.role import kind_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mrflow_sched.images.record import RunRecord
+    from mrflow_sched.plan.checks import UpscalerKind
     from mrflow_sched.plan.families import Family
     from mrflow_sched.plan.stages import StagedPlan
     from mrflow_sched.sampler import StagedResult
@@ -109,6 +112,11 @@ class Studio:
     read_start: Callable[[Path], Start]
     save: Callable[[Wish, StagedResult], Path]
     refusal: Callable[[BaseException], str | None]
+
+    @property
+    def upscaler_kind(self) -> UpscalerKind:
+        """What plans are made for."""
+        return kind_of(self.upscaler)
 
     @property
     def upscaler_name(self) -> str:

@@ -49,7 +49,7 @@ def plan_html(studio: Studio, choices: Choices, speeds: Speeds | None) -> str:
     """
     try:
         choices.check_texts()
-        plan = choices.plan(studio.family)
+        plan = choices.plan(studio.family, upscaler_kind=studio.upscaler_kind)
         studio.check(plan)
     except Exception as error:
         return refused_html(studio, error)
@@ -69,7 +69,7 @@ def both_html(studio: Studio, choices: Choices) -> str:
     """
     try:
         choices.check_texts()
-        plan = choices.plan(studio.family)
+        plan = choices.plan(studio.family, upscaler_kind=studio.upscaler_kind)
         native = native_plan_of(plan, family=studio.family)
         studio.check(native)
     except Exception as error:
@@ -96,7 +96,7 @@ def upscale_html(studio: Studio, choices: Choices, start: Start) -> str:
         MrFlowError: As in `Choices.plan`, or the run does not fit into memory.
     """
     choices.check_texts()
-    plan = choices.plan(studio.family, start)
+    plan = choices.plan(studio.family, start, studio.upscaler_kind)
     studio.check(plan)
     rows, columns = start.pixels.shape[-2:]
     return said_html(f"Upscaling makes {plan.width}×{plan.height} of {columns}×{rows}, with the prompt and Preset.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mrflow_sched.apps.webui.controls import Controls
 from mrflow_sched.apps.webui.host import ModelInfo
 from mrflow_sched.apps.webui.recipe import Recipe
-from mrflow_sched.apps.webui.upscaler import scale_in_name
+from mrflow_sched.apps.webui.upscaler import is_interpolation, scale_in_name
 from mrflow_sched.plan.cost import UPSCALER_FLOP, Speeds
 from mrflow_sched.plan.families import Family
 
@@ -153,7 +153,7 @@ def _evaluations(guidance: float | None) -> int:
 
 
 def _upscaler_flop(name: str) -> float:
-    if name in ("None", "Lanczos", "Nearest"):
+    if is_interpolation(name):
         return UPSCALER_FLOP["lanczos"]
     return UPSCALER_FLOP["x4" if scale_in_name(name) == 4 else "x2"]
 

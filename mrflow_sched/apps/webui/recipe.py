@@ -12,13 +12,14 @@ from typing import Any
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.webui.controls import AUTOMATIC, Controls
 from mrflow_sched.apps.webui.host import ModelInfo
-from mrflow_sched.apps.webui.upscaler import MARK, pick_automatic
-from mrflow_sched.plan.checks import MAX_SIDE
+from mrflow_sched.apps.webui.upscaler import MARK, is_interpolation, pick_automatic
+from mrflow_sched.plan.checks import MAX_SIDE, UpscalerKind
 from mrflow_sched.plan.families import TIERS, Family, Preset
 from mrflow_sched.plan.families.base import steps_in
 from mrflow_sched.plan.make import make_sized_plan
-from mrflow_sched.plan.notes import size_notes
+from mrflow_sched.plan.notes import size_notes, unaided_stages
 from mrflow_sched.plan.recipes import sigmas_from_recipe
+from mrflow_sched.plan.refining import for_upscaler
 from mrflow_sched.plan.schedule import refine_sigmas
 from mrflow_sched.plan.sizes import snap
 from mrflow_sched.plan.stages import StagedPlan
@@ -146,7 +147,9 @@ def make_recipe(
     if model.refusal is not None:
         raise MrFlowError(model.refusal)
     family = model.family
-    preset, preset_note = _preset(controls, family)
+    upscaler, upscaler_note = _upscaler(controls.upscaler, upscalers)
+    kind: UpscalerKind = "interpolation" if is_interpolation(upscaler) else "network"
+    preset, preset_note = _preset(controls, family, kind)
     final, low = fit_sizes(model, width, height, controls.factor)
     if min(low) < LEAST_SIDE:
         raise MrFlowError(
@@ -154,13 +157,12 @@ def make_recipe(
             f"{low[0]}x{low[1]}, and its sides must be at least {LEAST_SIDE} px; choose a larger size or a smaller "
             "factor."
         )
-    plan = _plan(controls, model, preset, (low, final), (width, height))
+    plan = _plan(controls, model, preset, (low, final), (width, height), kind)
     if plan.cost_ratio < 1.0:
         raise MrFlowError(
             f"MrFlow would cost {1 / plan.cost_ratio:.2f} times as much as {plan.native_steps} native steps at "
             f"{final[0]}x{final[1]}; use fewer low steps or a larger factor."
         )
-    upscaler, upscaler_note = _upscaler(controls.upscaler, upscalers)
     own_schedule = model.flow and model.known and controls.shift != "host"
     first, last = plan.stages
     recipe = Recipe(
@@ -227,8 +229,14 @@ def _around(side: float, grid: int) -> tuple[int, ...]:
     return (below * grid,) if below * grid >= side else (below * grid, (below + 1) * grid)
 
 
-def _preset(controls: Controls, family: Family) -> tuple[Preset, str | None]:
-    """Return the preset to start from, and a note where the family lacks the one asked for."""
+def _preset(controls: Controls, family: Family, kind: UpscalerKind) -> tuple[Preset, str | None]:
+    """Return the preset to start from, as it is for the upscaler, and a note where the family lacks what was asked."""
+    preset, note = _preset_of(controls, family)
+    counted = bool(controls.sigma) or (note is None and bool(steps_in(controls.preset)))
+    return replace(for_upscaler(family, preset, kind, counted=counted), name=preset.name), note
+
+
+def _preset_of(controls: Controls, family: Family) -> tuple[Preset, str | None]:
     default = family.get_preset()
     if controls.preset == AUTOMATIC:
         return default, None
@@ -246,6 +254,7 @@ def _plan(
     preset: Preset,
     sizes: Sequence[tuple[int, int]],
     wanted: tuple[int, int],
+    kind: UpscalerKind,
 ) -> StagedPlan:
     family = model.family
     refine_guidance = {"same": None, "off": 1.0, "value": controls.refine_cfg_value}[controls.refine_cfg]
@@ -261,6 +270,7 @@ def _plan(
         solver=_solver(controls, family) or "euler",
         refine_guidance=refine_guidance if family.guidance_kind == "cfg" else None,
         noise="nested" if controls.keep_composition else "own",
+        upscaler_kind=kind,
     )
 
 
@@ -310,6 +320,8 @@ def _line(recipe: Recipe, *, draft: bool) -> str:
         f"{recipe.sigma:.4g}"
     )
     line = f"draft {first} · finished later: {later}" if draft else f"{first} {later}"
+    if unaided_stages(recipe.plan):
+        line = f"{line} · refined more, as no network upscales"
     if recipe.plan.noise == "nested":
         line = f"{line} · keeps composition"
     return f"{line} · experimental" if recipe.experimental else line

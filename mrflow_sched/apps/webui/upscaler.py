@@ -30,7 +30,15 @@ from mrflow_sched.upscaling.fit import upscale_to
 from mrflow_sched.upscaling.load import SUFFIXES, load_upscaler, read_scale
 from mrflow_sched.upscaling.model import ModelUpscaler
 
-__all__ = ["MARK", "FastScaler", "add_fast_upscalers", "pick_automatic", "register", "scale_in_name"]
+__all__ = [
+    "MARK",
+    "FastScaler",
+    "add_fast_upscalers",
+    "is_interpolation",
+    "pick_automatic",
+    "register",
+    "scale_in_name",
+]
 
 logger = logging.getLogger("mrflow")
 
@@ -41,6 +49,7 @@ HINT = (
     "No x2 super-resolution model was found, so {stand_in}; put an ESRGAN-type x2 file such as RealESRGAN_x2plus.pth "
     "into the WebUI's models/ESRGAN folder and use Reload UI in the settings."
 )
+_INTERPOLATION = re.compile(r"none|lanczos|nearest|bicubic|bilinear|latent( \(.*\))?", re.IGNORECASE)
 _SCALES = (2, 4)
 # "4x-UltraSharp", "2xNomos", "RealESRGAN_x2plus", "DAT x4"; not the sizes in "512x512" or "1x2x".
 _SCALE = re.compile(r"(?<![0-9])(?:(?P<before>[1-9])x(?![0-9])|(?<![0-9])x(?P<after>[1-9])(?![0-9x]))", re.IGNORECASE)
@@ -65,6 +74,18 @@ def scale_in_name(name: str) -> int | None:
     """
     found = _SCALE.search(name)
     return int(found["before"] or found["after"]) if found else None
+
+
+def is_interpolation(name: str) -> bool:
+    """Tell by its name whether an upscaler of the host only resizes, without a network.
+
+    Args:
+        name: A name of the host's list, or one of its latent modes ("Latent (bicubic antialiased)").
+
+    Returns:
+        True for "None", "Lanczos", "Nearest", "Bicubic" and the latent modes.
+    """
+    return _INTERPOLATION.fullmatch(name) is not None
 
 
 def pick_automatic(names: Iterable[str]) -> tuple[str, str | None]:

@@ -131,6 +131,8 @@ class Preset:
         refine_steps: Steps of every later stage.
         sigma: Fraction of noise at which refining starts.
         source: Where the numbers come from.
+        measured: They were measured with the upscaler that is used, so they hold whatever its kind; False: they are for
+            an upscaler that is a network (`refining.for_upscaler`).
     """
 
     name: str
@@ -138,6 +140,7 @@ class Preset:
     refine_steps: int
     sigma: float
     source: str
+    measured: bool = False
 
 
 def steps_in(name: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from cli_tools import RECORD
 
 from mrflow_sched import demo
-from mrflow_sched.apps.cli.load import find_upscaler, threads_of
+from mrflow_sched.apps.cli.load import find_upscaler, threads_of, upscaler_kind
 from mrflow_sched.apps.cli.options import ModelChoices
 
 
@@ -35,3 +35,17 @@ def test_threads_of_a_record_are_put_back_even_after_an_error() -> None:
     for other in (None, replace(record, device="cuda")):
         with threads_of(other):
             assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (ModelChoices(), "network"),
+        (ModelChoices(upscaler="lanczos"), "interpolation"),
+        (ModelChoices(model="folder"), "interpolation"),
+        (ModelChoices(model="folder", upscaler=str(demo.upscaler_path())), "network"),
+        (ModelChoices(upscaler="missing.pth"), "network"),
+    ],
+)
+def test_the_kind_of_upscaler_is_known_before_anything_is_loaded(model: ModelChoices, kind: str) -> None:
+    assert upscaler_kind(model) == kind

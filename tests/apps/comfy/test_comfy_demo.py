@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mrflow_sched import demo as embedded
 from mrflow_sched.demo.autoencoder import load_autoencoder
-from mrflow_sched.demo.scenes import random_scene, render
+from mrflow_sched.demo.drawing import render
+from mrflow_sched.demo.scenes import random_scene
 
 PROMPT = embedded.example_prompts()[0]
 

@@ -253,6 +253,27 @@ def test_finishing_a_draft_makes_the_picture_of_its_seed_and_samples_no_draft_ag
     assert "0.3 0" in drafts(bench, 1, 0, sigma=0.3, output=1)
 
 
+def test_without_an_upscale_model_every_door_refines_more() -> None:
+    whole_run = Bench().sampler(seed=5, preset="balanced", low_steps=2, upscale_model=None)
+    parts = Bench().links("model", "positive", "negative", "vae")
+    numbers = {**PLAN, "preset": "balanced", "low_steps": 2}
+    graph = {
+        "draft": {"class_type": "MrFlowDraft", "inputs": {**parts, **numbers, "batch_size": 3}},
+        "finish": {
+            "class_type": "MrFlowFinish",
+            "inputs": {**parts, "plan": ["draft", 1], "drafts": ["draft", 0], **LATER, "index": 2, "count": 1},
+        },
+    }
+    bench = Bench()
+    torch.testing.assert_close(bench.nodes(graph, "finish"), whole_run, rtol=0, atol=2e-6)
+    text = bench.nodes(graph, "finish", 1)
+    assert "  sigmas 0.45 0.225 0\n" in text
+    assert "gain little" not in text
+    text = Bench().sampler(output=2, preset="balanced", upscale_model=None)
+    assert "No network upscales the image, so it is refined more: 2 steps from sigma 0.45." in text
+    assert "  sigmas 0.12 0\n" in Bench().sampler(output=2, preset="balanced")
+
+
 def test_every_stage_of_a_picked_draft_has_its_own_noise() -> None:
     image = drafts(Bench(), 2, stages=3)
     torch.testing.assert_close(image, Bench().sampler(seed=5, stages=3), rtol=0, atol=2e-6)
@@ -355,7 +376,7 @@ def test_an_upscaler_that_fails_costs_the_detail_and_says_so() -> None:
     assert tuple(image.shape) == (1, 64, 64, 3)
     assert "note: the upscaler upscale_model failed (RuntimeError: weights are broken)" in text
     no_model = Bench()
-    torch.testing.assert_close(image, no_model.sampler(upscale_model=None), rtol=0, atol=0)
+    torch.testing.assert_close(image, no_model.sampler(upscale_model=None, sigma=0.12, refine_steps=1), rtol=0, atol=0)
     assert "No upscale model is connected" in no_model.sampler(upscale_model=None, output=2)
 
 

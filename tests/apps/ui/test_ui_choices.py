@@ -98,7 +98,12 @@ def test_the_line_says_sizes_steps_forwards_and_work(studio: Studio) -> None:
     upscaler = SimpleNamespace(name="x2")
     named = words.plan_html(replace(studio, upscaler=cast("Any", upscaler)), SMALL, None)
     assert "16×16 ×3 → upscaler x2, ×2 → 32×32" in named
-    for part in ("16×16 ×3 → Lanczos ×2 → 32×32 ×1 @ σ 0.12", "4 forwards", "× less work than 50 steps"):
+    for part in (
+        "16×16 ×3 → Lanczos ×2 → 32×32 ×1 @ σ 0.45",
+        "4 forwards",
+        "it is refined more: 1 step from sigma 0.45",
+        "× less work than 50 steps",
+    ):
         assert part in said
     assert " s</p>" not in said
 
@@ -189,10 +194,10 @@ def test_progress_is_a_bar_and_words() -> None:
 def test_a_saved_image_gives_its_settings_back(studio: Studio, changes: dict[str, Any]) -> None:
     wish = replace(SMALL, **changes).wish(studio)
     [made] = done(lambda job: work.generate(studio, wish, job)).made
-    given = read_given(made.path, studio.family)
+    given = read_given(made.path, studio.family, studio.upscaler_kind)
     assert given.choices is not None
     assert given.choices.prompt == "a red star"
-    assert given.choices.plan(studio.family) == wish.plan
+    assert given.choices.plan(studio.family, upscaler_kind=studio.upscaler_kind) == wish.plan
     assert "leaves out" not in given.words
 
 

@@ -1,0 +1,45 @@
+"""How an image that no network upscaled is refined: more noise and more steps than a preset has for a network's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mrflow_sched.plan.checks import UpscalerKind
+from mrflow_sched.plan.families.base import Family, Preset, steps_in
+
+__all__ = ["UNAIDED_SIGMA", "UNAIDED_STEPS", "for_upscaler"]
+
+# From 24 scenes of the embedded model, composite of the image against 12+1 with its own network. Lanczos: 1 step from
+# .12 -.032, 1 from .45 -.020, 2 from .45 -.014, 4 from .6 -.004. Networks of others: nothing gained beyond 1 step from
+# .12 to .3. So both numbers are for interpolation only. `python -m bench.quality --sweep upscalers` measures them anew.
+UNAIDED_STEPS, UNAIDED_SIGMA = 2, 0.45
+"""Refine steps, and the sigma that they start from, where interpolation upscales the image."""
+_FEW_STEPS = 8
+"""A model distilled to fewer native steps takes one refine step: a second one would cost half of a native run."""
+
+
+def for_upscaler(family: Family, preset: Preset, kind: UpscalerKind, *, counted: bool = False) -> Preset:
+    """A preset as it is for a kind of upscaler.
+
+    With "network" it stays as it is. With "interpolation", which adds no detail, refining starts at `UNAIDED_SIGMA` and
+    takes `UNAIDED_STEPS`: a family's default of 12+1 becomes 12+2 from .45, and so do the tiers "fast", "balanced" and
+    "best". Steps that the user counted, by a name such as "12+1", stay what they say: 1 step, from .45. A preset that
+    was measured with its upscaler (`Preset.measured`), one without refine steps, and one that has more steps or starts
+    higher keep their own.
+
+    Args:
+        family: Whose preset it is.
+        preset: As the family has it.
+        kind: What upscales the image.
+        counted: Keep its number of refine steps: the user's name of it counts them (`steps_in`), or sigma was given.
+
+    Returns:
+        The preset; its name tells its steps where it counted steps before.
+    """
+    if kind == "network" or preset.measured or preset.refine_steps == 0:
+        return preset
+    steps = preset.refine_steps
+    if not counted and family.native_steps >= _FEW_STEPS:
+        steps = max(steps, UNAIDED_STEPS)
+    name = f"{preset.low_steps}+{steps}" if steps_in(preset.name) else preset.name
+    return replace(preset, name=name, refine_steps=steps, sigma=max(preset.sigma, UNAIDED_SIGMA))
