@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from mrflow_sched.demo.canvas import Array, Box, Canvas, clip, draw_letters, everywhere, segments, tint
+from mrflow_sched.demo.canvas import Array, Box, Canvas, MarkKind, clip, draw_letters, everywhere, segments, tint
 from mrflow_sched.demo.glyphs import GRID_HEIGHT, GRID_WIDTH
 from mrflow_sched.demo.scenes import COUNTS, FINE_SIZE, GAPS, PRINTS, Face, Scene
 
@@ -183,9 +185,9 @@ def _draw_face(
     def paint(distance: Array, colour: object) -> None:
         canvas.paint(where, canvas.cover(distance * radius), colour)
 
-    def mark(kind: str, left: float, top: float, right: float, bottom: float) -> None:
+    def mark(kind: MarkKind, left: float, top: float, right: float, bottom: float) -> None:
         box = (cx + left * radius, cy + top * radius, cx + right * radius, cy + bottom * radius)
-        canvas.mark("eye" if kind == "eye" else "mouth" if kind == "mouth" else "face", index, box)
+        canvas.mark(kind, index, box)
 
     mark("face", -1, -1.1, 1, 1)
     paint(np.hypot(x, (y + 0.15) / 1.02) - 1.0, hair)
@@ -201,11 +203,11 @@ def _draw_face(
     _paint_mouth(paint, face.mood, x, y)
 
 
-def _paint_mouth(paint: object, mood: str, x: Array, y: Array) -> None:
+def _paint_mouth(paint: Callable[[Array, object], None], mood: str, x: Array, y: Array) -> None:
     colour = (0.55, 0.12, 0.15)
     if mood == "surprised":
-        paint(np.hypot(x / 0.8, y - 0.48) - 0.15, colour)  # type: ignore[operator]
+        paint(np.hypot(x / 0.8, y - 0.48) - 0.15, colour)
         return
     bend = {"happy": -0.20, "sad": 0.20, "calm": 0.0}[mood]
     line = [(t, 0.48 + bend * ((t / 0.32) ** 2 - 0.5)) for t in np.linspace(-0.32, 0.32, 9).tolist()]
-    paint(segments(x, y, line) - 0.055, colour)  # type: ignore[operator]
+    paint(segments(x, y, line) - 0.055, colour)
