@@ -146,7 +146,7 @@ class _Asked:
     callback_on_step_end_tensor_inputs: Sequence[str] | None = None
     cancel: Callable[[], bool] | None = None
     keep_stages: bool = False
-    method: Method | None = None
+    method: Method | str | None = None
 
 
 class MrFlow:
@@ -305,7 +305,7 @@ class MrFlow:
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         cancel: Callable[[], bool] | None = None,
         keep_stages: bool = False,
-        method: Method | None = None,
+        method: Method | str | None = None,
         **more: Unpack[_More],
     ) -> MrFlowOutput:
         """Make images: few steps at low resolution, super-resolution, a little noise, one step at full size.
@@ -341,7 +341,8 @@ class MrFlow:
             callback_on_step_end_tensor_inputs: The pipeline's own.
             cancel: Polled at every step; True stops the run.
             keep_stages: Keep the intermediate images.
-            method: How stages are sampled and joined; None: what the plan asks for.
+            method: How stages are sampled and joined: "jit-4x" or "jit-7x" for Just-in-Time sampling, or a method of
+                `mrflow_sched.methods`; None: what the plan asks for.
             **more: Options of the plan (`make_plan`: low_steps, refine_steps, sigma, factor, stages, solver, ...);
                 every other name goes to the pipeline's call in every stage (prompt_2, prompt_embeds,
                 joint_attention_kwargs, `control_image`, which may be a function (width, height) -> hint).
@@ -446,6 +447,9 @@ class MrFlow:
         width, height = (None if side is None else checked_side(side, name) for name, side in sides)
         layout = find_layout(self.pipe, self._family)
         numbers, arguments = self._sorted(more, layout.call_names)
+        method = None if isinstance(asked.method, str) else asked.method
+        if isinstance(asked.method, str):
+            numbers["method"] = asked.method
         if asked.callback_on_step_end is not None:
             if "callback_on_step_end" not in layout.call_names:
                 raise MrFlowError(
@@ -535,7 +539,7 @@ class MrFlow:
             latents=latents,
             until=until,
             compose=None if inpainting is None else functools.partial(pictures.composed, blend=False),
-            method=asked.method,
+            method=method,
         )
         images = formatted(result, alpha, asked.output_type, engine, inpainting)
         if asked.reference_image is None:

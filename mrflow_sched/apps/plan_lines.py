@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mrflow_sched.plan.cost import part_costs, peak_memory, work_ratio
-from mrflow_sched.plan.stages import StagedPlan
+from mrflow_sched.plan.stages import Stage, StagedPlan
 
 __all__ = ["counted", "plan_lines"]
 
@@ -41,7 +41,7 @@ def plan_lines(
     for number, stage in shown:
         shift = "no shift" if stage.mu is None else f"mu {stage.mu:.4g}"
         yield (
-            f"stage {number}: {stage.width}x{stage.height}, {counted(stage.tokens, 'token')}, {shift}, {stage.solver}, "
+            f"stage {number}: {stage.width}x{stage.height}, {_tokens(stage)}, {shift}, {stage.solver}, "
             f"{f'guidance {stage.guidance:g}, ' if guidance else ''}{counted(stage.forwards, 'forward')}"
         )
         yield "  sigmas " + (" ".join(f"{sigma:.5g}" for sigma in stage.sigmas) or "none: the upscaled image is kept")
@@ -53,7 +53,8 @@ def plan_lines(
 def _cost_lines(plan: StagedPlan) -> Iterator[str]:
     """Yield what the run costs: the network alone, all parts, peak memory."""
     native = counted(plan.native_steps, "native step")
-    if len(plan.stages) > 1:
+    compared = len(plan.stages) > 1 or any(stage.shares for stage in plan.stages)
+    if compared:
         yield f"network cost: {_compared(plan.cost_ratio)} than {native}"
     parts, peak = part_costs(plan), peak_memory(plan)
     if parts is not None:
@@ -61,12 +62,18 @@ def _cost_lines(plan: StagedPlan) -> Iterator[str]:
         has_vae = any(part.name.endswith("decode") for part in parts)
         what = "with VAE and upscaler" if has_vae else "with upscaler; the VAE was not counted"
         whole = f"total cost ({what}): {_tera(sum(part.flop for part in parts))} TFLOP per image ({share})"
-        yield whole if len(plan.stages) == 1 else f"{whole}, {_compared(work_ratio(plan))} than {native}"
+        yield whole if not compared else f"{whole}, {_compared(work_ratio(plan))} than {native}"
     if peak is not None and peak.counted:
         yield (
             f"memory in 16 bits: about {_size(peak.total)} at the peak, which is {peak.name}; "
             f"{_size(peak.weights)} of it are weights"
         )
+
+
+def _tokens(stage: Stage) -> str:
+    """Write how many tokens a stage has, and which share of them the network sees where that is not all."""
+    shares = [f"{share:.4g}" for share in dict.fromkeys(stage.shares)]
+    return counted(stage.tokens, "token") + (f" of which it sees {', then '.join(shares)}" if shares else "")
 
 
 def _compared(ratio: float) -> str:

@@ -137,7 +137,7 @@ def shortest(plan: StagedPlan) -> StagedPlan:
         The same plan, each schedule cut to its first sigma and 0.
     """
     stages = tuple(
-        replace(stage, sigmas=(stage.sigmas[0], 0.0), forwards=max(1, stage.forwards // stage.steps))
+        replace(stage, sigmas=(stage.sigmas[0], 0.0), forwards=max(1, stage.forwards // stage.steps), shares=())
         if stage.sigmas
         else stage
         for stage in plan.stages
@@ -234,6 +234,7 @@ def _describe(name: str, plan: StagedPlan) -> tuple[str, str]:
     steps = [stage.steps for stage in plan.stages]
     forwards = f"{plan.forwards} forwards"
     if len(steps) == 1:
+        name = plan.preset if plan.stages[0].shares else name
         return f"{name}, {steps[0]} steps", f"{size}, {plan.stages[0].solver}, {forwards}"
     sizes = " then ".join(f"{stage.width}x{stage.height}" for stage in plan.stages)
     start = ", ".join(f"sigma {stage.start_sigma:g}" for stage in plan.stages[1:] if stage.sigmas)

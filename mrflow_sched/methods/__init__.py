@@ -9,13 +9,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mrflow_sched.methods.guidance import GuidanceInterval
+from mrflow_sched.methods.jit import Jit
+from mrflow_sched.methods.sparse_refine import SparseRefine
 from mrflow_sched.methods.tiled import Tiled, TiledEngine
 from mrflow_sched.sampling.method import Method, Plain, StageRun, Wrapper
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import StagedPlan
 
-__all__ = ["GuidanceInterval", "Method", "Plain", "StageRun", "Tiled", "TiledEngine", "Wrapper", "method_of"]
+__all__ = [
+    "GuidanceInterval",
+    "Jit",
+    "Method",
+    "Plain",
+    "SparseRefine",
+    "StageRun",
+    "Tiled",
+    "TiledEngine",
+    "Wrapper",
+    "method_of",
+]
 
 
 def method_of(plan: StagedPlan) -> Method:
@@ -31,4 +44,8 @@ def method_of(plan: StagedPlan) -> Method:
     method: Method = Plain()
     if not all(stage.always_guided for stage in plan.stages):
         method = GuidanceInterval(method)
+    if any(stage.shares for stage in plan.stages[1:]):
+        method = SparseRefine(method)
+    if plan.stages[0].shares:
+        method = Jit(method)
     return Tiled(method) if plan.tile else method

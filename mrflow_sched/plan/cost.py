@@ -92,7 +92,7 @@ def part_costs(
             if stage.sigmas and vae is not None:
                 parts.append(_pixel_part("encode", vae.encode, stage))
         if stage.sigmas:
-            parts.append(_sampling(f"stage {number} sample", stage, plan.tile_tokens(number - 1), known))
+            parts.append(_sampling(f"stage {number} sample", stage, plan.step_tokens(number - 1), known))
             if vae is not None:
                 parts.append(_pixel_part(f"stage {number} decode", vae.decode, stage))
     return tuple(parts)
@@ -348,11 +348,12 @@ def _upscaler_flop(upscaler: str | float) -> float:
     return checked_number(upscaler, "upscaler", 0, _MAX_UPSCALER_FLOP)
 
 
-def _sampling(name: str, stage: Stage, tiles: Sequence[int], family: Family) -> PartCost:
+def _sampling(name: str, stage: Stage, seen: Sequence[Sequence[int]], family: Family) -> PartCost:
+    """`seen` holds the tokens of each forward, for each step or for all of them."""
     network = family.network_cost
-    alive = None if network is None else network.alive * (max(tiles) + family.text_tokens)
-    flop = stage.forwards * sum(map(family.forward_cost, tiles))
-    return PartCost(name, stage.forwards * len(tiles), flop, stage.width * stage.height, alive)
+    alive = None if network is None else network.alive * (max(map(max, seen)) + family.text_tokens)
+    flop = stage.forwards * sum(sum(map(family.forward_cost, each)) for each in seen) / len(seen)
+    return PartCost(name, stage.forwards * len(seen[0]), flop, stage.width * stage.height, alive)
 
 
 def _pixel_part(name: str, part: PixelCost, stage: Stage) -> PartCost:

@@ -33,9 +33,12 @@ from mrflow_sched.plan.schedule import (
 from mrflow_sched.plan.sizes import chosen_sizes, covering_size, handoff_factors, stage_sizes, tokens_of
 from mrflow_sched.plan.solver_table import evaluated_sigmas, solver_evaluations
 from mrflow_sched.plan.stages import Stage, StagedPlan
+from mrflow_sched.plan.token_shares import JIT
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from mrflow_sched.plan.token_shares import JitMethod
 
 _T = TypeVar("_T")
 _UNSHIFTED = ("scaled-linear", "zero-snr", "betas", "edm", "trigflow")
@@ -73,6 +76,8 @@ def make_plan(
     known = family if isinstance(family, Family) else get_family(family)
     asked = cast("PlanOptions", check_options({"preset": preset, **options}))
     given = _spelled_out(asked)
+    if "method" in given:
+        return _jit_plan(known, width, height, given)
     if given.get("native"):
         return _native_by_options(known, width, height, given)
     if "steps" in given:
@@ -134,6 +139,25 @@ def _native_by_options(family: Family, width: int, height: int, given: PlanOptio
     return _assemble(family, "native", (width, height), [stage], scale, stage, given)
 
 
+def _jit_plan(family: Family, width: int, height: int, given: PlanOptions) -> StagedPlan:
+    """One stage at the final size with the schedule of a Just-in-Time method."""
+    name = cast("JitMethod", given.get("method"))
+    schedule, taken = JIT[name], ("method", "guidance", "seed", "seed_rule", "posterior")
+    same = {"solver": "euler", "upscaler_kind": _value(given, "upscaler_kind")}  # nothing is upscaled
+    for other, value in given.items():
+        if other not in taken and value not in (OPTIONS[other].default, same.get(other)):
+            raise MrFlowError(
+                f"method={name} has its own steps and sigmas and takes {', '.join(taken[1:])}; leave "
+                f"{other}={quoted(value)} out."
+            )
+    if family.prediction != "flow":
+        raise MrFlowError(f"method={name} is for flow models whose network takes tokens; {family.title} is none.")
+    size = covering_size(family, width, height)
+    scale = _or(given.get("guidance"), family.guidance)
+    stage = replace(_make_stage(family, size, None, schedule.recipe, "euler", scale), shares=schedule.shares)
+    return _assemble(family, name, (width, height), [stage], scale, None, given)
+
+
 def make_sized_plan(
     family: Family,
     sizes: Sequence[tuple[int, int]],
@@ -189,6 +213,8 @@ def with_first_steps(plan: StagedPlan, steps: int, solver: str | None = None) ->
     chosen = first.solver if solver is None else solver
     if checked_whole(steps, "steps", 1, MAX_STEPS) == first.steps and chosen == first.solver:
         return plan
+    if first.shares:
+        raise MrFlowError(f"steps must be {first.steps} for {plan.preset}, whose schedule is fixed, got {steps}.")
     recipe = recipe_of_steps(first.recipe, steps)
     each = first.forwards / solver_evaluations(first.solver, first.steps)
     stage = replace(
@@ -235,6 +261,8 @@ def _staged_plan(
     high, curve = _or(given.get("refine_guidance"), scale), _value(given, "refine_curve")
     for size, count, start in zip(sizes[1:], refine, starts, strict=True):
         made.append(_refine_stage(family, size, count, start, curve, solver, high))
+    shares = _one_per_stage(_value(given, "refine_tokens"), later, "refine_tokens")
+    made[1:] = [replace(stage, shares=(share,) * stage.steps) for stage, share in zip(made[1:], shares, strict=True)]
     own_steps = {"low_steps", "refine_steps", "sigmas"} & set(given)
     called = "+".join(map(str, (made[0].steps, *refine))) if own_steps else chosen.name
     return _assemble(family, called, requested, made, scale, None, given)
@@ -279,16 +307,20 @@ def _assemble(
         tile_positions=_value(given, "tile_positions") if _value(given, "tile") else "own",
         noise=_value(given, "noise"),
         upscaler_kind=_value(given, "upscaler_kind"),
+        context=float(_value(given, "refine_context")) if any(stage.shares for stage in stages[1:]) else 0.0,
     )
     return replace(plan, notes=(*plan_notes(plan, family), *_idle_notes(given)))
 
 
 def _idle_notes(given: PlanOptions) -> tuple[str, ...]:
     """Which options that were given have no effect."""
-    asked = given.get("tile_positions")
-    if asked is None or _value(given, "tile"):
-        return ()
-    return (f"tile_positions={asked} has no effect without tiles; give tile too.",)
+    notes: list[str] = []
+    asked, beside, sparse = given.get("tile_positions"), given.get("refine_context"), given.get("refine_tokens", 1.0)
+    if asked is not None and not _value(given, "tile"):
+        notes.append(f"tile_positions={asked} has no effect without tiles; give tile too.")
+    if beside is not None and all(share == 1.0 for share in (sparse if isinstance(sparse, Sequence) else (sparse,))):
+        notes.append(f"refine_context={beside:g} has no effect where all tokens are refined; give refine_tokens too.")
+    return tuple(notes)
 
 
 def _first_stage(

@@ -32,6 +32,7 @@ from mrflow_sched.plan.checks import (
 )
 from mrflow_sched.plan.schedule import MAX_MU
 from mrflow_sched.plan.solver_table import SOLVER_NAMES
+from mrflow_sched.plan.token_shares import JitMethod
 
 __all__ = ["OPTIONS", "CallOptions", "NativeOptions", "Option", "PlanOptions", "StagedOptions", "check_options"]
 
@@ -305,11 +306,41 @@ class CallOptions(_WalkOptions, total=False):
             default="whole",
         ),
     ]
+    refine_tokens: Annotated[
+        float | Sequence[float],
+        Option(
+            help="share of the image tokens on which later stages run the network: those with most fine detail; the "
+            "rest stays as the upscaler made it",
+            low=0.01,
+            high=1,
+            default=1.0,
+            metavar="SHARE",
+            advice="1 refines the whole image",
+        ),
+    ]
+    refine_context: Annotated[
+        float,
+        Option(
+            help="share of further tokens that the network sees beside those of refine_tokens",
+            low=0,
+            high=0.5,
+            default=0.0,
+            metavar="SHARE",
+        ),
+    ]
 
 
 class StagedOptions(CallOptions, _SharedOptions, total=False):
     """Keywords that a staged plan takes."""
 
+    method: Annotated[
+        JitMethod | None,
+        Option(
+            help="sample in one stage at the final size on a growing share of the tokens (Just-in-Time), with that "
+            "method's own steps; default: staged",
+            metavar="NAME",
+        ),
+    ]
     native: Annotated[bool, Option(help="plan plain sampling at the final size, in one stage", default=False)]
     upscaler_kind: Annotated[
         UpscalerKind,

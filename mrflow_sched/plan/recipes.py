@@ -15,6 +15,7 @@ from mrflow_sched.plan.schedule import (
     beta_sigmas,
     edm_sigmas,
     logit_normal_sigmas,
+    low_beta_sigmas,
     native_sigmas,
     refine_sigmas,
     scaled_linear_sigmas,
@@ -33,6 +34,7 @@ def sigmas_from_recipe(recipe: str) -> Sigmas:
     ==========================================  ===============================================
     "native 12 mu=0.63 [terminal= min= ...]"    `native_sigmas`, with its arguments beta, roots, ahead, whole, up
     "beta 12 mu=0.0"                            `beta_sigmas` with 0.6 and 0.6
+    "low-beta 18 alpha=1.4 beta=0.425"          `low_beta_sigmas`
     "logit-normal 48 mu=0.0 std=1.5"            `logit_normal_sigmas`
     "scaled-linear 30", "zero-snr 30"           `scaled_linear_sigmas`
     "betas 30 first=0.0001 last=0.02 power=1"   `betas_sigmas`; power 2: betas whose roots are evenly spaced
@@ -98,6 +100,8 @@ def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
         return native_sigmas(steps, mu=mu, whole=None if whole is None else _whole(whole), up=up, **given)
     if kind == "beta":
         return beta_sigmas(steps, mu=numbers.pop("mu"))
+    if kind == "low-beta":
+        return low_beta_sigmas(steps, alpha=numbers.pop("alpha"), beta=numbers.pop("beta"))
     if kind == "logit-normal":
         return logit_normal_sigmas(steps, mu=numbers.pop("mu"), std=numbers.pop("std"))
     if kind in ("scaled-linear", "zero-snr"):
@@ -112,8 +116,8 @@ def _from_numbers(kind: str, steps: int, numbers: dict[str, float]) -> Sigmas:
     if kind in ("linear", "shifted"):
         return refine_sigmas(numbers.pop("start"), steps, kind)
     raise MrFlowError(
-        "recipe must begin with native, beta, logit-normal, scaled-linear, zero-snr, betas, edm, trigflow, linear, "
-        f"shifted, list or none: {quoted(kind)}."
+        "recipe must begin with native, beta, low-beta, logit-normal, scaled-linear, zero-snr, betas, edm, trigflow, "
+        f"linear, shifted, list or none: {quoted(kind)}."
     )
 
 

@@ -44,6 +44,7 @@ from mrflow_sched.plan.text import (
     stage_to_dict,
 )
 from mrflow_sched.plan.tiles import tile_sides
+from mrflow_sched.plan.token_shares import checked_shares, token_count
 
 _LONGEST_NOTE, _MOST_NOTES = 500, 50
 
@@ -66,6 +67,7 @@ class Stage:
         recipe: `sigmas` in short (see `recipes.sigmas_from_recipe`); left out, or not matching, it is made to spell the
             values out.
         guidance_interval: (low, high) range of sigma in which guidance is applied.
+        shares: Share of the tokens that the network sees at each step, which never falls; (): all at every step.
 
     Raises:
         MrFlowError: The values cannot be a stage.
@@ -81,6 +83,7 @@ class Stage:
     forwards: int
     recipe: str = ""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "width", checked_side(self.width, "width"))
@@ -94,6 +97,7 @@ class Stage:
         sigmas = () if _is_empty(self.sigmas) else validate_sigmas(self.sigmas, "sigmas")
         object.__setattr__(self, "forwards", checked_whole(self.forwards, "forwards", 1 if sigmas else 0, MAX_FORWARDS))
         object.__setattr__(self, "sigmas", sigmas)
+        object.__setattr__(self, "shares", checked_shares(self.shares, self.steps))
         if not isinstance(cast("object", self.recipe), str):
             raise MrFlowError(f"recipe must be text such as 'native 12 mu=0.63', got {quoted(self.recipe)}.")
         if not self.recipe or sigmas_from_recipe(self.recipe) != sigmas:
@@ -160,6 +164,8 @@ class StagedPlan:
         noise: What stage 1 starts from: noise of its "own" size, or that of the final size, shrunk ("nested").
         upscaler_kind: What upscales the image that this was planned for: a "network", as in every plan of before there
             was a choice, or "interpolation".
+        context: Share of the tokens that a later stage with `Stage.shares` shows its network beside those that it
+            refines, so that these see the whole image; what it makes of them is not kept.
         notes: Sentences for the user; not part of equality.
 
     Raises:
@@ -182,6 +188,7 @@ class StagedPlan:
     tile_positions: TilePositions = "own"
     noise: Noise = "own"
     upscaler_kind: UpscalerKind = "network"
+    context: float = 0.0
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -205,6 +212,11 @@ class StagedPlan:
         object.__setattr__(self, "text_tokens", checked_whole(self.text_tokens, "text_tokens", 0, MAX_TOKENS))
         object.__setattr__(self, "attention", checked_number(self.attention, "attention", 0, MAX_SCALE))
         object.__setattr__(self, "tile", checked_tile(self.tile))
+        object.__setattr__(self, "context", checked_number(self.context, "context", 0, 1))
+        if self.stages[0].shares and self.stages[0].shares[-1] != 1.0:
+            raise MrFlowError("shares of stage 1 must end at 1, or part of the image would stay noise.")
+        if self.tile and any(stage.shares for stage in self.stages):
+            raise MrFlowError("tile must be 0 where a stage's shares leave tokens out; use one of the two.")
         right = isinstance(cast("object", self.notes), tuple)
         if not right or not all(isinstance(note, str) for note in listed(self.notes)):
             raise MrFlowError(f"notes must be a tuple of sentences, got {quoted(self.notes)}.")
@@ -243,8 +255,26 @@ class StagedPlan:
             One number per stage in native forwards, that is, in evaluations at the final size.
         """
         final = self._forward_weight(self.stages[-1].tokens)
-        weights = (sum(map(self._forward_weight, self.tile_tokens(index))) for index in range(len(self.stages)))
-        return tuple(stage.forwards * (weight / final) for stage, weight in zip(self.stages, weights, strict=True))
+
+        def weight(index: int) -> float:
+            seen = self.step_tokens(index)
+            return sum(sum(map(self._forward_weight, each)) for each in seen) / len(seen)
+
+        return tuple(stage.forwards * (weight(index) / final) for index, stage in enumerate(self.stages))
+
+    def step_tokens(self, index: int) -> tuple[tuple[int, ...], ...]:
+        """Image tokens of each forward, for each step of a stage.
+
+        Args:
+            index: Number of the stage from 0.
+
+        Returns:
+            `tile_tokens` for each step, or once where all steps are alike.
+        """
+        stage, beside = self.stages[index], self.context if index else 0.0
+        if not stage.shares:
+            return (self.tile_tokens(index),)
+        return tuple((token_count(stage.tokens, min(share + beside, 1.0)),) for share in stage.shares)
 
     def tiled(self, index: int) -> bool:
         """Whether the network sees a stage in tiles.
@@ -331,6 +361,7 @@ class StagedPlan:
             "tile_positions": self.tile_positions,
             "noise": self.noise,
             "upscaler_kind": self.upscaler_kind,
+            "context": self.context,
             "notes": list(self.notes),
         }
 
@@ -368,6 +399,7 @@ class StagedPlan:
                 tile_positions=data.get("tile_positions", "own"),
                 noise=data.get("noise", "own"),
                 upscaler_kind=data.get("upscaler_kind", "network"),
+                context=data.get("context", 0.0),
                 notes=tuple(shown(note, _LONGEST_NOTE) for note in data["notes"][:_MOST_NOTES]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.plan.checks import MAX_STAGES
 from mrflow_sched.plan.recipes import read_number, sigmas_from_recipe
+from mrflow_sched.plan.token_shares import read_shares, write_shares
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import Stage, StagedPlan
@@ -59,6 +60,8 @@ def plan_to_string(plan: StagedPlan) -> str:
         values["noise"] = plan.noise
     if plan.upscaler_kind != "network":
         values["upscaler_kind"] = plan.upscaler_kind
+    if plan.context:
+        values["context"] = repr(plan.context)
     head = [f"{name}={value}" for name, value in values.items()]
     text = ";".join([FORMAT, *head, *(_stage_to_string(stage) for stage in plan.stages)])
     return f"{text};#{checksum(text, plan.stages)}"
@@ -74,6 +77,8 @@ def _stage_to_string(stage: Stage) -> str:
     }
     if stage.guidance_interval != _EVERYWHERE:
         values["guidance_interval"] = "/".join(map(repr, stage.guidance_interval))
+    if stage.shares:
+        values["shares"] = write_shares(stage.shares)
     if stage.mu != _recipe_mu(stage.recipe):
         values["mu"] = "none" if stage.mu is None else repr(float(stage.mu))
     return " ".join(["stage", *(f"{name}={value}" for name, value in values.items()), f"sigmas={stage.recipe}"])
@@ -178,7 +183,10 @@ def _interval(text: str) -> tuple[float, float]:
     return read_number(low), read_number(high)
 
 
-_OPTIONAL = ("tile", "tile_positions", "noise", "upscaler_kind", "mu", "guidance_interval", "seed_rule", "posterior")
+_OPTIONAL = (
+    *("tile", "tile_positions", "noise", "upscaler_kind", "context", "seed_rule", "posterior"),
+    *("mu", "guidance_interval", "shares"),
+)
 _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
         "family": str,
@@ -195,6 +203,7 @@ _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "tile_positions": str,
         "noise": str,
         "upscaler_kind": str,
+        "context": read_number,
     }
 )
 _STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
@@ -205,6 +214,7 @@ _STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "guidance": read_number,
         "forwards": _whole,
         "guidance_interval": _interval,
+        "shares": read_shares,
         "mu": _mu,
     }
 )
@@ -295,6 +305,7 @@ def stage_to_dict(stage: Stage) -> Fields:
         "guidance": stage.guidance,
         "recipe": stage.recipe,
         "guidance_interval": list(stage.guidance_interval),
+        "shares": list(stage.shares),
         "guided": list(stage.guidance_interval),  # its name up to version 0.1
     }
 
@@ -310,7 +321,8 @@ def stage_from_dict(data: Mapping[str, Any]) -> Fields:
     """
     names = ("width", "height", "tokens", "mu", "solver", "guidance", "forwards", "recipe")
     low, high = data.get("guidance_interval", data.get("guided", _EVERYWHERE))
-    return {"sigmas": tuple(data["sigmas"]), "guidance_interval": (low, high), **{name: data[name] for name in names}}
+    kept = {"guidance_interval": (low, high), "shares": tuple(data.get("shares", ()))}
+    return {"sigmas": tuple(data["sigmas"]), **kept, **{name: data[name] for name in names}}
 
 
 def checksum(text: str, stages: Sequence[Stage]) -> str:

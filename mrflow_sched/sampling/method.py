@@ -61,16 +61,24 @@ class StageRun:
     hooks: Hooks
     tracker: Tracker
 
-    def sample(self, latents: Tensor, *, guidance: Guidance | None = None, around: Around | None = None) -> Tensor:
+    def sample(
+        self,
+        latents: Tensor,
+        *,
+        guidance: Guidance | None = None,
+        around: Around | None = None,
+        steps: range | None = None,
+    ) -> Tensor:
         """Walk the stage's sigmas with its solver: by the engine's own loop where it has one, else step by step.
 
         Args:
-            latents: (B, *latent_shape), float32, noised to the stage's first sigma.
+            latents: (B, *latent_shape), float32, noised to the first sigma that is walked.
             guidance: The scale at each flow sigma; None: the stage's own throughout.
             around: Called in place of every call of the network (`mrflow_sched.sampling.network`).
+            steps: The steps to walk, counted from 0; None: all. A solver that remembers earlier steps begins anew.
 
         Returns:
-            The state at the end of the sigmas, in the shape of `latents`, float32.
+            The state at the end of those steps, in the shape of `latents`, float32.
 
         Raises:
             MrFlowError: `around` is given for an engine without a network seam.
@@ -78,7 +86,9 @@ class StageRun:
         """
         stage, able = self.stage, capabilities_of(self.engine)
         family = self.engine.family
-        sigmas = model_sigmas(stage.sigmas, family.prediction, family.shift.largest_ve)
+        part = slice(None) if steps is None else slice(steps.start, steps.stop + 1)
+        sigmas = model_sigmas(stage.sigmas, family.prediction, family.shift.largest_ve)[part]
+        follow = _Following(self, 0 if steps is None else steps.start)
         if around is not None and not able.network_seam:
             raise MrFlowError(
                 f"{type(self.engine).__name__} has no seam at its network, which this method needs; use an engine "
@@ -89,12 +99,12 @@ class StageRun:
             answer = engine.sample_stage(
                 *(stage.solver, latents, sigmas, self.text),
                 guidance=stage.guidance if guidance is None else guidance,
-                progress=self.progress,
-                callback=self._after_evaluation,
+                progress=self.progress[part],
+                callback=follow.after_evaluation,
                 **({} if around is None else {"around": around}),
             )
             return float_tensor(answer, latents.shape, engine, "sample_stage")
-        return get_solver(stage.solver)(self._denoiser(guidance), latents, sigmas, callback=self._after_step)
+        return get_solver(stage.solver)(follow.denoiser(guidance), latents, sigmas, callback=follow.after_step)
 
     def with_engine(self, engine: Any) -> StageRun:
         """The same stage on another engine.
@@ -107,36 +117,46 @@ class StageRun:
         """
         return replace(self, engine=engine)
 
-    def _denoiser(self, guidance: Guidance | None) -> Any:
-        """The engine's clean estimate in the solvers' calling convention, counting forwards."""
-        stage, flow = self.stage, self.engine.family.prediction == "flow"
+
+@dataclass(frozen=True)
+class _Following:
+    """What is told of a stage's steps while they are walked, from step `first` on."""
+
+    run: StageRun
+    first: int
+
+    def denoiser(self, guidance: Guidance | None) -> Any:
+        # The engine's clean estimate in the solvers' calling convention, counting forwards.
+        run, stage = self.run, self.run.stage
+        flow = run.engine.family.prediction == "flow"
         each = stage.forwards / solver_forwards(stage.solver, stage.steps)
         per_step, made = evaluations_per_step(stage.solver), itertools.count()
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            self.tracker.forwards += each
+            run.tracker.forwards += each
             scale = stage.guidance
             if guidance is not None:
                 value = float(sigma.flatten()[0])
                 scale = guidance(value if flow else ve_to_sigma(value))
-            answer = self.engine.denoise(x, sigma, self.text, guidance=scale)
-            estimate = float_tensor(answer, x.shape, self.engine, "denoise")
-            self.tracker.note(next(made) // per_step + 1, x, estimate)
+            answer = run.engine.denoise(x, sigma, run.text, guidance=scale)
+            estimate = float_tensor(answer, x.shape, run.engine, "denoise")
+            run.tracker.note(self.first + next(made) // per_step + 1, x, estimate)
             return estimate
 
         return denoise
 
-    def _after_evaluation(self, state: dict[str, Any]) -> None:
-        """After an evaluation of an engine's own loop: of all images, or of some where memory is short."""
-        stage, share = self.stage, state.get("images", len(self.seeds)) / len(self.seeds)
+    def after_evaluation(self, state: dict[str, Any]) -> None:
+        # Of an engine's own loop: of all images, or of some where memory is short.
+        run, stage = self.run, self.run.stage
+        share = state.get("images", len(run.seeds)) / len(run.seeds)
         made = state.get("forwards", stage.forwards / solver_forwards(stage.solver, stage.steps))
-        self.tracker.forwards += share * made
-        self.tracker.note(int(state["i"]) + 1, state["x"], state["denoised"])
-        self._after_step(state)
+        run.tracker.forwards += share * made
+        run.tracker.note(self.first + int(state["i"]) + 1, state["x"], state["denoised"])
+        self.after_step(state)
 
-    def _after_step(self, state: dict[str, Any]) -> None:
-        self.tracker.report(int(state["i"]) + 1, state["denoised"])
-        self.hooks.stop_if_cancelled()
+    def after_step(self, state: dict[str, Any]) -> None:
+        self.run.tracker.report(self.first + int(state["i"]) + 1, state["denoised"])
+        self.run.hooks.stop_if_cancelled()
 
 
 class Method(Protocol):

@@ -57,6 +57,7 @@ class NetworkCall:
         tokens: Which inputs hold image tokens; None where a subset cannot be passed.
         network: What is run.
         positive_first: Whether the first half of "both" is the positive branch.
+        first_image: Number of the call's first image in the run's batch: short memory splits a batch.
         take_rows: (inputs, rows, count) -> inputs: the rows of every input that holds `count` samples.
     """
 
@@ -69,6 +70,7 @@ class NetworkCall:
     tokens: TokenInputs | None
     network: Callable[..., Any] = field(repr=False)
     positive_first: bool = False
+    first_image: int = 0
     take_rows: Callable[[Mapping[str, Any], slice, int], Mapping[str, Any]] | None = field(default=None, repr=False)
 
     @property
@@ -122,6 +124,19 @@ class NetworkCall:
             if kept is not None:
                 chosen[name] = [each.index_select(-2, tokens.to(each.device)) for each in kept]
         return self.replace(**chosen)
+
+    def of_image(self, number: int) -> NetworkCall:
+        """The call for one of its images, with all branches that it has.
+
+        Args:
+            number: Of the image within this call, from 0.
+
+        Returns:
+            A call of one image; of "both" it has two rows.
+        """
+        count = len(self.latents)
+        inputs = (self.take_rows or _take_rows)(self.inputs, slice(number, count, self.batch), count)
+        return replace(self, inputs=inputs, batch=1, first_image=self.first_image + number)
 
     def positive(self) -> NetworkCall:
         """The positive branch alone of a call of "both".

@@ -413,6 +413,10 @@ def _stages_of(
         return stages, costs
     first = stages[0]
     # A first step of almost no length would cost a forward and change nothing.
+    if first.shares and start < 1.0:
+        raise MrFlowError(
+            "start_sigma must be left out where stage 1 sees a share of the tokens, as Just-in-Time does."
+        )
     below = tuple(sigma for sigma in first.sigmas if sigma < _SHORTEST_STEP * start)
     sigmas = (start, *below) if start < 1.0 else first.sigmas
     share = solver_forwards(first.solver, len(sigmas) - 1) / solver_forwards(first.solver, first.steps)

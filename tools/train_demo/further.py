@@ -1,9 +1,10 @@
 """Training from the shipped weights on: captions that leave things open, and detail that only the full size holds.
 
-The shipped network knows the guidance scale already. One loss keeps that: half of each batch is trained at scale 1
+The shipped network knows the guidance scale already. One loss keeps that: half of a batch is trained at scale 1
 against the data, half at another scale against the data moved by (scale - 1) times what the caption changes in the
-network's own velocity at scale 1. On a CPU two processes of one thread each train together: on two cores that is faster
-than two threads. A GPU, where there is one, trains alone, with larger batches.
+network's own velocity at scale 1. It asks for two more forwards, so only some steps do it. On a CPU two processes of
+one thread each train together: on two cores that is faster than two threads. A GPU, where there is one, trains alone,
+with larger batches.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class FurtherSettings:
     late_shares: tuple[float, float, float, float] = (0.42, 0.20, 0.08, 0.30)  # in the last third
     word_share: float = 0.3
     drop_text: float = 0.08
+    guided_share: float = 0.5  # of the steps, half of whose batch is trained at other scales than 1
     open_share: tuple[float, float] = (0.35, 0.50)  # of the captions, in either half of the time
     muon_lr: float = 0.006
     adam_lr: float = 6e-4
@@ -329,6 +331,36 @@ def _widen(encoder: Any, words: int) -> None:
     encoder.config.vocab_size = words
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def _rotate(x: Tensor, angles: tuple[Tensor, Tensor], **_: Any) -> Tensor:
+    cos, sin = (each.to(x.dtype)[None, :, None] for each in angles)
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-imaginary, real], -1).flatten(-2) * sin
+
+
+def _norm(self: nn.RMSNorm, x: Tensor) -> Tensor:
+    weight = None if self.weight is None else self.weight.to(x.dtype)
+    return nn.functional.rms_norm(x, tuple(self.normalized_shape), weight, self.eps)
+
+
+def make_fast_on_a_cpu() -> None:
+    """Let this process's Flux networks attend, rotate and norm in bfloat16 by plain operations.
+
+    A step takes a sixth less time at 128 pixels and a third less at 256; velocities differ by 0.4 %, gradients by less
+    than 0.1 % in direction.
+    """
+    from diffusers.models.transformers import transformer_flux
+
+    flux: Any = transformer_flux
+    flux.dispatch_attention_fn, flux.apply_rotary_emb = _attention, _rotate
+    nn.RMSNorm.forward = _norm
+
+
 def load(work: Path) -> tuple[Any, Further, tuple[Any, Any]]:
     """The shipped engine, the network to train, and tokenizers that know all words."""
     torch.manual_seed(0)
@@ -364,6 +396,7 @@ def train(work: Path, settings: FurtherSettings | None = None) -> None:
 
 def _process(rank: int, work: Path, settings: FurtherSettings) -> None:
     torch.set_num_threads(1)
+    make_fast_on_a_cpu()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{_PORT}", rank=rank, world_size=PROCESSES)
     _train(rank, work, settings, "cpu", PROCESSES)
     dist.destroy_process_group()
@@ -469,12 +502,15 @@ class _Training:
         s = sigma.view(-1, 1, 1, 1)
         noise = torch.randn_like(x0)
         x = (1 - s) * x0 + s * noise
-        plain = count - count // 2
+        plain = count - (count // 2 if self.shared.random() < settings.guided_share else 0)
         guidance = torch.ones(count, device=self.device)
         guidance[plain:].uniform_(*flow.GUIDANCE_RANGE)
         with torch.autocast(self.device, torch.bfloat16):
             tokens, pooled = model.encode(batch.ids, batch.clip_ids)
-            correction = self._guided(x[plain:], sigma[plain:], tokens[plain:], pooled[plain:], guidance[plain:], top)
+            correction = 0.0
+            if plain < count:
+                rest = slice(plain, count)
+                correction = self._guided(x[rest], sigma[rest], tokens[rest], pooled[rest], guidance[rest], top)
             self.features.clear()
             v = flow.velocity(model.transformer, x, sigma, tokens, pooled, guidance, top)
             naming = model.naming_loss(self.features[0], batch.shown)
@@ -495,7 +531,7 @@ class _Training:
         flow.update_ema(self.ema, model, min(settings.ema, (self.step + 1) / (self.step + 10)))
         self.samples[kind] += count * self.processes
         found = {kind: float(squares[:plain].mean().detach()), "meaning": float(naming.detach())}
-        return found | {"guided": float(squares[plain:].mean().detach())}
+        return found | ({"guided": float(squares[plain:].mean().detach())} if plain < count else {})
 
     @torch.no_grad()
     def _guided(self, x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor, guidance: Tensor, top: int) -> Tensor:

@@ -150,8 +150,9 @@ class MrFlowSampler(io.ComfyNode):
     def execute(cls, **values: Any) -> Any:
         _check(values, "cfg", "refine_cfg")
         graph = _Graph(values)
+        # Stage 1 is the same whatever enlarges its image, so a plan of its own leads to it.
+        draft = graph.first(graph.plan())
         plan = graph.plan(upscaler_kind=graph.kind())
-        draft = graph.first(plan)
         image, said = graph.later(plan, draft, values["stages"])
         image, text = graph.gathered(image, graph.text(plan, said))
         return graph.output(image, graph.gathered(draft)[0], text)

@@ -30,6 +30,7 @@ EXACT = "mrflow generate --from"
 _OTHER = "settings that the page has no controls for"
 _PARTS: dict[str, Callable[[StagedPlan], object]] = {
     "its number of stages": lambda plan: len(plan.stages),
+    "which share of its tokens the network saw": lambda plan: [stage.shares for stage in plan.stages],
     "its steps": lambda plan: [stage.steps for stage in plan.stages],
     "its sigma": lambda plan: [stage.start_sigma for stage in plan.stages[1:]],
     "its solver": lambda plan: [stage.solver for stage in plan.stages],

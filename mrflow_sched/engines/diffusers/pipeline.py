@@ -697,6 +697,7 @@ class PipelineEngine:
             batch=batch,
             guided=self.family.guidance_kind == "cfg" and (asked.scale != 1.0 or layout.always_guided),
             layout=layout,
+            first_image=asked.rows.start or 0,
             first=before,
             arounds=arounds,
         )

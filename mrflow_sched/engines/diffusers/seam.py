@@ -51,6 +51,7 @@ class NetworkSeam:
         batch: int,
         guided: bool,
         layout: Layout,
+        first_image: int = 0,
         first: Callable[[], object] | None = None,
         arounds: Sequence[Around] = (),
     ) -> None:
@@ -61,11 +62,13 @@ class NetworkSeam:
             batch: Images of the stage.
             guided: Whether CFG is in force.
             layout: Knows which half of a doubled batch is which, and which inputs hold image tokens.
+            first_image: Number of the stage's first image in the run's batch.
             first: Called before each call.
             arounds: From the outermost to the innermost.
         """
         self._scheduler, self._batch, self._guided = scheduler, batch, guided
         self._layout, self._first, self._arounds = layout, first, tuple(arounds)
+        self._first_image = first_image
         self._evaluation = (-1, 0)
         self.forwards = 0.0
         self.called = self._answered = False
@@ -104,6 +107,7 @@ class NetworkSeam:
             tokens=self._layout.tokens,
             network=network,
             positive_first=self._layout.positive_first,
+            first_image=self._first_image,
             take_rows=self._layout.take_rows,
         )
         if not self._arounds:  # nothing stands here: the network's own answer, as it is

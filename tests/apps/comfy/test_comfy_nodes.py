@@ -87,6 +87,8 @@ def test_only_what_a_change_concerns_runs_again() -> None:
     bench.upscale_model = UpscaleModel()
     bench.sampler()
     assert len(bench.model.calls) == 1
+    bench.sampler(upscale_model=None)
+    assert len(bench.model.calls) == 1
 
 
 def test_cfg_evaluates_two_rows_and_can_be_off_in_the_last_step() -> None:

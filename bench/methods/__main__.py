@@ -1,0 +1,63 @@
+"""Measures sparse methods on the embedded model.
+
+    python -m bench.methods --out bench/results         every part (half an hour on two CPU cores)
+    python -m bench.methods --parts sparse --scenes 1   prints only
+
+Writes methods.json and methods.md. Parts: jit, Just-in-Time sampling against plain sampling; sparse, how much of a
+refine step is kept by what is refined, with the cost of the step in brackets; step, seconds of a network call with the
+proportions of FLUX.1. The first two have a row known to be bad, and one that nothing can beat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.methods import jit, sparse, step
+from bench.quality.kinds import FIRST_SEED, scenes_of
+from mrflow_sched import demo, load_upscaler
+
+PARTS = ("jit", "sparse", "step")
+SIZE = 256
+
+
+def measure(parts: Sequence[str], count: int) -> dict[str, Any]:
+    """The rows of each part."""
+    engine, upscaler = demo.load_engine(), load_upscaler(demo.upscaler_path())
+    scenes = scenes_of(count)
+    rows: dict[str, Any] = {}
+    if "jit" in parts:
+        rows["jit"] = jit.measure(engine, scenes, FIRST_SEED, SIZE)
+    if "sparse" in parts:
+        rows["sparse"] = sparse.measure(engine, upscaler, scenes, FIRST_SEED, SIZE, (0.12, 0.45))
+    if "step" in parts:
+        rows["step"] = step.measure()
+    return rows
+
+
+def report(rows: dict[str, Any]) -> str:
+    """The tables."""
+    kinds: dict[str, Any] = {"jit": jit, "sparse": sparse, "step": step}
+    return "\n\n".join(f"## {name}\n\n{kinds[name].report(each)}" for name, each in rows.items()) + "\n"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.methods", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--scenes", type=int, default=4, help="of each category")
+    parser.add_argument("--out", type=Path, help="folder for methods.json and methods.md")
+    asked = parser.parse_args(words)
+    rows = measure(asked.parts, asked.scenes)
+    text = report(rows)
+    if asked.out is not None:
+        asked.out.mkdir(parents=True, exist_ok=True)
+        (asked.out / "methods.json").write_text(json.dumps({"scenes": asked.scenes, "rows": rows}, indent=1) + "\n")
+        (asked.out / "methods.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
