@@ -174,10 +174,11 @@ def _solver_note(choices: PlanChoices, plan: StagedPlan, family: str | Family) -
 
 def _lines(found: Comparison) -> Iterator[str]:
     native, staged = found.native, found.staged
-    yield f"native {native.seconds:.2f} s, staged {staged.seconds:.2f} s: {found.speedup:.2f}x as fast"
+    other = "staged" if len(found.plan.stages) > 1 else found.plan.preset
+    yield f"native {native.seconds:.2f} s, {other} {staged.seconds:.2f} s: {found.speedup:.2f}x as fast"
     yield f"native: {_seconds(native.parts)}"
-    yield f"staged: {_seconds(staged.parts)}"
-    yield f"outside the network: {found.overhead_share:.1%} of the staged time"
+    yield f"{other}: {_seconds(staged.parts)}"
+    yield f"outside the network: {found.overhead_share:.1%} of the {other} time"
     yield f"peak memory: {found.peak_memory_ratio:.2f}x native"
     yield f"image: {found.sheet}"
 

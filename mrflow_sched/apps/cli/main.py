@@ -2,7 +2,8 @@
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done; 1 (`doctor` only) something would
 fail; 2 a refusal, whose one sentence says why and what to do; 70 a fault of mrflow or of a library, with its traceback;
-130, 143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP. `plan` and `families` run without torch, which is imported late.
+130, 143 or 129 stopped by Ctrl-C, SIGTERM or SIGHUP. `plan`, `sizes` and `families` run without torch, which is
+imported late.
 """
 
 from __future__ import annotations
@@ -14,7 +15,19 @@ from dataclasses import replace
 from typing import Protocol
 
 import mrflow_sched
-from mrflow_sched.apps.cli import calibrate, compare, doctor, draft, families, finish, generate, plan, preview, ui
+from mrflow_sched.apps.cli import (
+    calibrate,
+    compare,
+    doctor,
+    draft,
+    families,
+    finish,
+    generate,
+    plan,
+    preview,
+    sizes,
+    ui,
+)
 from mrflow_sched.apps.cli.console import FAULT, FAULT_SENTENCE, REFUSED, Outcome, refusal_of, say
 from mrflow_sched.apps.cli.options import Commands, Parser
 from mrflow_sched.apps.cli.stopping import STOPPED, Stopped, watching
@@ -37,7 +50,19 @@ class Command(Protocol):
 
 _ABOUT = "Make images with text-to-image flow models: few steps at low resolution, upscaling, one step at full size."
 
-COMMANDS: tuple[Command, ...] = (plan, families, generate, draft, finish, preview, compare, calibrate, doctor, ui)
+COMMANDS: tuple[Command, ...] = (
+    plan,
+    sizes,
+    families,
+    generate,
+    draft,
+    finish,
+    preview,
+    compare,
+    calibrate,
+    doctor,
+    ui,
+)
 """All commands, in the order of the help."""
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrflow_sched._runtime.errors import MrFlowError, first_line
 from mrflow_sched.apps.cli.console import Outcome
-from mrflow_sched.apps.cli.inputs import read_small
 from mrflow_sched.apps.cli.options import Commands, PlanChoices, add_memory, common_options, plan_options
+from mrflow_sched.apps.cli.timings import measured_speeds
 from mrflow_sched.apps.plan_lines import plan_lines
 from mrflow_sched.plan.card import fit_card
-from mrflow_sched.plan.cost import Speeds, part_costs, work_ratio
+from mrflow_sched.plan.cost import part_costs, work_ratio
 from mrflow_sched.plan.families import FAMILIES
 from mrflow_sched.plan.stages import StagedPlan
 
@@ -83,7 +81,7 @@ def run(request: PlanRequest) -> Outcome:
     plan = request.choices.make_plan(request.family)
     fitted = None if request.memory is None else fit_card(plan, request.memory, name="--memory")
     plan = plan if fitted is None else fitted.plan
-    seconds = None if request.timings is None else _predicted(plan, request.timings)
+    seconds = None if request.timings is None else measured_speeds(plan.family, request.timings).predict(plan)
     more: dict[str, Any] = (
         {} if seconds is None else {"seconds": [{"name": name, "seconds": value} for name, value in seconds]}
     )
@@ -95,25 +93,3 @@ def run(request: PlanRequest) -> Outcome:
 
 def _work(plan: StagedPlan) -> list[dict[str, Any]]:
     return [{"name": part.name, "calls": part.calls, "flop": part.flop} for part in part_costs(plan) or ()]
-
-
-def _predicted(plan: StagedPlan, path: Path) -> tuple[tuple[str, float], ...]:
-    """Predict (part, seconds) of `plan` on the machine that `mrflow compare --json` was run on."""
-    wanted = "what `mrflow compare --json` printed"
-    data = read_small(path, "--timings", wanted)
-    try:
-        found = json.loads(data)
-        measured = StagedPlan.from_string(found["plan"])
-        seconds = {str(part["name"]): part["seconds"] for part in found["stages"]}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise MrFlowError(
-            f"--timings is {str(path)!r}, which cannot be read ({first_line(error)}); give {wanted}."
-        ) from error
-    if measured.family != plan.family:
-        raise MrFlowError(
-            f"--timings is {str(path)!r}, which is of family {measured.family}, not {plan.family}; compare this model."
-        )
-    try:
-        return Speeds.measured(measured, seconds).predict(plan)
-    except MrFlowError as error:
-        raise MrFlowError(f"--timings is {str(path)!r}, which does not fit: {error}") from error
