@@ -4,8 +4,9 @@
     python -m bench.methods --parts sparse --scenes 1   prints only
 
 Writes methods.json and methods.md. Parts: jit, Just-in-Time sampling against plain sampling; sparse, how much of a
-refine step is kept by what is refined, with the cost of the step in brackets; step, seconds of a network call with the
-proportions of FLUX.1. The first two have a row known to be bad, and one that nothing can beat.
+refine step is kept by what is refined, with the cost of the step in brackets; precision, how near an image stays with
+fewer bits in a stage; step, seconds of a network call with the proportions of FLUX.1. The first three have a row known
+to be bad.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.methods import jit, sparse, step
+from bench.methods import jit, precision, sparse, step
 from bench.quality.kinds import FIRST_SEED, scenes_of
 from mrflow_sched import demo, load_upscaler
 
-PARTS = ("jit", "sparse", "step")
+PARTS = ("jit", "sparse", "precision", "step")
 SIZE = 256
 
 
@@ -33,6 +34,8 @@ def measure(parts: Sequence[str], count: int) -> dict[str, Any]:
         rows["jit"] = jit.measure(engine, scenes, FIRST_SEED, SIZE)
     if "sparse" in parts:
         rows["sparse"] = sparse.measure(engine, upscaler, scenes, FIRST_SEED, SIZE, (0.12, 0.45))
+    if "precision" in parts:
+        rows["precision"] = precision.measure(engine, upscaler, scenes, FIRST_SEED, SIZE)
     if "step" in parts:
         rows["step"] = step.measure()
     return rows
@@ -40,7 +43,7 @@ def measure(parts: Sequence[str], count: int) -> dict[str, Any]:
 
 def report(rows: dict[str, Any]) -> str:
     """The tables."""
-    kinds: dict[str, Any] = {"jit": jit, "sparse": sparse, "step": step}
+    kinds: dict[str, Any] = {"jit": jit, "sparse": sparse, "precision": precision, "step": step}
     return "\n\n".join(f"## {name}\n\n{kinds[name].report(each)}" for name, each in rows.items()) + "\n"
 
 

@@ -48,9 +48,12 @@ from mrflow_sched.engines.diffusers.layouts import find_layout
 from mrflow_sched.engines.diffusers.layouts.base import parameter_names
 from mrflow_sched.engines.diffusers.layouts.pictures import edits_as_classic, picture_arguments
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
+from mrflow_sched.engines.diffusers.precision import OWN, LoweredNetworks, check_precision
 from mrflow_sched.engines.diffusers.view import HINT
 from mrflow_sched.images.alpha import split_alpha
 from mrflow_sched.images.convert import from_pictures
+from mrflow_sched.methods import method_of
+from mrflow_sched.methods.precision import StagePrecision, stage_precisions
 from mrflow_sched.plan.checks import checked_flag, checked_side, checked_whole, listed
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
@@ -165,6 +168,7 @@ class MrFlow:
         upscaler_tile: int | None = None,
         family: str | None = None,
         compile_mode: str | None = None,
+        precision: str | Mapping[str, str] | None = None,
         colour_guard: bool = False,
     ) -> None:
         """Take a loaded `pipe`, which stays as it is and stays usable.
@@ -180,6 +184,9 @@ class MrFlow:
             family: Name of the family (`FAMILIES`), where you know better than its class and configuration.
             compile_mode: A mode of `torch.compile` ("default", "reduce-overhead" with CUDA graphs, ...): compiles the
                 network for the first stage, once per size; it pays over many images.
+            precision: The network in fewer bits for some stages, by torchao: {"stage1": "int8"}, {"refine": "int8"},
+                or one name for all; see `engines.diffusers.precision.PRECISIONS`. A twin of the network is kept beside
+                it.
             colour_guard: Take back a shift of the mean colour that upscaling and refining bring in.
 
         Raises:
@@ -188,10 +195,13 @@ class MrFlow:
         check_pipe(pipe)
         self.pipe = pipe
         self._compiler = None if compile_mode is None else NetworkCompiler(compile_mode)
+        self._precision, self._lowered = stage_precisions(precision), LoweredNetworks()
         self._family = family
         self._colour_guard = checked_flag(colour_guard, "colour_guard")
         self._upscaler = upscaler_of(upscaler, upscaler_dtype, upscaler_tile)
         self._layout = find_layout(pipe, family)
+        for name in self._precision:
+            check_precision(name, self._layout.network, self._layout.device)
         self._upscaler_on(self._layout.device)
 
     def __repr__(self) -> str:
@@ -234,6 +244,7 @@ class MrFlow:
             get_family(options["family"])
         if options.get("compile_mode") is not None:
             NetworkCompiler(options["compile_mode"])
+        stage_precisions(options.get("precision"))
         checked_flag(options.get("colour_guard", False), "colour_guard")
         named = (options.get("upscaler"), options.pop("upscaler_dtype", "auto"), options.pop("upscaler_tile", None))
         upscaler = upscaler_of(*named)
@@ -517,9 +528,13 @@ class MrFlow:
             arguments=arguments,
             seeds=seeds,
             compiler=self._compiler,
+            lowered=self._lowered,
             guided_by_two=two,
             pictures=pictures,
         )
+        first, later = self._precision
+        if (first, later) != (OWN, OWN):
+            method = StagePrecision(method or method_of(plan), first, later)
         result = sample_staged(
             engine if memory is None else memory.reading(engine),
             plan,

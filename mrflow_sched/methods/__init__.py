@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mrflow_sched.methods.guidance import GuidanceInterval
 from mrflow_sched.methods.jit import Jit
+from mrflow_sched.methods.precision import StagePrecision
 from mrflow_sched.methods.sparse_refine import SparseRefine
 from mrflow_sched.methods.tiled import Tiled, TiledEngine
 from mrflow_sched.sampling.method import Method, Plain, StageRun, Wrapper
@@ -23,6 +24,7 @@ __all__ = [
     "Method",
     "Plain",
     "SparseRefine",
+    "StagePrecision",
     "StageRun",
     "Tiled",
     "TiledEngine",

@@ -74,7 +74,7 @@ class TiledEngine:
     @property
     def capabilities(self) -> Capabilities:
         """Those of the wrapped engine without its own loop, which sees whole images."""
-        off = {"whole_stages": False, "guidance_per_step": False, "network_seam": False, "token_subsets": False}
+        off = dict.fromkeys(("whole_stages", "guidance_per_step", "network_seam", "token_subsets", "precisions"), False)
         return replace(capabilities_of(self._engine), **off)
 
     def denoise(self, x: Tensor, sigma: Tensor, text: Any, *, guidance: float) -> Tensor:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import mrflow_sched
+from mrflow_sched._runtime.chatter import without_chatter
 from mrflow_sched.apps.cli import (
     calibrate,
     compare,
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None, commands: Sequence[Command] = COMMAN
     """
     words = list(sys.argv[1:] if argv is None else argv)
     flags = words[: words.index("--")] if "--" in words else words
-    with watching() as stop:
+    with watching() as stop, without_chatter():
         try:
             outcome = _run(words, build_parser(commands))
         except (Exception, KeyboardInterrupt) as error:

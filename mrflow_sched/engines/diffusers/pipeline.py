@@ -34,6 +34,7 @@ from mrflow_sched.engines.diffusers.layouts.base import SCALE_ARGUMENTS, paramet
 from mrflow_sched.engines.diffusers.layouts.pictures import picture_arguments
 from mrflow_sched.engines.diffusers.layouts.shift import sampler_note, spacing_note
 from mrflow_sched.engines.diffusers.modular_view import ModularView, as_pipeline
+from mrflow_sched.engines.diffusers.precision import OWN, LoweredNetworks, check_precision
 from mrflow_sched.engines.diffusers.seam import POSITIONS, NetworkSeam, guided_per_step, moved_to
 from mrflow_sched.engines.diffusers.view import (
     HINT,
@@ -132,6 +133,7 @@ class PipelineEngine:
         name: str = "pipeline",
         fingerprint: str = "",
         compiler: NetworkCompiler | None = None,
+        lowered: LoweredNetworks | None = None,
         guided_by_two: bool = False,
         pictures: Pictures | None = None,
     ) -> None:
@@ -147,6 +149,7 @@ class PipelineEngine:
             name: What records call the model.
             fingerprint: Identifies its weights.
             compiler: Stages of more than `COMPILE_STEPS` steps run its twin of the network.
+            lowered: Makes and keeps the network's twins in other precisions; None: one of its own.
             guided_by_two: Guidance takes a second branch although the family's does not (FLUX.1's true CFG).
             pictures: What the pipeline edits: references, or a picture and a mask.
 
@@ -155,6 +158,8 @@ class PipelineEngine:
         """
         self._pipe = pipe
         self._compiler = compiler
+        self._lowered = lowered or LoweredNetworks()
+        self._precision = OWN
         layout = find_layout(view_of(as_pipeline(pipe)), family).for_arguments(arguments or {})
         self._layout = layout.guided_by_two() if guided_by_two else layout
         self._share_hooks(layout.pipe)  # a rehearsal has run
@@ -214,11 +219,30 @@ class PipelineEngine:
             token_subsets=whole and self._layout.tokens is not None and not self._pictures,
             tiles=True,
             places=whole and bool(parameter_names(self._forward) & set(POSITIONS)),
+            precisions=whole,
             gradients=not isinstance(self._layout.pipe, ModularView),  # its blocks switch gradients off
             lora_scale=whole and self._lora_argument is not None,
             text_size=bool(self._layout.rewrite_switch),
             alpha=self._layout.keeps_alpha,
         )
+
+    def in_precision(self, precision: str) -> PipelineEngine:
+        """The same engine with its network in another precision.
+
+        Args:
+            precision: A name of `engines.diffusers.precision.PRECISIONS`, or "own".
+
+        Returns:
+            An engine that shares all with this one but the network, which is copied and quantised where it first runs.
+
+        Raises:
+            MrFlowError: The precision is unknown, or cannot be had on this device or of this network.
+        """
+        for name in self._layout.network_names:
+            check_precision(precision, getattr(self._layout.pipe, name), self.device)
+        engine = copy.copy(self)
+        engine._precision = precision
+        return engine
 
     @property
     def pipe(self) -> Any:
@@ -703,7 +727,9 @@ class PipelineEngine:
         )
 
     def _as_run(self, network: torch.nn.Module, asked: _Stage) -> torch.nn.Module:
-        """The owner's network, or its compiled twin where the stage is long enough."""
+        """The owner's network, or its twin: in another precision, and compiled where the stage is long enough."""
+        if self._precision != OWN:
+            network = self._lowered(network, self._precision)
         if self._compiler is None or len(asked.sigmas) <= COMPILE_STEPS:
             return network
         return self._compiler(network)
