@@ -52,7 +52,10 @@ def measure(engine: Any, upscaler: Any, scenes: Sequence[Scene], first_seed: int
             rows.append({"precision": name, "reason": str(error)})
             continue
         for stage in STAGES:
-            chosen = {"first": name if stage != "refine" else OWN, "later": name if stage != "stage 1" else OWN}
+            chosen: dict[str, Any] = {
+                "first": name if stage != "refine" else OWN,
+                "later": name if stage != "stage 1" else OWN,
+            }
             found = made(plan, StagePrecision(**chosen))
             rows.append(_row(name, stage, *_paired(found, own), scenes, weights))
     return rows

@@ -81,5 +81,5 @@ def stage_precisions(precision: object) -> tuple[str, str]:
             return str(found.get("stage1", _OWN)), str(found.get("refine", _OWN))
     raise MrFlowError(
         "precision must be a name such as 'int8', or names by stage such as {'stage1': 'int8'} (stage1, refine), got "
-        f"{quoted(precision)}."
+        f"{quoted(cast('object', precision))}."
     )

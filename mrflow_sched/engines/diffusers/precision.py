@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -27,6 +28,8 @@ PRECISIONS: Mapping[str, str] = MappingProxyType(
 )
 """What torchao calls each: weights alone in few bits, or ("dynamic") what they are multiplied with too."""
 _FP8_CAPABILITY = (8, 9)
+_FACTS = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
+"""What says how a LoRA's layer counts."""
 
 
 def check_precision(precision: str, network: torch.nn.Module, device: torch.device) -> None:
@@ -53,8 +56,10 @@ def check_precision(precision: str, network: torch.nn.Module, device: torch.devi
             f"precision {precision} needs the whole network on {device}, and {name} is offloaded; leave one of the two "
             "out."
         )
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if precision == "fp8-dynamic" and capability < _FP8_CAPABILITY:
+    capability = (0, 0)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+    if precision == "fp8-dynamic" and tuple(capability) < tuple(_FP8_CAPABILITY):
         raise MrFlowError(
             f"precision fp8-dynamic multiplies in 8 bits, which takes a GPU of compute capability 8.9 or more (RTX 40, "
             f"H100), and the run is on {_device(device, capability)}; use int8, or fp8, whose weights alone are small."
@@ -100,12 +105,10 @@ class LoweredNetworks:
 def _state_of(network: torch.nn.Module) -> tuple[Any, ...]:
     """What changes where a weight is changed, or an adapter is added, scaled or switched off."""
     weights = tuple((name, weight.data_ptr(), _version(weight)) for name, weight in network.named_parameters())
-    facts = ("scaling", "active_adapters", "disable_adapters", "merged_adapters")
-    adapters = tuple(
-        (name, *(repr(getattr(module, fact, None)) for fact in facts))
-        for name, module in network.named_modules()
-        if hasattr(module, "lora_A")
-    )
+    adapters: list[tuple[str, ...]] = []
+    for name, module in cast("Iterable[tuple[str, torch.nn.Module]]", network.named_modules()):
+        if hasattr(module, "lora_A"):
+            adapters.append((name, *(repr(getattr(module, fact, None)) for fact in _FACTS)))
     return weights, adapters
 
 
@@ -114,12 +117,10 @@ def _version(weight: torch.Tensor) -> int:
 
 
 def _quantised(network: torch.nn.Module, precision: str) -> torch.nn.Module:
-    from torchao.quantization import quantize_
-
-    twin = copy.deepcopy(network)
+    twin, configuration = copy.deepcopy(network), _config(precision)
     try:
         with torch.no_grad():
-            quantize_(twin, _config(precision))
+            _library().quantize_(twin, configuration)
     except Exception as error:
         raise MrFlowError(
             f"torchao could not make {type(network).__name__} {precision} ({first_line(error)}); use another precision."
@@ -128,12 +129,9 @@ def _quantised(network: torch.nn.Module, precision: str) -> torch.nn.Module:
 
 
 def _config(precision: str) -> Any:
-    """torchao's configuration of that name."""
+    """The configuration of that name."""
     try:
-        with without_chatter():
-            import torchao.quantization as library
-
-        return getattr(cast("Any", library), PRECISIONS[precision])()
+        return getattr(_library(), PRECISIONS[precision])()
     except ModuleNotFoundError as error:
         raise MrFlowError(
             f"precision {precision} needs torchao, which is not installed; run pip install 'mrflow-sched[lowp]'."
@@ -142,6 +140,11 @@ def _config(precision: str) -> Any:
         raise MrFlowError(
             f"precision {precision} cannot be used with the installed torchao ({first_line(error)}); use another one."
         ) from error
+
+
+def _library() -> Any:
+    with without_chatter():
+        return importlib.import_module("torchao.quantization")
 
 
 def _device(device: torch.device, capability: tuple[int, int]) -> str:
