@@ -4,9 +4,9 @@
     python -m bench.methods --parts sparse --scenes 1   prints only
 
 Writes methods.json and methods.md. Parts: jit, Just-in-Time sampling against plain sampling; sparse, how much of a
-refine step is kept by what is refined, with the cost of the step in brackets; precision, how near an image stays with
-fewer bits in a stage; step, seconds of a network call with the proportions of FLUX.1. The first three have a row known
-to be bad.
+refine step is kept by what is refined, with its FLOP over those of a dense one in brackets; precision, how near an
+image stays with fewer bits in a stage; step, seconds of a network call with the proportions of FLUX.1. The first three
+have a row known to be bad.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The rows: one for each way, sigma and share."""
     lost: dict[tuple[str, float, float], list[float]] = {}
-    seconds: dict[tuple[str, float, float], list[float]] = {}
+    costs: dict[tuple[str, float], float] = {}
     nothing: dict[float, float] = dict.fromkeys(sigmas, 0.0)
     for index, scene in enumerate(scenes):
         words, seed = caption(scene), first_seed + index
@@ -148,25 +148,27 @@ def measure(
             def run(method: Any, words: str = words, seed: int = seed, first: Any = first, **options: Any) -> Any:
                 plan = make_plan("demo", size, size, seed=seed, **options)
                 result = sample_staged(engine, plan, words, latents=first, upscaler=upscaler, method=method)
-                spent = {timing.name: timing.seconds for timing in result.timings}
-                return result.images, result.latents, spent["stage 2 sample"]
+                return result.images, result.latents
 
-            whole, refined, dense_seconds = run(Plain(), sigma=sigma)
-            kept, encoded, _ = run(Kept(), sigma=sigma)
+            whole, refined = run(Plain(), sigma=sigma)
+            kept, encoded = run(Kept(), sigma=sigma)
             nothing[sigma] += float((kept - whole).square().sum())
-            seconds.setdefault(("dense", sigma, 1.0), []).append(dense_seconds)
             for name, (method, beside) in ways(refined - encoded).items():
                 for share in (0.25, 0.5, 0.6, 0.75):
-                    made, _, spent = run(method, sigma=sigma, refine_tokens=share, refine_context=beside)
+                    made, _ = run(method, sigma=sigma, refine_tokens=share, refine_context=beside)
                     lost.setdefault((name, sigma, share), []).append(float((made - whole).square().sum()))
-                    seconds.setdefault((name, sigma, share), []).append(spent)
+                    costs[(name, share)] = cost_of(method, share, beside, size)
     rows: list[dict[str, Any]] = []
     for (name, sigma, share), each in lost.items():
-        cost = min(seconds[(name, sigma, share)]) / min(seconds[("dense", sigma, 1.0)])
-        rows.append(
-            {"way": name, "sigma": sigma, "share": share, "kept": 1.0 - sum(each) / nothing[sigma], "cost": cost}
-        )
+        row = {"way": name, "sigma": sigma, "share": share, "kept": 1.0 - sum(each) / nothing[sigma]}
+        rows.append({**row, "cost": costs[(name, share)]})
     return rows
+
+
+def cost_of(method: Any, share: float, beside: float, size: int) -> float:
+    """FLOP of the network in the refine step over those of a dense one."""
+    more = (1.0 - share) / MERGED**2 if isinstance(method, Merged) else beside
+    return make_plan("demo", size, size, refine_tokens=share, refine_context=more).stage_costs()[1]
 
 
 def report(rows: Sequence[Mapping[str, Any]]) -> str:
