@@ -9,7 +9,7 @@ from collections.abc import Generator
 __all__ = ["without_chatter"]
 
 _LOGGERS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-"""torchao, once installed, is imported by diffusers and says which kernels for other devices it lacks."""
+"""torchao, once installed, is imported by diffusers and transformers, and says which kernels of others it lacks."""
 
 
 @contextlib.contextmanager

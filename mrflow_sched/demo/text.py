@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from mrflow_sched._runtime.chatter import without_chatter
 from mrflow_sched._runtime.torchvision_ops import ensure_ops
 from mrflow_sched.demo.paths import weights_path
 
@@ -74,9 +75,10 @@ class TextEncoders(nn.Module):
         """Read them from the package, in float32 on the CPU."""
         super().__init__()
         ensure_ops()
-        from transformers import CLIPTextModel, T5EncoderModel
+        with without_chatter():
+            from transformers import CLIPTextModel, T5EncoderModel
 
-        with _without_bars():
+        with _without_bars(), without_chatter():
             self.clip = cast("Any", CLIPTextModel).from_pretrained(weights_path() / "text_encoder")
             # The stack alone: around it the same table of words has a second name, and then no file can be saved.
             self.t5 = cast("Any", T5EncoderModel).from_pretrained(weights_path() / "text_encoder_2").encoder
