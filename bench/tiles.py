@@ -156,7 +156,7 @@ def measure(side: int, tile: int, scenes: Sequence[Scene]) -> list[dict[str, Any
         pictures[name] = torch.cat(made)
         whole = pictures["whole image"]
         row: dict[str, Any] = {"side": side, "way": name, "stages": [stage.width for stage in plan.stages]}
-        row |= {"seconds": seconds, "read": _read(pictures[name], scenes)}
+        row |= {"seconds": seconds, "read": judge.share_read(pictures[name], scenes)}
         if name != "whole image" and len(plan.stages) == len(make_plan("demo", side, side).stages):
             changed, hard = pictures[name] - whole, method is not None
             first, second, *_ = cells(side, tile, GRID)
@@ -169,12 +169,6 @@ def measure(side: int, tile: int, scenes: Sequence[Scene]) -> list[dict[str, Any
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     return rows
-
-
-def _read(images: Tensor, scenes: Sequence[Scene]) -> float:
-    saved = (images.clamp(0, 1) * 255).round() / 255
-    every = [hit for each in judge.hits(saved, scenes) for values in each.values() for hit in values]
-    return sum(every) / len(every)
 
 
 def report(rows: Sequence[Mapping[str, Any]]) -> str:

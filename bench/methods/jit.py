@@ -68,9 +68,7 @@ def measure(engine: Any, scenes: Sequence[Scene], first_seed: int, size: int) ->
         reference = pictures if reference is None else reference
         evaluations = plan.native_forwards / plan.cost_ratio
         row: dict[str, Any] = {"way": name, "seconds": seconds, "evaluations": evaluations}
-        saved = (pictures.clamp(0, 1) * 255).round() / 255
-        read = [hit for each in judge.hits(saved, scenes) for values in each.values() for hit in values]
-        row["read"] = sum(read) / len(read)
+        row["read"] = judge.share_read(pictures, scenes)
         if pictures is not reference:
             near = psnr(pictures, reference)
             row |= {"psnr": float(near.mean()), "psnr_error": float(near.std() / len(near) ** 0.5)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from mrflow_sched.sampler import sample_staged
 
 __all__ = ["measure", "report"]
 
-STAGES = ("stage 1", "refine", "both")
+STAGES = {"stage 1": (True, False), "refine": (False, True), "both": (True, True)}
 
 
 def measure(engine: Any, upscaler: Any, scenes: Sequence[Scene], first_seed: int, size: int) -> list[dict[str, Any]]:
@@ -41,38 +42,25 @@ def measure(engine: Any, upscaler: Any, scenes: Sequence[Scene], first_seed: int
             )
         return torch.cat(pictures), (time.process_time() - begin) / len(scenes)
 
-    own, seconds = made(plan)
-    rows: list[dict[str, Any]] = [_row(OWN, "both", own, None, seconds, scenes, _bytes(engine.network))]
+    def row(name: str, stage: str, weights: int, plan: StagedPlan, method: Any = None) -> dict[str, Any]:
+        images, seconds = made(plan, method)
+        found: dict[str, Any] = {"precision": name, "stage": stage, "seconds": seconds, "bytes": weights}
+        return {**found, "read": judge.share_read(images, scenes), "psnr": float(psnr(images, own).mean())}
+
+    own, _ = made(plan)
+    weights = _bytes(engine.network)
     few = replace(plan, stages=(make_plan("demo", size, size, "2+1").stages[0], *plan.stages[1:]))
-    rows.append(_row("own, 2 steps (known bad)", "stage 1", *_paired(made(few), own), scenes, rows[0]["bytes"]))
+    rows = [row(OWN, "both", weights, plan), row("own, 2 steps (known bad)", "stage 1", weights, few)]
     for name in PRECISIONS:
         try:
             weights = _bytes(LoweredNetworks()(engine.in_precision(name).network, name))
         except MrFlowError as error:
             rows.append({"precision": name, "reason": str(error)})
             continue
-        for stage in STAGES:
-            chosen: dict[str, Any] = {
-                "first": name if stage != "refine" else OWN,
-                "later": name if stage != "stage 1" else OWN,
-            }
-            found = made(plan, StagePrecision(**chosen))
-            rows.append(_row(name, stage, *_paired(found, own), scenes, weights))
+        for stage, (first, later) in STAGES.items():
+            method = StagePrecision(first=name if first else OWN, later=name if later else OWN)
+            rows.append(row(name, stage, weights, plan, method))
     return rows
-
-
-def _paired(found: tuple[Tensor, float], own: Tensor) -> tuple[Tensor, Tensor, float]:
-    return found[0], own, found[1]
-
-
-def _row(
-    name: str, stage: str, images: Tensor, own: Tensor | None, seconds: float, scenes: Sequence[Scene], weights: int
-) -> dict[str, Any]:
-    saved = (images.clamp(0, 1) * 255).round() / 255
-    read = [hit for each in judge.hits(saved, scenes) for values in each.values() for hit in values]
-    row: dict[str, Any] = {"precision": name, "stage": stage, "seconds": seconds, "bytes": weights}
-    row["read"] = sum(read) / len(read)
-    return row if own is None else {**row, "psnr": float(psnr(images, own).mean())}
 
 
 def _bytes(network: torch.nn.Module) -> int:
@@ -92,7 +80,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         if "reason" in row:
             continue
-        near = f"{row['psnr']:.1f}" if "psnr" in row else ""
+        near = "same" if math.isinf(row["psnr"]) else f"{row['psnr']:.1f}"
         weights = f"{row['bytes'] / 2**20:.1f}"
         lines.append(
             [row["precision"], row["stage"], near, f"{100 * row['read']:.0f} %", f"{row['seconds']:.2f}", weights]

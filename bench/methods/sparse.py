@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,9 @@ from bench.markdown import table
 from mrflow_sched.demo.captions import caption
 from mrflow_sched.demo.scenes import Scene
 from mrflow_sched.methods import Plain, SparseRefine
-from mrflow_sched.methods.sparse_refine import detail
+from mrflow_sched.methods.sparse_refine import clean_of, detail
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.sampler import sample_staged
-from mrflow_sched.sampling.handoff import stage_noise
 from mrflow_sched.sampling.method import StageRun
 from mrflow_sched.sampling.network import NetworkCall, Next
 from mrflow_sched.sampling.tokens import TokenGrid, choose, local_variance
@@ -34,17 +33,6 @@ class Kept(Plain):
 
     def stage(self, run: StageRun, latents: Tensor) -> Tensor:
         return super().stage(run, latents) if run.index == 0 else clean_of(run, latents)
-
-
-@dataclass(frozen=True)
-class Chosen(SparseRefine):
-    """`SparseRefine` with another choice of tokens."""
-
-    importance: Callable[[TokenGrid, Tensor], Tensor] = detail
-
-    def _chosen(self, run: StageRun, grid: TokenGrid, clean: Tensor) -> list[Tensor]:
-        count = int(run.stage.shares[0] * grid.count)
-        return [choose(values, count) for values in self.importance(grid, clean)]
 
 
 @dataclass(frozen=True)
@@ -99,12 +87,6 @@ def _blocks(grid: TokenGrid, values: Tensor) -> Tensor:
     return raster.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def clean_of(run: StageRun, latents: Tensor) -> Tensor:
-    """The latents before the handoff added noise."""
-    sigma = run.stage.start_sigma
-    return (latents - sigma * stage_noise(latents.shape[1:], run.plan.posterior, run.seeds)) / (1.0 - sigma)
-
-
 def _random(grid: TokenGrid, clean: Tensor) -> Tensor:
     return torch.rand(len(clean), grid.count, generator=torch.Generator().manual_seed(0))
 
@@ -123,13 +105,13 @@ def ways(oracle: Tensor) -> dict[str, tuple[Any, float]]:
         return grid.fields(oracle).square().mean(1).flatten(1)
 
     return {
-        "random (known bad)": (Chosen(importance=_random), 0.0),
-        "3x3 variance": (Chosen(importance=_variance), 0.0),
+        "random (known bad)": (SparseRefine(importance=_random), 0.0),
+        "3x3 variance": (SparseRefine(importance=_variance), 0.0),
         "detail": (SparseRefine(), 0.0),
         "detail, hard borders": (SparseRefine(feather=0.0), 0.0),
         "detail, 10 % context": (SparseRefine(), 0.1),
+        "what dense changes, hard borders (ceiling)": (SparseRefine(feather=0.0, importance=known), 0.0),
         "detail, the rest merged 2x2": (Merged(), 0.0),
-        "what dense changes (ceiling)": (Chosen(importance=known), 0.0),
     }
 
 

@@ -7,7 +7,8 @@ latents of the upscaled image, which is what a token keeps that is not refined. 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,21 +26,25 @@ from mrflow_sched.sampling.tokens import TokenGrid, choose, on_tokens
 if TYPE_CHECKING:
     from mrflow_sched.sampling.method import StageRun
 
-__all__ = ["SparseRefine", "detail"]
+__all__ = ["SparseRefine", "clean_of", "context", "detail"]
 
 
 @dataclass(frozen=True)
 class SparseRefine(Wrapper):
     """Refine a share of the tokens in later stages whose plan has `shares`; every other stage is left to `inner`.
 
+    `inner` must add the noise of `sampling.handoff`, as `Plain` does: it is taken off again to know what was encoded.
+
     Attributes:
         feather: Over what part of a token, 0 to 1, refined and kept latents are blended at the border between them.
         mask: Where to refine: a PIL image, array or tensor of any size, stretched over the image; tokens are refined
-            that hold anything lighter than middle grey. None: where the encoded image has most detail.
+            that hold anything lighter than middle grey. None: where `importance` is greatest.
+        importance: (raster, clean latents (B, C, h, w)) -> (B, N): how much each token has to gain.
     """
 
     mask: Any = None
     feather: float = 0.5
+    importance: Callable[[TokenGrid, Tensor], Tensor] = field(default_factory=lambda: detail)
 
     def stage(self, run: StageRun, latents: Tensor) -> Tensor:
         """Refine some tokens of a stage.
@@ -63,7 +68,7 @@ class SparseRefine(Wrapper):
                 f"{run.engine.family.title} does not: leave refine_tokens at 1."
             )
         grid = TokenGrid.of(stage, latents)
-        clean = _clean(run, latents)
+        clean = clean_of(run, latents)
         chosen = self._chosen(run, grid, clean)
         if all(len(tokens) == grid.count for tokens in chosen):
             return self.inner.stage(run, latents)
@@ -87,7 +92,7 @@ class SparseRefine(Wrapper):
                 raise MrFlowError("mask is black throughout, so nothing would be refined; make white what to refine.")
             return [tokens] * len(clean)
         count = token_count(grid.count, run.stage.shares[0])
-        return [choose(values, count) for values in detail(grid, clean)]
+        return [choose(values, count) for values in self.importance(grid, clean)]
 
 
 def detail(grid: TokenGrid, latents: Tensor) -> Tensor:
@@ -122,8 +127,16 @@ def context(grid: TokenGrid, share: float) -> Tensor:
     return (rows[:, None] * grid.columns + columns).flatten()
 
 
-def _clean(run: StageRun, latents: Tensor) -> Tensor:
-    """The latents before the handoff added noise."""
+def clean_of(run: StageRun, latents: Tensor) -> Tensor:
+    """The latents before the handoff added noise.
+
+    Args:
+        run: A later stage of a flow model.
+        latents: Where it starts, (B, *latent_shape), float32.
+
+    Returns:
+        What was encoded, to the rounding of float32, in the shape of `latents`.
+    """
     noise = stage_noise(latents.shape[1:], run.plan.posterior, run.seeds, device=latents.device)
     sigma = run.stage.start_sigma
     return (latents - sigma * noise) / (1.0 - sigma)

@@ -182,7 +182,7 @@ class StageEngine(Engine, Protocol):
         Args:
             solver: A name in `mrflow_sched.sampling.solvers.SOLVERS`.
             latents: (B, *latent_shape), float32, at `sigmas[0]`.
-            sigmas: Walked exactly, in the units of `Engine.denoise`; falls to 0.
+            sigmas: Walked exactly, in the units of `Engine.denoise`; falls to 0, or is a part of such a schedule.
             text: What `encode_text` returned.
             guidance: One scale, or a scale for each flow sigma (`Capabilities.guidance_per_step`).
             progress: For each of `sigmas`, the fraction of the whole run done when it is reached, from 0 to 1; what is

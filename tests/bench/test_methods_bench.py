@@ -24,7 +24,7 @@ def test_a_better_choice_of_tokens_keeps_more(parts: tuple[Any, Any, Any]) -> No
     assert kept["detail", 0.25] < kept["detail", 0.5] < kept["detail", 0.75] < 1.0
     assert kept["detail, the rest merged 2x2", 0.5] > kept["random (known bad)", 0.5]
     text = sparse.report(rows)
-    assert "what dense changes (ceiling)" in text
+    assert kept["what dense changes, hard borders (ceiling)", 0.5] > kept["detail, hard borders", 0.5]
     assert "share 0.25" in text
 
 
@@ -42,11 +42,9 @@ def test_precisions_that_cannot_be_had_are_told(parts: tuple[Any, Any, Any]) -> 
     pytest.importorskip("torchao")
     rows = precision.measure(*parts, FIRST_SEED, 64)
     made = {(row["precision"], row["stage"]): row for row in rows if "reason" not in row}
-    assert (
-        made["int8", "refine"]["psnr"]
-        > made["int8", "stage 1"]["psnr"]
-        > made["own, 2 steps (known bad)", "stage 1"]["psnr"]
-    )
+    near = {name: row["psnr"] for name, row in made.items()}
+    assert near["own", "both"] == float("inf")
+    assert near["int8", "refine"] > near["int8", "stage 1"] > near["own, 2 steps (known bad)", "stage 1"]
     assert made["int8", "both"]["bytes"] < 0.7 * made["own", "both"]["bytes"]
     text = precision.report(rows)
     assert "- precision int4 needs a CUDA GPU" in text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,11 +10,13 @@ from token_engine import TokenEngine, pack
 from torch import Tensor
 
 from mrflow_sched import MrFlowError
-from mrflow_sched.methods import Jit
+from mrflow_sched.methods import Jit, Plain, StageRun
 from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import StagedResult, sample_staged
 from mrflow_sched.sampling.engine import Capabilities
+from mrflow_sched.sampling.network import NetworkCall, Next
+from mrflow_sched.sampling.tokens import Lift, TokenGrid, on_tokens
 
 SIDE = 256  # 16x16 tokens
 
@@ -75,9 +77,26 @@ def test_a_constant_velocity_needs_no_tokens() -> None:
     torch.testing.assert_close(sparse, whole, atol=2e-6, rtol=0)
 
 
-def test_all_tokens_from_the_start_is_the_dense_run_bit_for_bit() -> None:
-    engine = TokenEngine(_attending)
+@pytest.mark.parametrize("doubled", [False, True])
+def test_all_tokens_are_the_dense_run_bit_for_bit(doubled: bool) -> None:
+    engine, grid = TokenEngine(_attending, doubled=doubled), TokenGrid(16, 16)
+    every, calls = torch.arange(grid.count), list[int]()
+    lift = Lift(grid, every)
+
+    @dataclass(frozen=True)
+    class All(Plain):
+        def stage(self, run: StageRun, latents: Tensor) -> Tensor:
+            def around(call: NetworkCall, go: Next) -> Tensor:
+                calls.append(call.step)
+                return on_tokens(call, go, grid, [every], lambda out, image: lift(out))
+
+            return run.sample(latents, around=around)
+
     plan = make_native_plan("flux1-dev", SIDE, SIDE, steps=6)
+    through = sample_staged(engine, plan, "a", seeds=[3], until=1, method=All()).latents
+    assert calls == list(range(6))
+    assert through is not None
+    assert torch.equal(through, _latents(engine, plan))
     assert torch.equal(_latents(engine, plan, method=Jit()), _latents(engine, plan))
 
 

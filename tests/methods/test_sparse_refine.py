@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mrflow_sched import MrFlowError
 from mrflow_sched.methods import Plain, SparseRefine
-from mrflow_sched.methods.sparse_refine import context, detail
+from mrflow_sched.methods.sparse_refine import clean_of, context, detail
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.sampling.engine import Capabilities
@@ -40,9 +40,7 @@ def _kept() -> Tensor:
 
     class Nothing(SparseRefine):
         def stage(self, run: Any, latents: Tensor) -> Tensor:
-            from mrflow_sched.methods.sparse_refine import _clean
-
-            return self.inner.stage(run, latents) if run.index == 0 else _clean(run, latents)
+            return self.inner.stage(run, latents) if run.index == 0 else clean_of(run, latents)
 
     return _refined(TokenEngine(_attending), Nothing())
 

@@ -580,7 +580,8 @@ class PipelineEngine:
         Args:
             solver: A name in `mrflow_sched.sampling.solvers.SOLVERS`.
             latents: (B, *latent_shape), float32, at `sigmas[0]`.
-            sigmas: Strictly falling to 0: flow sigma, or sigma_ve for variance-exploding models.
+            sigmas: Strictly falling to 0, or a part of such a schedule: flow sigma, or sigma_ve for variance-exploding
+                models.
             text: What `encode_text` returned.
             guidance: One scale, or a scale for each flow sigma.
             progress: For each of `sigmas`, the fraction of the whole run done when it is reached, from 0 to 1;
