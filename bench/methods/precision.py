@@ -18,7 +18,6 @@ from mrflow_sched.demo.captions import caption
 from mrflow_sched.demo.scenes import Scene
 from mrflow_sched.engines.diffusers.precision import OWN, PRECISIONS, LoweredNetworks
 from mrflow_sched.measure.metrics import psnr
-from mrflow_sched.methods import StagePrecision
 from mrflow_sched.plan.make import make_plan
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
@@ -32,18 +31,16 @@ def measure(engine: Any, upscaler: Any, scenes: Sequence[Scene], first_seed: int
     """A row for every precision and stage; what this device cannot do has the reason instead of numbers."""
     plan = make_plan("demo", size, size)
 
-    def made(plan: StagedPlan, method: Any = None) -> tuple[Tensor, float]:
+    def made(plan: StagedPlan) -> tuple[Tensor, float]:
         pictures: list[Tensor] = []
         begin = time.process_time()
         for index, scene in enumerate(scenes):
             seeded = replace(plan, seed=first_seed + index)
-            pictures.append(
-                sample_staged(engine, seeded, caption(scene), upscaler=upscaler, method=method).images.cpu()
-            )
+            pictures.append(sample_staged(engine, seeded, caption(scene), upscaler=upscaler).images.cpu())
         return torch.cat(pictures), (time.process_time() - begin) / len(scenes)
 
-    def row(name: str, stage: str, weights: int, plan: StagedPlan, method: Any = None) -> dict[str, Any]:
-        images, seconds = made(plan, method)
+    def row(name: str, stage: str, weights: int, plan: StagedPlan) -> dict[str, Any]:
+        images, seconds = made(plan)
         found: dict[str, Any] = {"precision": name, "stage": stage, "seconds": seconds, "bytes": weights}
         return {**found, "read": judge.share_read(images, scenes), "psnr": float(psnr(images, own).mean())}
 
@@ -58,8 +55,8 @@ def measure(engine: Any, upscaler: Any, scenes: Sequence[Scene], first_seed: int
             rows.append({"precision": name, "reason": str(error)})
             continue
         for stage, (first, later) in STAGES.items():
-            method = StagePrecision(first=name if first else OWN, later=name if later else OWN)
-            rows.append(row(name, stage, weights, plan, method))
+            named: Any = {"precision": name if first else OWN, "refine_precision": name if later else OWN}
+            rows.append(row(name, stage, weights, make_plan("demo", size, size, **named)))
     return rows
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mrflow_sched._runtime.device import resolve_device
-from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched._runtime.errors import MrFlowError, quoted
 from mrflow_sched.apps.asked import (
     check_pipe,
     images_of,
@@ -48,12 +48,10 @@ from mrflow_sched.engines.diffusers.layouts import find_layout
 from mrflow_sched.engines.diffusers.layouts.base import parameter_names
 from mrflow_sched.engines.diffusers.layouts.pictures import edits_as_classic, picture_arguments
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
-from mrflow_sched.engines.diffusers.precision import OWN, LoweredNetworks, check_precision
+from mrflow_sched.engines.diffusers.precision import LoweredNetworks, check_precision
 from mrflow_sched.engines.diffusers.view import HINT
 from mrflow_sched.images.alpha import split_alpha
 from mrflow_sched.images.convert import from_pictures
-from mrflow_sched.methods import method_of
-from mrflow_sched.methods.precision import StagePrecision, stage_precisions
 from mrflow_sched.plan.checks import checked_flag, checked_side, checked_whole, listed
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
@@ -186,7 +184,7 @@ class MrFlow:
                 network for the first stage, once per size; it pays over many images.
             precision: The network in fewer bits for some stages, by torchao: {"stage1": "int8"}, {"refine": "int8"},
                 or one name for all; see `engines.diffusers.precision.PRECISIONS`. A twin of the network is kept beside
-                it.
+                it. A call's own `precision` and `refine_precision` take its place.
             colour_guard: Take back a shift of the mean colour that upscaling and refining bring in.
 
         Raises:
@@ -195,12 +193,12 @@ class MrFlow:
         check_pipe(pipe)
         self.pipe = pipe
         self._compiler = None if compile_mode is None else NetworkCompiler(compile_mode)
-        self._precision, self._lowered = stage_precisions(precision), LoweredNetworks()
+        self._precision, self._lowered = _stage_precisions(precision), LoweredNetworks()
         self._family = family
         self._colour_guard = checked_flag(colour_guard, "colour_guard")
         self._upscaler = upscaler_of(upscaler, upscaler_dtype, upscaler_tile)
         self._layout = find_layout(pipe, family)
-        for name in self._precision:
+        for name in self._precision.values():
             check_precision(name, self._layout.network, self._layout.device)
         self._upscaler_on(self._layout.device)
 
@@ -244,7 +242,7 @@ class MrFlow:
             get_family(options["family"])
         if options.get("compile_mode") is not None:
             NetworkCompiler(options["compile_mode"])
-        stage_precisions(options.get("precision"))
+        _stage_precisions(options.get("precision"))
         checked_flag(options.get("colour_guard", False), "colour_guard")
         named = (options.get("upscaler"), options.pop("upscaler_dtype", "auto"), options.pop("upscaler_tile", None))
         upscaler = upscaler_of(*named)
@@ -288,7 +286,7 @@ class MrFlow:
         wide, high = _size(self.family, width, height)
         if options.get("upscaler_kind") is None and not options.get("native"):
             options["upscaler_kind"] = self._upscaler_kind
-        return make_plan(self.family, wide, high, preset, **options)
+        return make_plan(self.family, wide, high, preset, **self._with_precision(options))
 
     def __call__(
         self,
@@ -508,7 +506,7 @@ class MrFlow:
         scale = _guidance(layout, guidance_scale, arguments)
         if scale is not None:
             numbers["guidance"] = scale
-        options: dict[str, Any] = {"preset": asked.preset, **numbers}
+        options: dict[str, Any] = self._with_precision({"preset": asked.preset, **numbers})
         if image is not None and strength is None:
             options = from_an_image(options)
         plan = make_plan(layout.family, wide, high, seed=seeds[0], upscaler_kind=self._upscaler_kind, **options)
@@ -532,9 +530,6 @@ class MrFlow:
             guided_by_two=two,
             pictures=pictures,
         )
-        first, later = self._precision
-        if (first, later) != (OWN, OWN):
-            method = StagePrecision(method or method_of(plan), first, later)
         result = sample_staged(
             engine if memory is None else memory.reading(engine),
             plan,
@@ -600,6 +595,14 @@ class MrFlow:
                 raise MrFlowError(unknown_argument(name, own, asked | call_names, type(self.pipe).__name__))
         return numbers, arguments
 
+    def _with_precision(self, options: Any) -> Any:
+        """Options of a plan with the precisions that were asked for at the start, where the call names none."""
+        names = ("precision",) if options.get("native") or options.get("method") else ("precision", "refine_precision")
+        if options.get("precision") is not None:
+            return options
+        own = {name: self._precision[name] for name in names if name in self._precision}
+        return {**options, **{name: value for name, value in own.items() if options.get(name) is None}}
+
     @property
     def _upscaler_kind(self) -> UpscalerKind:
         return self._upscaler.kind if isinstance(self._upscaler, FileUpscaler) else kind_of(self._upscaler)
@@ -610,6 +613,23 @@ class MrFlow:
 
 
 # -------------------------------------------------------------------------------------------------------- what is asked
+
+
+def _stage_precisions(precision: object) -> dict[str, Any]:
+    """The argument `precision` of `MrFlow` as options of a plan; {} for None. Raises MrFlowError for anything else."""
+    if precision is None:
+        return {}
+    if isinstance(precision, str):
+        return {"precision": precision, "refine_precision": precision}
+    names = {"stage1": "precision", "refine": "refine_precision"}
+    if isinstance(precision, Mapping):
+        found = cast("Mapping[Any, object]", precision)
+        if found and all(name in names and isinstance(value, str) for name, value in found.items()):
+            return {option: found.get(name, "own") for name, option in names.items()}
+    raise MrFlowError(
+        "precision must be a name such as 'int8', or names by stage such as {'stage1': 'int8'} (stage1, refine), got "
+        f"{quoted(cast('object', precision))}."
+    )
 
 
 def _size(family: Family, width: int | None, height: int | None) -> tuple[int, int]:

@@ -37,11 +37,11 @@ def method_of(plan: StagedPlan) -> Method:
     """The method that a plan's numbers ask for.
 
     Args:
-        plan: Its `tile` and its stages' guidance intervals are read.
+        plan: Its `tile` and its stages are read.
 
     Returns:
-        `Plain`, inside `GuidanceInterval` where a stage is guided in part of its sigmas, inside `Tiled` where `tile` is
-        set.
+        `Plain`, inside `GuidanceInterval` where a stage is guided in part of its sigmas, inside `SparseRefine` or `Jit`
+        where a stage runs on part of its tokens, inside `Tiled` where `tile` is set.
     """
     method: Method = Plain()
     if not all(stage.always_guided for stage in plan.stages):

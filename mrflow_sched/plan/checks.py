@@ -17,6 +17,7 @@ Posterior = Literal["mode", "sample"]
 Noise = Literal["own", "nested"]
 TilePositions = Literal["whole", "own"]
 UpscalerKind = Literal["network", "interpolation"]
+Precision = Literal["own", "int8", "int8-dynamic", "fp8", "fp8-dynamic", "int4"]
 Number = TypeVar("Number", int, float)
 
 MIN_FACTOR, MAX_FACTOR = 1.25, 4.0

@@ -37,6 +37,8 @@ _UPSCALER_ALIVE = 260.0
 _UPSCALER_WEIGHTS: Mapping[str, float] = {"x2": 1.67e7, "x4": 1.67e7, "demo": 3.7e5, "lanczos": 0.0}
 # The largest layer that is moved at once is smaller in every family: FLUX.1's is 1/210 of its network.
 _LAYER_SHARE = 1 / 20
+_TWIN_BYTES: Mapping[str, float] = {"int8": 1.02, "fp8": 1.02, "int4": 0.55}
+"""Bytes per weight of a network's copy in fewer bits, scales included."""
 _LATENT_COPIES = 5
 """Latents alive in a step: the state, the noise, two velocities and the denoised image, in float32."""
 
@@ -158,7 +160,8 @@ def peak_memory(
     """The highest memory use on the device of a run.
 
     The network sees the whole batch at once, VAE and upscaler one image after the other. Text encoders are taken as
-    gone. Workspaces and fragmentation, which no count sees, come on top: expect some 10 % more.
+    gone; a network that some stage has in another precision is there twice. Workspaces and fragmentation, which no
+    count sees, come on top: expect some 10 % more.
 
     Args:
         plan: The plan.
@@ -185,8 +188,10 @@ def peak_memory(
         return None
     network, vae = known.network_cost, known.vae_cost
     weights = known.linear_cost / 2 if network is None else network.weights  # a multiply-add for each weight
+    each = value_bytes if weight_bytes is None else weight_bytes
+    twins = {stage.precision for stage in plan.stages} - {"own"}
     held = {
-        "sample": weights * (value_bytes if weight_bytes is None else weight_bytes),
+        "sample": weights * (each + sum(_TWIN_BYTES[name.partition("-")[0]] for name in twins)),
         "vae": value_bytes * vae.weights if vae else 0.0,
         "upscale": value_bytes * _UPSCALER_WEIGHTS[_usual_upscaler(plan, known)] if len(plan.stages) > 1 else 0.0,
     }

@@ -136,13 +136,14 @@ def _native_by_options(family: Family, width: int, height: int, given: PlanOptio
     count, scale = _or(given.get("steps"), family.native_steps), _or(given.get("guidance"), family.guidance)
     solver = _or(given.get("solver"), "euler")
     stage = _first_stage(family, size, count, tokens_of(family, size), solver, scale, given)
+    stage = replace(stage, precision=_value(given, "precision"))
     return _assemble(family, "native", (width, height), [stage], scale, stage, given)
 
 
 def _jit_plan(family: Family, width: int, height: int, given: PlanOptions) -> StagedPlan:
     """One stage at the final size with the schedule of a Just-in-Time method."""
     name = cast("JitMethod", given.get("method"))
-    schedule, taken = JIT[name], ("method", "guidance", "seed", "seed_rule", "posterior")
+    schedule, taken = JIT[name], ("method", "guidance", "seed", "seed_rule", "posterior", "precision")
     same = {"solver": "euler", "upscaler_kind": _value(given, "upscaler_kind")}  # nothing is upscaled
     for other, value in given.items():
         if other not in taken and value not in (OPTIONS[other].default, same.get(other)):
@@ -154,7 +155,8 @@ def _jit_plan(family: Family, width: int, height: int, given: PlanOptions) -> St
         raise MrFlowError(f"method={name} is for flow models whose network takes tokens; {family.title} is none.")
     size = covering_size(family, width, height)
     scale = _or(given.get("guidance"), family.guidance)
-    stage = replace(_make_stage(family, size, None, schedule.recipe, "euler", scale), shares=schedule.shares)
+    stage = _make_stage(family, size, None, schedule.recipe, "euler", scale)
+    stage = replace(stage, shares=schedule.shares, precision=_value(given, "precision"))
     return _assemble(family, name, (width, height), [stage], scale, None, given)
 
 
@@ -263,6 +265,9 @@ def _staged_plan(
         made.append(_refine_stage(family, size, count, start, curve, solver, high))
     shares = _one_per_stage(_value(given, "refine_tokens"), later, "refine_tokens")
     made[1:] = [replace(stage, shares=(share,) * stage.steps) for stage, share in zip(made[1:], shares, strict=True)]
+    bits = _value(given, "precision")
+    later_bits = _or(given.get("refine_precision"), bits)
+    made = [replace(stage, precision=later_bits if number else bits) for number, stage in enumerate(made)]
     own_steps = {"low_steps", "refine_steps", "sigmas"} & set(given)
     called = "+".join(map(str, (made[0].steps, *refine))) if own_steps else chosen.name
     return _assemble(family, called, requested, made, scale, None, given)

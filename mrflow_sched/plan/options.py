@@ -23,6 +23,7 @@ from mrflow_sched.plan.checks import (
     MIN_FACTOR,
     Noise,
     Posterior,
+    Precision,
     SeedRule,
     TilePositions,
     UpscalerKind,
@@ -180,6 +181,14 @@ class _WalkOptions(TypedDict, total=False):
         Posterior,
         Option(help="what to take from the VAE encoder's distribution", default="mode"),
     ]
+    precision: Annotated[
+        Precision,
+        Option(
+            help="precision of the network's weights, by torchao, in a copy beside it; own: as the model was loaded",
+            default="own",
+            metavar="NAME",
+        ),
+    ]
 
 
 class _SharedOptions(_WalkOptions, total=False):
@@ -284,6 +293,9 @@ class CallOptions(_WalkOptions, total=False):
     refine_guidance: Annotated[
         float | None,
         Option(help="guidance of every later stage", low=0, high=MAX_GUIDANCE, metavar="G"),
+    ]
+    refine_precision: Annotated[
+        Precision | None, Option(help="precision of the later stages; default: as `precision`", metavar="NAME")
     ]
     guidance_interval: Annotated[
         tuple[float, float] | None,

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted, shown
 from mrflow_sched.plan.checks import (
@@ -19,6 +19,7 @@ from mrflow_sched.plan.checks import (
     MAX_TOKENS,
     Noise,
     Posterior,
+    Precision,
     SeedRule,
     TilePositions,
     UpscalerKind,
@@ -68,6 +69,7 @@ class Stage:
             values out.
         guidance_interval: (low, high) range of sigma in which guidance is applied.
         shares: Share of the tokens that the network sees at each step, which never falls; (): all at every step.
+        precision: Of the network's weights; "own": as the model was loaded.
 
     Raises:
         MrFlowError: The values cannot be a stage.
@@ -84,6 +86,7 @@ class Stage:
     recipe: str = ""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     shares: tuple[float, ...] = ()
+    precision: Precision = "own"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "width", checked_side(self.width, "width"))
@@ -98,6 +101,7 @@ class Stage:
         object.__setattr__(self, "forwards", checked_whole(self.forwards, "forwards", 1 if sigmas else 0, MAX_FORWARDS))
         object.__setattr__(self, "sigmas", sigmas)
         object.__setattr__(self, "shares", checked_shares(self.shares, self.steps))
+        check_choice(self.precision, "precision", get_args(Precision))
         if not isinstance(cast("object", self.recipe), str):
             raise MrFlowError(f"recipe must be text such as 'native 12 mu=0.63', got {quoted(self.recipe)}.")
         if not self.recipe or sigmas_from_recipe(self.recipe) != sigmas:

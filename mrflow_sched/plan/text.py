@@ -79,6 +79,8 @@ def _stage_to_string(stage: Stage) -> str:
         values["guidance_interval"] = "/".join(map(repr, stage.guidance_interval))
     if stage.shares:
         values["shares"] = write_shares(stage.shares)
+    if stage.precision != "own":
+        values["precision"] = stage.precision
     if stage.mu != _recipe_mu(stage.recipe):
         values["mu"] = "none" if stage.mu is None else repr(float(stage.mu))
     return " ".join(["stage", *(f"{name}={value}" for name, value in values.items()), f"sigmas={stage.recipe}"])
@@ -185,7 +187,7 @@ def _interval(text: str) -> tuple[float, float]:
 
 _OPTIONAL = (
     *("tile", "tile_positions", "noise", "upscaler_kind", "context", "seed_rule", "posterior"),
-    *("mu", "guidance_interval", "shares"),
+    *("mu", "guidance_interval", "shares", "precision"),
 )
 _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
@@ -215,6 +217,7 @@ _STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "forwards": _whole,
         "guidance_interval": _interval,
         "shares": read_shares,
+        "precision": str,
         "mu": _mu,
     }
 )
@@ -306,6 +309,7 @@ def stage_to_dict(stage: Stage) -> Fields:
         "recipe": stage.recipe,
         "guidance_interval": list(stage.guidance_interval),
         "shares": list(stage.shares),
+        "precision": stage.precision,
         "guided": list(stage.guidance_interval),  # its name up to version 0.1
     }
 
@@ -322,6 +326,7 @@ def stage_from_dict(data: Mapping[str, Any]) -> Fields:
     names = ("width", "height", "tokens", "mu", "solver", "guidance", "forwards", "recipe")
     low, high = data.get("guidance_interval", data.get("guided", _EVERYWHERE))
     kept = {"guidance_interval": (low, high), "shares": tuple(data.get("shares", ()))}
+    kept["precision"] = data.get("precision", "own")
     return {"sigmas": tuple(data["sigmas"]), **kept, **{name: data[name] for name in names}}
 
 

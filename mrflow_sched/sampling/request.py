@@ -221,6 +221,15 @@ def check_parts(engine: object, plan: object, method: object | None, callback: o
             f"the plan is for family {plan.family!r} but the engine is {family.name!r}, whose sizes, sigmas and "
             "guidance differ; plan with make_plan(engine.family, ...)."
         )
+    _check_precisions(engine, plan)
+
+
+def _check_precisions(engine: Any, plan: StagedPlan) -> None:
+    """Refuse a precision of any stage that the engine cannot have, before the first one runs."""
+    for name in dict.fromkeys(stage.precision for stage in plan.stages if stage.precision != "own"):
+        if not capabilities_of(engine).precisions:
+            raise MrFlowError(f"{type(engine).__name__} runs its network in one precision; leave precision {name} out.")
+        engine.in_precision(name)
 
 
 def check_function(function: object, name: str) -> None:

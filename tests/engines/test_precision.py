@@ -15,10 +15,15 @@ from mrflow_sched.engines.analytic import GaussianFieldEngine
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 from mrflow_sched.engines.diffusers.precision import LoweredNetworks
 from mrflow_sched.measure.metrics import psnr
-from mrflow_sched.methods import StagePrecision
+from mrflow_sched.methods import Plain
 
 pytest.importorskip("torchao")
 
+PRECISIONS: list[Any] = [
+    {"precision": "int8", "refine_precision": "own"},
+    {"refine_precision": "int8"},
+    {"precision": "int8"},
+]
 PROMPT = "a red star over green hills, the word FLOW"
 
 
@@ -37,8 +42,8 @@ def test_each_stage_has_its_precision(engine: PipelineEngine, upscaler: Any) -> 
     before = {name: weight.clone() for name, weight in engine.network.named_parameters()}
     own = sample_staged(engine, plan, PROMPT, upscaler=upscaler)
     first, later, both = (
-        sample_staged(engine, plan, PROMPT, upscaler=upscaler, method=StagePrecision(first=names[0], later=names[1]))
-        for names in (("int8", "own"), ("own", "int8"), ("int8", "int8"))
+        sample_staged(engine, make_plan(engine.family, 256, 256, seed=3, **names), PROMPT, upscaler=upscaler)
+        for names in PRECISIONS
     )
     assert first.latents is not None
     near = {name: float(psnr(each.images, own.images)) for name, each in (("first", first), ("later", later))}
@@ -128,10 +133,28 @@ def test_without_torchao_the_sentence_says_what_to_install(monkeypatch: pytest.M
 def test_an_engine_of_one_precision_says_so() -> None:
     exact = GaussianFieldEngine()
     with pytest.raises(MrFlowError, match="runs its network in one precision; leave precision int8 out"):
-        sample_staged(exact, make_plan(exact.family, 64, 64), "", method=StagePrecision(first="int8"))
+        sample_staged(exact, make_plan(exact.family, 64, 64, precision="int8"), "")
 
 
 def test_tiles_and_guidance_go_with_it() -> None:
     mrflow = MrFlow(tiny_pipelines.make("flux1-dev"), upscaler=TWICE, precision="int8")
     made = mrflow("a cat", width=512, height=512, seed=3, low_steps=2, tile=256, output_type="pt")
     assert bool(made.images.isfinite().all())
+
+
+def test_a_call_says_otherwise_than_the_start() -> None:
+    mrflow = MrFlow(tiny_pipelines.make("sd3"), upscaler=TWICE, precision={"stage1": "int8"})
+    assert [stage.precision for stage in mrflow.plan(64, 64).stages] == ["int8", "own"]
+    assert [stage.precision for stage in mrflow.plan(64, 64, refine_precision="fp8").stages] == ["int8", "fp8"]
+    assert [stage.precision for stage in mrflow.plan(64, 64, precision="own").stages] == ["own", "own"]
+    assert [stage.precision for stage in mrflow.plan(64, 64, native=True).stages] == ["int8"]
+    made = mrflow("a cat", width=64, height=64, seed=3, low_steps=2, precision="fp8")
+    assert [stage.precision for stage in made.plan.stages] == ["fp8", "fp8"]
+
+
+def test_a_method_of_ones_own_runs_in_the_plans_precision(engine: PipelineEngine, upscaler: Any) -> None:
+    low = make_plan(engine.family, 64, 64, seed=3, low_steps=2, precision="int8")
+    high = make_plan(engine.family, 64, 64, seed=3, low_steps=2)
+    made = [sample_staged(engine, plan, PROMPT, upscaler=upscaler, method=Plain()).images for plan in (low, high)]
+    assert not torch.equal(*made)
+    assert torch.equal(made[0], sample_staged(engine, low, PROMPT, upscaler=upscaler).images)

@@ -124,7 +124,7 @@ def run(request: CompareRequest) -> Outcome:
     file = find_upscaler(request.model)
     job = Job(plan, request.prompt, request.negative)
     native = native_plan_of(plan, request.native_steps, family=None if isinstance(family, str) else family)
-    check_packages(request.model)
+    check_packages(request.model, plan)
     check_memory(request.model, family, plan, native)
     with writable(request.output.folder), saying_warnings():
         loaded = load(request.model, job, file)

@@ -287,7 +287,7 @@ def _make_all(request: DraftRequest, made: Made) -> None:
         )
     check_format(request.suffix, plan)
     file = find_upscaler(model)
-    check_packages(model)
+    check_packages(model, plan)
     check_memory(model, family, plan if request.keep else replace(plan, stages=plan.stages[:1]))
     scores = _scores(request)
     job = Job(

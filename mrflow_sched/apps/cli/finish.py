@@ -156,7 +156,7 @@ def _finish_all(request: FinishRequest, results: Results) -> None:
     if other is not None and model.upscaler is None:
         raise MrFlowError(other)
     model = recorded_loras(model, source)
-    check_packages(model)
+    check_packages(model, picked[0].job.plan)
     check_memory(model, family, *(each.job.plan for each in picked))
     with writable(output.folder), saying_warnings(results.notes), threads_of(source):
         loaded = load(model, picked[0].job, file)

@@ -316,7 +316,7 @@ def _make_all(request: GenerateRequest | RepeatRequest, results: Results) -> Non
         jobs = tuple(replace(job, plan=fitted.plan) for job in jobs)
         results.plan = fitted.plan
         say_new((fitted.sentence,), results.notes)
-    check_packages(model)
+    check_packages(model, jobs[0].plan)
     check_memory(model, family, jobs[0].plan, batch=jobs[0].batch)
     with writable(output.folder), saying_warnings(results.notes), threads_of(source):
         loaded = load(model, jobs[0], file)

@@ -184,11 +184,12 @@ def _upscaler_file(model: ModelChoices, source: RunRecord | None) -> Path | None
     return path
 
 
-def check_packages(model: ModelChoices) -> None:
-    """Look for the packages that --offload and --lora need; on a CPU nothing is offloaded.
+def check_packages(model: ModelChoices, plan: StagedPlan | None = None) -> None:
+    """Look for the packages that --offload, --lora and --precision need; on a CPU nothing is offloaded.
 
     Args:
         model: What was asked for.
+        plan: The run's plan; None: it says nothing of packages.
 
     Raises:
         MrFlowError: A package is missing.
@@ -202,6 +203,11 @@ def check_packages(model: ModelChoices) -> None:
     for package, option in needed.items():
         if find_spec(package) is None:
             raise MrFlowError(f"{option} needs the package {package}, which is not installed; pip install {package}.")
+    low = [stage.precision for stage in plan.stages if stage.precision != "own"] if plan is not None else []
+    if low and find_spec("torchao") is None:
+        raise MrFlowError(
+            f"precision {low[0]} needs torchao, which is not installed; run pip install 'mrflow-sched[lowp]'."
+        )
 
 
 # --- loading -----------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def run(request: PreviewRequest) -> Outcome:
     """
     family = plan_family(request.model)
     plan = request.choices.make_plan(family)
-    check_packages(request.model)
+    check_packages(request.model, plan)
     check_memory(request.model, family, plan)
     if request.check:
         return _check(request, plan)

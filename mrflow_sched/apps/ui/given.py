@@ -35,6 +35,7 @@ _PARTS: dict[str, Callable[[StagedPlan], object]] = {
     "its sigma": lambda plan: [stage.start_sigma for stage in plan.stages[1:]],
     "its solver": lambda plan: [stage.solver for stage in plan.stages],
     "its guidance": lambda plan: [(stage.guidance, stage.guidance_interval) for stage in plan.stages],
+    "the precision of its network": lambda plan: [stage.precision for stage in plan.stages],
     "its tiles": lambda plan: plan.tile,
 }
 """Parts of a plan in words."""
