@@ -43,6 +43,7 @@ def plan_lines(
         yield (
             f"stage {number}: {stage.width}x{stage.height}, {_tokens(stage)}, {shift}, {stage.solver}, "
             f"{f'guidance {stage.guidance:g}, ' if guidance else ''}{counted(stage.forwards, 'forward')}"
+            f"{f', noise {stage.renoise:g} anew' if stage.renoise else ''}"
             f"{'' if stage.precision == 'own' else f', {stage.precision}'}"
         )
         yield "  sigmas " + (" ".join(f"{sigma:.5g}" for sigma in stage.sigmas) or "none: the upscaled image is kept")

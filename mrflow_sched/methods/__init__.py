@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mrflow_sched.methods.guidance import GuidanceInterval
 from mrflow_sched.methods.jit import Jit
 from mrflow_sched.methods.precision import StagePrecision
+from mrflow_sched.methods.renoise import Renoise
 from mrflow_sched.methods.sparse_refine import SparseRefine
 from mrflow_sched.methods.tiled import Tiled, TiledEngine
 from mrflow_sched.sampling.method import Method, Plain, StageRun, Wrapper
@@ -23,6 +24,7 @@ __all__ = [
     "Jit",
     "Method",
     "Plain",
+    "Renoise",
     "SparseRefine",
     "StagePrecision",
     "StageRun",
@@ -40,12 +42,15 @@ def method_of(plan: StagedPlan) -> Method:
         plan: Its `tile` and its stages are read.
 
     Returns:
-        `Plain`, inside `GuidanceInterval` where a stage is guided in part of its sigmas, inside `SparseRefine` or `Jit`
-        where a stage runs on part of its tokens, inside `Tiled` where `tile` is set.
+        `Plain`, inside `GuidanceInterval` where a stage is guided in part of its sigmas, inside `Renoise` where stage 1
+        draws noise anew, inside `SparseRefine` or `Jit` where a stage runs on part of its tokens, inside `Tiled` where
+        `tile` is set.
     """
     method: Method = Plain()
     if not all(stage.always_guided for stage in plan.stages):
         method = GuidanceInterval(method)
+    if plan.stages[0].renoise:
+        method = Renoise(method)
     if any(stage.shares for stage in plan.stages[1:]):
         method = SparseRefine(method)
     if plan.stages[0].shares:

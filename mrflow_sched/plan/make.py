@@ -136,7 +136,7 @@ def _native_by_options(family: Family, width: int, height: int, given: PlanOptio
     count, scale = _or(given.get("steps"), family.native_steps), _or(given.get("guidance"), family.guidance)
     solver = _or(given.get("solver"), "euler")
     stage = _first_stage(family, size, count, tokens_of(family, size), solver, scale, given)
-    stage = replace(stage, precision=_value(given, "precision"))
+    stage = replace(stage, precision=_value(given, "precision"), renoise=_renoise(family, given))
     return _assemble(family, "native", (width, height), [stage], scale, stage, given)
 
 
@@ -256,7 +256,9 @@ def _staged_plan(
     starts = _one_per_stage(_or(given.get("sigma"), chosen.sigma), later, "sigma")
     scale, solver = _or(given.get("guidance"), family.guidance), _or(given.get("solver"), family.solver)
     tokens = _shift_tokens(family, _value(given, "shift_tokens"), sizes)
-    made = [_first_stage(family, sizes[0], low, tokens, solver, scale, given)]
+    renoise = _renoise(family, given)
+    made = [_first_stage(family, sizes[0], low, tokens, "euler" if renoise else solver, scale, given)]
+    made[0] = replace(made[0], renoise=renoise)
     interval = given.get("guidance_interval")
     if interval is not None:
         made[0] = _guided_within(made[0], family, interval)
@@ -271,6 +273,19 @@ def _staged_plan(
     own_steps = {"low_steps", "refine_steps", "sigmas"} & set(given)
     called = "+".join(map(str, (made[0].steps, *refine))) if own_steps else chosen.name
     return _assemble(family, called, requested, made, scale, None, given)
+
+
+def _renoise(family: Family, given: PlanOptions) -> float:
+    """The share of the noise that stage 1 draws anew. Raises MrFlowError beside a solver that cannot do so."""
+    share = float(_or(given.get("renoise"), family.renoise))
+    solver = given.get("solver")
+    if share and solver not in (None, "euler"):
+        asked = f"renoise={share:g}" if "renoise" in given else f"the sampler of this {family.title}"
+        raise MrFlowError(
+            f"solver must be euler with {asked}, which draws noise after each step, got {solver}; leave it out, or "
+            "give renoise=0."
+        )
+    return share
 
 
 def _or(value: _T | None, otherwise: _T) -> _T:

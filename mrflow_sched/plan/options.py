@@ -181,6 +181,17 @@ class _WalkOptions(TypedDict, total=False):
         Posterior,
         Option(help="what to take from the VAE encoder's distribution", default="mode"),
     ]
+    renoise: Annotated[
+        float | None,
+        Option(
+            help="share of the noise that stage 1 draws anew after each step, as samplers of distilled models do: 1 is "
+            "LCM, 0.3 is TCD; default: as the model's own sampler",
+            low=0,
+            high=1,
+            metavar="SHARE",
+            advice="0 draws none",
+        ),
+    ]
     precision: Annotated[
         Precision,
         Option(

@@ -70,6 +70,7 @@ class Stage:
         guidance_interval: (low, high) range of sigma in which guidance is applied.
         shares: Share of the tokens that the network sees at each step, which never falls; (): all at every step.
         precision: Of the network's weights; "own": as the model was loaded.
+        renoise: Share of the noise that is drawn anew after each step but the last; above 0 the solver must be "euler".
 
     Raises:
         MrFlowError: The values cannot be a stage.
@@ -87,6 +88,7 @@ class Stage:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     shares: tuple[float, ...] = ()
     precision: Precision = "own"
+    renoise: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "width", checked_side(self.width, "width"))
@@ -102,6 +104,11 @@ class Stage:
         object.__setattr__(self, "sigmas", sigmas)
         object.__setattr__(self, "shares", checked_shares(self.shares, self.steps))
         check_choice(self.precision, "precision", get_args(Precision))
+        object.__setattr__(self, "renoise", checked_number(self.renoise, "renoise", 0, 1))
+        if self.renoise and (self.solver != "euler" or self.shares):
+            raise MrFlowError(
+                f"renoise={self.renoise:g} is for the solver euler on all tokens, got {self.solver}; leave one out."
+            )
         if not isinstance(cast("object", self.recipe), str):
             raise MrFlowError(f"recipe must be text such as 'native 12 mu=0.63', got {quoted(self.recipe)}.")
         if not self.recipe or sigmas_from_recipe(self.recipe) != sigmas:
@@ -219,6 +226,8 @@ class StagedPlan:
         object.__setattr__(self, "context", checked_number(self.context, "context", 0, 1))
         if self.stages[0].shares and self.stages[0].shares[-1] != 1.0:
             raise MrFlowError("shares of stage 1 must end at 1, or part of the image would stay noise.")
+        if any(stage.renoise for stage in self.stages[1:]):
+            raise MrFlowError("renoise is for stage 1; later stages must have 0.")
         if self.tile and any(stage.shares for stage in self.stages):
             raise MrFlowError("tile must be 0 where a stage's shares leave tokens out; use one of the two.")
         right = isinstance(cast("object", self.notes), tuple)

@@ -81,6 +81,8 @@ def _stage_to_string(stage: Stage) -> str:
         values["shares"] = write_shares(stage.shares)
     if stage.precision != "own":
         values["precision"] = stage.precision
+    if stage.renoise:
+        values["renoise"] = repr(stage.renoise)
     if stage.mu != _recipe_mu(stage.recipe):
         values["mu"] = "none" if stage.mu is None else repr(float(stage.mu))
     return " ".join(["stage", *(f"{name}={value}" for name, value in values.items()), f"sigmas={stage.recipe}"])
@@ -187,7 +189,7 @@ def _interval(text: str) -> tuple[float, float]:
 
 _OPTIONAL = (
     *("tile", "tile_positions", "noise", "upscaler_kind", "context", "seed_rule", "posterior"),
-    *("mu", "guidance_interval", "shares", "precision"),
+    *("mu", "guidance_interval", "shares", "precision", "renoise"),
 )
 _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
@@ -218,6 +220,7 @@ _STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "guidance_interval": _interval,
         "shares": read_shares,
         "precision": str,
+        "renoise": read_number,
         "mu": _mu,
     }
 )
@@ -310,6 +313,7 @@ def stage_to_dict(stage: Stage) -> Fields:
         "guidance_interval": list(stage.guidance_interval),
         "shares": list(stage.shares),
         "precision": stage.precision,
+        "renoise": stage.renoise,
         "guided": list(stage.guidance_interval),  # its name up to version 0.1
     }
 
@@ -326,7 +330,7 @@ def stage_from_dict(data: Mapping[str, Any]) -> Fields:
     names = ("width", "height", "tokens", "mu", "solver", "guidance", "forwards", "recipe")
     low, high = data.get("guidance_interval", data.get("guided", _EVERYWHERE))
     kept = {"guidance_interval": (low, high), "shares": tuple(data.get("shares", ()))}
-    kept["precision"] = data.get("precision", "own")
+    kept |= {"precision": data.get("precision", "own"), "renoise": data.get("renoise", 0.0)}
     return {"sigmas": tuple(data["sigmas"]), **kept, **{name: data[name] for name in names}}
 
 

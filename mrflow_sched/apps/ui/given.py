@@ -33,7 +33,7 @@ _PARTS: dict[str, Callable[[StagedPlan], object]] = {
     "which share of its tokens the network saw": lambda plan: [stage.shares for stage in plan.stages],
     "its steps": lambda plan: [stage.steps for stage in plan.stages],
     "its sigma": lambda plan: [stage.start_sigma for stage in plan.stages[1:]],
-    "its solver": lambda plan: [stage.solver for stage in plan.stages],
+    "its solver": lambda plan: [(stage.solver, stage.renoise) for stage in plan.stages],
     "its guidance": lambda plan: [(stage.guidance, stage.guidance_interval) for stage in plan.stages],
     "the precision of its network": lambda plan: [stage.precision for stage in plan.stages],
     "its tiles": lambda plan: plan.tile,

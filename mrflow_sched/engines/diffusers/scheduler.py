@@ -274,6 +274,7 @@ class MrFlowScheduler(SchedulerMixin, ConfigMixin):
         overrides: dict[str, Any] = {**_GIVEN_SCHEDULE, "solver": solver, "prediction_type": said}
         # Names that this class does not take would cause a warning at every stage.
         names = inspect.signature(cls.__init__).parameters
+        names = set(names) - {"stochastic_sampling"}  # noise between steps is the method's (`methods.Renoise`)
         known = {name: value for name, value in config.items() if name in names and value is not None}
         made: MrFlowScheduler = cls.from_config(known, False, **overrides)
         made.prediction = prediction  # of an EDM model "epsilon" may be meant

@@ -375,6 +375,7 @@ class Family:
         min_low_side: An image of less area than a square of this side is outside its trained range.
         default_preset: Name of the preset where none is asked for.
         solver: Solver of staged plans where none is asked for.
+        renoise: Share of the noise that stage 1 draws anew after each step, as the model's own sampler does; 0: none.
         linear_cost: FLOP of one forward per token of image and text.
         attention_cost: FLOP of one forward per squared token.
         network_cost: Memory of the network; None: not counted.
@@ -405,6 +406,7 @@ class Family:
     min_low_side: int = 512
     default_preset: str = "12+1"
     solver: str = "multistep"
+    renoise: float = 0.0
     linear_cost: float = 1.0
     attention_cost: float = 0.0
     network_cost: NetworkCost | None = None

@@ -49,6 +49,7 @@ ASSUMED_PRESETS = (Preset("12+1", 12, 1, 0.12, ASSUMED), Preset("20+1", 20, 1, 0
 SHARED_SOURCES = {
     "prediction": "the family's paper or card",
     "rescaled_flow": "the family's pipeline",
+    "renoise": "0, unless the pipeline's scheduler says otherwise",
     "grid": "vae_factor x patch",
     "vae_factor": "diffusers VAE configuration",
     "patch": "diffusers pipeline (2x2 packing)",

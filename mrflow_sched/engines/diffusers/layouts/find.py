@@ -14,7 +14,7 @@ from mrflow_sched.engines.diffusers.layouts.generic import follows_its_own, gene
 from mrflow_sched.engines.diffusers.layouts.modular import modular_layout
 from mrflow_sched.engines.diffusers.layouts.numbers import check_numbers
 from mrflow_sched.engines.diffusers.layouts.pictures import edits, image_is_optional, own_size
-from mrflow_sched.engines.diffusers.layouts.shift import is_flow, ve_rule
+from mrflow_sched.engines.diffusers.layouts.shift import is_flow, renoise_of, ve_rule
 from mrflow_sched.engines.diffusers.modular_view import ModularView, as_pipeline
 from mrflow_sched.plan.families import FAMILIES, Family, Prediction, ShiftRule, family_of_pipeline, get_family
 from mrflow_sched.plan.scheduler_config import edm_levels
@@ -130,7 +130,9 @@ def _measured(pipe: Any, family: Family, layout: type[Layout], rule: ShiftRule) 
     reads = family.pipeline is not None and family.pipeline.reads_patch
     patch = int(pipe.transformer.config.patch_size) if reads else family.patch
     grid = factor * patch * tokens_a_side
-    own = replace(family, shift=rule, vae_factor=factor, patch=patch, grid=grid, latent_channels=channels)
+    renoise = renoise_of(getattr(pipe, "scheduler", None))
+    numbers: dict[str, Any] = {"vae_factor": factor, "patch": patch, "grid": grid, "latent_channels": channels}
+    own = replace(family, shift=rule, renoise=renoise, **numbers)
     if own == family:
         return family
     sources = {

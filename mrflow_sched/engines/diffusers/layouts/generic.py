@@ -22,7 +22,7 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.engines.diffusers.layouts.arrangement import Arrangement, Map
 from mrflow_sched.engines.diffusers.layouts.base import Layout, network_name, parameter_defaults, parameter_names
 from mrflow_sched.engines.diffusers.layouts.rehearsal import Guiding, Rehearsal, guidance_word, patch_of, rehearse
-from mrflow_sched.engines.diffusers.layouts.shift import shift_rule
+from mrflow_sched.engines.diffusers.layouts.shift import renoise_of, shift_rule
 from mrflow_sched.plan.families import Family, GuidanceKind, ShiftRule, get_family
 from mrflow_sched.plan.schedule import mu_flux2, mu_for_tokens
 
@@ -255,6 +255,7 @@ def _family(pipe: Any, seen: Rehearsal, rule: ShiftRule, patch: int, name: str |
     grid = seen.factor * patch
     measured: dict[str, Any] = {
         "shift": rule,
+        "renoise": renoise_of(pipe.scheduler),
         "grid": grid,
         "vae_factor": seen.factor,
         "patch": patch,

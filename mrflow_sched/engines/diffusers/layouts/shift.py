@@ -14,7 +14,7 @@ from mrflow_sched.plan.families import ShiftRule
 from mrflow_sched.plan.schedule import shift_sigma
 from mrflow_sched.plan.scheduler_config import adds_noise, edm_levels
 
-__all__ = ["is_flow", "sampler_note", "shift_rule", "spacing_note", "ve_rule"]
+__all__ = ["is_flow", "renoise_of", "sampler_note", "shift_rule", "spacing_note", "ve_rule"]
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -141,6 +141,25 @@ def ve_rule(scheduler: Any, known: ShiftRule) -> ShiftRule:
 _ZERO_SNR = replace(STABLE_DIFFUSION, zero_snr=True)
 
 
+_TCD_GAMMA = 0.3
+"""The share that TCDScheduler draws anew by default."""
+
+
+def renoise_of(scheduler: Any) -> float:
+    """The share of the noise that a scheduler draws anew after each step (`Stage.renoise`).
+
+    Args:
+        scheduler: The pipeline's.
+
+    Returns:
+        1 for LCM and for flow samplers with stochastic_sampling, TCD's default for TCD; 0 for all others.
+    """
+    name = type(scheduler).__name__
+    if "TCD" in name:
+        return _TCD_GAMMA
+    return 1.0 if "LCM" in name or _config(scheduler).get("stochastic_sampling") else 0.0
+
+
 def sampler_note(scheduler: Any) -> str | None:
     """What is lost where our solvers stand in for a pipeline's own sampler.
 
@@ -151,7 +170,7 @@ def sampler_note(scheduler: Any) -> str | None:
         A sentence for the user; None where both solve the same equation.
     """
     name = type(scheduler).__name__
-    if name == "MrFlowScheduler" or not adds_noise(_config(scheduler), name):
+    if name == "MrFlowScheduler" or renoise_of(scheduler) or not adds_noise(_config(scheduler), name):
         return None
     return (
         f"The pipeline's own sampler, {name}, adds noise at every step; stages are sampled without, so images differ "
