@@ -52,6 +52,7 @@ from mrflow_sched.engines.diffusers.precision import LoweredNetworks, check_prec
 from mrflow_sched.engines.diffusers.view import HINT
 from mrflow_sched.images.alpha import split_alpha
 from mrflow_sched.images.convert import from_pictures
+from mrflow_sched.methods import method_of
 from mrflow_sched.plan.checks import checked_flag, checked_side, checked_whole, listed
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.make import make_plan
@@ -148,6 +149,7 @@ class _Asked:
     cancel: Callable[[], bool] | None = None
     keep_stages: bool = False
     method: Method | str | None = None
+    refine_mask: Any = None
 
 
 class MrFlow:
@@ -315,6 +317,7 @@ class MrFlow:
         cancel: Callable[[], bool] | None = None,
         keep_stages: bool = False,
         method: Method | str | None = None,
+        refine_mask: Any = None,
         **more: Unpack[_More],
     ) -> MrFlowOutput:
         """Make images: few steps at low resolution, super-resolution, a little noise, one step at full size.
@@ -352,6 +355,8 @@ class MrFlow:
             keep_stages: Keep the intermediate images.
             method: How stages are sampled and joined: "jit-4x" or "jit-7x" for Just-in-Time sampling, or a method of
                 `mrflow_sched.methods`; None: what the plan asks for.
+            refine_mask: A picture, white where later stages refine; elsewhere the upscaled image stays. For networks
+                that take tokens with their positions (FLUX.1, FLUX.2).
             **more: Options of the plan (`make_plan`: low_steps, refine_steps, sigma, factor, stages, solver, ...);
                 every other name goes to the pipeline's call in every stage (prompt_2, prompt_embeds,
                 joint_attention_kwargs, `control_image`, which may be a function (width, height) -> hint).
@@ -459,6 +464,8 @@ class MrFlow:
         method = None if isinstance(asked.method, str) else asked.method
         if isinstance(asked.method, str):
             numbers["method"] = asked.method
+        if method is not None and asked.refine_mask is not None:
+            raise MrFlowError("refine_mask is for the plan's own method; leave method out, or give it the mask itself.")
         if asked.callback_on_step_end is not None:
             if "callback_on_step_end" not in layout.call_names:
                 raise MrFlowError(
@@ -530,6 +537,8 @@ class MrFlow:
             guided_by_two=two,
             pictures=pictures,
         )
+        if asked.refine_mask is not None:
+            method = method_of(plan, asked.refine_mask)
         result = sample_staged(
             engine if memory is None else memory.reading(engine),
             plan,

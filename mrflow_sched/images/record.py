@@ -97,6 +97,7 @@ class RunRecord:
         preview: How the image was made cheaply ("few, 6 steps"), where it is a preview of the run and not its result;
             else None.
         references: Hashes of the files that an editing model looked at, in their order.
+        refine_mask: Hash of the file that said where later stages refine.
     """
 
     plan: str
@@ -127,6 +128,7 @@ class RunRecord:
     draft_steps: int | None = None
     preview: str | None = None
     references: tuple[str, ...] = ()
+    refine_mask: str | None = None
 
     def to_json(self) -> str:
         """The record as JSON.
@@ -264,7 +266,7 @@ _LONGEST = 12 * (5 * MAX_PROMPT + 2 * MAX_ENTRIES * MAX_WORD)
 _OLD: Mapping[str, Any] = MappingProxyType(
     {
         **dict.fromkeys(("start", "start_sha256", "strength", "refine_prompt", "refine_negative")),
-        **dict.fromkeys(("draft", "draft_latents", "draft_steps", "preview")),
+        **dict.fromkeys(("draft", "draft_latents", "draft_steps", "preview", "refine_mask")),
         "unfinished": False,
         "dtypes": {},
         "loras": [],
@@ -304,6 +306,7 @@ _KINDS: Mapping[str, Callable[[object], bool]] = MappingProxyType(
         "draft_steps": lambda value: value is None or _is_whole(1, MAX_STEPS)(value),
         "preview": _is_word_or_none,
         "references": _are_words,
+        "refine_mask": _is_word_or_none,
     }
 )
 

@@ -24,9 +24,10 @@ from mrflow_sched.sampling.method import Wrapper
 from mrflow_sched.sampling.tokens import TokenGrid, choose, on_tokens
 
 if TYPE_CHECKING:
+    from mrflow_sched.plan.stages import StagedPlan
     from mrflow_sched.sampling.method import StageRun
 
-__all__ = ["SparseRefine", "clean_of", "context", "detail"]
+__all__ = ["SparseRefine", "check_refine_mask", "clean_of", "context", "detail"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,22 @@ class SparseRefine(Wrapper):
     feather: float = 0.5
     importance: Callable[[TokenGrid, Tensor], Tensor] = field(default_factory=lambda: detail)
 
+    def start(self, run: StageRun, image: Tensor | None) -> Tensor:
+        """Start as the inner method does, where the later stages can be refined in part.
+
+        Args:
+            run: The first stage.
+            image: (B, 3, H, W), float32 in [0, 1]; None for pure noise.
+
+        Returns:
+            Latents (B, *latent_shape), float32, at the stage's first sigma.
+
+        Raises:
+            MrFlowError: The engine cannot run its network on some of the tokens.
+        """
+        _check_engine(run)
+        return self.inner.start(run, image)
+
     def stage(self, run: StageRun, latents: Tensor) -> Tensor:
         """Refine some tokens of a stage.
 
@@ -62,11 +79,7 @@ class SparseRefine(Wrapper):
         stage = run.stage
         if run.index == 0 or not stage.sigmas or (self.mask is None and not stage.shares):
             return self.inner.stage(run, latents)
-        if run.engine.family.prediction != "flow" or not capabilities_of(run.engine).token_subsets:
-            raise MrFlowError(
-                f"refining a share of the tokens needs a network that takes tokens with their positions; that of "
-                f"{run.engine.family.title} does not: leave refine_tokens at 1."
-            )
+        _check_engine(run)
         grid = TokenGrid.of(stage, latents)
         clean = clean_of(run, latents)
         chosen = self._chosen(run, grid, clean)
@@ -93,6 +106,32 @@ class SparseRefine(Wrapper):
             return [tokens] * len(clean)
         count = token_count(grid.count, run.stage.shares[0])
         return [choose(values, count) for values in self.importance(grid, clean)]
+
+
+def check_refine_mask(plan: StagedPlan) -> None:
+    """Refuse a plan with which a mask of what to refine has no meaning.
+
+    Args:
+        plan: The plan.
+
+    Raises:
+        MrFlowError: It refines nothing, refines in tiles, or chooses tokens by itself.
+    """
+    if not any(stage.sigmas for stage in plan.stages[1:]):
+        raise MrFlowError("refine_mask says where to refine, and this run refines nothing; leave it out.")
+    if plan.tile:
+        raise MrFlowError(f"refine_mask does not go with tile={plan.tile}; leave one of the two out.")
+    if any(stage.shares for stage in plan.stages[1:]):
+        raise MrFlowError("refine_mask says where to refine, and so does refine_tokens; leave one of the two out.")
+
+
+def _check_engine(run: StageRun) -> None:
+    family = run.engine.family
+    if family.prediction != "flow" or not capabilities_of(run.engine).token_subsets:
+        raise MrFlowError(
+            "refining a share of the tokens needs a network that takes tokens with their positions; that of "
+            f"{family.title} does not: leave refine_tokens at 1, and refine_mask out."
+        )
 
 
 def detail(grid: TokenGrid, latents: Tensor) -> Tensor:

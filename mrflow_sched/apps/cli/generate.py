@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.apps.cli.console import Outcome, progress_bar, say_new, saying_warnings, writable
 from mrflow_sched.apps.cli.forecast import check_memory, fit_to_card
-from mrflow_sched.apps.cli.inputs import read_prompts, read_references, read_start, syntax_notes
+from mrflow_sched.apps.cli.inputs import read_mask, read_prompts, read_references, read_start, syntax_notes
 from mrflow_sched.apps.cli.load import (
     Job,
     Loaded,
@@ -48,7 +48,7 @@ from mrflow_sched.apps.cli.parsing import (
 from mrflow_sched.apps.cli.repeat import Changes, check_weights, recorded_loras, repeated_job, say_differences
 from mrflow_sched.apps.cli.results import Results, check_format, holds_alpha
 from mrflow_sched.apps.cli.stopping import Stop, Stopped, current
-from mrflow_sched.apps.cli.wording import option_name
+from mrflow_sched.apps.cli.wording import option_name, with_options
 from mrflow_sched.images.record import MAX_BATCH
 from mrflow_sched.plan.options import OPTIONS
 
@@ -76,6 +76,7 @@ class GenerateRequest:
         suffix: Ending of the image files, which decides their format.
         output: Where the results go.
         references: Image files that an editing model looks at.
+        refine_mask: An image file, white where later stages refine; None: everywhere.
         memory: Of the card in GiB, for which offload and tiles are chosen; None: neither is.
     """
 
@@ -92,6 +93,7 @@ class GenerateRequest:
     suffix: str
     output: OutputChoices
     references: tuple[Path, ...] = ()
+    refine_mask: Path | None = None
     memory: float | None = None
 
     def jobs(self, family: str | Family) -> tuple[Job, ...]:
@@ -108,6 +110,13 @@ class GenerateRequest:
         """
         start = None if self.image is None else read_start(self.image, self.strength)
         plan = self.choices.make_plan(family, start, upscaler_kind=upscaler_kind(self.model))
+        if self.refine_mask is not None:
+            from mrflow_sched.methods.sparse_refine import check_refine_mask
+
+            try:
+                check_refine_mask(plan)
+            except MrFlowError as error:
+                raise MrFlowError(with_options(str(error))) from error
         check_seeds(plan.seed, self.batch)
         first = Job(
             plan,
@@ -119,6 +128,7 @@ class GenerateRequest:
             refine_prompt=self.refine_prompt,
             refine_negative=self.refine_negative,
             references=read_references(self.references),
+            refine_mask=None if self.refine_mask is None else read_mask(self.refine_mask),
         )
         return tuple(replace(first, prompt=prompt) for prompt in self.prompts)
 
@@ -136,6 +146,7 @@ class RepeatRequest:
         suffix: Ending of the image files, which decides their format.
         output: Where the results go.
         references: Image files that an editing model looked at.
+        refine_mask: An image file, white where later stages refine; None: everywhere.
         memory: Of the card in GiB, for which offload and tiles are chosen; None: neither is.
     """
 
@@ -147,6 +158,7 @@ class RepeatRequest:
     suffix: str
     output: OutputChoices
     references: tuple[Path, ...] = ()
+    refine_mask: Path | None = None
     memory: float | None = None
 
     def jobs(self, family: str | Family) -> tuple[Job, ...]:
@@ -161,7 +173,9 @@ class RepeatRequest:
         Raises:
             MrFlowError: The file has no readable record, or was made with other files than those given.
         """
-        return (repeated_job(self.source, self.model, self.image, family, self.changes, self.references),)
+        return (
+            repeated_job(self.source, self.model, self.image, family, self.changes, self.references, self.refine_mask),
+        )
 
 
 def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
@@ -193,6 +207,7 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
             f".{args.format}",
             output,
             tuple(args.reference or ()),
+            args.refine_mask,
             args.memory,
         )
     fixed = next((word for word in ("prompt", "prompts", "strength") if getattr(args, word) is not None), None)
@@ -205,8 +220,9 @@ def request_of(args: argparse.Namespace) -> GenerateRequest | RepeatRequest:
     names = tuple(option_name(word) for word in recorded if getattr(args, word) is not None)
     words = args.negative, args.refine_prompt, args.refine_negative
     changes = Changes(names, choices, args.batch or 1, *words, upscaler_kind(model))
-    seen, suffix = tuple(args.reference or ()), f".{args.format}"
-    return RepeatRequest(args.source, args.image, changes, model, args.save_stages, suffix, output, seen, args.memory)
+    seen, suffix, mask = tuple(args.reference or ()), f".{args.format}", args.refine_mask
+    rest = (args.save_stages, suffix, output, seen, mask, args.memory)
+    return RepeatRequest(args.source, args.image, changes, model, *rest)
 
 
 def add_parser(commands: Commands) -> None:
@@ -254,6 +270,12 @@ def add_parser(commands: Commands) -> None:
         action="append",
         metavar="FILE",
         help="an image for an editing model to look at; several with several options",
+    )
+    parser.add_argument(
+        "--refine-mask",
+        type=path_option,
+        metavar="FILE",
+        help="an image, white where later stages refine; elsewhere the upscaled image stays (FLUX.1, FLUX.2)",
     )
     parser.add_argument("--batch", type=whole_number(1, MAX_BATCH), metavar="N", help="number of images (default 1)")
     parser.add_argument(
@@ -354,6 +376,7 @@ def _notes(jobs: tuple[Job, ...], suffix: str) -> Iterator[str]:
 def _sample(
     loaded: Loaded, job: Job, callback: Callable[[Progress], None], stop: Stop, keep_stages: bool
 ) -> StagedResult:
+    from mrflow_sched.methods import method_of
     from mrflow_sched.sampler import sample_staged
 
     return sample_staged(
@@ -370,4 +393,5 @@ def _sample(
         keep_stages=keep_stages,
         image=None if job.start is None else job.start.for_engine(loaded.engine),
         start_sigma=None if job.start is None else job.start.strength,
+        method=None if job.refine_mask is None else method_of(job.plan, job.refine_mask.pixels),
     )

@@ -138,7 +138,7 @@ def read_start(file: Path, strength: float | None) -> StartImage:
 
 @dataclass(frozen=True)
 class Reference:
-    """An image that an editing model looks at.
+    """An image that an editing model looks at, or a mask.
 
     Attributes:
         file: Where it was read.
@@ -173,6 +173,32 @@ def read_references(files: Sequence[Path]) -> tuple[Reference, ...]:
             raise MrFlowError(f"--reference: {error}") from error
         found.append(Reference(file, hash_of(file), pixels))
     return tuple(found)
+
+
+def read_mask(file: Path) -> Reference:
+    """Read the picture of --refine-mask.
+
+    Args:
+        file: An image file.
+
+    Returns:
+        The picture with its hash.
+
+    Raises:
+        MrFlowError: The file cannot be read, or is black throughout.
+    """
+    from mrflow_sched.images.files import load_image
+
+    try:
+        pixels = load_image(file, warn=say)
+    except MrFlowError as error:
+        raise MrFlowError(f"--refine-mask: {error}") from error
+    if float(pixels.mean(0).max()) <= 0.5:
+        raise MrFlowError(
+            f"--refine-mask: {str(file)!r} has nothing lighter than middle grey, so nothing would be refined; make "
+            "white what to refine."
+        )
+    return Reference(file, hash_of(file), pixels)
 
 
 def syntax_notes(*texts: str | None) -> tuple[str, ...]:

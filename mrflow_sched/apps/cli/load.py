@@ -49,6 +49,7 @@ class Job:
         refine_prompt: The prompt of the stages after the first; None: `prompt`.
         refine_negative: Their negative prompt; None: `negative`.
         references: What an editing model looks at.
+        refine_mask: White where later stages refine; None: everywhere.
     """
 
     plan: StagedPlan
@@ -61,6 +62,7 @@ class Job:
     refine_prompt: str | None = None
     refine_negative: str | None = None
     references: tuple[Reference, ...] = ()
+    refine_mask: Reference | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -404,5 +406,6 @@ def make_record(model: ModelChoices, job: Job, loaded: Loaded) -> RunRecord:
         refine_prompt=job.refine_prompt,
         refine_negative=job.refine_negative,
         references=tuple(each.sha256 for each in job.references),
+        refine_mask=None if job.refine_mask is None else job.refine_mask.sha256,
         loras=tuple(RecordedLora(each.file.name, hash_of(each.file), each.scale) for each in model.loras),
     )

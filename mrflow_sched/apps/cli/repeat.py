@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 from mrflow_sched._runtime.errors import MrFlowError, shown
 from mrflow_sched.apps.cli.console import say
-from mrflow_sched.apps.cli.inputs import LoraChoice, Reference, StartImage, hash_of, read_references, read_start
+from mrflow_sched.apps.cli.inputs import (
+    LoraChoice,
+    Reference,
+    StartImage,
+    hash_of,
+    read_mask,
+    read_references,
+    read_start,
+)
 from mrflow_sched.apps.cli.load import EMBEDDED, UPSCALER, Job
 from mrflow_sched.apps.cli.meaning import left_of
 from mrflow_sched.apps.cli.options import ModelChoices, PlanChoices
@@ -55,6 +63,7 @@ def repeated_job(
     family: str | Family,
     changes: Changes,
     references: tuple[Path, ...] = (),
+    refine_mask: Path | None = None,
 ) -> Job:
     """Read what an image says of its run: our record, or the texts of A1111 and ComfyUI.
 
@@ -65,6 +74,7 @@ def repeated_job(
         family: The model's, from `plan_family`.
         changes: What else was asked for.
         references: The files of --reference.
+        refine_mask: The file of --refine-mask, or None.
 
     Returns:
         The job: the recorded run, of whose images only the recorded one is saved; or a new run with the prompts, the
@@ -85,7 +95,9 @@ def repeated_job(
                 f"--from takes the prompt and all numbers from the image's record, so {changes.names[0]} has no "
                 "meaning; leave one out."
             )
-        return _recorded_job(file, RunRecord.from_json(texts[KEY]), model, image, references)
+        record = RunRecord.from_json(texts[KEY])
+        mask = _recorded_mask(file, record, refine_mask)
+        return replace(_recorded_job(file, record, model, image, references), refine_mask=mask)
     foreign = read_foreign(texts)
     if foreign is None:
         raise MrFlowError(
@@ -98,6 +110,8 @@ def repeated_job(
         )
     if references:
         raise MrFlowError(f"--from is {str(file)!r}, which has no mrflow record of references; leave out --reference.")
+    if refine_mask is not None:
+        raise MrFlowError(f"--from is {str(file)!r}, which has no mrflow record of a mask; leave out --refine-mask.")
     if nodes is not None:
         known = get_family(family) if isinstance(family, str) else family
         return _node_job(file, foreign, nodes, known, changes, None if image is None else read_start(image, None))
@@ -229,6 +243,25 @@ def _recorded_references(file: Path, record: RunRecord, files: tuple[Path, ...])
         raise MrFlowError(
             f"{str(other.file)!r} is not the reference that {str(file)!r} was made with; give the same files, in the "
             "same order, each with --reference."
+        )
+    return found
+
+
+def _recorded_mask(file: Path, record: RunRecord, mask: Path | None) -> Reference | None:
+    """Read the mask of a recorded run, which the record knows by its hash alone."""
+    if record.refine_mask is None:
+        if mask is not None:
+            raise MrFlowError(f"{str(file)!r} was made without a mask; leave out --refine-mask.")
+        return None
+    if mask is None:
+        raise MrFlowError(
+            f"{str(file)!r} was made with a mask of what to refine, which it does not hold; give the same file with "
+            "--refine-mask."
+        )
+    found = read_mask(mask)
+    if found.sha256 != record.refine_mask:
+        raise MrFlowError(
+            f"{str(mask)!r} is not the mask that {str(file)!r} was made with; give the same file with --refine-mask."
         )
     return found
 

@@ -6,7 +6,7 @@ import re
 
 from mrflow_sched.plan.options import OPTIONS
 
-_NAMES = (*OPTIONS, "size", "family", "strength")
+_NAMES = (*OPTIONS, "size", "family", "strength", "refine_mask")
 _ANY, _LONG = "|".join(_NAMES), "|".join(name for name in _NAMES if "_" in name)
 _PLACES = re.compile(
     rf"""

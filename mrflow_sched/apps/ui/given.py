@@ -166,6 +166,7 @@ def _lost(record: RunRecord, plan: StagedPlan, family: Family) -> tuple[tuple[st
         ("that it is a native image", len(plan.stages) == 1),
         (f"the image {quoted(record.start)} that it began with", record.start is not None),
         ("its LoRAs", bool(record.loras)),
+        ("its mask of what to refine", record.refine_mask is not None),
         ("the prompt of its later stages", (record.refine_prompt, record.refine_negative) != (None, None)),
     )
 
