@@ -32,7 +32,7 @@ def test_lcm_jumps_to_the_image_and_adds_noise_of_the_next_level() -> None:
     found = sample_staged(exact, plan, "", until=1).latents
     assert found is not None
     sigmas, text = plan.stages[0].sigmas, exact.encode_text([""])
-    state = draw_noise(found.shape[1:], [3])
+    state = clean = draw_noise(found.shape[1:], [3])
     for step, (sigma, aim) in enumerate(pairwise(sigmas)):
         clean = exact.denoise(state, torch.tensor([sigma]), text, guidance=plan.stages[0].guidance)
         state = (1 - aim) * clean + aim * fresh(step, found.shape[1:])
@@ -89,13 +89,15 @@ def test_lcm_and_tcd_are_followed_without_a_warning(kind: Any, share: float) -> 
     pipe = tiny_pipelines.make("sdxl")
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     mrflow = MrFlow(pipe, upscaler=TWICE)
-    made = mrflow(["a cat", "a dog"], preset="4+1", **{**SIZE, "seed": [3, 8]})
+    asked: dict[str, Any] = {**SIZE, "preset": "4+1"}
+    seeds: list[Any] = [[3, 8], 8]
+    made = mrflow(["a cat", "a dog"], **(asked | {"seed": seeds[0]}))
     first, later = made.plan.stages
     assert (first.renoise, first.solver, later.renoise) == (share, "euler", 0.0)
     assert not any("adds noise" in each for each in made.warnings)
-    alone = mrflow("a dog", preset="4+1", **{**SIZE, "seed": 8}).images
+    alone = mrflow("a dog", **(asked | {"seed": seeds[1]})).images
     torch.testing.assert_close(alone, made.images[1:], rtol=1e-3, atol=1e-3)
-    plain = mrflow("a dog", preset="4+1", renoise=0, **{**SIZE, "seed": 8})
+    plain = mrflow("a dog", **(asked | {"seed": seeds[1], "renoise": 0}))
     assert plain.plan.stages[0].renoise == 0.0
     assert not torch.equal(plain.images, alone)
 
