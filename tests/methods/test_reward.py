@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mrflow_sched._runtime.errors import MrFlowError
-from mrflow_sched.methods.reward import Leg, Surrogate, roll_out, walk
+from mrflow_sched.methods.reward import Leg, Surrogate, handed_over, refined_back, roll_out, walk
 from mrflow_sched.methods.reward.trajectory import euler_weights, quadrature_weights
 from mrflow_sched.methods.reward.variants import spread_picks
 
@@ -236,3 +236,63 @@ def test_all_ways_reach_a_target() -> None:
             loss.backward()
             optimiser.step()
         assert float((roll_out(velocity, noise, SIGMAS).result - target).abs().max()) < 1e-3, path
+
+
+# -------------------------------------------------------------------------------------------------------- staged runs
+
+
+class Staged:
+    """One convolution for both sizes, one step each, and an upsampler for the hand-off."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(5)
+        self.net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 3, 3, padding=1)).double()
+        shape = (2, 3, 4, 4)
+        self.first, self.more = torch.randn(shape, dtype=torch.float64), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+        self.low = roll_out(self.velocity, self.first, (1.0, 0.0))
+        self.high = roll_out(self.velocity, self.noised(self.carry(self.low.result)).detach(), (0.3, 0.0))
+
+    def velocity(self, _: int, state: Tensor) -> Tensor:
+        return self.net(state)
+
+    def carry(self, low: Tensor) -> Tensor:
+        return nn.functional.interpolate(low, scale_factor=2, mode="bilinear", align_corners=False)
+
+    def noised(self, clean: Tensor) -> Tensor:
+        return 0.7 * clean + 0.3 * self.more
+
+    def gradient(self, result: Tensor) -> Tensor:
+        found = torch.autograd.grad((torch.sin(result) + result**2 / 3).sum(), list(self.net.parameters()))
+        return torch.cat([part.flatten() for part in found])
+
+    def exact(self) -> Tensor:
+        state = self.noised(self.carry(self.first - self.velocity(0, self.first)))
+        return self.gradient(state - 0.3 * self.velocity(0, state))
+
+    def by(self, through: Any, coupling: float = 1.0) -> Tensor:
+        low = Surrogate("full").backward(self.low, self.velocity, generator()).latents
+        value = self.carry(self.low.result)
+        handed = handed_over(low, value, through, self.carry)
+        result = refined_back(self.high, self.velocity, handed, coupling=coupling)
+        torch.testing.assert_close(result, self.high.result, rtol=0, atol=1e-14)
+        return self.gradient(result)
+
+
+def test_a_staged_run_is_followed_back_exactly_with_full_coupling() -> None:
+    staged = Staged()
+    exact = staged.exact()
+    for through in ("vjp", "up"):  # the same here, where the hand-off is that very upsampler
+        torch.testing.assert_close(staged.by(through), exact, rtol=1e-10, atol=1e-12)
+    half, none = staged.by("vjp", 0.5), staged.by("vjp", 0.0)
+    torch.testing.assert_close((exact + none) / 2, half, rtol=1e-10, atol=1e-12)
+    alone = staged.by("none")
+    assert float((alone - exact).norm()) > 0.3 * float(exact.norm())
+    assert float((none - exact).norm()) < float((alone - exact).norm())
+
+
+def test_what_cannot_be_followed_back_is_refused() -> None:
+    low, value = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 8, 8)
+    with pytest.raises(MrFlowError, match="through must be one of none, up, vjp, got 'down'"):
+        handed_over(low, value, "down")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(MrFlowError, match="give carry too"):
+        handed_over(low, value, "vjp")

@@ -6,7 +6,21 @@ the result is followed back from there. FlowBP (arXiv 2606.11075) and what came 
 
 from __future__ import annotations
 
+from mrflow_sched.methods.reward.staged import Through, handed_over, refined_back
 from mrflow_sched.methods.reward.trajectory import Leg, Rollout, Velocity, roll_out, velocity_of, walk
 from mrflow_sched.methods.reward.variants import Backward, Path, Surrogate
 
-__all__ = ["Backward", "Leg", "Path", "Rollout", "Surrogate", "Velocity", "roll_out", "velocity_of", "walk"]
+__all__ = [
+    "Backward",
+    "Leg",
+    "Path",
+    "Rollout",
+    "Surrogate",
+    "Through",
+    "Velocity",
+    "handed_over",
+    "refined_back",
+    "roll_out",
+    "velocity_of",
+    "walk",
+]

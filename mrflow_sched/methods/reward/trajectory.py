@@ -131,7 +131,9 @@ class Leg:
     scales: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def walk(rollout: Rollout, velocity: Velocity, legs: Sequence[Leg], coupling: float) -> tuple[Tensor, list[Tensor]]:
+def walk(
+    rollout: Rollout, velocity: Velocity, legs: Sequence[Leg], coupling: float, *, start: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """The end of a surrogate path.
 
     Args:
@@ -140,19 +142,20 @@ def walk(rollout: Rollout, velocity: Velocity, legs: Sequence[Leg], coupling: fl
         legs: One after the other. The first starts at a sampled state, each later one where the one before ended.
         coupling: How much of the gradient at a leg's start goes on into the leg before through the network's input, 0
             to 1; all of it goes on through the state itself.
+        start: The state that the first leg starts from, with the graph of what led there; None: the sampled one.
 
     Returns:
         (the end, (B, *latent_shape), with a graph; for each leg, how far its own end is from the sampled state, (B,),
         without one).
     """
-    state = rollout.states[legs[0].start]
+    state = rollout.states[legs[0].start] if start is None else start
     apart: list[Tensor] = []
     for number, leg in enumerate(legs):
         total = state
         for step, weight in leg.weights.items():
             speed = rollout.velocities[step]
             if step in leg.active:
-                joined = number > 0 and step == leg.start
+                joined = (number > 0 or start is not None) and step == leg.start
                 at = scaled(state, coupling) if joined else rollout.states[step]
                 speed = scaled(velocity(step, at), leg.scales.get(step, 1.0))
             total = total + weight * speed
