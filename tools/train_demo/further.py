@@ -51,6 +51,7 @@ class FurtherSettings:
     shares: tuple[float, float, float, float] = (0.50, 0.22, 0.08, 0.20)  # low, quarter, half, high
     late_shares: tuple[float, float, float, float] = (0.42, 0.20, 0.08, 0.30)  # in the last third
     word_share: float = 0.3
+    hard_share: float = 0.4  # of the batches above 128 pixels, of scenes of one kind that is learnt last
     drop_text: float = 0.08
     guided_share: float = 0.5  # of the steps, half of whose batch is trained at other scales than 1
     open_share: tuple[float, float] = (0.35, 0.50)  # of the captions, in either half of the time
@@ -192,6 +193,16 @@ def small_places(scene: Scene, seed: int, grid: int) -> np.ndarray:
     return places
 
 
+def hard_kind(scene: Scene) -> str:
+    """What of a scene is learnt last; empty where nothing of it is.
+
+    Letters that fit no raster of tokens, small faces, hairlines.
+    """
+    if scene.small_word and scene.print == "small":
+        return "small letters"
+    return "small faces" if scene.faces and scene.face_size else "pattern" if scene.pattern else ""
+
+
 def rows_of_interest(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """First and last row of tokens at 256 pixels, at most a quarter of them, that decide how each image is read.
 
@@ -232,6 +243,9 @@ class Batches:
         self.rng = np.random.default_rng(seed)
         self.count = len(drawn.scenes)
         self.lettered = np.array([k for k, scene in enumerate(drawn.scenes) if scene.word or scene.small_word])
+        kinds = [hard_kind(scene) for scene in drawn.scenes]
+        names = [name for name in dict.fromkeys(kinds) if name]
+        self.hard = [np.array([k for k, kind in enumerate(kinds) if kind == name]) for name in names]
         self.first, self.last = rows_of_interest(drawn, self.rng)
         self.latents = {size: torch.from_numpy(each).to(device) for size, each in drawn.latents.items()}
         self.meanings = {size: torch.from_numpy(each).to(device) for size, each in drawn.meanings.items()}
@@ -262,6 +276,8 @@ class Batches:
         settings, rng = self.settings, self.rng
         count = 4 if long_text else getattr(settings, f"batch_{kind}")
         among = self.lettered if rng.random() < settings.word_share else np.arange(self.count)
+        if kind != LOW and self.hard and rng.random() < settings.hard_share:
+            among = self.hard[int(rng.integers(len(self.hard)))]
         size, top = (data.LOW if kind == LOW else data.HIGH), 0
         if kind in _BAND:
             height, all_rows = _BAND[kind], data.HIGH // data.TOKEN
