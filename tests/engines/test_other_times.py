@@ -123,6 +123,7 @@ def test_a_state_that_a_callback_changes_counts_in_the_loops_own_scale(name: str
                 height=256,
                 low_steps=2,
                 solver="euler",
+                renoise=0,
                 seed=2,
                 callback_on_step_end=callback,
             )
