@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import json
 import math
@@ -61,15 +62,16 @@ class Networks:
     encode: Callable[[list[str]], tuple[Tensor, Tensor]]
 
 
-class Lesson:
+class Lesson(abc.ABC):
     """What a LoRA learns; made in each process from its arguments, then asked for a loss at every step."""
 
+    @abc.abstractmethod
     def begin(self, networks: Networks, settings: LoraSettings, rank: int) -> None:
         """Draw what is needed before the first step."""
 
+    @abc.abstractmethod
     def loss(self, step: int) -> Tensor:
         """The loss of one batch, with a graph."""
-        raise NotImplementedError
 
 
 def train(file: Path, folder: str, settings: LoraSettings, lesson: Lesson) -> dict[str, Any]:

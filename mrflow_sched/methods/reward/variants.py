@@ -7,13 +7,13 @@ full           every step a leg, all active, coupling 1                   backpr
 sparse         one Euler leg, K active steps                              FlowBP-Sparse
 bridge         two Euler legs, K active steps, the joint among them       FlowBP-Bridge
 lagrange       two legs of interpolated velocities, started anywhere      FlowBP-Lagrange
-leap           the same with one velocity a leg                           LeapAlign (arXiv 2510.18353)
+leap           the same with one velocity a leg                           LeapAlign
 clean          the clean estimate of one late step                        ReFL (arXiv 2304.05977)
 renoised       the last step, and re-noised copies of the result          DRaFT-LV (arXiv 2309.17400)
 detached       one Euler leg that ends in an early clean estimate         DRTune (arXiv 2405.00760)
 =============  =========================================================  ==============================
 
-What equals what (docs/tuning.md): sparse with only the last step active is DRaFT-1; bridge with coupling 0 is sparse;
+What equals what: sparse with only the last step active is DRaFT-1; bridge with coupling 0 is sparse;
 lagrange of order 1 is leap; bridge with coupling 1 over two steps is exact.
 """
 
