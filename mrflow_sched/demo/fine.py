@@ -24,8 +24,10 @@ __all__ = [
 _PIXEL = 1 / FINE_SIZE
 OUTLINE = 2 * _PIXEL
 """Width of an outlined shape's edge."""
-_WALL_LINE, _SIGN_LINE = 172, 220
-"""Centre of the small letters below a word on a wall, and on a sign."""
+_CELLS = {"small": 16, "tiny": 8}
+"""Side of the square that a small letter stands in the middle of, by its print."""
+_WALL_TOP, _SIGN_TOP = 168, 216
+"""Where those squares begin below a word on a wall, and on a sign."""
 _WIDTHS = {2: 1, 3: 1, 4: 2, 6: 2}
 """Of a hairline, by its gap."""
 _FACE, _SMALL_FACE = 0.30, 0.09
@@ -45,12 +47,12 @@ def small_word_boxes(scene: Scene) -> list[Box]:
     Returns:
         (left, top, right, bottom) of every letter, in units of the image's side.
     """
-    height, count = PRINTS[scene.print], len(scene.small_word)
-    # Letters of eight pixels begin at multiples of eight, as small type on a screen does.
-    left = 8 * (16 - (count + 1) // 2) if height == 8 else 128 - height * count / 2
+    height, cell, count = PRINTS[scene.print], _CELLS[scene.print], len(scene.small_word)
+    # On a raster of eight pixels, as small type on a screen is.
+    left = FINE_SIZE // 2 - cell * ((count + 1) // 2)
     width = GRID_WIDTH * height / GRID_HEIGHT
-    top = (_WALL_LINE if scene.category == "letters" else _SIGN_LINE) - height / 2
-    starts = [left + height * k + (height - width) / 2 for k in range(count)]
+    top = (_WALL_TOP if scene.category == "letters" else _SIGN_TOP) + (cell - height) / 2
+    starts = [left + cell * k + (cell - width) / 2 for k in range(count)]
     return [(x * _PIXEL, top * _PIXEL, (x + width) * _PIXEL, (top + height) * _PIXEL) for x in starts]
 
 
@@ -62,7 +64,7 @@ def draw_small_sign(canvas: Canvas, scene: Scene) -> None:
         scene: A scene of objects with a small word.
     """
     boxes = small_word_boxes(scene)
-    cx, cy = (boxes[0][0] + boxes[-1][2]) / 2, _SIGN_LINE * _PIXEL
+    cx, cy = (boxes[0][0] + boxes[-1][2]) / 2, (boxes[0][1] + boxes[0][3]) / 2
     half_width = (boxes[-1][2] - boxes[0][0]) / 2 + 5 * _PIXEL
     half_height = (PRINTS[scene.print] / 2 + 5) * _PIXEL
     where = canvas.box(cx, cy, half_width + 0.02, half_height + 0.02)

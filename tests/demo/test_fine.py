@@ -64,12 +64,16 @@ def test_small_letters_are_drawn_inside_their_boxes(category: Any, word: str, si
     assert [mark.index for mark in layout(scene, 3) if mark.kind == "small letter"] == list(range(len(word)))
 
 
-def test_letters_of_eight_pixels_stand_in_cells_of_eight() -> None:
+@pytest.mark.parametrize(("size", "cell"), [("tiny", 8), ("small", 16)])
+@pytest.mark.parametrize("category", ["letters", "objects"])
+def test_small_letters_stand_in_cells_of_a_raster(size: str, cell: int, category: Any) -> None:
     """As small type on a screen does: tokens of the model are eight pixels wide."""
     for word in ("AB", "ABC"):
-        boxes = small_word_boxes(Scene("letters", word="A", small_word=word, print="tiny"))
-        cells = [(box[0] + box[2]) / 2 * SIZE / 8 - 0.5 for box in boxes]
-        assert cells == pytest.approx([round(cells[0]) + k for k in range(len(word))])
+        boxes = small_word_boxes(Scene(category, word="A", small_word=word, print=size))
+        across = [((box[0] + box[2]) / 2 * SIZE - cell / 2) / 8 for box in boxes]
+        assert across == pytest.approx([round(across[0]) + k * cell / 8 for k in range(len(word))])
+        down = ((boxes[0][1] + boxes[0][3]) / 2 * SIZE - cell / 2) / 8
+        assert down == pytest.approx(round(down))
 
 
 # ----------------------------------------------------------------------------------------------------------- hairlines

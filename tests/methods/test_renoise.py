@@ -67,9 +67,10 @@ def test_a_consistent_network_keeps_its_spread() -> None:
 
 def test_stochastic_sampling_makes_the_pipelines_own_images(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipelines.make("sd3")
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
-    if "stochastic_sampling" not in pipe.scheduler.config:
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
+    if "stochastic_sampling" not in scheduler.config:
         pytest.skip("this diffusers has no stochastic_sampling")
+    pipe.scheduler = scheduler
     mrflow = MrFlow(pipe, upscaler=TWICE)
     plan = mrflow.plan(64, 64, native=True, steps=4, seed=3)
     assert plan.stages[0].renoise == 1.0

@@ -42,6 +42,7 @@ _CLIP_LENGTH = 56
 class FurtherSettings:
     seconds: float = 6300.0
     scenes: int = 6000  # of each process
+    first_scene: int = 0  # training that goes on sees others
     fine_share: float = 0.5  # of the scenes
     full_only: bool = False  # no open captions: the control
     batch_low: int = 12  # of each process
@@ -51,7 +52,7 @@ class FurtherSettings:
     shares: tuple[float, float, float, float] = (0.50, 0.22, 0.08, 0.20)  # low, quarter, half, high
     late_shares: tuple[float, float, float, float] = (0.42, 0.20, 0.08, 0.30)  # in the last third
     word_share: float = 0.3
-    hard_share: float = 0.4  # of the batches above 128 pixels, of scenes of one kind that is learnt last
+    hard_share: float = 0.4  # of the batches, of scenes of one kind that is learnt last
     drop_text: float = 0.08
     guided_share: float = 0.5  # of the steps, half of whose batch is trained at other scales than 1
     open_share: tuple[float, float] = (0.35, 0.50)  # of the captions, in either half of the time
@@ -88,6 +89,7 @@ ON_GPU = FurtherSettings(
 
 LOW, QUARTER, HALF, HIGH = "low", "quarter", "half", "high"
 KINDS = (LOW, QUARTER, HALF, HIGH)
+FACES = "faces"
 _COMPILED = (LOW, QUARTER, HIGH)  # on a CPU; half bands are too few to pay for it
 _BAND = {QUARTER: 8, HALF: 16}  # rows of tokens
 
@@ -196,11 +198,11 @@ def small_places(scene: Scene, seed: int, grid: int) -> np.ndarray:
 def hard_kind(scene: Scene) -> str:
     """What of a scene is learnt last; empty where nothing of it is.
 
-    Letters that fit no raster of tokens, small faces, hairlines.
+    Small letters, moods of faces, hairlines.
     """
     if scene.small_word and scene.print == "small":
         return "small letters"
-    return "small faces" if scene.faces and scene.face_size else "pattern" if scene.pattern else ""
+    return FACES if scene.faces else "pattern" if scene.pattern else ""
 
 
 def rows_of_interest(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -245,7 +247,7 @@ class Batches:
         self.lettered = np.array([k for k, scene in enumerate(drawn.scenes) if scene.word or scene.small_word])
         kinds = [hard_kind(scene) for scene in drawn.scenes]
         names = [name for name in dict.fromkeys(kinds) if name]
-        self.hard = [np.array([k for k, kind in enumerate(kinds) if kind == name]) for name in names]
+        self.hard = {name: np.array([k for k, kind in enumerate(kinds) if kind == name]) for name in names}
         self.first, self.last = rows_of_interest(drawn, self.rng)
         self.latents = {size: torch.from_numpy(each).to(device) for size, each in drawn.latents.items()}
         self.meanings = {size: torch.from_numpy(each).to(device) for size, each in drawn.meanings.items()}
@@ -276,8 +278,10 @@ class Batches:
         settings, rng = self.settings, self.rng
         count = 4 if long_text else getattr(settings, f"batch_{kind}")
         among = self.lettered if rng.random() < settings.word_share else np.arange(self.count)
-        if kind != LOW and self.hard and rng.random() < settings.hard_share:
-            among = self.hard[int(rng.integers(len(self.hard)))]
+        # Of these, 128 pixels hold faces alone.
+        hard = [each for name, each in self.hard.items() if kind != LOW or name == FACES]
+        if hard and rng.random() < settings.hard_share:
+            among = hard[int(rng.integers(len(hard)))]
         size, top = (data.LOW if kind == LOW else data.HIGH), 0
         if kind in _BAND:
             height, all_rows = _BAND[kind], data.HIGH // data.TOKEN
@@ -424,7 +428,8 @@ def _train(rank: int, work: Path, settings: FurtherSettings, device: str, proces
     encoder = Encoder.read_off(engine)
     del engine
     begin = time.time()
-    drawn = draw_in_parallel(rank * settings.scenes, settings.scenes, encoder, settings.fine_share, processes)
+    first = settings.first_scene + rank * settings.scenes
+    drawn = draw_in_parallel(first, settings.scenes, encoder, settings.fine_share, processes)
     print("drawn", len(drawn.scenes), round(time.time() - begin), "s", flush=True)
     _Training(rank, work, settings, model.to(device), drawn, tokenizers, device, processes).run()
 
