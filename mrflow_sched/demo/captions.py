@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mrflow_sched.demo.scenes import (
     COLOURS,
     COUNTS,
@@ -18,9 +20,10 @@ from mrflow_sched.demo.scenes import (
     Face,
     Scene,
     Thing,
+    random_scene,
 )
 
-__all__ = ["ADDED_WORDS", "caption", "caption_words", "vocabulary"]
+__all__ = ["ADDED_WORDS", "caption", "caption_words", "random_captions", "vocabulary"]
 
 Words = list[tuple[str, str]]
 
@@ -165,6 +168,22 @@ def caption(scene: Scene, *, name_sky: bool = True, ground_first: bool = False, 
     """
     words = caption_words(scene, name_sky=name_sky, ground_first=ground_first, bare_ground=bare_ground)
     return " ".join(word for word, _ in words)
+
+
+def random_captions(count: int, seed: int = 0) -> tuple[str, ...]:
+    """Captions of random scenes without fine detail, all different.
+
+    Args:
+        count: How many.
+        seed: They follow from it.
+
+    Returns:
+        The captions.
+    """
+    rng, found = np.random.default_rng(seed), dict[str, None]()
+    while len(found) < count:
+        found[caption(random_scene(rng))] = None
+    return tuple(found)
 
 
 def vocabulary() -> tuple[str, ...]:

@@ -74,7 +74,8 @@ def load_similarity(
 
     Returns:
         A function of images (B, 3, H, W), floats in [0, 1], and B texts, which gives (B,) cosine similarities from -1
-        to 1. Texts are cut at the model's length (77 tokens for CLIP, 64 for SigLIP).
+        to 1, with a graph where the images require gradients. Texts are cut at the length of the model (77 tokens for
+        CLIP, 64 for SigLIP).
 
     Raises:
         MissingFileError: There is no such folder.
@@ -155,8 +156,11 @@ class _Similarity:
     padded: bool
     device: torch.device
 
-    @torch.inference_mode()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            return self._read(images, prompts)
+
+    def _read(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         found: list[Tensor] = []
         for first in range(0, len(images), _TOGETHER):
             texts = prompts[first : first + _TOGETHER]

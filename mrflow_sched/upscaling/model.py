@@ -87,11 +87,11 @@ class ModelUpscaler:
         """
         return self.run(images)
 
-    @torch.no_grad()
     def run(self, images: Tensor, *, cancel: Cancel | None = None, warn: Warn | None = None) -> Tensor:
         """Upscale a batch, in tiles where memory or `tile` asks for them.
 
-        Where the model fails in half precision, it is run again in float32 and stays in it.
+        Where the model fails in half precision, it is run again in float32 and stays in it. A graph is kept where
+        `images` require gradients.
 
         Args:
             images: (B, 3, h, w) float in [0, 1].
@@ -110,11 +110,12 @@ class ModelUpscaler:
         say = warn or ignore
         side = self._first_side(max(images.shape[-2:]), say)
         done: list[Tensor] = []
-        for index in range(len(images)):
-            image = images[index : index + 1].float()
-            result, side = self._in_half_or_float32(image, side, cancel or self.cancel, say)
-            done.append(result)
-        return torch.cat(done).clamp_(0, 1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            for index in range(len(images)):
+                image = images[index : index + 1].float()
+                result, side = self._in_half_or_float32(image, side, cancel or self.cancel, say)
+                done.append(result)
+            return torch.cat(done).clamp_(0, 1)
 
     def failure(self, sizes: Iterable[tuple[int, int]]) -> str | None:
         """Try the model on small images.

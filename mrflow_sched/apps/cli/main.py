@@ -27,6 +27,7 @@ from mrflow_sched.apps.cli import (
     plan,
     preview,
     sizes,
+    tune,
     ui,
 )
 from mrflow_sched.apps.cli.console import FAULT, FAULT_SENTENCE, REFUSED, Outcome, refusal_of, say
@@ -61,6 +62,7 @@ COMMANDS: tuple[Command, ...] = (
     preview,
     compare,
     calibrate,
+    tune,
     doctor,
     ui,
 )
