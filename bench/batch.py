@@ -261,7 +261,7 @@ def memory(setting: Setting) -> dict[str, Any]:
         time.sleep(0.25)
     process.communicate()
     early = [size for made, size in samples if 0.1 <= made / setting.many < 0.2 and size]
-    late = [size for made, size in samples if made / setting.many >= 0.9 and size]
+    late = [size for made, size in samples if 0.9 <= made / setting.many < 1.0 and size]
     if process.returncode or not (early and late):
         return {"images": setting.many, "early_mb": 0.0, "late_mb": 0.0, "ratio": 0.0}
     before, after = statistics.fmean(early), statistics.fmean(late)

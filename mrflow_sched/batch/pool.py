@@ -7,6 +7,7 @@ the answer to the last was taken, so no more answers wait than there are workers
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -328,6 +329,7 @@ def _serve(connection: Connection[Any, Any], maker: Maker, place: int, device: s
 
     from mrflow_sched._runtime.chatter import without_chatter
 
+    logging.getLogger("mrflow_sched").addHandler(logging.NullHandler())  # what it says comes with the answers
     bars: Any = tqdm
     bars.set_lock(threading.RLock())  # its usual one is a semaphore of the system, which a killed process leaves behind
     with without_chatter(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Generator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +13,19 @@ from mrflow_sched._runtime.errors import MrFlowError, first_line
 from mrflow_sched.batch.pool import Event, Maker, Work, answer
 
 __all__ = ["RayPool"]
+
+
+@contextlib.contextmanager
+def _own_signals() -> Generator[None, None, None]:
+    """Leave SIGTERM to whom it belongs: Ray takes it when it starts, and ends the process then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Actor:
@@ -83,12 +98,13 @@ class RayPool:
 
         self._ray: Any = ray
         try:
-            self._ray.init(
-                address=None if address == "local" else address,
-                log_to_driver=False,
-                logging_level="ERROR",
-                **({"include_dashboard": False} if address == "local" else {}),
-            )
+            with _own_signals():
+                self._ray.init(
+                    address=None if address == "local" else address,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    **({"include_dashboard": False} if address == "local" else {}),
+                )
             resources = self._ray.cluster_resources()
         except Exception as error:  # connection errors of several libraries
             raise MrFlowError(

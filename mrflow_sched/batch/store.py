@@ -194,6 +194,7 @@ class ObjectStore:
             Names without folders.
         """
         try:
+            self._files.invalidate_cache()
             found: list[Any] = self._files.ls(self._root, detail=False)
         except FileNotFoundError:
             return frozenset()
@@ -299,7 +300,7 @@ def open_store(where: str) -> Store:
     if not is_address(where):
         return FolderStore(Path(where.removeprefix("file://")))
     try:
-        import fsspec
+        import fsspec  # pyright: ignore[reportMissingTypeStubs]
 
         library: Any = fsspec
         files, root = library.core.url_to_fs(where)
@@ -329,7 +330,7 @@ class Manifest:
 
     Attributes:
         store: Where it is kept.
-        entries: (kind, key) -> the last line on an image.
+        entries: (kind, key) -> of the last line on an image what a rerun asks for, "status" and "scores".
     """
 
     def __init__(self, store: Store) -> None:
@@ -343,7 +344,7 @@ class Manifest:
         for line in store.lines():
             try:
                 entry: Any = json.loads(line)
-                self.entries[str(entry["kind"]), str(entry["key"])] = entry
+                self._remember(entry)
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
 
@@ -353,8 +354,12 @@ class Manifest:
         Args:
             entry: Has at least "kind", "key" and "status".
         """
-        self.entries[str(entry["kind"]), str(entry["key"])] = entry
+        self._remember(entry)
         self.store.append(json.dumps(entry))
+
+    def _remember(self, entry: Mapping[str, Any]) -> None:
+        known = {name: entry[name] for name in ("status", "scores") if name in entry}
+        self.entries[str(entry["kind"]), str(entry["key"])] = known
 
     def is_done(self, kind: str, key: str) -> bool:
         """Whether a line says that an image was made.

@@ -145,6 +145,34 @@ def test_drafts_are_kept_by_their_scores(mrflow: Any, tmp_path: Path) -> None:
     assert mrflow("finish", str(tmp_path / "out" / draft), "--out", str(tmp_path / "picked"))[0] == 0
 
 
+def test_rows_have_loras_of_their_own(mrflow: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        f"transformer.single_transformer_blocks.0.attn.{name}.{side}.weight": torch.randn(shape, generator=generator)
+        for name in ("to_q", "to_k", "to_v")
+        for side, shape in (("lora_A", (2, 16)), ("lora_B", (16, 2)))
+    }
+    lora = tmp_path / "style.safetensors"
+    save_file(weights, lora)
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a star"},
+        {"prompt": "a star", "lora": f"{lora}:0.5"},
+        {"prompt": "a star", "lora": [str(lora)], "seed": 1},
+        {"prompt": "a star", "seed": 2},
+    ]
+    assert mrflow("batch", table(tmp_path, rows), *SMALL, "--out", str(tmp_path / "out"))[0] == 0
+    found = {entry["row"]: (tmp_path / "out" / entry["file"]).read_bytes() for entry in entries(tmp_path / "out")}
+    alone = tmp_path / "alone"
+    assert found[1] == single(mrflow, alone, "a star", 0)
+    assert found[2] == single(mrflow, alone, "a star", 0, "--lora", f"{lora}:0.5")
+    assert found[3] == single(mrflow, alone, "a star", 1, "--lora", str(lora))
+    assert found[4] == single(mrflow, alone, "a star", 2)
+
+
 def test_rows_that_ask_for_one_image_twice_make_it_once(mrflow: Any, tmp_path: Path) -> None:
     path = table(tmp_path, [{"prompt": "a star", "batch": 2}, {"prompt": "a star", "seed": 1, "mood": "calm"}])
     code, _, err = mrflow("batch", path, *SMALL, "--out", str(tmp_path / "out"))
@@ -220,16 +248,21 @@ def test_images_that_cannot_be_made_are_set_aside(mrflow: Any, tmp_path: Path, m
         result = usual(engine, plan, prompt, **more)
         if prompt == "full":
             return replace(result, unfinished=True, warnings=("memory ran out in stage 2.",))
+        if prompt == "soft":
+            return replace(result, warnings=("the upscaler failed.",))
         return replace(result, faults=(Fault("decode", 2),), unfinished=True) if prompt == "nan" else result
 
     monkeypatch.setattr(sampler, "sample_staged", sample)
-    path = table(tmp_path, [{"prompt": "nan"}, {"prompt": "full"}, {"prompt": "a star"}])
+    path = table(tmp_path, [{"prompt": "nan"}, {"prompt": "full"}, {"prompt": "soft"}])
     code, out, err = mrflow("batch", path, *SMALL, "--out", str(tmp_path / "out"), "--json")
     value = json.loads(out)
     assert (code, value["made"], len(value["failed"])) == (2, 1, 2)
     assert "2 images could not be made" in value["error"]
     assert value["error"] in err.replace("mrflow: ", "")
+    assert "mrflow: the upscaler failed." in err
     failed = {entry["row"]: entry for entry in entries(tmp_path / "out") if entry["status"] == "failed"}
+    (soft,) = [entry for entry in entries(tmp_path / "out") if entry["status"] == "done"]
+    assert soft["warnings"] == ["the upscaler failed."]
     assert "VAE's decoder returned NaN" in failed[1]["error"]
     assert (failed[2]["tries"], "memory ran out" in failed[2]["error"]) == (3, True)
     monkeypatch.setattr(sampler, "sample_staged", usual)

@@ -38,6 +38,7 @@ from mrflow_sched.apps.cli.options import (
 from mrflow_sched.apps.cli.parsing import format_option, prompt_option, prompts_option, text_option, whole_number
 from mrflow_sched.apps.cli.results import check_format
 from mrflow_sched.apps.cli.stopping import current
+from mrflow_sched.apps.cli.wording import with_options
 from mrflow_sched.apps.plan_lines import counted
 from mrflow_sched.batch.items import Item, Kind, Unit, plan_cost
 from mrflow_sched.batch.schedule import Outlet, in_order, run_units
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from mrflow_sched.batch.pool import Maker, Pool
 
 _MOST_WORKERS = 1024
+_MOST_NOTES = 8
 _LONGEST = 100
 """Letters of a reason in the sentence at the end; the manifest has all of it."""
 
@@ -321,7 +323,14 @@ def _make_all(state: _State) -> None:
     request, wanted = state.request, state.wanted
     defaults = request.defaults
     texts = (defaults.negative, defaults.refine_prompt, defaults.refine_negative)
-    say_new((*wanted.notes, *syntax_notes(*(item.prompt for item in wanted.items), *texts)), state.notes)
+    say_new(
+        (
+            *wanted.notes,
+            *_plan_notes(wanted),
+            *syntax_notes(*(item.prompt for item in wanted.items), *texts),
+        ),
+        state.notes,
+    )
     units = _units(state)
     if not units:
         return
@@ -336,6 +345,14 @@ def _make_all(state: _State) -> None:
     else:
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints there, where only the result belongs
             _run(state, units, maker)
+
+
+def _plan_notes(wanted: Wanted) -> Iterator[str]:
+    """What the plans have to say, each sentence once, and no more of them than anybody reads."""
+    notes = list(dict.fromkeys(with_options(note) for plan in wanted.plans for note in plan.notes))
+    yield from notes[:_MOST_NOTES]
+    if len(notes) > _MOST_NOTES:
+        yield f"{len(notes) - _MOST_NOTES} more notes on plans are left out; mrflow plan tells them."
 
 
 def _run(state: _State, units: Sequence[Unit], maker: Maker) -> None:
@@ -491,6 +508,7 @@ def _done(state: _State, unit: Unit, files: Sequence[MadeFile], place: int, trie
         if made.data is None:
             _set_aside(state, item, unit.kind, made.reason, tries)
             continue
+        say_new(made.warnings, state.notes)
         name = item.file(unit.kind, state.request.defaults.suffix)
         with current().whole():
             data = made.data
@@ -499,7 +517,9 @@ def _done(state: _State, unit: Unit, files: Sequence[MadeFile], place: int, trie
             else:
                 data = state.manifest.store.read(name)
             state.names.add(name)
-            more = {"scores": made.scores} if unit.kind == "draft" else {}
+            more: dict[str, Any] = {"scores": made.scores} if unit.kind == "draft" else {}
+            if made.warnings:
+                more["warnings"] = list(made.warnings)
             state.manifest.add(
                 _entry(
                     item,

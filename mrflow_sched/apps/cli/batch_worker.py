@@ -62,6 +62,7 @@ class MadeFile:
         seconds: Its share of the time.
         scores: Name -> value, of a draft.
         reason: Why it was not made.
+        warnings: What the run had to say, one sentence each.
     """
 
     number: int
@@ -69,6 +70,7 @@ class MadeFile:
     seconds: float
     scores: dict[str, float]
     reason: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Making:
             fault = result.faults[number]
             reason = "" if fault is None else fault.sentence(number + 1, kept=False)
             data = self._file(result, number, record) if fault is None else None
-            files.append(MadeFile(number, data, seconds, {}, reason))
+            files.append(MadeFile(number, data, seconds, {}, reason, result.warnings))
         return tuple(files)
 
     def _load(self, plan: StagedPlan, loras: tuple[LoraChoice, ...]) -> tuple[Loaded, RunRecord]:
@@ -243,7 +245,7 @@ class Making:
         image = made[0].image
         scores = {score.name: float(score(image[None], [task.prompt])[0]) for score in self._scores}
         data = draft_bytes(image, made[0].latents, record)
-        return (MadeFile(0, data, time.perf_counter() - began, scores),)
+        return (MadeFile(0, data, time.perf_counter() - began, scores, warnings=made[0].warnings),)
 
     def _file(self, result: StagedResult, number: int, record: RunRecord) -> bytes:
         from mrflow_sched.apps.cli.results import holds_alpha
