@@ -208,8 +208,7 @@ def test_workers_that_never_start_end_the_run(tmp_path: Path) -> None:
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "import sys, time\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import time\n"
         "from batch_makers import WordMaker\n"
         "from mrflow_sched.batch.pool import ProcessPool\n"
         "if __name__ == '__main__':\n"
@@ -223,8 +222,8 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         "    print(*pool.pids(), flush=True)\n"
         "    time.sleep(60)\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    here = Path(__file__).resolve()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(here.parents[2]), str(here.parent)))}
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
     assert parent.stdout is not None
     pids = [int(word) for word in parent.stdout.readline().split()]
