@@ -109,6 +109,14 @@ def test_what_decides_an_image_is_in_its_key(mrflow: Any, tmp_path: Path) -> Non
     assert len(entries(tmp_path / "out")) == 5
 
 
+def test_the_bar_tells_rate_and_time_left(mrflow: Any, tmp_path: Path) -> None:
+    path = table(tmp_path, [{"prompt": "a star", "batch": 3}])
+    _, _, err = mrflow("batch", path, *SMALL, "--out", str(tmp_path / "out"), "--progress")
+    assert "1 image, " in err
+    assert " a minute" in err
+    assert "<00:" in err
+
+
 def test_images_sampled_together_are_those_of_generate(mrflow: Any, tmp_path: Path) -> None:
     path = table(tmp_path, [{"prompt": "a star", "batch": 3}])
     words = [path, *SMALL, "--out", str(tmp_path / "out"), "--together", "2"]
@@ -320,6 +328,15 @@ def test_workers_and_the_driver_are_killed_and_nothing_is_lost(mrflow: Any, tmp_
     assert code == 0
     for file in alone.glob("*.png"):
         assert file.read_bytes() == (out / file.name).read_bytes()
+
+
+def test_two_commands_at_once_write_each_file_once(tmp_path: Path) -> None:
+    path = table(tmp_path, [{"prompt": "a red circle", "batch": 10}])
+    both = [driver(path, tmp_path / "out") for _ in range(2)]
+    found = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], found
+    assert sum(json.loads(out)["made"] for out, _ in found) == 10
+    assert len({entry["file"] for entry in entries(tmp_path / "out")}) == 10
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
