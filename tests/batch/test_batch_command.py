@@ -244,6 +244,16 @@ def test_refusals_come_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--workers", "1")])
+def test_a_score_that_is_not_known_ends_the_run_at_once(mrflow: Any, tmp_path: Path, more: tuple[str, ...]) -> None:
+    path = table(tmp_path, [{"prompt": "a star", "batch": 3}])
+    out = tmp_path / "out"
+    code, _, err = mrflow("batch", path, *SMALL, "--out", str(out), "--draft", "--score", "beauty", *more)
+    assert code == 2
+    assert "beauty" in err
+    assert not list(out.glob("*.png"))
+
+
 def test_images_that_cannot_be_made_are_set_aside(mrflow: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mrflow_sched.sampling.faults import Fault
 

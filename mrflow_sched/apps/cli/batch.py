@@ -286,9 +286,12 @@ def run(request: BatchRequest) -> Outcome:
     defaults = request.defaults
     table = read_table(request.prompts, COLUMNS, longest=MAX_PROMPT)
     wanted = read_items(table, defaults)
+    model = replace(defaults.model, loras=tuple(wanted.loras.values()))
+    if request.ray is not None:
+        model = replace(model, device="auto")  # this machine may lack the cluster's devices
     for plan in wanted.plans:
         check_format(defaults.suffix, plan)
-        check_packages(replace(defaults.model, loras=tuple(wanted.loras.values())), plan)
+        check_packages(model, plan)
         if request.draft and len(plan.stages) < 2:
             raise MrFlowError("--draft needs plans of several stages, and a row asks for one; leave out native there.")
     if request.ray is None:
