@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import platform
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["next_new", "sweep", "write_new", "write_whole"]
+__all__ = ["append_line", "next_new", "sweep", "whole_lines", "write_new", "write_once", "write_whole"]
 
 _DRAFT = re.compile(r"\.mrflow-([0-9a-f]{8})-(\d{1,10})-[0-9a-f]{32}\.tmp")
 _SETTLED_SECONDS = 60.0
@@ -59,6 +60,89 @@ def write_new(folder: Path, stem: str, suffix: str, data: bytes) -> Path:
     sweep(folder)
     with _draft(folder, data) as draft:
         return next(path for path in _names(folder, stem, suffix) if _takes(draft, path))
+
+
+def write_once(path: Path, data: bytes) -> bool:
+    """Write a file unless there is one of its name, in one moment.
+
+    Nothing else ever stands under the name than the whole file. Of several writers one succeeds; on a file system
+    without hard links the last of those that come within the same instant does.
+
+    Args:
+        path: The file. Its folder must exist.
+        data: What it holds.
+
+    Returns:
+        False where a file of that name was there, which is left as it is.
+
+    Raises:
+        OSError: It cannot be written; nothing is left.
+    """
+    with _draft(path.parent, data) as draft:
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        except (OSError, AttributeError):  # a file system without hard links
+            if os.path.lexists(path):
+                return False
+            os.replace(draft, path)
+    _sync_names(path.parent)
+    return True
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, in one write: a reader never meets half of it.
+
+    Args:
+        path: The file; it is made if it is missing.
+        line: Text without a line end.
+
+    Raises:
+        OSError: It cannot be written; the file is as it was.
+    """
+    data = f"{line}\n".encode()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        written = os.write(file, data)
+        if written < len(data):
+            os.ftruncate(file, os.fstat(file).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file of `append_line`; what a machine that lost its power left of one is cut off.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its lines without their ends; none where there is no file.
+
+    Raises:
+        OSError: It cannot be read, or not mended.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return data[:whole].decode("utf-8", "replace").split("\n")[:-1]
+
+
+def _sync_names(folder: Path) -> None:
+    """Let the new name of a file outlive a machine that loses its power, where the system can."""
+    with contextlib.suppress(OSError, AttributeError):  # Windows opens no folders
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def next_new(folder: Path, stem: str, suffix: str) -> Path:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.images.convert import to_8_bit
-from mrflow_sched.images.files import load_image, open_image, read_text, save_new
+from mrflow_sched.images.files import image_bytes, load_image, open_image, read_text, save_new
 from mrflow_sched.images.parameters import PARAMETERS, parameters_text
 from mrflow_sched.images.record import KEY, RunRecord
 
-__all__ = ["DraftFile", "mark", "read_draft", "save_draft"]
+__all__ = ["DraftFile", "draft_bytes", "mark", "read_draft", "save_draft"]
 
 CHUNK = b"mrLT"
 """Type of the PNG chunk that holds the latents."""
@@ -82,14 +82,36 @@ def save_draft(
     Raises:
         MrFlowError: As in `save_new`.
     """
+    own, text, chunks = _parts(image, latents, record)
+    return save_new(folder, stem, image, text, chunks=chunks), own
+
+
+def draft_bytes(image: Tensor, latents: Tensor | None, record: RunRecord) -> bytes:
+    """A draft as the bytes of its file, for a place that is no folder of this machine.
+
+    Args:
+        image: As in `save_draft`.
+        latents: Likewise.
+        record: Likewise.
+
+    Returns:
+        What `save_draft` would write.
+    """
+    _, text, chunks = _parts(image, latents, record)
+    return image_bytes(image, text, ".png", chunks)
+
+
+def _parts(
+    image: Tensor, latents: Tensor | None, record: RunRecord
+) -> tuple[RunRecord, dict[str, str], dict[bytes, bytes]]:
+    """The record with its marks, the texts and the chunks of a draft's file."""
     chunks: dict[bytes, bytes] = {}
     if latents is not None:
         chunks[CHUNK] = safetensors.torch.save({_NAME: latents.detach().float().cpu().contiguous()})
     own = replace(
         record, unfinished=True, draft=mark(to_8_bit(image)), draft_latents=_crc(chunks[CHUNK]) if chunks else None
     )
-    text = {PARAMETERS: parameters_text(own), KEY: own.to_json()}
-    return save_new(folder, stem, image, text, chunks=chunks), own
+    return own, {PARAMETERS: parameters_text(own), KEY: own.to_json()}, chunks
 
 
 def read_draft(path: str | os.PathLike[str]) -> DraftFile:

@@ -63,6 +63,23 @@ def save_png(path: str | os.PathLike[str], image: Tensor, text: Mapping[str, str
         _refuse_write(target, error)
 
 
+def image_bytes(
+    image: Tensor, text: Mapping[str, str], suffix: str = ".png", chunks: Mapping[bytes, bytes] | None = None
+) -> bytes:
+    """An image as the bytes of its file, for a place that is no folder of this machine.
+
+    Args:
+        image: As in `save_new`.
+        text: As in `save_png`.
+        suffix: As in `save_new`.
+        chunks: As in `formats.encode`.
+
+    Returns:
+        What `save_new` would write.
+    """
+    return encode(picture_of(to_8_bit(image)), suffix, text, chunks)
+
+
 def save_new(
     folder: str | os.PathLike[str],
     stem: str,
@@ -95,7 +112,7 @@ def save_new(
         MissingFileError: The folder does not exist.
         FileError: The file cannot be written (no permission, disk full).
     """
-    data = encode(picture_of(to_8_bit(image)), suffix, text or {}, chunks)
+    data = image_bytes(image, text or {}, suffix, chunks)
     try:
         return write_new(Path(folder), stem, suffix, data)
     except OSError as error:

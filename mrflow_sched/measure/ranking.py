@@ -20,7 +20,7 @@ from mrflow_sched.plan.checks import checked_whole
 if TYPE_CHECKING:
     from mrflow_sched.measure.scores import Score
 
-__all__ = ["Gain", "RankReport", "expected_gain", "order", "report", "spearman", "tied"]
+__all__ = ["Gain", "RankReport", "best_first", "expected_gain", "order", "report", "spearman", "tied"]
 
 _FEW = 10
 """Pictures below which a rank correlation is mostly chance."""
@@ -154,9 +154,22 @@ def order(
     if not scores:
         raise MrFlowError("scores is empty; give at least one score to order by.")
     columns = [score(images, prompts) for score in scores]
-    place = torch.stack([_ranks(column) for column in columns]).mean(0)
-    best_first = sorted(range(len(place)), key=lambda index: -float(place[index]))
-    return tuple(tuple(float(column[row]) for column in columns) for row in range(len(place))), tuple(best_first)
+    rows = tuple(tuple(float(column[row]) for column in columns) for row in range(len(images)))
+    return rows, best_first(rows)
+
+
+def best_first(rows: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """Put images in the order of scores that are known.
+
+    Args:
+        rows: For every image its values, one for each score, higher is better.
+
+    Returns:
+        As the second value of `order`.
+    """
+    values = torch.tensor([list(row) for row in rows], dtype=torch.float64)
+    place = torch.stack([_ranks(column) for column in values.T]).mean(0)
+    return tuple(sorted(range(len(place)), key=lambda index: -float(place[index])))
 
 
 def _ranks(values: Tensor) -> Tensor:

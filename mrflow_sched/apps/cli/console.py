@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,46 @@ def progress_bar(wanted: bool | None) -> Generator[Callable[[str, Progress], Non
         stop.on_bar = True
         try:
             yield show
+        finally:
+            stop.on_bar = False
+
+
+@contextlib.contextmanager
+def cost_bar(wanted: bool | None, total: float) -> Generator[Callable[[float, str], None], None, None]:
+    """Show a progress bar of many pieces of work on standard error while the block runs, with the time left.
+
+    Args:
+        wanted: Whether to show one; None: only on a terminal.
+        total: Cost of all pieces, in any measure.
+
+    Yields:
+        A function (cost, text) that moves the bar by a piece's cost, or does nothing where no bar is wanted.
+    """
+    with _telling():
+        sys.stderr.flush()
+        wanted = sys.stderr.isatty() if wanted is None else wanted
+    if not wanted:
+        yield lambda _cost, _text: None
+        return
+    from tqdm import tqdm
+
+    make_bar: Any = tqdm
+    stop = current()
+    began, count = time.monotonic(), [0]
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with make_bar(total=max(total, 1e-9), bar_format=layout, file=sys.stderr, leave=False) as bar:
+
+        def advance(cost: float, text: str) -> None:
+            count[0] += 1
+            rate = count[0] / max(time.monotonic() - began, 1e-9) * 60
+            with _telling():
+                bar.set_description_str(f"{text}, {rate:.3g} a minute", refresh=False)
+                bar.update(min(cost, bar.total - bar.n))
+                bar.refresh()
+
+        stop.on_bar = True
+        try:
+            yield advance
         finally:
             stop.on_bar = False
 

@@ -17,7 +17,9 @@ LEAST_TILE = 512
 """Side in pixels of the tiles that VAE and upscaler fall back to where a GPU's memory runs out."""
 
 
-def check_memory(model: ModelChoices, family: str | Family, *plans: StagedPlan, batch: int = 1) -> None:
+def check_memory(
+    model: ModelChoices, family: str | Family, *plans: StagedPlan, batch: int = 1, workers: int = 1
+) -> None:
     """Refuse a run that needs more memory than is free, unless --force was given.
 
     A CPU's memory runs out without an error that could be caught (the system ends the process), so whole images count
@@ -28,6 +30,7 @@ def check_memory(model: ModelChoices, family: str | Family, *plans: StagedPlan, 
         family: The model's family, or its name.
         *plans: What is run, one after the other.
         batch: Images that are made at once.
+        workers: Processes that each make as many; on a CPU they share its memory.
 
     Raises:
         MrFlowError: It does not fit; the sentence says what it needs and what is free.
@@ -44,6 +47,7 @@ def check_memory(model: ModelChoices, family: str | Family, *plans: StagedPlan, 
     tile = None if device.type == "cpu" else LEAST_TILE
     known = FAMILIES.get(family) if isinstance(family, str) else family
     offer = "" if device.type == "cpu" or offloads else ", or --offload model"
+    shares = workers if device.type == "cpu" else 1
     for plan in plans:
         peak = peak_memory(
             plan,
@@ -54,12 +58,39 @@ def check_memory(model: ModelChoices, family: str | Family, *plans: StagedPlan, 
             vae_tile=tile,
             upscaler_tile=tile,
         )
-        if peak is not None and free is not None and peak.total > free:
+        if peak is not None and free is not None and peak.total * shares > free:
             what = f"{counted(batch, 'image')} of {plan.width}x{plan.height}"
+            what += "" if shares == 1 else f" in each of {shares} workers"
             raise MrFlowError(
-                f"the run needs about {_gigabytes(peak.total)} of memory for {what}, in {peak.name}, and "
+                f"the run needs about {_gigabytes(peak.total * shares)} of memory for {what}, in {peak.name}, and "
                 f"{_gigabytes(free)} are free on {device}; choose a smaller size or batch{offer}, or add --force."
             )
+
+
+def most_together(model: ModelChoices, family: str | Family, plan: StagedPlan, most: int, *, workers: int = 1) -> int:
+    """How many images of a plan can be sampled at once within what is free.
+
+    Args:
+        model: The device, the dtype and --offload.
+        family: The model's family, or its name.
+        plan: Their plan.
+        most: As many as are wanted.
+        workers: As in `check_memory`.
+
+    Returns:
+        From 1 to `most`; 1 where memory was never counted.
+    """
+    known = FAMILIES.get(family) if isinstance(family, str) else family
+    if known is None or peak_memory(plan, known) is None or model.offload == "layers":
+        return 1
+    fits = 1
+    while fits < most:
+        try:
+            check_memory(replace(model, force=False), family, plan, batch=min(2 * fits, most), workers=workers)
+        except MrFlowError:
+            break
+        fits = min(2 * fits, most)
+    return fits
 
 
 def fit_to_card(

@@ -17,6 +17,7 @@ from typing import Protocol
 import mrflow_sched
 from mrflow_sched._runtime.chatter import without_chatter
 from mrflow_sched.apps.cli import (
+    batch,
     calibrate,
     compare,
     doctor,
@@ -59,6 +60,7 @@ COMMANDS: tuple[Command, ...] = (
     generate,
     draft,
     finish,
+    batch,
     preview,
     compare,
     calibrate,

@@ -184,6 +184,29 @@ def _reader(option: Option) -> Callable[[str], object]:
     return read
 
 
+def read_option(name: str, text: str) -> object:
+    """Read the value of a plan's option as the command line does.
+
+    Args:
+        name: A name of `plan.options.OPTIONS`.
+        text: What was written.
+
+    Returns:
+        The value.
+
+    Raises:
+        MrFlowError: It is none of this option.
+    """
+    if name == "native":
+        if text.lower() not in ("true", "false"):
+            raise MrFlowError(f"native is {shown(text)!r}; write true or false.")
+        return text.lower() == "true"
+    try:
+        return _reader(OPTIONS[name])(text)
+    except argparse.ArgumentTypeError as error:
+        raise MrFlowError(f"{name} cannot be {shown(text)!r}: {error}.") from error
+
+
 def _value_of(option: Option, text: str) -> object:
     """Convert text to the option's kind of value, or return it unchanged where it is of another kind."""
     if option.kind == "interval":
