@@ -26,6 +26,7 @@ from mrflow_sched.apps.cli import (
     generate,
     plan,
     preview,
+    serve,
     sizes,
     ui,
 )
@@ -63,6 +64,7 @@ COMMANDS: tuple[Command, ...] = (
     calibrate,
     doctor,
     ui,
+    serve,
 )
 """All commands, in the order of the help."""
 
