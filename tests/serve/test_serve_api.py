@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -209,6 +210,25 @@ def test_a_body_that_is_no_request_is_refused(client: TestClient, case: str) -> 
         answer = client.post("/v1/images", content=content, headers={"content-type": "application/json"})
         assert answer.status_code == status
         assert sentence in answer.json()["error"]["message"]
+
+
+def test_a_body_that_does_not_arrive_is_refused(served: Served) -> None:
+    jobs = Jobs(Press(held=False), failure, replace(LIMITS, arrival=0.05))
+    app = application(served, jobs)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"a"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/images", "headers": headers, "query_string": b""}
+    asyncio.run(app({**scope, "http_version": "1.1", "scheme": "http", "server": ("a", 80)}, receive, send))
+    assert sent[0]["status"] == 408
+    assert b"the request did not arrive within 0.05 seconds." in sent[1]["body"]
+    jobs.close()
 
 
 def test_other_types_paths_and_methods_are_refused(client: TestClient) -> None:

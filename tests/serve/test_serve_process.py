@@ -6,6 +6,7 @@ import http.client
 import json
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -73,6 +74,20 @@ def test_a_client_that_goes_away_ends_its_job_and_a_signal_ends_the_server(serve
     assert time.monotonic() - began < 20
     assert [(status, value["error"]["code"]) for status, value, _ in answers] == [(503, "stopping")] * 2
     assert "Traceback" not in "".join(server.lines)
+
+
+def test_the_client_of_the_page_makes_an_image(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "serve.md").read_text("utf-8")
+    code = page.split("```python\n", 1)[1].split("```", 1)[0]
+    assert len(code.strip().splitlines()) <= 10
+    server = Process()
+    try:
+        code = code.replace("http://127.0.0.1:7871", str(server.address)).replace("256x256", "64x64")
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    finally:
+        server.close()
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "star-7.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_key_is_asked_for_at_every_address_but_the_loopback(tiny_folder: Path, tmp_path: Path) -> None:
