@@ -82,6 +82,9 @@ def test_the_client_of_the_page_makes_an_image(tmp_path: Path) -> None:
     assert len(code.strip().splitlines()) <= 10
     server = Process()
     try:
+        unknown = ask(server, "POST", "/v1/images", {**SMALL, "prompt": "a zyxomorph over green hills"})[1]
+        assert "zyxomorph" in str(unknown["mrflow"]["notes"])
+        assert "zyxomorph" not in "".join(server.lines)
         code = code.replace("http://127.0.0.1:7871", str(server.address)).replace("256x256", "64x64")
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     finally:

@@ -216,7 +216,7 @@ def run(request: ServeRequest) -> Outcome:
 
     model = request.model
     key = read_key(request.key_file)
-    with listening(request.port, request.host) as taken, saying_warnings():
+    with listening(request.port, request.host) as taken:
         access = access_of(request, taken, key)
         known = plan_family(model)
         family = get_family(known) if isinstance(known, str) else known
@@ -224,8 +224,10 @@ def run(request: ServeRequest) -> Outcome:
         check_packages(model)
         usual = make_plan(family, *(family.default_size or family.native_size), upscaler_kind=upscaler_kind(model))
         check_memory(model, family, usual)
-        served = served_of(model, family, usual, load(model, Job(usual, ""), file))
-        _serve(served, request.limits(family), access, taken)
+        with saying_warnings():
+            loaded = load(model, Job(usual, ""), file)
+        # What runs warn of may quote prompts: clients get it as notes, and the terminal does not.
+        _serve(served_of(model, family, usual, loaded), request.limits(family), access, taken)
     return Outcome()
 
 
