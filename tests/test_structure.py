@@ -59,6 +59,8 @@ def test_the_contracts_hold(copy: Path) -> None:
         ("mrflow_sched/apps/pipeline.py", "import mrflow_sched.apps.webui.run", "The command line uses"),
         ("mrflow_sched/apps/ui/words.py", "import mrflow_sched.apps.pipeline", "The command line uses"),
         ("mrflow_sched/apps/cli/ui.py", "import gradio", "Only apps.ui uses gradio"),
+        ("mrflow_sched/apps/serve/jobs.py", "import mrflow_sched.apps.ui.jobs", "The command line uses"),
+        ("mrflow_sched/apps/serve/jobs.py", "import uvicorn", "Only apps.ui uses gradio"),
         ("mrflow_sched/measure/runs.py", "import mrflow_sched.apps.cli.main", "Nothing uses the command line"),
         ("mrflow_sched/images/files.py", "import modules.shared", "Only apps.webui and"),
         ("mrflow_sched/apps/webui/run.py", "import comfy.samplers", "Only apps.webui and"),

@@ -123,6 +123,20 @@ def free_bytes(device: torch.device) -> int | None:
     return min([int(psutil.virtual_memory().available), *_left_in_cgroups()])
 
 
+def idle_bytes(device: torch.device) -> int:
+    """How much memory this process holds and could use again, which `free_bytes` does not count.
+
+    Args:
+        device: Where.
+
+    Returns:
+        Bytes: of a CUDA device what torch's allocator keeps for reuse; 0 elsewhere.
+    """
+    if device.type != "cuda":
+        return 0
+    return max(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), 0)
+
+
 def _left_in_cgroups() -> Iterator[int]:
     """What each of the process's control groups (Linux, version 2 or 1) and those around it still allows."""
     with contextlib.suppress(OSError, UnicodeDecodeError):

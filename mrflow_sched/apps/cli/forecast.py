@@ -18,7 +18,12 @@ LEAST_TILE = 512
 
 
 def check_memory(
-    model: ModelChoices, family: str | Family, *plans: StagedPlan, batch: int = 1, workers: int = 1
+    model: ModelChoices,
+    family: str | Family,
+    *plans: StagedPlan,
+    batch: int = 1,
+    workers: int = 1,
+    loaded: bool = False,
 ) -> None:
     """Refuse a run that needs more memory than is free, unless --force was given.
 
@@ -31,18 +36,21 @@ def check_memory(
         *plans: What is run, one after the other.
         batch: Images that are made at once.
         workers: Processes that each make as many; on a CPU they share its memory.
+        loaded: The model is loaded, so that its weights are not counted again where no part waits elsewhere.
 
     Raises:
         MrFlowError: It does not fit; the sentence says what it needs and what is free.
     """
     from mrflow_sched._runtime.device import has_bfloat16, resolve_device
-    from mrflow_sched._runtime.memory import free_bytes
+    from mrflow_sched._runtime.memory import free_bytes, idle_bytes
 
     device = resolve_device(model.device)
     offloads = model.offload is not None and device.type != "cpu"
     if model.force or (offloads and model.offload == "layers"):  # a layer at a time: what it needs was not counted
         return
     free = free_bytes(device)
+    if loaded and free is not None:
+        free += idle_bytes(device)
     wide = model.dtype == "float32" or (model.dtype == "auto" and not has_bfloat16(device))
     tile = None if device.type == "cpu" else LEAST_TILE
     known = FAMILIES.get(family) if isinstance(family, str) else family
@@ -58,11 +66,12 @@ def check_memory(
             vae_tile=tile,
             upscaler_tile=tile,
         )
-        if peak is not None and free is not None and peak.total * shares > free:
+        needed = 0.0 if peak is None else peak.total - (peak.weights if loaded and not offloads else 0.0)
+        if peak is not None and free is not None and needed * shares > free:
             what = f"{counted(batch, 'image')} of {plan.width}x{plan.height}"
             what += "" if shares == 1 else f" in each of {shares} workers"
             raise MrFlowError(
-                f"the run needs about {_gigabytes(peak.total * shares)} of memory for {what}, in {peak.name}, and "
+                f"the run needs about {_gigabytes(needed * shares)} of memory for {what}, in {peak.name}, and "
                 f"{_gigabytes(free)} are free on {device}; choose a smaller size or batch{offer}, or add --force."
             )
 

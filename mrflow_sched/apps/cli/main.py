@@ -27,6 +27,7 @@ from mrflow_sched.apps.cli import (
     generate,
     plan,
     preview,
+    serve,
     sizes,
     tune,
     ui,
@@ -67,6 +68,7 @@ COMMANDS: tuple[Command, ...] = (
     tune,
     doctor,
     ui,
+    serve,
 )
 """All commands, in the order of the help."""
 

@@ -121,7 +121,8 @@ def run(request: UiRequest) -> Outcome:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         from mrflow_sched.apps.ui.jobs import Desk
         from mrflow_sched.apps.ui.page import mounted
-        from mrflow_sched.apps.ui.serve import application, listening, serve
+        from mrflow_sched.apps.ui.serve import application
+        from mrflow_sched.apps.web import listening, serve
 
         with listening(request.port) as taken:
             studio = studio_of(model, family, load(model, Job(usual, ""), file), request.folder)
