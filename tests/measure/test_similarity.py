@@ -128,6 +128,19 @@ def test_siglip_is_what_transformers_says(tmp_path: Path) -> None:
     assert float(found.std()) > 0.001
 
 
+def test_a_reward_can_be_followed_back_to_the_image(clip: Path) -> None:
+    from mrflow_sched.measure.similarity import load_similarity
+
+    read = load_similarity(clip)
+    pixels = images(40, 48)[0]
+    plain = read(pixels, ["a cat"] * len(pixels))
+    assert not plain.requires_grad
+    slope = torch.autograd.grad(read(pixels.requires_grad_(), ["a cat"] * len(pixels)).sum(), pixels)[0]
+    assert bool((slope.abs().flatten(1).sum(1) > 0).all())
+    with torch.no_grad():
+        assert torch.equal(read(pixels, ["a cat"] * len(pixels)), plain)
+
+
 def test_every_image_is_scored_by_its_own_text(clip: Path) -> None:
     tensor, _ = images(SIDE, SIDE)
     many, texts = tensor.repeat(8, 1, 1, 1), [f"a {'star ' * (row % 5)}" for row in range(24)]

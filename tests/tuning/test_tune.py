@@ -36,7 +36,8 @@ def engine() -> PipelineEngine:
 
 
 def planned(engine: PipelineEngine, **options: Any) -> Any:
-    return make_plan(engine.family, 256, 256, **{"low_steps": 2, "seed": 9, **options})
+    asked: dict[str, Any] = {"low_steps": 2, "seed": 9, **options}
+    return make_plan(engine.family, 256, 256, **asked)
 
 
 def run(engine: PipelineEngine, folder: Path, settings: TuneSettings = SMALL, **named: Any) -> Tuned:
@@ -104,7 +105,7 @@ def test_a_fresh_lora_changes_no_bit(engine: PipelineEngine) -> None:
 
 
 def test_tuning_stops_where_the_guard_falls_and_keeps_what_was_good(engine: PipelineEngine, tmp_path: Path) -> None:
-    looks = iter([[0.5, 0.6], [0.5, 0.6], [0.2, 0.3], *[[0.5, 0.6]] * 2])
+    looks = iter([[0.5, 0.6], [0.5, 0.6], [0.2, 0.3], *[[0.5, 0.6]] * 4])
 
     def guard(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.tensor([0.5] if len(images) == 1 else next(looks))  # tried on a single grey image first
