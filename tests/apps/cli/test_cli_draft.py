@@ -12,15 +12,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from cli_tools import SMALL, pixels, signals_are_heard, watch_network
+from cli_tools import SMALL, pixels, watch_network
 from PIL import Image, PngImagePlugin
 
 from mrflow_sched.apps.cli.drafting import Pick
 from mrflow_sched.images.drafts import CHUNK, read_draft
 from mrflow_sched.images.files import read_text
 from mrflow_sched.images.record import KEY, SHEET, RunRecord
-
-__all__ = ["signals_are_heard"]  # a fixture of every test here
 
 PROMPT = "a red circle"
 FORWARDS = 3  # of stage 1 in SMALL

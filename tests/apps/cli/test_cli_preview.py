@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_tools import RECORD, change_engines, pixels, signals_are_heard
+from cli_tools import RECORD, change_engines, pixels
 
 from mrflow_sched.apps.cli.stopping import current
 from mrflow_sched.images.files import read_text
@@ -16,8 +16,6 @@ from mrflow_sched.images.parameters import read_parameters
 from mrflow_sched.images.record import RunRecord
 from mrflow_sched.measure import preview_kinds
 from mrflow_sched.plan.stages import StagedPlan
-
-__all__ = ["signals_are_heard"]  # a fixture of every test here
 
 SMALL = ("--size", "32x32", "--steps", "8", "--dtype", "float32", "--device", "cpu")
 FEW = ("--preview-steps", "3")

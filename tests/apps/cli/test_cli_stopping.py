@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_tools import SIGNALS, SMALL, pixels, signals_are_heard, watch_network
+from cli_tools import SIGNALS, SMALL, pixels, watch_network
 
 from mrflow_sched.apps.cli import load
 from mrflow_sched.apps.cli.main import main
 from mrflow_sched.apps.cli.stopping import Stop, Stopped, current, watching
 from mrflow_sched.images.files import read_text
 from mrflow_sched.images.record import RunRecord
-
-__all__ = ["signals_are_heard"]  # a fixture of every test here
 
 
 def press_at(
