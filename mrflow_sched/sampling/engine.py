@@ -31,6 +31,7 @@ class Capabilities:
     Attributes:
         whole_stages: It runs a whole stage itself (`StageEngine.sample_stage`), as a pipeline's own loop does.
         guidance_per_step: `sample_stage` takes a function of sigma in place of one guidance scale.
+        counts_on: `sample_stage` takes `first`, from which it counts the steps of a stage that is walked in parts.
         network_seam: `sample_stage` takes `around`, a function between its loop and its network.
         token_subsets: Its network calls can be restricted to some of the image tokens (`NetworkCall.subset`).
         tiles: `TilingEngine.in_tiles` gives the same engine with a VAE that works in tiles.
@@ -44,6 +45,7 @@ class Capabilities:
 
     whole_stages: bool = False
     guidance_per_step: bool = False
+    counts_on: bool = False
     network_seam: bool = False
     token_subsets: bool = False
     tiles: bool = False
@@ -176,6 +178,7 @@ class StageEngine(Engine, Protocol):
         progress: Sequence[float] | None = None,
         callback: Callable[[dict[str, Any]], object] | None = None,
         around: Around | None = None,
+        first: int = 0,
     ) -> Tensor:
         """Run one stage: the state at the end of its schedule.
 
@@ -190,6 +193,8 @@ class StageEngine(Engine, Protocol):
             callback: Called after every evaluation of the network with a dict: `i` (the step), `sigma`, `x` and
                 `denoised` as latents, `images` (how many images of the batch were evaluated). It may raise `Cancelled`.
             around: Called in place of every call of the network (`Capabilities.network_seam`).
+            first: Evaluations of the stage that came before, where its sigmas are walked in several calls: what is told
+                of steps counts on from there (`Capabilities.counts_on`).
 
         Returns:
             Latents in the shape of `latents`, float32.

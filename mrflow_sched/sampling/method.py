@@ -88,7 +88,8 @@ class StageRun:
         family = self.engine.family
         part = slice(None) if steps is None else slice(steps.start, steps.stop + 1)
         sigmas = model_sigmas(stage.sigmas, family.prediction, family.shift.largest_ve)[part]
-        follow = _Following(self, 0 if steps is None else steps.start)
+        first = 0 if steps is None else steps.start
+        follow = _Following(self, first)
         if around is not None and not able.network_seam:
             raise MrFlowError(
                 f"{type(self.engine).__name__} has no seam at its network, which this method needs; use an engine "
@@ -102,6 +103,7 @@ class StageRun:
                 progress=self.progress[part],
                 callback=follow.after_evaluation,
                 **({} if around is None else {"around": around}),
+                **({"first": first * evaluations_per_step(stage.solver)} if first and able.counts_on else {}),
             )
             return float_tensor(answer, latents.shape, engine, "sample_stage")
         return get_solver(stage.solver)(follow.denoiser(guidance), latents, sigmas, callback=follow.after_step)

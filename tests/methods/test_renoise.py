@@ -125,3 +125,17 @@ def test_a_plan_with_it_is_read_back_whole() -> None:
 def test_what_does_not_go_with_it_is_refused(options: Any, sentence: str) -> None:
     with pytest.raises(MrFlowError, match=sentence):
         make_plan("flux1-dev", 1024, 1024, **options)
+
+
+def test_a_callback_counts_the_steps_of_a_stage_that_is_walked_in_parts() -> None:
+    pipe = tiny_pipelines.make("sd3")
+    seen: list[int] = []
+
+    def callback(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        return tensors
+
+    mrflow = MrFlow(pipe, upscaler=TWICE)
+    options: dict[str, Any] = {"low_steps": 3, "refine_steps": 1, "renoise": 1.0}
+    mrflow("a cat", width=64, height=64, callback_on_step_end=callback, **options)
+    assert seen == [0, 1, 2, 0]

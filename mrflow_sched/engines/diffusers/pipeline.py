@@ -96,7 +96,7 @@ class _Stage:
 
     `rows` says which images of the batch they are. `scale` is what the pipeline is told, `guidance` the scale of each
     step; None where that is one scale throughout. `place` is where a tile lies in the whole image, in tokens.
-    `callbacks` says whether the owner's are called.
+    `callbacks` says whether the owner's are called, and `first` what their first step counts.
     """
 
     solver: str
@@ -109,6 +109,7 @@ class _Stage:
     around: Around | None = None
     place: tuple[int, int] | None = None
     callbacks: bool = True
+    first: int = 0
 
 
 class PipelineEngine:
@@ -215,6 +216,7 @@ class PipelineEngine:
             whole_stages=whole,
             # Within the pipeline's loop, what one branch answers is needed for the other.
             guidance_per_step=whole and not self._layout.negative_call_first,
+            counts_on=mine.sample_stage is PipelineEngine.sample_stage,
             network_seam=whole,
             token_subsets=whole and self._layout.tokens is not None and not self._pictures,
             tiles=True,
@@ -574,6 +576,7 @@ class PipelineEngine:
         progress: Sequence[float] | None = None,
         callback: Callable[[dict[str, Any]], object] | None = None,
         around: Around | None = None,
+        first: int = 0,
     ) -> Tensor:
         """Run one stage by the pipeline's own loop; a batch that does not fit into memory is run image by image.
 
@@ -589,6 +592,8 @@ class PipelineEngine:
             callback: Called after every evaluation; see `StageEngine.sample_stage`. The dict also has `forwards`, the
                 network evaluations per image since the last call.
             around: Called in place of every call of the network (`mrflow_sched.sampling.network`).
+            first: Evaluations of the stage that came before, where its sigmas are walked in several calls: what is told
+                of steps counts on from there.
 
         Returns:
             The state at the end of `sigmas`, in the shape of `latents`, float32.
@@ -601,7 +606,7 @@ class PipelineEngine:
         done: list[Tensor] = []
         scale, per_step = self._scales(solver, sigmas, guidance)
         behind = _even(len(sigmas)) if progress is None else tuple(progress)
-        asked = _Stage(solver, tuple(sigmas), text, slice(None), scale, per_step, behind, around)
+        asked = _Stage(solver, tuple(sigmas), text, slice(None), scale, per_step, behind, around, first=first)
 
         def work(_engine: object, rows: slice) -> Tensor:
             for_batch = None if callback is None else _for_whole_batch(callback, latents, done, rows)
@@ -794,7 +799,7 @@ class PipelineEngine:
         if callback is not None:
             if hasattr(callback, "tensor_inputs"):  # diffusers' own callback classes declare theirs
                 own["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
-            own["callback_on_step_end"] = follow_last_change(callers_own(callback), scheduler)
+            own["callback_on_step_end"] = follow_last_change(callers_own(callback), scheduler, asked.first)
         return own
 
     def _pixels(self, latents: Tensor) -> tuple[int, int]:

@@ -411,7 +411,7 @@ def stage_window(start: float, end: float, progress: Sequence[float], per_step: 
     return max((first - 0.5) / count, 0.0), min((last + 0.5) / count, 1.0)
 
 
-def follow_last_change(callback: Callable[..., Any], scheduler: MrFlowScheduler) -> Callable[..., Any]:
+def follow_last_change(callback: Callable[..., Any], scheduler: MrFlowScheduler, first: int = 0) -> Callable[..., Any]:
     """A `callback_on_step_end` whose changes to the latents after the last step of a stage count as well.
 
     In the steps before, the loop itself passes the changed latents on to the scheduler.
@@ -419,6 +419,7 @@ def follow_last_change(callback: Callable[..., Any], scheduler: MrFlowScheduler)
     Args:
         callback: The caller's.
         scheduler: That of the stage.
+        first: What the first step counts.
 
     Returns:
         A function with the callback's signature.
@@ -426,7 +427,7 @@ def follow_last_change(callback: Callable[..., Any], scheduler: MrFlowScheduler)
 
     def called(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         given = tensors.get("latents")
-        answer = callback(pipe, step, timestep, tensors)
+        answer = callback(pipe, first + step, timestep, tensors)
         if scheduler.final_state is not None and isinstance(answer, dict):
             changed = cast("dict[str, Any]", answer)
             latents = changed.get("latents", given)
