@@ -31,7 +31,6 @@ class Capabilities:
     Attributes:
         whole_stages: It runs a whole stage itself (`StageEngine.sample_stage`), as a pipeline's own loop does.
         guidance_per_step: `sample_stage` takes a function of sigma in place of one guidance scale.
-        counts_on: `sample_stage` takes `first`, from which it counts the steps of a stage that is walked in parts.
         network_seam: `sample_stage` takes `around`, a function between its loop and its network.
         token_subsets: Its network calls can be restricted to some of the image tokens (`NetworkCall.subset`).
         tiles: `TilingEngine.in_tiles` gives the same engine with a VAE that works in tiles.
@@ -41,11 +40,11 @@ class Capabilities:
         lora_scale: `encode_text` takes `lora_scale`, which holds wherever the text it returns is used.
         text_size: `encode_text` takes `size`, (width, height) of the final image, for which it rewrites prompts.
         alpha: Images have a fourth channel: (B, 4, H, W) wherever an engine without it has (B, 3, H, W).
+        counts_on: `sample_stage` takes `first`, from which it counts the steps of a stage that is walked in parts.
     """
 
     whole_stages: bool = False
     guidance_per_step: bool = False
-    counts_on: bool = False
     network_seam: bool = False
     token_subsets: bool = False
     tiles: bool = False
@@ -55,6 +54,7 @@ class Capabilities:
     lora_scale: bool = False
     text_size: bool = False
     alpha: bool = False
+    counts_on: bool = False
 
 
 def capabilities_of(engine: Any) -> Capabilities:

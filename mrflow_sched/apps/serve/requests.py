@@ -152,7 +152,7 @@ def _sides(size: object, served: Served, limits: Limits) -> tuple[int, int]:
             413,
             "too_large",
             f"size is {width}x{height}, {width * height / 1e6:.3g} megapixels; this server makes at most "
-            f"{limits.pixels / 1e6:.3g}.",
+            f"{limits.pixels / 1e6:.3g} megapixels, so choose a smaller size.",
             param="size",
         )
     return width, height
