@@ -178,6 +178,7 @@ class Adapter:
 
     def remove(self) -> None:
         """Take the LoRA off, and leave the network as it was."""
+        self.network.delete_adapters(_NAME)  # older versions of diffusers forget it only here
         self.network.unload_lora()
         for name, each in self.network.named_parameters():
             each.requires_grad_(self._before[name])

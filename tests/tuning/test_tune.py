@@ -267,7 +267,7 @@ def test_two_processes_tune_together(tmp_path: Path) -> None:
     words += ["--updates", "1", "--low-steps", "1", "--batch", "2", "--rank", "2", "--device", "cpu"]
     alone = mrflow(*words, "--out", str(tmp_path / "one"))
     assert alone.returncode == 0, alone.stderr
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     both = mrflow(*words, "--out", str(tmp_path / "two"), launcher=launcher)
     assert both.returncode == 0, both.stderr
     one, two = (json.loads((tmp_path / name / "tune.json").read_text()) for name in ("one", "two"))
