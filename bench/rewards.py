@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.markdown import table
-from mrflow_sched import demo, make_plan, sample_staged
+from mrflow_sched import demo, load_upscaler, make_plan, sample_staged
 from mrflow_sched.demo.captions import random_captions
 from mrflow_sched.demo.judge import hits, load_judge
 from mrflow_sched.demo.parse import scene_of
@@ -115,7 +115,7 @@ def _cost(gradient: Callable[[Surrogate, int], object], way: Surrogate, adapter:
 def tuning(updates: int, seeds: Sequence[int], train: int, held_out: int) -> list[dict[str, Any]]:
     """What tuning does to held-out captions."""
     rows: list[dict[str, Any]] = []
-    # None of them sets a guard aside: the second is there to show what one is for.
+    # The second sets its guard aside: it shows what one is for.
     for reward, guard, drop in (("judge", "sharpness", 0.1), ("saturation", "judge", 100.0)):
         for seed in seeds:
             with tempfile.TemporaryDirectory() as folder:
@@ -160,7 +160,7 @@ def _tuned(
 def _read(found: Tuned, captions: Sequence[str], plan: Any) -> dict[str, Any]:
     """Shares of attributes and letters that are read right in final images of new seeds, before and after."""
     judge, scenes = load_judge(), [scene_of(caption) for caption in captions]
-    engine, upscaler = demo.load_engine(device="cpu"), None
+    engine, upscaler = demo.load_engine(device="cpu"), load_upscaler(demo.upscaler_path())
     shares: dict[str, list[list[float]]] = {"attributes": [], "letters": []}
     for tuned in (False, True):
         if tuned and found.file is not None:
@@ -179,6 +179,7 @@ def _read(found: Tuned, captions: Sequence[str], plan: Any) -> dict[str, Any]:
     return {
         name: {"before": fmean(before), "gain": gain(before, after) if len(before) > 1 else (0.0, 0.0)}
         for name, (before, after) in shares.items()
+        if before
     }
 
 
@@ -212,7 +213,7 @@ def report(rows: dict[str, Any]) -> str:
                 _gained(row["gain"]),
                 _gained(row["guard gain"]),
                 _gained(row["attributes"]["gain"]),
-                _gained(row["letters"]["gain"]),
+                _gained(row["letters"]["gain"]) if "letters" in row else "",
                 "" if row["psnr"] is None else f"{row['psnr']:.1f}",
                 f"{row['seconds']:.0f}",
             )

@@ -174,7 +174,7 @@ def _stopped(story: Story) -> str:
             f"Stopped: the guard {story.guard} fell by more than {story.guard_drop:g} of how much it varied between "
             f"the held-out images. What is saved is the last state before that, of update {story.good_update}."
         )
-    return f"Stopped on request after {story.checks[-1].update} updates or later; the run can go on from here."
+    return "Stopped on request; the same command goes on from there."
 
 
 def _table(story: Story) -> str:

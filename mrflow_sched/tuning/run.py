@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -246,7 +247,6 @@ class _Run:
         self.teacher = Teacher(self.engine, self.plan, asked.reward, asked.upscaler, settings.handoff, settings.target)
         self.surrogate, self.together = settings.surrogate(), settings.batch // self.processes.count
         self.made_of = self._made_of()
-        self.recent: list[float] = []
         weights = adapter.weights()
         self.state = State(0, 0.0, weights, weights, self.optimiser.state_dict(), weights, 0)
 
@@ -257,18 +257,17 @@ class _Run:
             What came of it.
         """
         settings = self.settings
-        if settings.checkpointing:
-            self._keep_less()
-        self._begin()
-        while not self.state.stopped and self.state.update < settings.updates:
-            if self.processes.told(float(self.asked.cancel())):
-                self._save()
-                return self._ended("cancelled")
-            self._update()
-            if self.state.update % settings.check_every == 0 or self.state.update == settings.updates:
-                self._look()
-                self._save()
-        return self._ended(self.state.stopped)
+        with self._keeping_less() if settings.checkpointing else contextlib.nullcontext():
+            self._begin()
+            while not self.state.stopped and self.state.update < settings.updates:
+                if self.processes.told(float(self.asked.cancel())):
+                    self._save()
+                    return self._ended("cancelled")
+                self._update()
+                if self.state.update % settings.check_every == 0 or self.state.update == settings.updates:
+                    self._look()
+                    self._save()
+            return self._ended(self.state.stopped)
 
     # ------------------------------------------------------------------------------------------------------- the start
 
@@ -292,11 +291,18 @@ class _Run:
         if self.processes.first:
             self.asked.tell(f"Going on after {found.update} updates.")
 
-    def _keep_less(self) -> None:
+    @contextlib.contextmanager
+    def _keeping_less(self) -> Generator[None, None, None]:
         network: Any = self.engine.network
         if not hasattr(network, "enable_gradient_checkpointing"):
             raise MrFlowError(f"{type(network).__name__} has no gradient checkpointing; leave it out.")
+        before = bool(network.is_gradient_checkpointing)
         network.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            if not before:
+                network.disable_gradient_checkpointing()
 
     # ---------------------------------------------------------------------------------------------------- the updates
 
@@ -322,10 +328,10 @@ class _Run:
         mean = self.processes.total(rewards.mean()) / self.processes.count
         if not math.isfinite(float(mean)) or not all(bool(each.isfinite().all()) for each in self.adapter.parameters):
             raise MrFlowError(
-                f"update {state.update + 1} gave NaN or infinity; lower --rate, or use --dtype float32. The state "
-                "before it is kept."
+                f"update {state.update + 1} gave NaN or infinity; lower --rate, or use --dtype float32. What the "
+                "last look saved is kept."
             )
-        self.recent.append(float(mean))
+        state.recent.append(float(mean))
         state.update += 1
         state.weights = self.adapter.weights()
         keep = min(self.settings.ema, (1 + state.update) / (10 + state.update))
@@ -379,11 +385,11 @@ class _Run:
             images = self._sampled(state.average)
             if state.base is None:
                 state.base = (images * 255).round().byte()
-            state.checks.append(self._checked(images, state.base, self.recent))
+            state.checks.append(self._checked(images, state.base, state.recent))
             write_images(self.folder, f"update-{state.update:04d}" if state.update else "before", images)
             names = self.asked.reward.name, self.asked.guard.name
             self.asked.tell(check_line(state.checks[0], state.checks[-1], self.settings.updates, *names))
-        self.recent = []
+        state.recent = []
         fell = self.processes.told(float(self.processes.first and self._fell(state.checks)))
         if fell:
             state.stopped = "guard"
@@ -416,7 +422,7 @@ class _Run:
         before, now = (torch.tensor(each.guards, dtype=torch.float64) for each in (checks[0], checks[-1]))
         return float((before - now).mean()) > self.settings.guard_drop * float(before.std()) + 1e-12
 
-    def _report(self, full: tuple[Check, ...] = ()) -> Path:
+    def _report(self, full: tuple[Check, ...] = (), stopped: str = "") -> Path:
         state, asked = self.state, self.asked
         if not self.processes.first:
             return self.folder
@@ -429,7 +435,7 @@ class _Run:
             (*told, f"plan: {self.plan.to_string()}"),
             tuple(state.checks),
             state.good_update,
-            state.stopped,
+            stopped or state.stopped,
             self.settings.guard_drop,
             full,
         )
@@ -450,7 +456,7 @@ class _Run:
         whole = self.processes.first and made and stopped != "cancelled"
         full = self._whole_plan() if whole else ()
         file = self.folder / LORA if made else None
-        report = self._report(full)
+        report = self._report(full, stopped)
         found = Tuned(file, report, state.good_update, state.update, stopped, tuple(state.checks), full)
         if self.processes.first:
             write_whole(self.folder / RECORD, json.dumps(found.to_dict(), indent=2).encode())

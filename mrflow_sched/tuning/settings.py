@@ -37,7 +37,7 @@ class TuneSettings:
             varies between their images (one standard deviation) before tuning; 0 or more.
         check_every: Updates from one look at the held-out prompts to the next.
         ema: Share of the averaged weights that stays at an update, 0 to below 1: those are checked and saved.
-        checkpointing: Let the network keep less and compute it twice: less memory, a third slower.
+        checkpointing: Let the network keep less and compute it twice: less memory, more time.
         seed: Of the LoRA, the prompts' order and the noise.
 
     Raises:

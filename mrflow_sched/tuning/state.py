@@ -82,6 +82,7 @@ class State:
         checks: All looks at the held-out prompts.
         base: What the model made of the held-out prompts before, (n, 3, H, W), bytes.
         stopped: Why no more is done; empty: it goes on.
+        recent: Mean rewards of the updates since the last look.
     """
 
     update: int
@@ -94,6 +95,7 @@ class State:
     checks: list[Check] = field(default_factory=list[Check])
     base: Tensor | None = None
     stopped: str = ""
+    recent: list[float] = field(default_factory=list[float])
 
     def save(self, folder: Path, made_of: Mapping[str, str]) -> None:
         """Write the run's file over the older one, in one moment.

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from mrflow_sched.methods.reward import Surrogate
 from mrflow_sched.tuning import LORA, Tuned, TuneSettings, tune
 from mrflow_sched.tuning.adapter import Adapter
 from mrflow_sched.tuning.sampled import Batch, Teacher
+from mrflow_sched.tuning.settings import BackwardPath, View
 
 pytest.importorskip("peft")
 
@@ -119,10 +120,29 @@ def test_tuning_stops_where_the_guard_falls_and_keeps_what_was_good(engine: Pipe
 
 
 def test_a_cancelled_run_is_kept_and_goes_on(engine: PipelineEngine, tmp_path: Path) -> None:
-    answers = iter([False, True])
-    found = run(engine, tmp_path, replace(SMALL, check_every=2), cancel=lambda: next(answers))
+    answers, rarely = iter([False, True]), replace(SMALL, check_every=2)
+    found = run(engine, tmp_path / "cut", rarely, cancel=lambda: next(answers))
     assert (found.stopped, found.updates, found.file) == ("cancelled", 1, None)
-    assert run(engine, tmp_path, replace(SMALL, check_every=2)).updates == 2
+    assert "Stopped on request" in found.report.read_text(encoding="utf-8")
+    gone_on, whole = run(engine, tmp_path / "cut", rarely), run(engine, tmp_path / "whole", rarely)
+    assert gone_on.updates == 2
+    last = [replace(each.checks[-1], seconds=0.0) for each in (gone_on, whole)]
+    assert last[0] == last[1]
+
+
+def test_checkpointing_changes_nothing_and_ends_with_the_run(engine: PipelineEngine, tmp_path: Path) -> None:
+    plain = run(engine, tmp_path / "plain", replace(SMALL, updates=1))
+    less = run(engine, tmp_path / "less", replace(SMALL, updates=1, checkpointing=True))
+    assert less.checks[-1].rewards == pytest.approx(plain.checks[-1].rewards, abs=1e-5)
+    network: Any = engine.network
+    assert not network.is_gradient_checkpointing
+
+
+def test_the_command_offers_what_the_settings_take() -> None:
+    from mrflow_sched.apps.cli import tune as command
+
+    assert set(command._PATHS) == set(get_args(BackwardPath))
+    assert set(command._VIEWS) == set(get_args(View))
 
 
 def test_memory_that_runs_out_makes_parts_and_then_leaps(

@@ -161,7 +161,7 @@ def add_parser(commands: Commands) -> None:
         "--checkpointing",
         action="store_true",
         default=None,
-        help="let the network keep less and compute it twice: less memory, a third slower",
+        help="let the network keep less and compute it twice: less memory, more time",
     )
     parser.set_defaults(from_args=TuneRequest.from_args, run=run)
 
