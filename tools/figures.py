@@ -1,7 +1,8 @@
 """Make the figures and tables of docs/ from the embedded model: ``python -m tools.figures --work DIR``.
 
-Needs the work folder of ``tools.train`` (curves, judge) and the finished weights. Writes training, stage and sample
-figures to docs/images/, the numbers to docs/demo-model.json, and the tables of docs/demo-model.md and docs/solvers.md.
+Needs the work folder of ``tools.train`` (curves, judge) and the finished weights; parts that were not trained there
+keep the record that docs/demo-model.json has. Writes training, stage and sample figures to docs/images/, the numbers to
+docs/demo-model.json, and the tables of docs/demo-model.md and docs/solvers.md.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -25,24 +27,46 @@ from tools.train_demo import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
-RECORDS = ("text", "flow", "vae", "sr", "guided", "classifier")
+RECORD = ROOT / "docs" / "demo-model.json"
+RECORDS = ("text", "flow", "vae", "sr", "guided", "classifier", "further")
 
 
 def training_record(work: Path) -> dict[str, Any]:
+    """What is on record of every part: that of the work folder, else what the page had."""
     paths = {name: work / f"{name}.json" for name in RECORDS} | {"text": work / "text" / "done.json"}
-    return {name: json.loads(path.read_text()) for name, path in paths.items()}
+    before = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    found = {name: json.loads(path.read_text()) if path.exists() else before.get(name) for name, path in paths.items()}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def whole_curve(rows: list[list[Any]]) -> list[list[Any]]:
+    """The rows of a training that was begun anew with its clock at 0, with the seconds of all that went before."""
+    whole: list[list[Any]] = []
+    before = last = 0.0
+    for row in rows:
+        before += last if row[1] < last else 0.0
+        last = row[1]
+        whole.append([row[0], row[1] + before, *row[2:]])
+    return whole
 
 
 def training_curves(record: dict[str, Any], path: Path) -> None:
-    """Loss of the flow model, quality of the VAE's decoder and of the upscaler, against seconds of training."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    """Loss of the flow model and of its further training, quality of the VAE's decoder and of the upscaler, against
+    seconds of training."""
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.2), layout="constrained")
     rows = record["flow"]["curve"]
     for column, label in ((2, "64 pixels"), (3, "128 pixels"), (4, "256 pixels")):
         points = [(row[1], row[column]) for row in rows if row[column] is not None and row[0] > 100]
         axes[0].plot(*zip(*points, strict=True), label=label)
     axes[0].set(title="flow model", xlabel="seconds", ylabel="velocity error (mean square)")
     axes[0].legend()
-    for axis, key, title in ((axes[1], "vae", "VAE decoder"), (axes[2], "sr", "upscaler x2")):
+    rows = whole_curve(record["further"]["curve"])
+    for column, label in ((2, "128 pixels"), (3, "256 pixels, a quarter"), (5, "256 pixels")):
+        points = [(row[1], row[column]) for row in rows if row[column] is not None and row[0] > 100]
+        axes[1].plot(*zip(*points, strict=True), label=label)
+    axes[1].set(title="flow model, further", xlabel="seconds", ylabel="velocity error (mean square)")
+    axes[1].legend()
+    for axis, key, title in ((axes[2], "vae", "VAE decoder"), (axes[3], "sr", "upscaler x2")):
         points = [(row[1], row[2]) for row in record[key]["curve"] if row[0] > 100]
         axis.plot(*zip(*points, strict=True))
         axis.set(title=title, xlabel="seconds", ylabel="PSNR on training crops, dB")
@@ -119,6 +143,11 @@ def record_table(record: dict[str, Any]) -> str:
     flow, guided = record["flow"], record["guided"]
     low, high = (next(row[k] for row in reversed(flow["curve"]) if row[k] is not None) for k in (3, 4))
     judge, seen = record["classifier"], flow["samples"]
+    further = record["further"]
+    rest = whole_curve(further["curve"])
+    further = {**further, "seconds": rest[-1][1]}
+    ends_low, ends_high = (fmean([row[k] for row in rest if row[k] is not None][-20:]) for k in (2, 5))
+    more = further["samples"]
     judged = {
         "seconds": sum(curve[-1][1] for curve in judge["curves"].values()),
         "steps": sum(curve[-1][0] for curve in judge["curves"].values()),
@@ -132,10 +161,12 @@ def record_table(record: dict[str, Any]) -> str:
         "guided": "error {:.3f} to the guided teacher, {:.3f} for a network that ignores the scale".format(
             *guided["curve"][-1][2:]
         ),
+        "further": f"velocity error {ends_low:.3f} at 128, {ends_high:.3f} at 256, after {more['low']} samples at 128, "
+        f"{more['high']} at 256 and {more['quarter'] + more['half']} bands of images at 256",
         "classifier": f"{record['classifier']['accuracy_on_true_scenes']['all'] * 100:.1f} % on unseen rendered scenes",
     }
     for name, end in ends.items():
-        part = judged if name == "classifier" else record[name]
+        part = {"classifier": judged, "further": further}.get(name, record[name])
         rows.append([name, f"{part['seconds']:.0f}", str(part["steps"]), end])
     return table(["part", "seconds", "steps", "at the end"], rows, "l")
 
@@ -164,7 +195,7 @@ def main() -> None:
         evaluate.evaluate(options.work, demo.weights_path())
     record = training_record(options.work)
     record["evaluation"] = json.loads((options.work / "evaluation.json").read_text())
-    (ROOT / "docs" / "demo-model.json").write_text(json.dumps(record, indent=1) + "\n")
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
     page = ROOT / "docs" / "demo-model.md"
     write_between(page, "parts", part_table(demo.weights_path()))
     write_between(page, "accuracy", accuracy_table(record["evaluation"]))

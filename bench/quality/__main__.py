@@ -3,10 +3,11 @@
     python -m bench.quality --out DIR                   the ways at equal cost
     python -m bench.quality --sweep sigma --out DIR     one option at a time; `--sweep all` for all sweeps
     python -m bench.quality --sweep upscalers --out DIR refine steps and sigma for every upscaler
+    python -m bench.quality --kinds --out DIR           which kinds of picture staged sampling loses, and what helps
     python -m bench.quality --ideas --out DIR           ideas that may beat staged 12+1
     python -m bench.quality --quick                     a few scenes, prints only
 
-Writes quality.json, .md, .png, -pictures.png and -worst.png (or sweep-NAME.*, ideas.*). Scenes, seeds and
+Writes quality.json, .md, .png, -pictures.png and -worst.png (or sweep-NAME.*, kinds.*, ideas.*). Scenes, seeds and
 resamples are fixed, and no part of the model was trained on the scenes.
 
 run.py           the order of it all
@@ -29,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.quality import by_upscaler, ideas, report, sweeps, ways
+from bench.quality import by_kind, by_upscaler, ideas, report, sweeps, ways
 from bench.quality.kinds import FIRST_SEED, all_scenes, rendered, scenes_of
 from bench.quality.run import compared_scenes, measure, setting
 
@@ -55,6 +56,18 @@ def sweep_upscalers(size: int, each: int, count: int, names: Sequence[str], out:
     print(by_upscaler.to_markdown(record), flush=True)
 
 
+def kinds_of_picture(size: int, each: int, count: int, names: Sequence[str], out: Path | None, *, quick: bool) -> None:
+    """What is lost and what helps by kind of picture, with the upscalers of `names`."""
+    here = setting(size, each)
+    shorter: dict[str, Any] = {"settings": by_kind.SETTINGS[:2], "natives": [ways.native(size, 2)]} if quick else {}
+    record, pictures = by_kind.measure(here, count, names=names, tell=_say, **shorter)
+    print(by_kind.to_markdown(record), flush=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "kinds.json").write_text(json.dumps(record, indent=1) + "\n")
+        by_kind.write(record, pictures, here.truth, out)
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -67,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap samples (default 200)")
     parser.add_argument("--sweep", choices=[*sweeps.SWEEPS, "upscalers", "all"], help=SWEPT)
+    parser.add_argument("--kinds", action="store_true", help="by kind of picture: what is lost, and what helps")
     parser.add_argument("--ideas", action="store_true", help="compare ideas with staged 12+1")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these ways (or upscalers); * matches any text")
     parser.add_argument("--quick", action="store_true", help="a scene per category and two ways")
@@ -81,12 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "`pip install 'mrflow-sched[dev]'`."
         )
     each, count = (1, 20) if options.quick else (options.scenes, options.resamples)
-    if options.sweep == "upscalers":
+    if options.sweep == "upscalers" or options.kinds:
+        known = by_kind.UPSCALERS if options.kinds else ways.UPSCALERS
         wanted = options.only or ["*"]
-        kinds = [name for name in ways.UPSCALERS if any(fnmatch(name, pattern) for pattern in wanted)]
-        if not kinds:
-            parser.error(f"--only {wanted[0]!r} is no upscaler; choose from {'; '.join(ways.UPSCALERS)}")
-        sweep_upscalers(options.size, each, count, kinds, options.out, quick=options.quick)
+        names = [name for name in known if any(fnmatch(name, pattern) for pattern in wanted)]
+        if not names:
+            parser.error(f"--only {wanted[0]!r} is no upscaler; choose from {'; '.join(known)}")
+        run = kinds_of_picture if options.kinds else sweep_upscalers
+        run(options.size, each, count, names, options.out, quick=options.quick)
         return
     base = "native 8 multistep" if options.quick else "native 50"
     jobs: dict[str, list[ways.Way]] = {}

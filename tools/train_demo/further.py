@@ -198,11 +198,11 @@ def small_places(scene: Scene, seed: int, grid: int) -> np.ndarray:
 def hard_kind(scene: Scene) -> str:
     """What of a scene is learnt last; empty where nothing of it is.
 
-    Small letters, moods of faces, hairlines.
+    Small letters, moods of faces, hairlines, the number of birds.
     """
-    if scene.small_word and scene.print == "small":
+    if scene.small_word:
         return "small letters"
-    return FACES if scene.faces else "pattern" if scene.pattern else ""
+    return FACES if scene.faces else "pattern" if scene.pattern else "birds" if scene.birds else ""
 
 
 def rows_of_interest(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
