@@ -50,8 +50,10 @@ def sweep_upscalers(size: int, each: int, count: int, names: Sequence[str], out:
             (out / "sweep-upscalers.json").write_text(json.dumps(record, indent=1) + "\n")
             (out / "sweep-upscalers.md").write_text(by_upscaler.to_markdown(record) + "\n")
 
-    shorter: dict[str, Any] = {"grid": by_upscaler.GRID[:3], "varied": by_upscaler.VARIED[:1]} if quick else {}
-    record = by_upscaler.measure(here.model, compared_scenes(here, count), names=names, tell=_say, keep=keep, **shorter)
+    more: dict[str, Any] = {"recommended": by_upscaler.Calibrated(here.model)}
+    if quick:
+        more = {"grid": by_upscaler.GRID[:3], "varied": by_upscaler.VARIED[:1]}
+    record = by_upscaler.measure(here.model, compared_scenes(here, count), names=names, tell=_say, keep=keep, **more)
     keep(record)
     print(by_upscaler.to_markdown(record), flush=True)
 

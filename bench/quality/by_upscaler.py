@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from bench.markdown import table
 from bench.quality import foreign, metrics
 from bench.quality.scores import Truth
 from bench.quality.ways import FAMILY, UPSCALERS, Model
-from mrflow_sched import make_plan
+from mrflow_sched import demo, make_native_plan, make_plan
+from mrflow_sched.measure.calibrate import calibrate
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.fit import upscale_to
@@ -135,12 +137,7 @@ def best_of(scored: Sequence[Scored]) -> Scored:
 def flat_top(scored: Sequence[Scored]) -> list[Scored]:
     """The settings that lose less than `LOSS` to the best, with an interval that holds 0; the cheapest first."""
     best = best_of(scored)
-    top: list[Scored] = []
-    for each in scored:
-        gap = each.gap(best)
-        low, high = gap["interval"]
-        if low <= 0 <= high and gap["difference"] > -LOSS:
-            top.append(each)
+    top = [each for each in scored if in_flat_top(each, best)]
     return sorted(top, key=lambda each: (each.cost, -each.composite))
 
 
@@ -159,8 +156,41 @@ def shared(group: Sequence[Sequence[Scored]], steps: int | None = None) -> tuple
     return chosen, losses[chosen]
 
 
+def in_flat_top(scored: Scored, best: Scored) -> bool:
+    """Whether it loses less than `LOSS` to the best, with an interval that holds 0."""
+    gap = scored.gap(best)
+    low, high = gap["interval"]
+    return low <= 0 <= high and gap["difference"] > -LOSS
+
+
 def _of(scored: Sequence[Scored], setting: Setting) -> Scored:
     return next(each for each in scored if each.setting == setting)
+
+
+# ----------------------------------------------------------------------------------------------------- mrflow calibrate
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """What `mrflow calibrate` recommends for an upscaler, from its own prompts: its native images are sampled once."""
+
+    model: Model
+    prompts: Sequence[str] = demo.example_prompts()
+    native_steps: int | None = None
+
+    def __call__(self, upscaler: Any) -> Setting:
+        size = self.model.size
+        asked: dict[str, Any] = {"prompts": self.prompts, "width": size, "height": size, "images": self._native}
+        found = calibrate(self.model.engine, upscaler, **asked)
+        return Setting(found.refine_steps, found.sigma)
+
+    @cached_property
+    def _native(self) -> Tensor:
+        plan = make_native_plan(FAMILY, self.model.size, self.model.size, steps=self.native_steps)
+        parts = [
+            sample_staged(self.model.engine, plan, prompt, seeds=[seed]) for seed, prompt in enumerate(self.prompts)
+        ]
+        return torch.cat([part.images for part in parts])
 
 
 # ------------------------------------------------------------------------------------------------------------ the sweep
@@ -183,10 +213,12 @@ def measure(
     names: Sequence[str] = UPSCALERS,
     grid: Sequence[Setting] = GRID,
     varied: Sequence[Mapping[str, Any]] = VARIED,
+    recommended: Callable[[Any], Setting] | None = None,
     tell: Callable[[str], object] = print,
     keep: Callable[[dict[str, Any]], object] = lambda record: None,
 ) -> dict[str, Any]:
-    """Every setting with every upscaler of `names`: the record. `keep` gets it as far as it is, after each upscaler."""
+    """Every setting with every upscaler of `names`: the record. `recommended` tells a setting for an upscaler, which is
+    scored like the others. `keep` gets the record as far as it is, after each upscaler."""
     missing = [name for name in names if name not in model.upscalers]
     here = [name for name in names if name not in missing]
     low = low_pictures(model, scenes.prompts, scenes.seeds) if here else torch.empty(0)
@@ -211,6 +243,11 @@ def measure(
         grids[name] = [score(setting) for setting in grid]
         pairs = [(of, score(setting)) for of, setting in _variations(grids[name], varied)]
         record["upscalers"][name] = _row(grids[name], pairs)
+        if recommended is not None:
+            advised = score(recommended(model.upscalers[name]))
+            best = best_of(grids[name])
+            told = {"to best": advised.gap(best), "in the flat top": in_flat_top(advised, best)}
+            record["upscalers"][name]["calibrated"] = {**_figures(advised), **told}
         record["groups"] = _groups(grids)
         keep(record)
     return record
@@ -308,8 +345,12 @@ def _each(found: Mapping[str, Any], missing: Mapping[str, str]) -> str:
         low, high = best["interval"]
         own = f"{best['composite']:.3f} ({low:.3f} to {high:.3f})"
         rows.append([name, row["best"], own, _gap(row["cheapest"], cheapest["to best"]), "; ".join(row["flat top"])])
-    rows += [[name, "not installed", f"`{command}`", "", ""] for name, command in missing.items()]
-    return table(["upscaler", "best", "composite (95 %)", "cheapest of the flat top", "flat top"], rows, "l")
+        advised = row.get("calibrated")
+        rows[-1].append(_gap(advised["name"], advised["to best"]) if advised else "")
+        rows[-1].append("yes" if advised and advised["in the flat top"] else "no" if advised else "")
+    rows += [[name, "not installed", f"`{command}`", "", "", "", ""] for name, command in missing.items()]
+    head = ["upscaler", "best", "composite (95 %)", "cheapest of the flat top", "flat top"]
+    return table([*head, "`mrflow calibrate` says", "in the flat top"], rows, "l")
 
 
 def _gap(name: str, gap: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 import bench.quality.__main__ as command
 from bench.quality import by_upscaler, foreign, report, sweeps, ways
 from bench.quality.by_upscaler import Scored, Setting
+from bench.quality.run import compared_scenes
+from bench.quality.run import setting as run_setting
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.upscaling.fit import upscale_to
 
@@ -214,6 +216,23 @@ def test_settings_from_kept_pictures_are_those_of_whole_runs(
     assert whole.low is not None
     assert torch.equal(whole.low, low)
     assert torch.equal(by_upscaler.refined(small, setting, PROMPTS, SEEDS, upscaled), whole.images)
+
+
+def test_what_calibrate_recommends_is_scored_like_the_rest(small: ways.Model) -> None:
+    asked = by_upscaler.Calibrated(small, prompts=PROMPTS[:1], native_steps=1)
+    advised = asked(small.upscalers["Lanczos"])
+    assert advised.steps == 2
+    assert 0.05 <= advised.sigma <= 0.5
+    assert asked(small.upscalers["Lanczos"]) == advised
+    scenes = compared_scenes(run_setting(64, 1), 2)
+    grid = (Setting(), Setting(1, 0.3))
+    record = by_upscaler.measure(
+        small, scenes, names=("Lanczos",), grid=grid, varied=(), recommended=lambda _: Setting(1, 0.3), tell=lambda _: 0
+    )
+    row = record["upscalers"]["Lanczos"]
+    assert row["calibrated"]["composite"] == row["settings"]["1 from 0.3"]["composite"]
+    assert row["calibrated"]["in the flat top"] == ("1 from 0.3" in row["flat top"])
+    assert "| `mrflow calibrate` says | in the flat top |" in by_upscaler.to_markdown(record)
 
 
 def test_the_grid_has_every_setting_once() -> None:
