@@ -133,7 +133,10 @@ def accuracy_table(scores: dict[str, Any]) -> str:
     for group in groups:
         cells = [f"{scores[name][group] * 100:.1f} %" if group in scores[name] else "" for name in names]
         rows.append([group, *cells])
-    note = f"{scores['scenes']} captions, a quarter of each category; guidance {scores['guidance']:g}."
+    note = (
+        f"{scores['scenes']} captions, a quarter of each category, and {scores['fine scenes']} with fine detail (the "
+        f"rows below them); guidance {scores['guidance']:g}."
+    )
     return f"{table(['attribute', *names], rows, 'l')}\n\n{note}"
 
 

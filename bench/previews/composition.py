@@ -274,10 +274,7 @@ _INTRODUCTION = (
     "SSIM to the native picture of its own seed than to another seed's of the same prompt; chance is 0.50. Differences "
     "are paired; in brackets 95 % intervals over prompts."
 )
-_OPEN = (
-    "Open captions, which leave attributes out (such as {examples}). The weights in the package were never trained on "
-    "such captions, so these pictures are averages more than choices:"
-)
+_OPEN = "Open captions, which leave attributes out (such as {examples}), so that the seed decides more:"
 _QUALITY = (
     "Quality by the score of `python -m bench.quality`; for open captions only its parts on sets of pictures (local "
     "structure, look, spectrum), since the caption does not say what should be there:"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bench.quality import judge as judges
+from bench.quality.kinds import FINE, fine_scenes_of, rendered
 from mrflow_sched import make_native_plan, make_plan
 from mrflow_sched.demo.captions import caption
 from mrflow_sched.demo.judge import load_judge
@@ -57,8 +60,17 @@ def make_seeded(plan: Any, seed: int) -> Any:
     return replace(plan, seed=plan.seed + seed)
 
 
+def _fine_shares(pictures: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of each kind of fine detail that its judge reads right, as in files of eight bits."""
+    found = judges.fine_hits((pictures.clamp(0, 1) * 255).round() / 255, scenes)
+    names = dict.fromkeys(name for each in found for name in each if each[name])
+    hits = {name: [hit for each in found for hit in each.get(name, ())] for name in names}
+    return {name: sum(values) / len(values) for name, values in hits.items()}
+
+
 def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path | None = None) -> dict[str, Any]:
-    """Write ``evaluation.json`` and sheets; the judge is the classifier trained on rendered scenes."""
+    """Write ``evaluation.json`` and sheets: `per_category` scenes of each category without fine detail, half as many of
+    each kind with it. The judges were trained on rendered scenes alone."""
     engine = PipelineEngine.from_folder(weights, family="demo")
     upscaler = load_upscaler(weights / "upscaler" / "x2.safetensors")
     judge = load_judge()
@@ -70,11 +82,14 @@ def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path |
         0, 3, 1, 2
     )
     true_scenes = [data.scene_at(i, data.TEST_STREAM) for i in range(len(scenes))]
+    each = max(1, per_category // 2)
+    fine = fine_scenes_of(each)
     guidance = engine.family.guidance
     out: dict[str, Any] = {
         "scenes": len(scenes),
         "guidance": guidance,
-        "rendered scenes": classifier.accuracy(judge, true, true_scenes),
+        "fine scenes": len(fine),
+        "rendered scenes": classifier.accuracy(judge, true, true_scenes) | _fine_shares(rendered(fine, 256), fine),
     }
     plans = {
         "native 50": make_native_plan("demo", 256, 256, solver="euler"),
@@ -88,11 +103,15 @@ def evaluate(work: Path, weights: Path, per_category: int = 12, pictures: Path |
         begin = time.time()
         shown = _sample(engine, plan, prompts, upscaler)
         out[name] = {**classifier.accuracy(judge, shown, scenes), "seconds": time.time() - begin}
+        detailed = _sample(engine, plan, [caption(scene) for scene in fine], upscaler)
+        out[name] |= _fine_shares(detailed, fine)
         for category in CATEGORIES:
             rows = [row for row, scene in enumerate(scenes) if scene.category == category]
             out[name][f"in {category}"] = classifier.accuracy(judge, shown[rows], [scenes[row] for row in rows])["all"]
-        chosen = [row for k in range(len(CATEGORIES)) for row in range(k * per_category, k * per_category + 6)]
-        sheet(shown[chosen], 6).save(folder / f"sheet {name}.png".replace(" ", "-"))
+        columns = min(4, each)
+        chosen = [row for k in range(len(CATEGORIES)) for row in range(k * per_category, k * per_category + columns)]
+        more = [row for k in range(len(FINE)) for row in range(k * each, k * each + columns)]
+        sheet(torch.cat([shown[chosen], detailed[more]]), columns).save(folder / f"sheet {name}.png".replace(" ", "-"))
         print(name, {key: round(value, 3) for key, value in out[name].items()}, flush=True)
     (work / "evaluation.json").write_text(json.dumps(out, indent=1))
     return out
