@@ -85,8 +85,8 @@ def get_score(spec: object, *, device: str | torch.device = "cpu") -> Score:
     """The score of a name.
 
     Args:
-        spec: One of `NAMES`, "clip:FOLDER" (a local folder of a CLIP or SigLIP model, or of a preference model of the
-            same structure), either of them after "-" (least first), or a function of images and prompts (`Measure`).
+        spec: One of `NAMES`, "clip:FOLDER" (a local folder of a CLIP, SigLIP or BLIP model, or of a preference model of
+            the same structure), any of them after "-" (least first), or a function of images and prompts (`Measure`).
         device: Where a model of a folder runs.
 
     Returns:

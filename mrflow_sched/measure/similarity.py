@@ -1,7 +1,8 @@
-"""How well an image fits its text, by a CLIP-type model of a local folder: the score "clip:FOLDER".
+"""How well an image fits its text, by a model of a local folder: the score "clip:FOLDER".
 
-CLIP, SigLIP, and preference models that are built as CLIP (PickScore, HPS). The folder is judged as a part of a model
-is before anything reads it: no code of it runs, only safetensors are read, and nothing is downloaded.
+CLIP, SigLIP, and preference models that are built as CLIP (PickScore, HPS); and BLIP, which reads image and text
+together, as ImageReward does. The folder is judged as a part of a model is before anything reads it: no code of it
+runs, only safetensors are read, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -40,22 +41,25 @@ _LARGEST_SIDE = 4096
 
 @dataclass(frozen=True)
 class _Kind:
-    """What differs between the two kinds of model.
+    """What differs between the kinds of model.
 
     Attributes:
         model: Its class in transformers.
         tokenizer: That of its tokenizer, where the folder names none.
         padded: Texts are filled up to the full length, without a mask, as SigLIP was trained.
+        together: Image and text go through the network together, which tells whether they match.
     """
 
     model: str
     tokenizer: str
-    padded: bool
+    padded: bool = False
+    together: bool = False
 
 
 _KINDS: Mapping[str, _Kind] = {
-    "clip": _Kind("CLIPModel", "CLIPTokenizer", False),
-    "siglip": _Kind("SiglipModel", "SiglipTokenizer", True),
+    "clip": _Kind("CLIPModel", "CLIPTokenizer"),
+    "siglip": _Kind("SiglipModel", "SiglipTokenizer", padded=True),
+    "blip": _Kind("BlipForImageTextRetrieval", "BertTokenizer", together=True),
 }
 
 
@@ -74,8 +78,8 @@ def load_similarity(
 
     Returns:
         A function of images (B, 3, H, W), floats in [0, 1], and B texts, which gives (B,) cosine similarities from -1
-        to 1, with a graph where the images require gradients. Texts are cut at the length of the model (77 tokens for
-        CLIP, 64 for SigLIP).
+        to 1, or of BLIP the logarithms of the odds that image and text match, with a graph where the images require
+        gradients. Texts are cut at the length of the model (77 tokens for CLIP, 64 for SigLIP, 512 for BLIP).
 
     Raises:
         MissingFileError: There is no such folder.
@@ -101,7 +105,7 @@ def _loaded(folder: str | Path, device: str | torch.device) -> Callable[[Tensor,
     home, name = place.parent, place.name
     check_part(home, name)
     if not (place / "config.json").is_file():
-        refuse(home, f"whose {shown(name)} has no config.json; give the folder of a CLIP or SigLIP model")
+        refuse(home, f"whose {shown(name)} has no config.json; give the folder of a CLIP, SigLIP or BLIP model")
     config = read_object(home, place / "config.json")
     kind = _KINDS.get(str(config.get("model_type")))
     if kind is None:
@@ -120,7 +124,7 @@ def _loaded(folder: str | Path, device: str | torch.device) -> Callable[[Tensor,
         check_size(home, name, skeleton(home, name, model_class, held), held)
         tokenizer = load_part(home, name, _tokenizer_class(home, place, kind), None)
         model = load_part(home, name, model_class, torch.float32).to(where)
-    found = _Similarity(model, tokenizer, preprocessing, kind.padded, where)
+    found = _Similarity(model, tokenizer, preprocessing, kind, where)
     try:
         tried = found(torch.full((1, 3, 8, 8), 0.5), ["a"])
     except Exception as error:  # whatever parts that do not fit each other make of an image and a text
@@ -153,7 +157,7 @@ class _Similarity:
     model: Any
     tokenizer: Any
     preprocessing: Preprocessing
-    padded: bool
+    kind: _Kind
     device: torch.device
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -164,8 +168,12 @@ class _Similarity:
         found: list[Tensor] = []
         for first in range(0, len(images), _TOGETHER):
             texts = prompts[first : first + _TOGETHER]
-            unique = list(dict.fromkeys(texts))
             pixels = self.preprocessing(images[first : first + _TOGETHER].to("cpu", torch.float32)).to(self.device)
+            if self.kind.together:
+                odds = self.model(pixel_values=pixels, **self._tokens(list(texts)), use_itm_head=True).itm_score
+                found.append((odds[:, 1] - odds[:, 0]).float().cpu())
+                continue
+            unique = list(dict.fromkeys(texts))
             given = self.model(pixel_values=pixels, **self._tokens(unique))
             rows = torch.tensor([unique.index(text) for text in texts], device=self.device)
             seen, meant = functional.normalize(given.image_embeds), functional.normalize(given.text_embeds)
@@ -174,13 +182,13 @@ class _Similarity:
 
     def _tokens(self, texts: list[str]) -> dict[str, Tensor]:
         length = int(self.model.config.text_config.max_position_embeddings)
-        how = "max_length" if self.padded else True
+        how = "max_length" if self.kind.padded else True
         given = self.tokenizer(texts, padding=how, truncation=True, max_length=length, return_tensors="pt")
         if int(given["input_ids"].max()) >= int(self.model.config.text_config.vocab_size):
             raise MrFlowError(
                 "score clip has a tokenizer with words that its network does not have; download the whole model again."
             )
-        names = ("input_ids",) if self.padded else ("input_ids", "attention_mask")
+        names = ("input_ids",) if self.kind.padded else ("input_ids", "attention_mask")
         return {name: given[name].to(self.device) for name in names}
 
 

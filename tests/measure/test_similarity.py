@@ -57,6 +57,27 @@ def build_clip(folder: Path) -> Path:
 
 
 def build_siglip(folder: Path) -> Path:
+    library, words = transformers(), write_words(folder)
+    text = {**_TOWER, "vocab_size": len(words), "max_position_embeddings": 8}
+    config = library.SiglipConfig(text_config=text, vision_config={**_TOWER, "image_size": SIDE, "patch_size": 8})
+    randomised(library.SiglipModel(config)).save_pretrained(folder)
+    library.SiglipImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
+def build_blip(folder: Path) -> Path:
+    library, words = transformers(), write_words(folder)
+    text = {**_TOWER, "vocab_size": len(words), "max_position_embeddings": 12, "encoder_hidden_size": 16}
+    ends = {"bos_token_id": 2, "sep_token_id": 1, "pad_token_id": 0, "eos_token_id": 1}
+    image = {**_TOWER, "image_size": SIDE, "patch_size": 8}
+    config = library.BlipConfig(text_config={**text, **ends}, vision_config=image, image_text_hidden_size=12)
+    randomised(library.BlipForImageTextRetrieval(config)).save_pretrained(folder)
+    library.BlipImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return folder
+
+
+def write_words(folder: Path) -> list[str]:
+    """A tokenizer of whole words; returns its words."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
 
@@ -70,11 +91,7 @@ def build_siglip(folder: Path) -> Path:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    text = {**_TOWER, "vocab_size": len(words), "max_position_embeddings": 8}
-    config = library.SiglipConfig(text_config=text, vision_config={**_TOWER, "image_size": SIDE, "patch_size": 8})
-    randomised(library.SiglipModel(config)).save_pretrained(folder)
-    library.SiglipImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
-    return folder
+    return words
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +145,24 @@ def test_siglip_is_what_transformers_says(tmp_path: Path) -> None:
     assert float(found.std()) > 0.001
 
 
-def test_a_reward_can_be_followed_back_to_the_image(clip: Path) -> None:
+def test_blip_is_what_transformers_says(tmp_path: Path) -> None:
+    library, folder = transformers(), build_blip(tmp_path / "blip")
+    tensor, shown = images(SIDE, SIDE)
+    found = get_score(f"clip:{folder}")(tensor, PROMPTS)
+    model = library.BlipForImageTextRetrieval.from_pretrained(folder).eval()
+    pixels = library.BlipImageProcessor.from_pretrained(folder)(shown, return_tensors="pt").pixel_values
+    for row, ids in enumerate([[2, 3, 5], [2, 4, 6, 7, 8], [2, 3, 5]]):  # each alone, so nothing is filled up
+        with torch.no_grad():
+            match = model(input_ids=torch.tensor([ids]), pixel_values=pixels[row : row + 1]).itm_score.softmax(-1)[0, 1]
+        assert float(found[row]) == pytest.approx(float(match.logit()), abs=1e-3)
+    assert float(found.std()) > 0.001
+
+
+@pytest.mark.parametrize("build", [build_clip, build_blip], ids=["clip", "blip"])
+def test_a_reward_can_be_followed_back_to_the_image(build: Callable[[Path], Path], tmp_path: Path) -> None:
     from mrflow_sched.measure.similarity import load_similarity
 
-    read = load_similarity(clip)
+    read = load_similarity(build(tmp_path / "model"))
     pixels = images(40, 48)[0]
     plain = read(pixels, ["a cat"] * len(pixels))
     assert not plain.requires_grad
