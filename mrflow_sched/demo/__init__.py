@@ -72,6 +72,6 @@ _FINE = (
     "a small happy face with red hair and blue eyes and a small sad face with black hair and green eyes on a red wall",
     "the word FLOW in white letters on a blue wall above the tiny word SLOW",
     "a red outlined star over green hills under a blue sky with three birds, the small word BIRD",
-    "a thin red grid four apart on white",
+    "a thin red grid six apart on white",
     "a surprised face",
 )

@@ -20,7 +20,7 @@ from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.demo.canvas import Box
 from mrflow_sched.demo.fine import face_boxes, small_word_boxes
 from mrflow_sched.demo.glyphs import LETTERS
-from mrflow_sched.demo.scenes import COUNTS, EYES, FINE_SIZE, GAPS, HAIRS, MOODS, OUTLINED, PATTERNS, Scene
+from mrflow_sched.demo.scenes import COUNTS, EYES, FINE_SIZE, HAIRS, MOODS, OUTLINED, PATTERNS, Scene
 
 __all__ = [
     "FIELDS",
@@ -52,7 +52,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "hair": HAIRS,
     "eyes": EYES,
     "pattern": PATTERNS,
-    "gap": tuple(GAPS),
+    "gap": ("two", "three", "four", "six"),  # it was trained on more than `GAPS`
     "birds": ("", *COUNTS),
     "outline": ("", OUTLINED),
 }

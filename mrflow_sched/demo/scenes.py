@@ -59,8 +59,12 @@ PRINTS = {"small": 12, "tiny": 8}
 """Heights of small letters in pixels of `FINE_SIZE`."""
 COUNTS = ("two", "three", "four", "five", "six")
 PATTERNS = ("lines", "grid", "hatching")
-GAPS = {"two": 2, "three": 3, "four": 4, "six": 6}
-"""From one hairline to the next, in pixels of `FINE_SIZE`."""
+GAPS = {"three": 3, "six": 6}
+"""From one hairline to the next, in pixels of `FINE_SIZE`.
+
+Two or four would be the same in every latent of 4x4 pixels. A decoder that enlarges by repeating pixels makes a plain
+surface of latents that do not vary, so no image of this model could show them.
+"""
 MOODS = ("happy", "sad", "calm", "surprised")
 EYES = ("blue", "green", "black")
 HAIRS = ("red", "orange", "yellow", "black", "white", "purple")

@@ -68,7 +68,7 @@ def scene_at(seed: int, kind: Any) -> Scene:
             Scene("faces", faces=(Face("sad", "", "blue"), Face("", "red", "")), face_size="small", wall="orange"),
             "a small sad face with blue eyes and a small face with red hair on an orange wall",
         ),
-        (Scene("lines", ink="red", pattern="grid", gap="two", wall="white"), "a thin red grid two apart on white"),
+        (Scene("lines", ink="red", pattern="grid", gap="three", wall="white"), "a thin red grid three apart on white"),
         (Scene("lines", pattern="lines"), "thin lines"),
     ],
 )
@@ -204,7 +204,7 @@ def test_labels_are_those_that_a_caption_names(seed: int, kind: str) -> None:
         ("a red outlined star under a blue sky", {"category": "objects", "sky": "blue"}),
         ("the word AB above the tiny word CD", {"category": "letters", "length": "2"}),
         ("a happy face with red hair on a red wall", {"wall": "red"}),
-        ("thin red lines two apart on white", {}),
+        ("thin red lines three apart on white", {}),
     ],
 )
 def test_labels_leave_out_what_is_open_and_what_the_judge_cannot_read(text: str, named: dict[str, str]) -> None:

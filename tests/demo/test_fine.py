@@ -104,7 +104,7 @@ def test_hatching_is_slanted_and_six_apart() -> None:
 
 @pytest.mark.parametrize("gap", GAPS.values())
 def test_half_the_pixels_cover_as_much(gap: int) -> None:
-    full, half = hairlines(gap, 1, 256), hairlines(gap, 1, 128)
+    full, half = hairlines(gap, 256), hairlines(gap, 128)
     np.testing.assert_allclose(full.reshape(128, 2).mean(1), half, atol=1e-6)
 
 
@@ -161,6 +161,14 @@ def test_faces_show_their_eyes_and_hair_where_the_layout_says(scene: Scene) -> N
         for eye in eyes:
             others = np.delete(eye, {"blue": 2, "green": 1, "black": 0}[face.eyes])
             assert eye.max() < 0.2 if face.eyes == "black" else eye.max() > others.max() + 0.3
+
+
+@pytest.mark.parametrize("scene", [each for each in FACES if each.face_size])
+def test_small_faces_are_where_they_are_whatever_the_seed(scene: Scene) -> None:
+    first, other = layout(scene, 1), layout(scene, 2)
+    assert first == other
+    for mark in (each for each in first if each.kind == "mouth"):
+        assert (mark.left + mark.right) / 2 * SIZE % 8 == pytest.approx(0, abs=1e-6)
 
 
 def test_every_mood_has_its_mouth() -> None:

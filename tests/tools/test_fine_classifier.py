@@ -94,4 +94,5 @@ def test_the_table_names_what_it_measured() -> None:
     assert {"tiny letters", "gap two"} <= set(found)
     text = fine.as_text({"true": found, "blurred": dict.fromkeys(found, 0.5)})
     assert len(text.splitlines()) == len(found) + 1
-    assert np.isnan(found["gap two"]) == all(scene.gap != "two" for scene in scenes)
+    assert np.isnan(found["gap three"]) == all(scene.gap != "three" for scene in scenes)
+    assert np.isnan(found["gap two"])

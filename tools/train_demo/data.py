@@ -81,7 +81,7 @@ MEANINGS: dict[str, tuple[str, ...]] = {
         *("face", *S.PATTERNS, "eye", *S.MOODS, "bird", "print"),
     ),
     "colour": tuple(S.COLOURS),
-    "texture": (*S.TEXTURES, S.OUTLINED, *S.GAPS),
+    "texture": (*S.TEXTURES, S.OUTLINED, "two", "three", "four", "six"),
 }
 
 

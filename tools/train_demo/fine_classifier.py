@@ -65,7 +65,7 @@ class FineSettings:
     batch: int = 64
     lr: float = 2e-3
     weight_decay: float = 0.02
-    enlarged_share: float = 0.3  # of tiny letters and of hairlines two apart: shrunk to 128 pixels, nothing to tell
+    enlarged_share: float = 0.3  # of tiny letters and of hairlines three apart: shrunk to 128 pixels, nothing to tell
     mixed_share: float = 0.25  # averaged with another, with the targets of both
     noise: float = 0.05
     blur: float = 0.12  # weight of either neighbour
@@ -131,7 +131,7 @@ def _number(name: str, place: Place) -> int:
 
 def _vanishes(place: Place) -> bool:
     asked = set(place.asks.values())
-    return ("gap", "two") in asked or "tiny letters" in dict(asked)
+    return ("gap", "three") in asked or "tiny letters" in dict(asked)
 
 
 def all_places(scenes: Sequence[Scene]) -> list[tuple[int, Place]]:

@@ -89,7 +89,7 @@ ON_GPU = FurtherSettings(
 
 LOW, QUARTER, HALF, HIGH = "low", "quarter", "half", "high"
 KINDS = (LOW, QUARTER, HALF, HIGH)
-FACES = "faces"
+FACES = "large faces"
 _COMPILED = (LOW, QUARTER, HIGH)  # on a CPU; half bands are too few to pay for it
 _BAND = {QUARTER: 8, HALF: 16}  # rows of tokens
 
@@ -202,7 +202,9 @@ def hard_kind(scene: Scene) -> str:
     """
     if scene.small_word:
         return "small letters"
-    return FACES if scene.faces else "pattern" if scene.pattern else "birds" if scene.birds else ""
+    if scene.faces:
+        return "small faces" if scene.face_size else FACES
+    return "pattern" if scene.pattern else "birds" if scene.birds else ""
 
 
 def rows_of_interest(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -278,7 +280,7 @@ class Batches:
         settings, rng = self.settings, self.rng
         count = 4 if long_text else getattr(settings, f"batch_{kind}")
         among = self.lettered if rng.random() < settings.word_share else np.arange(self.count)
-        # Of these, 128 pixels hold faces alone.
+        # Of these, 128 pixels hold large faces alone.
         hard = [each for name, each in self.hard.items() if kind != LOW or name == FACES]
         if hard and rng.random() < settings.hard_share:
             among = hard[int(rng.integers(len(hard)))]

@@ -13,7 +13,7 @@ from mrflow_sched.demo.paths import weights_path
 from tools.train_demo import data, further, vae
 
 SETTINGS = vae.DecoderSettings(seconds=900.0, lr=1.2e-3)
-SCENES, FINE_SHARE = 1600, 0.6
+SCENES, FINE_SHARE = 1600, 0.8
 _FIRST = 1_000_000  # of scenes that the network does not see
 
 
