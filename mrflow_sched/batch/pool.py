@@ -87,7 +87,7 @@ class Pool(Protocol):
     places: int
 
     def start(self, place: int) -> None:
-        """Start the worker of a place, or start it anew. An event tells when it is ready.
+        """Start the worker of a place, or end it, whatever it does, and start it anew. An event tells when it is ready.
 
         Args:
             place: Which.
@@ -317,9 +317,10 @@ class ProcessPool:
         worker.process.terminate()
         worker.process.join(_PATIENCE)
         if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
-        worker.process.close()
+            worker.process.kill()  # a process that is stopped, or deep in a driver, does not hear the first signal
+            worker.process.join(_PATIENCE)
+        if not worker.process.is_alive():  # not even that ends one that a driver of the system holds
+            worker.process.close()
 
 
 def _serve(connection: Connection[Any, Any], maker: Maker, place: int, device: str | None, threads: int | None) -> None:

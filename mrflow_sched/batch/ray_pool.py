@@ -152,6 +152,8 @@ class RayPool:
         if not self._asked:
             return ()
         ready, _ = self._ray.wait(list(self._asked), num_returns=1, timeout=seconds)
+        if ready:  # whoever has answered by now is not taken for hung
+            ready, _ = self._ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
         found: list[Event] = []
         for each in ready:
             place = self._asked.pop(each)

@@ -15,7 +15,7 @@ from mrflow_sched._runtime.errors import MrFlowError
 
 @dataclass(frozen=True)
 class WordMaker:
-    """A worker whose tasks are words: die, memory, refuse, fail, sleep; any other comes back with the device."""
+    """A worker whose tasks are words: die, memory, refuse, fail, sleep, stop; any other comes back with the device."""
 
     refusal: str = ""
     starts: Path | None = None
@@ -45,4 +45,6 @@ class WordMaker:
             raise RuntimeError("a bug")
         if task == "sleep":
             time.sleep(60)
+        if task == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         return task, device

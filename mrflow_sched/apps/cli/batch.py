@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -35,12 +36,20 @@ from mrflow_sched.apps.cli.options import (
     model_options,
     plan_options,
 )
-from mrflow_sched.apps.cli.parsing import format_option, prompt_option, prompts_option, text_option, whole_number
+from mrflow_sched.apps.cli.parsing import (
+    format_option,
+    number_option,
+    prompt_option,
+    prompts_option,
+    text_option,
+    whole_number,
+)
 from mrflow_sched.apps.cli.results import check_format
 from mrflow_sched.apps.cli.stopping import current
 from mrflow_sched.apps.cli.wording import with_options
 from mrflow_sched.apps.plan_lines import counted
 from mrflow_sched.batch.items import Item, Kind, Unit, plan_cost
+from mrflow_sched.batch.patience import Patience
 from mrflow_sched.batch.schedule import Outlet, in_order, run_units
 from mrflow_sched.batch.store import MANIFEST, Manifest, Store, is_address, open_store, sha256_of
 from mrflow_sched.batch.table import read_table
@@ -68,6 +77,7 @@ class BatchRequest:
         workers: How many processes or actors; None: this process, or one actor for each GPU.
         ray: Address of a Ray cluster, or None.
         threads: CPU threads of each worker, or None.
+        timeout: Seconds that a worker may be at one task, `math.inf` for no limit; None: as `Patience` has it.
         together: How many images of a prompt are sampled at once; None: as many as memory holds.
         draft: Make drafts.
         scores: Names of the scores by which drafts are ordered.
@@ -81,6 +91,7 @@ class BatchRequest:
     workers: int | None
     ray: str | None
     threads: int | None
+    timeout: float | None
     together: int | None
     draft: bool
     scores: tuple[str, ...]
@@ -113,6 +124,11 @@ class BatchRequest:
             raise MrFlowError("--together is for whole images, as each draft is sampled alone; leave it out.")
         if args.ray is not None and args.together is None:
             raise MrFlowError("--together auto asks this machine's memory, and --ray runs on others; give a number.")
+        if args.timeout is not None and args.workers is None and args.ray is None:
+            raise MrFlowError(
+                "--timeout ends a worker that hangs, and here this process makes the images itself; give --workers 1 "
+                "too, or leave it out."
+            )
         defaults = Defaults(
             args.negative,
             args.refine_prompt,
@@ -130,6 +146,7 @@ class BatchRequest:
             args.workers,
             args.ray,
             args.threads,
+            args.timeout,
             args.together,
             args.draft,
             tuple(dict.fromkeys(args.score)),
@@ -181,6 +198,13 @@ def add_parser(commands: Commands) -> None:
         "--ray", type=text_option, metavar="ADDRESS", help="make them on a Ray cluster: auto, HOST:PORT, or local"
     )
     parser.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="CPU threads of each worker")
+    parser.add_argument(
+        "--timeout",
+        type=_timeout_option,
+        metavar="SECONDS|off",
+        help="end a worker that has been at a prompt for longer, and try the prompt again (default: ten times the "
+        "longest so far, at least 600)",
+    )
     parser.add_argument("--draft", action="store_true", help="make drafts, stage 1 alone")
     parser.add_argument(
         "--score", type=text_option, action="append", default=[], metavar="NAME", help="order drafts by it; repeatable"
@@ -207,6 +231,18 @@ def add_parser(commands: Commands) -> None:
 
 def _together_option(text: str) -> int | None:
     return None if text.strip().lower() == "auto" else whole_number(1, MAX_BATCH)(text)
+
+
+def _timeout_option(text: str) -> float:
+    if text.strip().lower() == "off":
+        return math.inf
+    try:
+        seconds = number_option(text)
+    except argparse.ArgumentTypeError:
+        seconds = 0.0
+    if not 1 <= seconds <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 1e9, nor off")
+    return seconds
 
 
 def _out_option(text: str) -> str:
@@ -371,7 +407,7 @@ def _run(state: _State, units: Sequence[Unit], maker: Maker) -> None:
                 lambda: stop.requested,
                 lambda sentence: say_new((sentence,), state.notes),
             )
-            run_units(units, pool, outlet)
+            run_units(units, pool, outlet, Patience(request.timeout))
     finally:
         state.seconds = time.perf_counter() - began
         pool.close()
