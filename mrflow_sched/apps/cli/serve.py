@@ -244,6 +244,7 @@ def _serve(served: Served, limits: Limits, access: Access, taken: socket.socket)
         check=current().check,
         closing=jobs.close,
         connections=limits.connections,
+        arrival=limits.arrival,
     )
 
 
