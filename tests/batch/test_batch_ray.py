@@ -21,7 +21,7 @@ SMALL = ("--size", "32x32", "--low-steps", "3", "--refine-steps", "1", "--dtype"
 
 
 def test_without_ray_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mrflow_sched.batch.ray_pool.find_spec", lambda name: None)
+    monkeypatch.setattr("mrflow_sched.batch.ray_cluster.find_spec", lambda name: None)
     with pytest.raises(MrFlowError, match="--ray needs Ray, which is not installed"):
         RayPool(lambda device, threads: lambda task, cancel: task, "local", workers=1, device=None, threads=1)
 

@@ -377,7 +377,7 @@ def _make_all(state: _State) -> None:
     loras = tuple(wanted.loras[lora] for lora in first.loras)
     model = replace(defaults.model, loras=loras)
     if request.ray is not None:
-        model = _absolute(model)
+        model = model.on_any_machine()
     maker = ModelMaker(model, first.plan.to_string(), defaults.suffix, request.scores)
     if request.ray is None:
         _run(state, units, maker)
@@ -431,18 +431,6 @@ def _pool(request: BatchRequest, maker: Maker, cancel: Callable[[], bool]) -> Po
 
         threads = max(1, torch.get_num_threads() // request.workers)
     return ProcessPool(maker, devices, threads)
-
-
-def _absolute(model: ModelChoices) -> ModelChoices:
-    """The same files by paths that hold on every machine that has them."""
-
-    def whole(path: str | None) -> str | None:
-        return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
-
-    loras = tuple(replace(each, file=each.file.resolve()) for each in model.loras)
-    return replace(
-        model, model=whole(model.model), config=whole(model.config), upscaler=whole(model.upscaler), loras=loras
-    )
 
 
 # --- what is handed out ------------------------------------------------------------------------
