@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Generator
@@ -44,6 +45,8 @@ def connect(address: str) -> Cluster:
     """
     if find_spec("ray") is None:
         raise MrFlowError("--ray needs Ray, which is not installed; run pip install 'mrflow-sched[ray]'.")
+    # Threads of Ray that outlive `ray.shutdown` would start another cluster with their next call.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray  # pyright: ignore[reportMissingImports]
 
     module: Any = ray
