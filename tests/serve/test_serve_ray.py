@@ -31,6 +31,7 @@ from mrflow_sched.apps.serve.ray_engines import RayEngines
 from mrflow_sched.apps.serve.served import ImageRequest, Made, Served, make_image
 from mrflow_sched.batch.ray_cluster import Cluster
 from mrflow_sched.plan.make import make_plan
+from mrflow_sched.sampling.progress import Progress
 
 
 class Lost(Exception):
@@ -110,6 +111,16 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     return serve
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Replicas in this process set torch's threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def served(tiny_folder: Path) -> Served:
     return served_on(tiny_folder)
@@ -170,6 +181,35 @@ def test_what_goes_wrong_in_a_replica_is_told_here(
     with pytest.raises(Refused, match="about 40 GB") as refused:
         engines_of(lambda: replace(served, check=full)).make(small(), 0, lambda step: None, lambda: False)
     assert (refused.value.status, refused.value.code) == (422, "invalid")
+
+
+def test_a_replica_whose_run_does_not_end_is_not_healthy(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    def hangs(_served: Served, _asked: Any, _index: int, tell: Callable[[Any], object], _cancel: Any) -> Made:
+        tell(Progress(0.5, 1, 2, 1, 2, "stage 1 sample"))
+        gate.wait(30)
+        return Made(b"", 0, ())
+
+    monkeypatch.setattr(ray_engines, "make_image", hangs)
+    monkeypatch.setattr(ray_engines, "_HUNG", 0.05)
+
+    async def life() -> None:
+        replica = ray_engines._Replica(lambda: served, 1)
+        steps: Any = replica.make(small(), 0)
+        await anext(steps)
+        await asyncio.sleep(0.1)
+        replica.check_health()  # it has all the time that it needs
+        await steps.aclose()
+        replica.check_health()
+        await asyncio.sleep(0.1)
+        with pytest.raises(RuntimeError, match="told to end"):
+            replica.check_health()
+        gate.set()
+        until(lambda: replica._left and replica._left[0].done())
+        replica.check_health()
+
+    asyncio.run(life())
 
 
 def test_a_cluster_or_a_model_that_will_not_do_is_refused(cluster: FakeServe, served: Served) -> None:

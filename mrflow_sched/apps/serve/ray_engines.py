@@ -14,8 +14,9 @@ import queue
 import secrets
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,6 +40,8 @@ _POLL = 0.1
 """Seconds between two looks at whether a job is to end."""
 _HASTE = 5.0
 """Seconds that a replica has for the step that it is in when it is ended."""
+_HUNG = 60.0
+"""Seconds after which a run that was told to end and has not is taken for one that never will."""
 
 
 class ServedMaker(Protocol):
@@ -93,6 +96,7 @@ class _Replica:
 
         torch.set_num_threads(threads)
         self._turn = ThreadPoolExecutor(1)
+        self._left: tuple[Future[None], float] | None = None
         self._served: Served | None = None
         self._refusal = ""
         try:
@@ -129,7 +133,7 @@ class _Replica:
         def work() -> None:
             say(self._made(asked, index, lambda step: say(replace(step, _estimate=None)), stop.is_set))
 
-        self._turn.submit(work)
+        run = self._turn.submit(work)
         try:
             step = True
             while step:
@@ -138,6 +142,17 @@ class _Replica:
                 yield found
         finally:
             stop.set()
+            if self._left is None or self._left[0].done():
+                self._left = run, time.monotonic()
+
+    def check_health(self) -> None:
+        """Ray Serve asks again and again, and puts another in the place of a replica that raises here.
+
+        Raises:
+            RuntimeError: A run that was told to end goes on, so no other can begin.
+        """
+        if self._left is not None and not self._left[0].done() and time.monotonic() - self._left[1] > _HUNG:
+            raise RuntimeError(f"a run that was told to end {_HUNG:g} seconds ago goes on")
 
     def _made(
         self, asked: ImageRequest, index: int, tell: Callable[[Progress], object], cancel: Callable[[], bool]
