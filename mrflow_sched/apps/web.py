@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import os
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
 
@@ -105,6 +107,7 @@ def serve(
     closing: Callable[[], object] = lambda: None,
     *,
     connections: int | None = None,
+    arrival: float | None = None,
 ) -> None:
     """Serve until Ctrl-C, which passes through.
 
@@ -115,11 +118,15 @@ def serve(
         check: Called again and again; raises where the process is to end.
         closing: Called before the server ends, which answers until it returns.
         connections: Most connections at once; None: no limit.
+        arrival: Seconds in which a request's head must have arrived, else its connection is closed; None: no limit.
 
     Raises:
         MrFlowError: The server ended by itself.
     """
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, limit_concurrency=connections)
+    http = "auto" if arrival is None else _within(arrival)
+    config = uvicorn.Config(
+        app, http=http, log_level="warning", timeout_graceful_shutdown=1, limit_concurrency=connections
+    )
     server = uvicorn.Server(config)
     # Not in the main thread, where uvicorn would take the signals for itself.
     ended = threading.Event()  # a thread that is joined counts as ended once a signal has interrupted the join
@@ -140,6 +147,57 @@ def serve(
             server.should_exit = True
             ended.wait(_PATIENCE)
     raise MrFlowError("the server ended by itself; the lines above may say why.")
+
+
+def _within(seconds: float) -> type[asyncio.Protocol]:
+    """A protocol that closes a connection whose next request has not begun in time.
+
+    That of uvicorn limits only the silence between two requests: a byte now and then, or none at all before the first,
+    keeps its connections open for ever.
+
+    Args:
+        seconds: From the connection, or from the first byte after an answer, to the end of a request's head.
+
+    Returns:
+        The protocol.
+    """
+
+    class Within(H11Protocol):
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def _is_between(self) -> bool:
+            cycle: Any = self.cycle
+            return cycle is None or cycle.response_complete
+
+        def _watch(self) -> None:
+            if not self._is_between():
+                self._forget()
+            elif self._late is None:
+                self._late = self.loop.call_later(seconds, self._close)
+
+        def _forget(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+        def _close(self) -> None:
+            self._late = None
+            if self._is_between():
+                self.transport.close()
+
+    return Within
 
 
 def _run(server: uvicorn.Server, taken: socket.socket, ended: threading.Event) -> None:

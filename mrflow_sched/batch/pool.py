@@ -11,13 +11,15 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched.batch.sharing import Share, join, share_of
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -87,7 +89,7 @@ class Pool(Protocol):
     places: int
 
     def start(self, place: int) -> None:
-        """Start the worker of a place, or start it anew. An event tells when it is ready.
+        """Start the worker of a place, or end it, whatever it does, and start it anew. An event tells when it is ready.
 
         Args:
             place: Which.
@@ -217,27 +219,39 @@ class HerePool:
 
 
 @dataclass
-class _Worker:
+class _Process:
     process: SpawnProcess
     connection: Connection[Any, Any]
+    answer: Event | None = None
+
+
+@dataclass
+class _Worker:
+    """One process, or several that share every forward; the first one's answers count."""
+
+    processes: list[_Process] = field(default_factory=list[_Process])
+    folder: tempfile.TemporaryDirectory[str] | None = None
 
 
 class ProcessPool:
     """Processes of this machine, started anew where one dies. They end when this process does, however it ends.
 
     Attributes:
-        places: How many.
+        places: How many workers.
     """
 
-    def __init__(self, maker: Maker, devices: Sequence[str | None], threads: int | None) -> None:
+    def __init__(self, maker: Maker, devices: Sequence[str | None], threads: int | None, *, parts: int = 1) -> None:
         """Prepare; nothing is started yet.
 
         Args:
             maker: Makes a worker.
-            devices: Of each worker (`devices_for`).
+            devices: Of each process (`devices_for`), those of a worker together (`groups_for`).
             threads: As in `Maker`.
+            parts: Processes of a worker; several are joined by torch.distributed, all get its tasks, and they end and
+                start together.
         """
-        self.places = len(devices)
+        self.places = len(devices) // parts
+        self._parts = parts
         self._maker, self._devices, self._threads = maker, devices, threads
         self._context = multiprocessing.get_context("spawn")
         self._workers: dict[int, _Worker] = {}
@@ -248,7 +262,8 @@ class ProcessPool:
         Returns:
             Their numbers.
         """
-        return tuple(each.process.pid for each in self._workers.values() if each.process.pid is not None)
+        found = [each.process.pid for worker in self._workers.values() for each in worker.processes]
+        return tuple(pid for pid in found if pid is not None)
 
     def start(self, place: int) -> None:
         """As in `Pool`.
@@ -257,17 +272,25 @@ class ProcessPool:
             place: Which.
         """
         self._end(place)
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=_serve,
-            args=(theirs, self._maker, place, self._devices[place], self._threads),
-            name=f"mrflow-worker-{place}",
-            daemon=True,
-        )
-        with _without_ctrl_c():
-            process.start()
-        theirs.close()
-        self._workers[place] = _Worker(process, ours)
+        devices = self._devices[place * self._parts : (place + 1) * self._parts]
+        worker = self._workers[place] = _Worker()
+        if self._parts > 1:
+            worker.folder = tempfile.TemporaryDirectory(prefix="mrflow-")
+        for rank, device in enumerate(devices):
+            share = None
+            if worker.folder is not None:
+                share = share_of(rank, os.path.join(worker.folder.name, "store"), devices, os.environ)
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(
+                target=_serve,
+                args=(theirs, self._maker, place, device, self._threads, share),
+                name=f"mrflow-worker-{place}",
+                daemon=True,
+            )
+            with _without_ctrl_c():
+                process.start()
+            theirs.close()
+            worker.processes.append(_Process(process, ours))
 
     def send(self, place: int, task: Any) -> None:
         """As in `Pool`.
@@ -276,8 +299,9 @@ class ProcessPool:
             place: Which.
             task: The task.
         """
-        with contextlib.suppress(OSError):  # it is gone, which `wait` tells
-            self._workers[place].connection.send(task)
+        for each in self._workers[place].processes:
+            with contextlib.suppress(OSError):  # it is gone, which `wait` tells
+                each.connection.send(task)
 
     def wait(self, seconds: float) -> Sequence[Event]:
         """As in `Pool`.
@@ -288,24 +312,46 @@ class ProcessPool:
         Returns:
             What happened.
         """
-        by_connection = {each.connection: place for place, each in self._workers.items()}
+        owners = {
+            each.connection: (place, each) for place, worker in self._workers.items() for each in worker.processes
+        }
         found: list[Event] = []
-        for connection in wait(list(by_connection), seconds):
-            place = by_connection[connection]  # pyright: ignore[reportArgumentType]
-            worker = self._workers[place]
-            try:
-                found.append(worker.connection.recv())
-            except (EOFError, OSError):  # a pipe ends with the process at its other end
-                worker.process.join(_PATIENCE)
-                code = worker.process.exitcode
-                self._end(place)
-                found.append(Event(place, "lost", reason=_how_it_ended(code)))
+        for connection in wait(list(owners), seconds):
+            place, each = owners[connection]  # pyright: ignore[reportArgumentType]
+            if place not in self._workers:  # another process of this worker ended it
+                continue
+            event = self._heard(place, each)
+            if event is not None:
+                found.append(event)
         return found
+
+    def _heard(self, place: int, speaker: _Process) -> Event | None:
+        """What a process says, as its worker's event; None: the others of the worker are not done."""
+        try:
+            speaker.answer = speaker.connection.recv()
+        except (EOFError, OSError):  # a pipe ends with the process at its other end
+            speaker.process.join(_PATIENCE)
+            code = speaker.process.exitcode
+            self._end(place)
+            return Event(place, "lost", reason=_how_it_ended(code))
+        worker = self._workers[place]
+        answers = [each.answer for each in worker.processes if each.answer is not None]
+        if len(worker.processes) > 1:
+            broken = next((each for each in answers if each.kind in ("memory", "failed")), None)
+            if broken is not None:  # the others would wait for it for ever
+                self._end(place)
+                return replace(broken, kind="failed")
+        if len(answers) < len(worker.processes):
+            return None
+        for each in worker.processes:
+            each.answer = None
+        return next((each for each in answers if each.kind not in ("ready", "done")), answers[0])
 
     def close(self) -> None:
         """As in `Pool`."""
         for worker in self._workers.values():
-            worker.process.terminate()
+            for each in worker.processes:
+                each.process.terminate()
         for place in list(self._workers):
             self._end(place)
 
@@ -313,16 +359,28 @@ class ProcessPool:
         worker = self._workers.pop(place, None)
         if worker is None:
             return
-        worker.connection.close()
-        worker.process.terminate()
-        worker.process.join(_PATIENCE)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
-        worker.process.close()
+        for each in worker.processes:
+            each.connection.close()
+            each.process.terminate()
+        for each in worker.processes:
+            each.process.join(_PATIENCE)
+            if each.process.is_alive():
+                each.process.kill()  # a process that is stopped, or deep in a driver, does not hear the first signal
+                each.process.join(_PATIENCE)
+            if not each.process.is_alive():  # not even that ends one that a driver of the system holds
+                each.process.close()
+        if worker.folder is not None:
+            worker.folder.cleanup()
 
 
-def _serve(connection: Connection[Any, Any], maker: Maker, place: int, device: str | None, threads: int | None) -> None:
+def _serve(
+    connection: Connection[Any, Any],
+    maker: Maker,
+    place: int,
+    device: str | None,
+    threads: int | None,
+    share: Share | None,
+) -> None:
     """The life of a worker's process: load, then a task after the other until the pipe ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from tqdm import tqdm
@@ -334,11 +392,19 @@ def _serve(connection: Connection[Any, Any], maker: Maker, place: int, device: s
     bars.set_lock(threading.RLock())  # its usual one is a semaphore of the system, which a killed process leaves behind
     with without_chatter(), contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         made: list[Work] = []
-        first = answer(place, lambda: made.append(maker(device, threads)) or True)
+
+        def make() -> bool:
+            if share is not None:
+                join(share)
+            made.append(maker(device if share is None else share.device, threads))
+            return True
+
+        first = answer(place, make)
         connection.send(Event(place, "ready") if made else first)
         while made:
             task = connection.recv()
-            connection.send(answer(place, lambda task=task: made[0](task, lambda: False)))
+            event = answer(place, lambda task=task: made[0](task, lambda: False))
+            connection.send(event if share is None or share.rank == 0 else replace(event, value=None))
 
 
 def _end_with_parent() -> None:

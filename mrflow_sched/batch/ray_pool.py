@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
-from collections.abc import Generator, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Any
 
-from mrflow_sched._runtime.errors import MrFlowError, first_line
+from mrflow_sched._runtime.errors import first_line
 from mrflow_sched.batch.pool import Event, Maker, Work, answer
+from mrflow_sched.batch.ray_cluster import connect
 
 __all__ = ["RayPool"]
-
-
-@contextlib.contextmanager
-def _own_signals() -> Generator[None, None, None]:
-    """Leave SIGTERM to whom it belongs: Ray takes it when it starts, and ends the process then."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Actor:
@@ -92,26 +77,9 @@ class RayPool:
         Raises:
             MrFlowError: Ray is not installed, or the cluster cannot be reached.
         """
-        if find_spec("ray") is None:
-            raise MrFlowError("--ray needs Ray, which is not installed; run pip install 'mrflow-sched[ray]'.")
-        import ray  # pyright: ignore[reportMissingImports]
-
-        self._ray: Any = ray
-        try:
-            with _own_signals():
-                self._ray.init(
-                    address=None if address == "local" else address,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    **({"include_dashboard": False} if address == "local" else {}),
-                )
-            resources = self._ray.cluster_resources()
-        except Exception as error:  # connection errors of several libraries
-            raise MrFlowError(
-                f"--ray is {address!r}, where no cluster answers ({first_line(error)}); start one with ray start "
-                "--head, or give local."
-            ) from error
-        gpus, cores = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
+        cluster = connect(address)
+        self._ray = cluster.ray
+        gpus, cores = cluster.gpus, cluster.cores
         self._gpus = 1 if gpus and device != "cpu" else 0
         self.places = workers or (gpus if self._gpus else max(1, cores // (threads or 1)))
         self._threads = threads or (1 if self._gpus else max(1, cores // self.places))
@@ -152,6 +120,8 @@ class RayPool:
         if not self._asked:
             return ()
         ready, _ = self._ray.wait(list(self._asked), num_returns=1, timeout=seconds)
+        if ready:  # whoever has answered by now is not taken for hung
+            ready, _ = self._ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
         found: list[Event] = []
         for each in ready:
             place = self._asked.pop(each)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.batch.items import Unit
+from mrflow_sched.batch.patience import Patience
 from mrflow_sched.batch.pool import Event, Pool
 
 __all__ = ["TRIES", "Outlet", "in_order", "run_units"]
@@ -72,13 +73,15 @@ def in_order(units: Sequence[Unit]) -> list[Unit]:
     return sorted(units, key=lambda unit: (rank[unit.items[0].loras], -unit.cost))
 
 
-def run_units(units: Sequence[Unit], pool: Pool, outlet: Outlet) -> None:
+def run_units(units: Sequence[Unit], pool: Pool, outlet: Outlet, patience: Patience | None = None) -> None:
     """Have all units done, in the order of `in_order`; what follows from one is done next.
 
     Args:
         units: What to do.
         pool: Who does it.
         outlet: Where tasks come from and results go.
+        patience: How long a worker may be at a unit before it is ended and started anew, which counts as its death;
+            None: as `Patience` has it.
 
     Raises:
         MrFlowError: No worker can be started.
@@ -88,6 +91,7 @@ def run_units(units: Sequence[Unit], pool: Pool, outlet: Outlet) -> None:
     free: set[int] = set()
     busy: dict[int, _Tried] = {}
     starts: dict[int, int] = {}
+    patience = Patience() if patience is None else patience
     for place in range(min(pool.places, len(units))):
         starts[place] = 0
         pool.start(place)
@@ -100,8 +104,11 @@ def run_units(units: Sequence[Unit], pool: Pool, outlet: Outlet) -> None:
                 free.remove(place)
                 busy[place] = found
                 pool.send(place, outlet.task_of(found.unit))
-        for event in pool.wait(_SECONDS):
+                patience.begin(place, found.unit.cost)
+        answered = pool.wait(_SECONDS)
+        for event in (*answered, *_hung(patience, answered, outlet)):
             held = busy.pop(event.place, None)
+            patience.end(event.place, done=event.kind == "done")
             if event.kind == "stopped":
                 return
             if event.kind == "ready":
@@ -121,6 +128,20 @@ def run_units(units: Sequence[Unit], pool: Pool, outlet: Outlet) -> None:
                     pool.start(event.place)
                 else:
                     free.add(event.place)
+
+
+def _hung(patience: Patience, answered: Sequence[Event], outlet: Outlet) -> list[Event]:
+    """The workers that have been silent for too long, as if they were lost."""
+    known = {event.place for event in answered}
+    found: list[Event] = []
+    for place, limit in patience.overdue():
+        if place not in known:
+            outlet.say(
+                f"Worker {place} was silent for {limit:.0f} seconds and is ended; what it was at is tried again, "
+                "elsewhere first. --timeout sets another limit."
+            )
+            found.append(Event(place, "lost", reason=f"its worker was silent for {limit:.0f} seconds and was ended"))
+    return found
 
 
 def _next_for(

@@ -14,8 +14,21 @@ from mrflow_sched._runtime.errors import MrFlowError
 
 
 @dataclass(frozen=True)
+class SharingMaker:
+    """A maker whose process says that the CPU is an accelerator: diffusers counts none where there is no other."""
+
+    maker: Any
+
+    def __call__(self, device: str | None, threads: int | None) -> Any:
+        import torch
+
+        torch.accelerator.device_count = lambda: 1
+        return self.maker(device, threads)
+
+
+@dataclass(frozen=True)
 class WordMaker:
-    """A worker whose tasks are words: die, memory, refuse, fail, sleep; any other comes back with the device."""
+    """A worker whose tasks are words: die, memory, refuse, fail, sleep, stop; any other comes back with the device."""
 
     refusal: str = ""
     starts: Path | None = None
@@ -45,4 +58,6 @@ class WordMaker:
             raise RuntimeError("a bug")
         if task == "sleep":
             time.sleep(60)
+        if task == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         return task, device

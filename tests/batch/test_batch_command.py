@@ -212,6 +212,9 @@ def test_output_goes_through_fsspec(mrflow: Any, tmp_path: Path) -> None:
         ([{"prompt": "a", "native": True}], ("--draft",), "a row asks for one"),
         ([{"prompt": "a"}], ("--draft", "--together", "2"), "each draft is sampled alone"),
         ([{"prompt": "a"}], ("--ray", "local", "--together", "auto"), "give a number"),
+        ([{"prompt": "a"}], ("--timeout", "60"), "here this process makes the images itself; give --workers 1"),
+        ([{"prompt": "a"}], ("--workers", "1", "--timeout", "0"), "'0' is not a number of seconds from 1 to 1e9, nor"),
+        ([{"prompt": "a"}], ("--workers", "1", "--timeout", "soon"), "'soon' is not a number of seconds"),
         ([{"prompt": "a"}], ("--workers", "0"), "'0' is not a whole number"),
         ([{"prompt": "a"}], ("--out", "nosuch://a/b"), "cannot be used"),
     ],
@@ -327,6 +330,21 @@ def test_workers_and_the_driver_are_killed_and_nothing_is_lost(mrflow: Any, tmp_
     assert code == 0
     for file in alone.glob("*.png"):
         assert file.read_bytes() == (out / file.name).read_bytes()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")
+def test_a_worker_that_hangs_is_ended_and_nothing_is_lost(tmp_path: Path) -> None:
+    path, out = table(tmp_path, [{"prompt": "a red circle", "batch": 12}]), tmp_path / "out"
+    process = driver(path, out, "--workers", "1", "--timeout", "4")
+    until(lambda: out.exists() and len(list(out.glob("*.png"))) >= 2)
+    (worker,) = workers(process)
+    worker.suspend()
+    found, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert (json.loads(found)["made"], json.loads(found)["failed"]) == (12, [])
+    assert "Worker 0 was silent for 4 seconds and is ended" in err
+    assert sorted(entry["tries"] for entry in entries(out))[-2:] == [1, 2]
+    assert not worker.is_running()
 
 
 def test_two_commands_at_once_write_each_file_once(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ SMALL = ("--size", "32x32", "--low-steps", "3", "--refine-steps", "1", "--dtype"
 
 
 def test_without_ray_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mrflow_sched.batch.ray_pool.find_spec", lambda name: None)
+    monkeypatch.setattr("mrflow_sched.batch.ray_cluster.find_spec", lambda name: None)
     with pytest.raises(MrFlowError, match="--ray needs Ray, which is not installed"):
         RayPool(lambda device, threads: lambda task, cancel: task, "local", workers=1, device=None, threads=1)
 
@@ -57,6 +57,32 @@ def test_actors_make_the_same_images_though_one_is_killed(tmp_path: Path) -> Non
     names = sorted(file.name for file in alone.glob("*.png"))
     assert names == sorted(file.name for file in out.glob("*.png"))
     assert all((alone / name).read_bytes() == (out / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("word", ["sleep", "stop"])
+def test_an_actor_that_hangs_is_ended_and_its_task_tried_again(tmp_path: Path, word: str) -> None:
+    pytest.importorskip("ray")
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        "import sys\n"
+        "from batch_makers import WordMaker\n"
+        "from test_batch_schedule import Notes, unit\n"
+        "from mrflow_sched.batch.patience import Patience\n"
+        "from mrflow_sched.batch.ray_pool import RayPool\n"
+        "from mrflow_sched.batch.schedule import run_units\n"
+        "pool = RayPool(WordMaker(), 'local', workers=1, device='cpu', threads=1)\n"
+        "notes = Notes()\n"
+        "run_units([unit(word) for word in sys.argv[1:]], pool, notes.outlet(), Patience(3.0))\n"
+        "pool.close()\n"
+        "print([(name, tries) for name, _, tries in notes.done], notes.aside)\n"
+    )
+    words = ["a", f"once {word} {tmp_path / 'mark'}", "b"]
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(here))), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), *words]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == str([("a", 1), (words[1], 2), ("b", 1)]) + " []"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -17,6 +17,7 @@ from batch_makers import WordMaker
 
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.batch.items import Item, Unit
+from mrflow_sched.batch.patience import LEAST, TIMES, Patience
 from mrflow_sched.batch.pool import Event, HerePool, ProcessPool, devices_for
 from mrflow_sched.batch.schedule import Outlet, in_order, run_units
 from mrflow_sched.plan.make import make_plan
@@ -173,6 +174,54 @@ def test_processes_that_die_are_replaced(pool: ProcessPool, tmp_path: Path) -> N
     ((name, reason, tries),) = notes.aside
     assert (name, tries) == ("die", 3)
     assert "ended by signal 9" in reason
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")
+def test_processes_that_hang_are_ended_and_count_as_dead(pool: ProcessPool, tmp_path: Path) -> None:
+    notes = Notes()
+    words = [f"once sleep {tmp_path / 'one'}", "a", "b", "sleep", f"once stop {tmp_path / 'two'}"]
+    run_units([unit(word) for word in words], pool, notes.outlet(), Patience(1.0))
+    assert sorted(name for name, _, _ in notes.done) == sorted(set(words) - {"sleep"})
+    assert {name: tries for name, _, tries in notes.done if name.startswith("once")} == {words[0]: 2, words[4]: 2}
+    reason = "3 workers failed on it; the last time its worker was silent for 1 seconds and was ended"
+    assert notes.aside == [("sleep", reason, 3)]
+    assert all("was silent for 1 seconds and is ended" in sentence for sentence in notes.said)
+    assert len(notes.said) == 5
+
+
+def test_a_worker_has_ten_times_the_longest_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("mrflow_sched.batch.patience.time.monotonic", lambda: clock[0])
+    patience = Patience()
+
+    def passes(seconds: int) -> list[int]:
+        for _ in range(seconds):
+            clock[0] += 1
+            patience.overdue()
+        return [place for place, _ in patience.overdue()]
+
+    patience.begin(0, 2.0)
+    patience.begin(1, 2.0)
+    assert passes(10_000) == []  # nothing was done yet, so nothing is known
+    patience.end(0, done=False)  # what failed says nothing of how long it takes
+    assert passes(1) == []
+    patience.end(1, done=True)
+    patience.begin(0, 1.0)
+    patience.begin(1, 2.0)
+    assert passes(int(TIMES) * 5_000 + 10) == [0]
+    patience.end(0, done=False)
+    assert passes(int(TIMES) * 5_000 + 10) == [1]
+    fixed = Patience(5)
+    fixed.begin(0, 1.0)
+    clock[0] += 1000  # this process was stopped, and its workers with it
+    assert fixed.overdue() == []
+    short = Patience()
+    short.begin(0, 1.0)
+    short.end(0, done=True)
+    short.begin(0, 1.0)
+    patience = short
+    assert passes(int(LEAST) - 1) == []
+    assert passes(2) == [0]
 
 
 def test_workers_that_are_killed_while_idle_or_busy_cost_nothing(pool: ProcessPool) -> None:

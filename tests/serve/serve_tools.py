@@ -74,8 +74,8 @@ def failure(error: BaseException) -> Refused:
     return error if isinstance(error, Refused) else Refused(500, "fault", type(error).__name__)
 
 
-def queue_of(press: Press, **limits: Any) -> Jobs:
-    return Jobs(press, failure, Limits(**{"pixels": 64 * 64, "grace": 5.0, **limits}))
+def queue_of(press: Press, *, at_once: int = 1, **limits: Any) -> Jobs:
+    return Jobs(press, failure, Limits(**{"pixels": 64 * 64, "grace": 5.0, **limits}), at_once=at_once)
 
 
 def until(true: Callable[[], object], seconds: float = 30.0) -> None:

@@ -159,6 +159,22 @@ def test_closing_cancels_the_running_job_when_its_grace_is_over(made: Any) -> No
     assert not queue.is_open
 
 
+def test_several_jobs_run_at_once_and_the_others_wait(press: Press, made: Any) -> None:
+    queue = made(at_once=2, queue=1, grace=0.05)
+    jobs = [queue.submit(wanted(name), kept=True) for name in ("one", "two", "three")]
+    until(lambda: [job.state for job in jobs] == ["running", "running", "waiting"])
+    assert queue.gauges()["jobs_running"] == 2
+    with pytest.raises(Refused, match="1 jobs may wait"):
+        queue.submit(wanted(), kept=True)
+    queue.cancel(jobs[0])
+    assert ended(jobs[0]).state == "cancelled"
+    until(lambda: jobs[2].state == "running")
+    assert queue.gauges()["jobs_waiting"] == 0
+    queue.close()
+    assert [job.state for job in jobs] == ["cancelled"] * 3
+    assert not queue.is_open
+
+
 def test_metrics_are_text_that_prometheus_reads() -> None:
     metrics = Metrics()
     metrics.begin(0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -35,13 +36,22 @@ from mrflow_sched.apps.cli.options import (
     model_options,
     plan_options,
 )
-from mrflow_sched.apps.cli.parsing import format_option, prompt_option, prompts_option, text_option, whole_number
+from mrflow_sched.apps.cli.parsing import (
+    format_option,
+    number_option,
+    prompt_option,
+    prompts_option,
+    text_option,
+    whole_number,
+)
 from mrflow_sched.apps.cli.results import check_format
 from mrflow_sched.apps.cli.stopping import current
 from mrflow_sched.apps.cli.wording import with_options
 from mrflow_sched.apps.plan_lines import counted
 from mrflow_sched.batch.items import Item, Kind, Unit, plan_cost
+from mrflow_sched.batch.patience import Patience
 from mrflow_sched.batch.schedule import Outlet, in_order, run_units
+from mrflow_sched.batch.sharing import ContextParallel, groups_for
 from mrflow_sched.batch.store import MANIFEST, Manifest, Store, is_address, open_store, sha256_of
 from mrflow_sched.batch.table import read_table
 from mrflow_sched.images.record import MAX_BATCH, MAX_PROMPT
@@ -68,6 +78,8 @@ class BatchRequest:
         workers: How many processes or actors; None: this process, or one actor for each GPU.
         ray: Address of a Ray cluster, or None.
         threads: CPU threads of each worker, or None.
+        timeout: Seconds that a worker may be at one task, `math.inf` for no limit; None: as `Patience` has it.
+        shared: How the processes of a worker share every forward; None: a worker is one process.
         together: How many images of a prompt are sampled at once; None: as many as memory holds.
         draft: Make drafts.
         scores: Names of the scores by which drafts are ordered.
@@ -81,6 +93,8 @@ class BatchRequest:
     workers: int | None
     ray: str | None
     threads: int | None
+    timeout: float | None
+    shared: ContextParallel | None
     together: int | None
     draft: bool
     scores: tuple[str, ...]
@@ -113,6 +127,14 @@ class BatchRequest:
             raise MrFlowError("--together is for whole images, as each draft is sampled alone; leave it out.")
         if args.ray is not None and args.together is None:
             raise MrFlowError("--together auto asks this machine's memory, and --ray runs on others; give a number.")
+        if args.context_parallel is not None:
+            _check_sharing(args)
+            args.workers = args.workers or 1
+        if args.timeout is not None and args.workers is None and args.ray is None:
+            raise MrFlowError(
+                "--timeout ends a worker that hangs, and here this process makes the images itself; give --workers 1 "
+                "too, or leave it out."
+            )
         defaults = Defaults(
             args.negative,
             args.refine_prompt,
@@ -130,6 +152,8 @@ class BatchRequest:
             args.workers,
             args.ray,
             args.threads,
+            args.timeout,
+            args.context_parallel,
             args.together,
             args.draft,
             tuple(dict.fromkeys(args.score)),
@@ -181,6 +205,19 @@ def add_parser(commands: Commands) -> None:
         "--ray", type=text_option, metavar="ADDRESS", help="make them on a Ray cluster: auto, HOST:PORT, or local"
     )
     parser.add_argument("--threads", type=whole_number(1, 1024), metavar="N", help="CPU threads of each worker")
+    parser.add_argument(
+        "--timeout",
+        type=_timeout_option,
+        metavar="SECONDS|off",
+        help="end a worker that has been at a prompt for longer, and try the prompt again (default: ten times the "
+        "longest so far, at least 600)",
+    )
+    parser.add_argument(
+        "--context-parallel",
+        type=_sharing_option,
+        metavar="ulysses=N|ring=N",
+        help="N devices for each worker, which share every forward of an image by diffusers' context parallelism",
+    )
     parser.add_argument("--draft", action="store_true", help="make drafts, stage 1 alone")
     parser.add_argument(
         "--score", type=text_option, action="append", default=[], metavar="NAME", help="order drafts by it; repeatable"
@@ -207,6 +244,41 @@ def add_parser(commands: Commands) -> None:
 
 def _together_option(text: str) -> int | None:
     return None if text.strip().lower() == "auto" else whole_number(1, MAX_BATCH)(text)
+
+
+def _timeout_option(text: str) -> float:
+    if text.strip().lower() == "off":
+        return math.inf
+    try:
+        seconds = number_option(text)
+    except argparse.ArgumentTypeError:
+        seconds = 0.0
+    if not 1 <= seconds <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 1e9, nor off")
+    return seconds
+
+
+def _sharing_option(text: str) -> ContextParallel:
+    found: dict[str, int] = {}
+    for word in text.split(","):
+        name, _, number = word.strip().partition("=")
+        if name not in ("ulysses", "ring") or name in found:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not ulysses=N or ring=N, nor both with a comma between them; write ulysses=2"
+            )
+        found[name] = whole_number(1, _MOST_WORKERS)(number)
+    config = ContextParallel(**found)
+    if config.parts < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} shares nothing, as one device has all; give 2 or more")
+    return config
+
+
+def _check_sharing(args: argparse.Namespace) -> None:
+    """Refuse what does not go with shared forwards."""
+    if args.ray is not None:
+        raise MrFlowError("--context-parallel is for the devices of this machine; leave out it or --ray.")
+    if args.offload is not None:
+        raise MrFlowError("--context-parallel needs the network on its device; leave out it or --offload.")
 
 
 def _out_option(text: str) -> str:
@@ -296,7 +368,12 @@ def run(request: BatchRequest) -> Outcome:
             raise MrFlowError("--draft needs plans of several stages, and a row asks for one; leave out native there.")
     if request.ray is None:
         for plan in wanted.plans:
-            check_memory(defaults.model, wanted.family, plan, workers=request.workers or 1)
+            check_memory(defaults.model, wanted.family, plan, workers=_processes(request))
+    if request.shared is not None:
+        from mrflow_sched.engines.diffusers.context_parallel import check_context_parallel
+
+        check_context_parallel()
+        groups_for(defaults.model.device, request.workers or 1, request.shared)
     with _output(request.out) as store:
         state = _State(request, wanted, Manifest(store), set(store.names()))
         try:
@@ -341,8 +418,8 @@ def _make_all(state: _State) -> None:
     loras = tuple(wanted.loras[lora] for lora in first.loras)
     model = replace(defaults.model, loras=loras)
     if request.ray is not None:
-        model = _absolute(model)
-    maker = ModelMaker(model, first.plan.to_string(), defaults.suffix, request.scores)
+        model = model.on_any_machine()
+    maker = ModelMaker(model, first.plan.to_string(), defaults.suffix, request.scores, request.shared)
     if request.ray is None:
         _run(state, units, maker)
     else:
@@ -371,7 +448,7 @@ def _run(state: _State, units: Sequence[Unit], maker: Maker) -> None:
                 lambda: stop.requested,
                 lambda sentence: say_new((sentence,), state.notes),
             )
-            run_units(units, pool, outlet)
+            run_units(units, pool, outlet, Patience(request.timeout))
     finally:
         state.seconds = time.perf_counter() - began
         pool.close()
@@ -388,25 +465,21 @@ def _pool(request: BatchRequest, maker: Maker, cancel: Callable[[], bool]) -> Po
 
     if request.workers is None:
         return HerePool(maker, request.threads, cancel)
-    devices = devices_for(device, request.workers)
+    if request.shared is None:
+        devices = devices_for(device, request.workers)
+    else:
+        devices = groups_for(device, request.workers, request.shared)
     threads = request.threads
     if threads is None and devices[0] == "cpu":
         import torch
 
-        threads = max(1, torch.get_num_threads() // request.workers)
-    return ProcessPool(maker, devices, threads)
+        threads = max(1, torch.get_num_threads() // len(devices))
+    return ProcessPool(maker, devices, threads, parts=request.shared.parts if request.shared else 1)
 
 
-def _absolute(model: ModelChoices) -> ModelChoices:
-    """The same files by paths that hold on every machine that has them."""
-
-    def whole(path: str | None) -> str | None:
-        return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
-
-    loras = tuple(replace(each, file=each.file.resolve()) for each in model.loras)
-    return replace(
-        model, model=whole(model.model), config=whole(model.config), upscaler=whole(model.upscaler), loras=loras
-    )
+def _processes(request: BatchRequest) -> int:
+    """Processes of this machine that hold the model."""
+    return (request.workers or 1) * (request.shared.parts if request.shared else 1)
 
 
 # --- what is handed out ------------------------------------------------------------------------
@@ -460,7 +533,7 @@ def _groups(state: _State) -> Iterator[tuple[Item, ...]]:
         most = request.together
         if most is None:
             model = request.defaults.model
-            most = most_together(model, wanted.family, plan, len(row), workers=request.workers or 1)
+            most = most_together(model, wanted.family, plan, len(row), workers=_processes(request))
         if plan.seed_rule != "offset":
             most = 1
         group: list[Item] = []

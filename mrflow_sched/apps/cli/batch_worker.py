@@ -19,6 +19,7 @@ from mrflow_sched.plan.stages import StagedPlan
 
 if TYPE_CHECKING:
     from mrflow_sched.batch.items import Kind
+    from mrflow_sched.batch.sharing import ContextParallel
     from mrflow_sched.measure.scores import Score
     from mrflow_sched.sampler import StagedResult
 
@@ -82,12 +83,14 @@ class ModelMaker:
         first: The plan of the first images, on one line.
         suffix: Ending of the finished images.
         scores: Names of the scores that drafts get.
+        shared: How the worker's processes share every forward; None: it has one.
     """
 
     model: ModelChoices
     first: str
     suffix: str
     scores: tuple[str, ...] = ()
+    shared: ContextParallel | None = None
 
     def __call__(self, device: str | None, threads: int | None) -> Making:
         """Load the model.
@@ -125,7 +128,7 @@ class Making:
         from mrflow_sched.drafts import TextMemory
         from mrflow_sched.measure.scores import get_score
 
-        self._model, self._suffix = model, maker.suffix
+        self._model, self._suffix, self._shared = model, maker.suffix, maker.shared
         self._scores: list[Score] = [get_score(name, device=resolve_device(model.device)) for name in maker.scores]
         self._texts = TextMemory()
         self._loras: tuple[LoraChoice, ...] | None = None
@@ -145,8 +148,21 @@ class Making:
             A value for each wanted image; None where it was cancelled.
 
         Raises:
-            MemoryError: Memory ran out.
+            MrFlowError: Its forwards cannot be shared.
         """
+        if self._shared is None:
+            return self._done(task, cancel)
+        from mrflow_sched.engines.diffusers.context_parallel import sharing_refusal
+
+        try:
+            return self._done(task, cancel)
+        except Exception as error:
+            refused = sharing_refusal(error)
+            if refused is None:
+                raise
+            raise refused from error
+
+    def _done(self, task: Task, cancel: Callable[[], bool]) -> tuple[MadeFile, ...] | None:
         began = time.perf_counter()
         plan = StagedPlan.from_string(task.plan)
         loaded, record = self._load(plan, task.loras)
@@ -183,12 +199,15 @@ class Making:
         staged = self._staged or len(plan.stages) > 1
         if self._loaded is None or self._record is None or loras != self._loras or staged != self._staged:
             from mrflow_sched.drafts import TextMemory
+            from mrflow_sched.engines.diffusers.context_parallel import enable_context_parallel
 
             self._loaded = self._record = None  # the old weights make room
             self._texts = TextMemory()
             model = replace(self._model, loras=loras)
             job = Job(plan, "")
             loaded = load(model, job, find_upscaler(model))
+            if self._shared is not None:
+                enable_context_parallel(loaded.engine.network, self._shared.ulysses, self._shared.ring)
             self._loaded, self._record = loaded, make_record(model, job, loaded)
             self._loras, self._staged = loras, staged
         return self._loaded, self._record

@@ -479,6 +479,21 @@ class ModelChoices:
             args.model_config,
         )
 
+    def on_any_machine(self) -> ModelChoices:
+        """The same files by paths that hold on every machine that has them.
+
+        Returns:
+            The choices.
+        """
+
+        def whole(path: str | None) -> str | None:
+            return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+        loras = tuple(replace(each, file=each.file.resolve()) for each in self.loras)
+        return replace(
+            self, model=whole(self.model), config=whole(self.config), upscaler=whole(self.upscaler), loras=loras
+        )
+
 
 # --- what comes out ----------------------------------------------------------------------------
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import sys
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +26,7 @@ from mrflow_sched.apps.cli.load import (
     upscaler_kind,
 )
 from mrflow_sched.apps.cli.options import Commands, ModelChoices, common_options, model_options
-from mrflow_sched.apps.cli.parsing import number_option, path_option, size_option, whole_number
+from mrflow_sched.apps.cli.parsing import number_option, path_option, size_option, text_option, whole_number
 from mrflow_sched.apps.cli.stopping import current
 from mrflow_sched.plan.families import Family, get_family
 from mrflow_sched.plan.make import make_plan
@@ -33,8 +35,9 @@ from mrflow_sched.plan.stages import StagedPlan
 if TYPE_CHECKING:
     import socket
 
+    from mrflow_sched.apps.serve.jobs import Jobs
     from mrflow_sched.apps.serve.limits import Limits
-    from mrflow_sched.apps.serve.served import ImageRequest, Served
+    from mrflow_sched.apps.serve.served import ImageRequest, Offered, Served
     from mrflow_sched.images.record import RunRecord
 
 PORT = 7871
@@ -62,7 +65,9 @@ class ServeRequest:
         images: Most images of a request.
         timeout: Seconds that a job may run.
         keep: Seconds that ended jobs and their images are kept.
-        grace: Seconds that the running job has when the server is stopped.
+        grace: Seconds that jobs which run have when the server is stopped.
+        ray: Address of the Ray cluster that makes the images; None: this process does.
+        replicas: Of the model on that cluster; None: one for each GPU.
     """
 
     model: ModelChoices
@@ -76,6 +81,8 @@ class ServeRequest:
     timeout: float = 600.0
     keep: float = 3600.0
     grace: float = 10.0
+    ray: str | None = None
+    replicas: int | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ServeRequest:
@@ -86,7 +93,15 @@ class ServeRequest:
 
         Returns:
             The request.
+
+        Raises:
+            MrFlowError: Options do not go together.
         """
+        if args.replicas is not None and args.ray is None:
+            raise MrFlowError(
+                f"--replicas {args.replicas} is for a Ray cluster; give --ray ADDRESS too, "
+                "such as --ray local, or leave it out."
+            )
         return cls(
             ModelChoices.from_args(args),
             args.host,
@@ -99,6 +114,8 @@ class ServeRequest:
             args.timeout,
             args.keep,
             args.grace,
+            args.ray,
+            args.replicas,
         )
 
     def limits(self, family: Family) -> Limits:
@@ -181,11 +198,21 @@ def add_parser(commands: Commands) -> None:
     for name, value, words in (
         ("--timeout", 600.0, "that a job may run"),
         ("--keep", 3600.0, "that an ended job and its images can be fetched"),
-        ("--grace", 10.0, "that the running job has to end when the server is stopped"),
+        ("--grace", 10.0, "that jobs which run have to end when the server is stopped"),
     ):
         group.add_argument(
             name, type=_seconds, default=value, metavar="SECONDS", help=f"seconds {words} (default {value:g})"
         )
+    group = parser.add_argument_group("who makes the images")
+    group.add_argument(
+        "--ray", type=text_option, metavar="ADDRESS", help="a Ray cluster, by Ray Serve: auto, HOST:PORT, or local"
+    )
+    group.add_argument(
+        "--replicas",
+        type=whole_number(1, 1024),
+        metavar="N",
+        help="models on the cluster, each of which makes an image at a time (default: one for each GPU)",
+    )
     parser.set_defaults(from_args=ServeRequest.from_args, run=run)
 
 
@@ -206,36 +233,57 @@ def run(request: ServeRequest) -> Outcome:
         Never.
 
     Raises:
-        MrFlowError: fastapi or uvicorn is missing, the port is taken, the key is missing or unusable, or the model or
-            the upscaler cannot be used.
+        MrFlowError: fastapi or uvicorn is missing, the port is taken, the key is missing or unusable, the model or the
+            upscaler cannot be used, or the Ray cluster.
     """
     missing = next((name for name in ("fastapi", "uvicorn") if find_spec(name) is None), None)
     if missing is not None:
         raise MrFlowError(f"mrflow serve needs the package {missing}; pip install 'mrflow-sched[serve]'.")
     from mrflow_sched.apps.web import listening
 
-    model = request.model
     key = read_key(request.key_file)
     with listening(request.port, request.host) as taken:
         access = access_of(request, taken, key)
-        known = plan_family(model)
-        family = get_family(known) if isinstance(known, str) else known
-        file = find_upscaler(model)
-        check_packages(model)
-        usual = make_plan(family, *(family.default_size or family.native_size), upscaler_kind=upscaler_kind(model))
-        check_memory(model, family, usual)
-        with saying_warnings():
-            loaded = load(model, Job(usual, ""), file)
-        # What runs warn of may quote prompts: clients get it as notes, and the terminal does not.
-        _serve(served_of(model, family, usual, loaded), request.limits(family), access, taken)
+        if request.ray is None:
+            _serve_here(request, access, taken)
+        else:
+            _serve_on_ray(request, request.ray, access, taken)
     return Outcome()
 
 
-def _serve(served: Served, limits: Limits, access: Access, taken: socket.socket) -> None:
-    from mrflow_sched.apps.serve.routes import application, jobs_of
+def _serve_here(request: ServeRequest, access: Access, taken: socket.socket) -> None:
+    from mrflow_sched.apps.serve.routes import jobs_of
+
+    with saying_warnings():
+        served = ServedMaker(request.model)()
+    # What runs warn of may quote prompts: clients get it as notes, and the terminal does not.
+    jobs = jobs_of(served, request.limits(served.family))
+    _serve(served, jobs, access, taken)
+
+
+def _serve_on_ray(request: ServeRequest, address: str, access: Access, taken: socket.socket) -> None:
+    from mrflow_sched.apps.serve.jobs import Jobs
+    from mrflow_sched.apps.serve.ray_engines import RayEngines
+    from mrflow_sched.apps.serve.served import Offer, failure_elsewhere
+
+    model = request.model
+    family = _family_of(model)
+    maker = ServedMaker(model.on_any_machine())
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints there, where only results belong
+        engines = RayEngines(maker, address, replicas=request.replicas, device=model.device, check=current().check)
+        try:
+            told = engines.described
+            offer = Offer(family, told.name, told.upscaler_kind, lambda plan: check_packages(model, plan))
+            jobs = Jobs(engines.make, failure_elsewhere, request.limits(family), at_once=engines.replicas)
+            _serve(offer, jobs, access, taken)
+        finally:
+            engines.close()
+
+
+def _serve(served: Offered, jobs: Jobs, access: Access, taken: socket.socket) -> None:
+    from mrflow_sched.apps.serve.routes import application
     from mrflow_sched.apps.web import serve
 
-    jobs = jobs_of(served, limits)
     lock = "" if access.key is None else ", with the API key"
     serve(
         application(served, jobs, names=access.names, key=access.key),
@@ -243,8 +291,42 @@ def _serve(served: Served, limits: Limits, access: Access, taken: socket.socket)
         ready=lambda address: say(f"The API is at {address}/v1{lock} (Ctrl-C ends it)."),
         check=current().check,
         closing=jobs.close,
-        connections=limits.connections,
+        connections=jobs.limits.connections,
+        arrival=jobs.limits.arrival,
     )
+
+
+def _family_of(model: ModelChoices) -> Family:
+    known = plan_family(model)
+    return get_family(known) if isinstance(known, str) else known
+
+
+@dataclass(frozen=True)
+class ServedMaker:
+    """Loads the model that is served, in this process or in another.
+
+    Attributes:
+        model: The model, the upscaler and what they run on.
+    """
+
+    model: ModelChoices
+
+    def __call__(self) -> Served:
+        """Load the model.
+
+        Returns:
+            The model.
+
+        Raises:
+            MrFlowError: The model or the upscaler cannot be used, or does not fit into memory.
+        """
+        model = self.model
+        family = _family_of(model)
+        file = find_upscaler(model)
+        check_packages(model)
+        usual = make_plan(family, *(family.default_size or family.native_size), upscaler_kind=upscaler_kind(model))
+        check_memory(model, family, usual)
+        return served_of(model, family, usual, load(model, Job(usual, ""), file))
 
 
 def access_of(request: ServeRequest, taken: socket.socket, key: str | None) -> Access:

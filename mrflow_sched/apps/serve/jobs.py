@@ -1,4 +1,4 @@
-"""Jobs: a queue of limited length, one thread that works it off, and what became of each job for a while."""
+"""Jobs: a queue of limited length, the threads that work it off, and what became of each job for a while."""
 
 from __future__ import annotations
 
@@ -176,10 +176,16 @@ class Job:
 
 
 class Jobs:
-    """The queue and the thread that works it off. Every function may be called from any thread."""
+    """The queue and the threads that work it off. Every function may be called from any thread."""
 
     def __init__(
-        self, make: Make, failure: Callable[[BaseException], Refused], limits: Limits, metrics: Metrics | None = None
+        self,
+        make: Make,
+        failure: Callable[[BaseException], Refused],
+        limits: Limits,
+        metrics: Metrics | None = None,
+        *,
+        at_once: int = 1,
     ) -> None:
         """Begin to wait for jobs.
 
@@ -188,6 +194,7 @@ class Jobs:
             failure: What is told of a job that an error ended.
             limits: What is taken at most.
             metrics: Counts; None: new ones.
+            at_once: How many jobs run at once; `make` is called from as many threads.
         """
         self.limits = limits
         self.metrics = Metrics() if metrics is None else metrics
@@ -195,11 +202,14 @@ class Jobs:
         self._failure = failure
         self._turn = threading.Condition(threading.RLock())
         self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._running: list[Job] = []
         self._known: dict[str, Job] = {}
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="mrflow-serve", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"mrflow-serve-{number}", daemon=True) for number in range(at_once)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # ------------------------------------------------------------------------------------------------ for clients
 
@@ -219,7 +229,7 @@ class Jobs:
         with self._turn:
             if not self.is_open:
                 raise Refused(*_STOPPING)
-            if len(self._waiting) >= self.limits.queue + (self._running is None):
+            if len(self._waiting) >= self.limits.queue + len(self._threads) - len(self._running):
                 wait = self._retry_after()
                 raise Refused(
                     429,
@@ -349,7 +359,7 @@ class Jobs:
     @property
     def is_open(self) -> bool:
         """Whether jobs are taken."""
-        return not self._closing and self._thread.is_alive()
+        return not self._closing and any(thread.is_alive() for thread in self._threads)
 
     def gauges(self) -> dict[str, float]:
         """What is so at this moment.
@@ -362,22 +372,28 @@ class Jobs:
             kept = sum(job.kept_bytes for job in self._known.values())
             return {
                 "jobs_waiting": len(self._waiting),
-                "jobs_running": int(self._running is not None),
+                "jobs_running": len(self._running),
                 "kept_bytes": kept,
             }
 
     def close(self) -> None:
-        """End all jobs: those that wait at once, the running one when it is finished or its time of grace is over."""
+        """End all jobs: those that wait at once, the others when they are done or their time of grace is over."""
         with self._turn:
             self._closing = True
             for job in list(self._waiting):
                 self.cancel(job, Refused(*_STOPPING))
             self._turn.notify_all()
-            running = self._running
-        self._thread.join(self.limits.grace)
-        if running is not None and self._thread.is_alive():
-            running.halt(Refused(*_STOPPING))
-            self._thread.join(_HASTE)
+        if not self._join(self.limits.grace):
+            for job in list(self._running):
+                job.halt(Refused(*_STOPPING))
+            self._join(_HASTE)
+
+    def _join(self, seconds: float) -> bool:
+        """Wait for the threads to end; False: some have not in this time."""
+        late = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, late - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     # ------------------------------------------------------------------------------------------------ the thread
 
@@ -385,7 +401,7 @@ class Jobs:
         for job in self._turns():
             state, error = self._run(job)
             with self._turn:
-                self._running = None
+                self._running.remove(job)
                 self._end(job, state, error)
                 self._tidy()
 
@@ -398,7 +414,8 @@ class Jobs:
                         return
                     self._turn.wait(_TIDY)
                     self._tidy()
-                job = self._running = self._waiting.popleft()
+                job = self._waiting.popleft()
+                self._running.append(job)
                 job.state, job.started = "running", time.time()
                 self.metrics.begin(job.started - job.created)
                 job.happen("running", {}, self.limits.events)
@@ -465,7 +482,8 @@ class Jobs:
 
     def _retry_after(self) -> int:
         """Seconds in which half of the queue is worked off, about."""
-        return max(1, min(_LONGEST_WAIT, round(self.metrics.usual_seconds * max(1.0, len(self._waiting) / 2))))
+        rounds = max(1.0, len(self._waiting) / 2 / len(self._threads))
+        return max(1, min(_LONGEST_WAIT, round(self.metrics.usual_seconds * rounds)))
 
     def _tidy(self) -> None:
         """Drop ended jobs that are too old, too many or too large, the oldest first."""

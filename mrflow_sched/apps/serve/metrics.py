@@ -141,7 +141,7 @@ class Metrics:
 
 _HELP = {
     "jobs_waiting": "Jobs in the queue.",
-    "jobs_running": "Jobs that are sampled now, 0 or 1.",
+    "jobs_running": "Jobs that are sampled now.",
     "kept_bytes": "Bytes of images that can still be fetched.",
     "jobs_total": "Jobs that have ended, by state.",
     "images_total": "Images that were made.",

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from mrflow_sched._runtime.errors import MrFlowError, first_line, quoted, shown
 from mrflow_sched.apps.serve.limits import Limits, Refused
-from mrflow_sched.apps.serve.served import Format, ImageRequest, Served
+from mrflow_sched.apps.serve.served import Format, ImageRequest, Offered
 from mrflow_sched.images.record import MAX_PROMPT
 from mrflow_sched.plan.checks import MAX_SEED
 from mrflow_sched.plan.make import make_plan
@@ -41,7 +41,7 @@ _RANDOM_SEEDS = 2**32
 _SIZE = re.compile(r"([0-9]{1,6})[x×]([0-9]{1,6})", re.IGNORECASE)
 
 
-def read_request(data: bytes, served: Served, limits: Limits) -> ImageRequest:
+def read_request(data: bytes, served: Offered, limits: Limits) -> ImageRequest:
     """Read a request and make its plan.
 
     Args:
@@ -110,7 +110,7 @@ def _check_later(refine: tuple[str | None, str | None]) -> None:
             raise _wrong(name, f"{name} is for the stages after the first, and this plan has one; leave it out.")
 
 
-def _check_model(name: object, served: Served) -> None:
+def _check_model(name: object, served: Offered) -> None:
     if name is not None and name != served.name:
         raise _wrong("model", f"model is {quoted(name)}, and this server has {served.name!r} alone; leave it out.")
 
@@ -139,7 +139,7 @@ def _text(given: Mapping[str, Any], name: str) -> str | None:
     return value
 
 
-def _sides(size: object, served: Served, limits: Limits) -> tuple[int, int]:
+def _sides(size: object, served: Offered, limits: Limits) -> tuple[int, int]:
     """The size that is asked for; the family's usual one where it is left out."""
     if size is None or size == "auto":
         return served.family.default_size or served.family.native_size

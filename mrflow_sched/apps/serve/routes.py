@@ -20,7 +20,7 @@ from mrflow_sched.apps.serve.guard import Guard, answer
 from mrflow_sched.apps.serve.jobs import ENDED, Event, Job, Jobs, shown
 from mrflow_sched.apps.serve.limits import Limits, Refused
 from mrflow_sched.apps.serve.requests import read_request
-from mrflow_sched.apps.serve.served import FAULT, Served, failure_of, make_image
+from mrflow_sched.apps.serve.served import FAULT, Offered, Served, failure_of, make_image
 
 __all__ = ["application", "jobs_of"]
 
@@ -43,7 +43,9 @@ def jobs_of(served: Served, limits: Limits) -> Jobs:
     return Jobs(partial(make_image, served), partial(failure_of, served), limits)
 
 
-def application(served: Served, jobs: Jobs, *, names: Collection[str] | None = None, key: str | None = None) -> FastAPI:
+def application(
+    served: Offered, jobs: Jobs, *, names: Collection[str] | None = None, key: str | None = None
+) -> FastAPI:
     """The API.
 
     Args:
@@ -64,7 +66,7 @@ def application(served: Served, jobs: Jobs, *, names: Collection[str] | None = N
 class _Routes:
     """What is answered on each route."""
 
-    def __init__(self, served: Served, jobs: Jobs) -> None:
+    def __init__(self, served: Offered, jobs: Jobs) -> None:
         """Answer for a model.
 
         Args:

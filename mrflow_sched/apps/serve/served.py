@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -30,7 +30,18 @@ if TYPE_CHECKING:
     from mrflow_sched.sampling.progress import Progress
     from mrflow_sched.upscaling.role import PixelUpscaler
 
-__all__ = ["FAULT", "Format", "ImageRequest", "Made", "Served", "failure_of", "make_image"]
+__all__ = [
+    "FAULT",
+    "Format",
+    "ImageRequest",
+    "Made",
+    "Offer",
+    "Offered",
+    "Served",
+    "failure_elsewhere",
+    "failure_of",
+    "make_image",
+]
 
 Format = Literal["b64_json", "url"]
 
@@ -74,6 +85,47 @@ class Made:
     png: bytes
     seed: int
     notes: tuple[str, ...]
+
+
+class Offered(Protocol):
+    """What must be known of a model to read requests; it may be loaded elsewhere."""
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The model's name for clients."""
+        ...
+
+    @property
+    def upscaler_kind(self) -> UpscalerKind:
+        """What plans are made for."""
+        ...
+
+    @property
+    def check(self) -> Callable[[StagedPlan], None]:
+        """Refuses a plan that cannot be run."""
+        ...
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model that is loaded elsewhere.
+
+    Attributes:
+        family: As in `Offered`, and so are the others.
+        name: Likewise.
+        upscaler_kind: Likewise.
+        check: Likewise.
+    """
+
+    family: Family
+    name: str
+    upscaler_kind: UpscalerKind
+    check: Callable[[StagedPlan], None]
 
 
 @dataclass(frozen=True)
@@ -173,7 +225,19 @@ def failure_of(served: Served, error: BaseException) -> Refused:
     if is_memory_error(error):
         free_memory(torch.device(served.engine.device))
         return Refused(422, "out_of_memory", sentence or "there is not enough memory for this image.")
-    if sentence is None:
-        traceback.print_exception(error, file=sys.stderr)
-        return Refused(500, "fault", FAULT)
-    return Refused(422, "refused", sentence)
+    return failure_elsewhere(error) if sentence is None else Refused(422, "refused", sentence)
+
+
+def failure_elsewhere(error: BaseException) -> Refused:
+    """What is told of a job that an error ended where no model is loaded: all but a refusal is a fault.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        The answer.
+    """
+    if isinstance(error, Refused):
+        return error
+    traceback.print_exception(error, file=sys.stderr)
+    return Refused(500, "fault", FAULT)
