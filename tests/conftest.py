@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# A test is no clock: a machine may do other work beside it.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Nothing in the tests may reach for a network; the libraries ask before they try.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -87,7 +87,7 @@ def test_the_upscaler_beats_lanczos_on_decoded_pictures(engine: PipelineEngine) 
     low = engine.decode(engine.encode(torch.nn.functional.avg_pool2d(high, 2)))
     upscaler = load_upscaler(demo.upscaler_path(), device="cpu", dtype="float32")
     assert upscaler.scale == 2
-    assert psnr(upscaler(low), high) > psnr(resize_lanczos(low, 256, 256), high) + 1
+    assert psnr(upscaler(low), high) > psnr(resize_lanczos(low, 256, 256), high) + 0.5
 
 
 def draw(engine: PipelineEngine, prompt: str, *, seed: int = 4, native: bool = False) -> torch.Tensor:

@@ -178,7 +178,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.tuples(JSON, JSON).map(lambda two: {**SIMPLE, "3": two[0], "6": two[1]}) | JSON, st.text())
 def test_any_texts_are_read_without_a_fault(nodes: Any, text: str) -> None:
     read_foreign({"prompt": json.dumps(nodes), "parameters": text})

@@ -384,7 +384,7 @@ VALUES = (
 GRAPHS = (sampler(), drafted(), composed(), refined(["de2", 0]), {**composed(), **refined(["de2", 0])})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_any_value_anywhere_is_read_without_a_fault_into_a_plan_or_a_sentence(data: st.DataObject) -> None:
     nodes = copy.deepcopy(data.draw(st.sampled_from(GRAPHS)))

@@ -288,14 +288,14 @@ def test_instructions_that_weights_do_not_need(content: bytes) -> None:
         read_pickle(io.BytesIO(content))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=60).map(lambda tail: b"\x80\x02" + tail))
 def test_any_bytes_end_in_a_table_or_a_refusal(content: bytes) -> None:
     with suppress(MrFlowError):
         read_pickle(io.BytesIO(content))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(0, 255), st.sampled_from([".pth", ".safetensors", "old.pth"]))
 def test_a_changed_byte_ends_in_an_upscaler_or_a_sentence(
     tmp_path_factory: pytest.TempPathFactory, place: int, value: int, kind: str

@@ -263,7 +263,7 @@ def test_a_tile_larger_than_the_picture_changes_nothing() -> None:
     assert model.seen == [(50, 64)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 500), st.integers(1, 200), st.integers(0, 300), st.integers(1, 130))
 @example(100, 64, 32, 128)
 def test_spans_cover_the_length(length: int, side: int, overlap: int, multiple: int) -> None:
@@ -409,7 +409,7 @@ def test_an_upscaler_may_carry_its_own_cancel() -> None:
 # ---------------------------------------------------------------------------------------------------------- exact size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.tuples(st.integers(1, 24), st.integers(1, 24)),
     st.tuples(st.integers(1, 60), st.integers(1, 60)),

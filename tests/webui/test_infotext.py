@@ -43,7 +43,7 @@ def as_hosts_write(keys: dict[str, str]) -> dict[str, str]:
 
 
 @given(any_controls(), st.sampled_from(sorted(FAMILIES)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_control_comes_back(controls: Controls, family: str) -> None:
     try:
         made = recipe(controls, family)

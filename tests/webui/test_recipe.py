@@ -134,7 +134,7 @@ def test_the_shift_is_that_of_the_low_size_that_runs() -> None:
     st.integers(256, 3000),
     st.floats(1.25, 4.0),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_sizes_lie_on_their_grids_and_near_what_was_asked(family: str, width: int, height: int, factor: float) -> None:
     info = model(family)
     final, low = fit_sizes(info, width, height, factor)
