@@ -17,7 +17,7 @@ EXAMPLE = Scene(
 )
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(st.integers(0, 10_000), st.sampled_from(CATEGORIES))
 def test_both_sizes_show_the_same_picture(seed: int, category: str) -> None:
     scene = random_scene(np.random.default_rng(seed), category)  # type: ignore[arg-type]

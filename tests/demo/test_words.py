@@ -93,7 +93,7 @@ def test_the_shipped_weights_say_which_words_they_know() -> None:
 
 
 def test_the_sentence_names_a_few_words_shortly_and_the_way_out() -> None:
-    sentence = unknown_words_sentence(["a cat on a sofa", "x" * 5000 + "\x1b one seven eight"])
+    sentence = unknown_words_sentence(["a cat on a sofa", "x" * 5000 + "\x1b one seven eight nine"])
     assert sentence is not None
     assert sentence.startswith("The embedded model does not know 'cat', 'sofa', 'xxxxxxxxxxxxxxxxxxxxxxxx...', ")
     assert " and 2 more, " in sentence

@@ -215,7 +215,7 @@ def test_colour_is_filled_only_where_it_is_not_seen() -> None:
     assert split_alpha(grey)[0].shape == (1, 3, 3, 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     mode=st.sampled_from(["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "HSV", "YCbCr", "LAB", "I", "F", "I;16"]),
     size=st.tuples(st.integers(0, 5), st.integers(0, 5)),
@@ -246,7 +246,7 @@ def test_any_image_is_read_or_refused(mode: str, size: tuple[int, int], fill: by
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"]))

@@ -107,7 +107,7 @@ ANY = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.dictionaries(st.sampled_from(sorted(json.loads(RECORD.to_json()))), ANY).map(
         lambda change: json.dumps(json.loads(RECORD.to_json()) | change)

@@ -305,7 +305,7 @@ def test_before_and_after_are_the_same_where_the_evaluation_is_shared() -> None:
     assert torch.equal(before, after)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6), st.integers(0, 3))
 def test_the_small_run_drifts_no_further_than_the_bound(seed: int, phase: int) -> None:
     """|z(1) - D x(1)| <= integral of |[D, v](x_t)| e^(L (1 - t)) for a small velocity that is L-Lipschitz."""

@@ -18,7 +18,7 @@ SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too
 
 @pytest.mark.parametrize("name", CASES)
 def test_only_a_sentence_comes_out(name: str) -> None:
-    @settings(max_examples=40, deadline=None, suppress_health_check=SLOW)
+    @settings(max_examples=40, suppress_health_check=SLOW)
     @given(CASES[name].inputs)
     def give(value: Any) -> None:
         judge(CASES[name], value)

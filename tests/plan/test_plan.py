@@ -19,7 +19,7 @@ from mrflow_sched.plan.sizes import fit_box
 from mrflow_sched.plan.solver_table import SOLVER_NAMES, SOLVERS, evaluated_sigmas, solver_evaluations
 from mrflow_sched.plan.stages import Stage, StagedPlan
 
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 NAMES = st.sampled_from(list(FAMILIES))
 SIDES = st.integers(1, 4096)
 # The embedded model's shift follows its few tokens steeply: at sides of thousands it would be refused.

@@ -27,7 +27,7 @@ from mrflow_sched.plan.schedule import (
     validate_sigmas,
 )
 
-quick = settings(deadline=None, max_examples=40)
+quick = settings(max_examples=40)
 STEPS = st.integers(1, 60)
 MUS = st.floats(-3, 4)
 

@@ -50,7 +50,7 @@ def test_stage_1_of_a_large_image_has_a_size_that_the_model_knows(
     assert all(f"{usual[0]}x{usual[1]}" in note and f"{stages[0][0]}x{stages[0][1]}" in note for note in told)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(FAMILIES)), st.integers(1, 4096), st.floats(1 / 3, 3))
 def test_chosen_stages_are_within_the_models_range_and_what_an_upscaler_does(
     name: str, width: int, ratio: float
