@@ -267,6 +267,7 @@ def test_a_preset_gets_what_is_good_for_every_upscaler_of_its_kind() -> None:
 def test_the_sweep_writes_a_line_for_every_upscaler(
     tmp_path: Path, small: ways.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    run_setting.cache_clear()  # other tests may have found the networks of this machine's user
     monkeypatch.setattr(ways.Model, "load", lambda size: small)
     monkeypatch.setattr(by_upscaler, "GRID", (Setting(), Setting(1, 0.3)))
     words = ["--sweep", "upscalers", "--quick", "--size", "64", "--only", "Lanczos", "x4*", "--out", str(tmp_path)]
@@ -277,3 +278,4 @@ def test_the_sweep_writes_a_line_for_every_upscaler(
     assert "| no network | Lanczos | 1 from 0.3 (0.000) | 0 (" in written
     assert "| Lanczos | 1 from 0.3, guidance 1: " in written
     assert (tmp_path / "sweep-upscalers.json").stat().st_size > 1000
+    run_setting.cache_clear()
