@@ -60,10 +60,10 @@ def training_curves(record: dict[str, Any], path: Path) -> None:
         axes[0].plot(*zip(*points, strict=True), label=label)
     axes[0].set(title="flow model", xlabel="seconds", ylabel="velocity error (mean square)")
     axes[0].legend()
-    rows = whole_curve(record["further"]["curve"])
+    rows = whole_curve(record["further"]["curve"]) if "further" in record else []
     for column, label in ((2, "128 pixels"), (3, "256 pixels, a quarter"), (5, "256 pixels")):
         points = [(row[1], row[column]) for row in rows if row[column] is not None and row[0] > 100]
-        axes[1].plot(*zip(*points, strict=True), label=label)
+        axes[1].plot([point[0] for point in points], [point[1] for point in points], label=label)
     axes[1].set(title="flow model, further", xlabel="seconds", ylabel="velocity error (mean square)")
     axes[1].legend()
     for axis, key, title in ((axes[2], "vae", "VAE decoder"), (axes[3], "sr", "upscaler x2")):
@@ -146,11 +146,6 @@ def record_table(record: dict[str, Any]) -> str:
     flow, guided = record["flow"], record["guided"]
     low, high = (next(row[k] for row in reversed(flow["curve"]) if row[k] is not None) for k in (3, 4))
     judge, seen = record["classifier"], flow["samples"]
-    further = record["further"]
-    rest = whole_curve(further["curve"])
-    further = {**further, "seconds": rest[-1][1]}
-    ends_low, ends_high = (fmean([row[k] for row in rest if row[k] is not None][-20:]) for k in (2, 5))
-    more = further["samples"]
     judged = {
         "seconds": sum(curve[-1][1] for curve in judge["curves"].values()),
         "steps": sum(curve[-1][0] for curve in judge["curves"].values()),
@@ -164,10 +159,17 @@ def record_table(record: dict[str, Any]) -> str:
         "guided": "error {:.3f} to the guided teacher, {:.3f} for a network that ignores the scale".format(
             *guided["curve"][-1][2:]
         ),
-        "further": f"velocity error {ends_low:.3f} at 128, {ends_high:.3f} at 256, after {more['low']} samples at 128, "
-        f"{more['high']} at 256 and {more['quarter'] + more['half']} bands of images at 256",
         "classifier": f"{record['classifier']['accuracy_on_true_scenes']['all'] * 100:.1f} % on unseen rendered scenes",
     }
+    further = dict(record.get("further", {}))
+    if further:
+        curve, more = whole_curve(further["curve"]), further["samples"]
+        further["seconds"] = curve[-1][1]
+        low, high = (fmean([row[k] for row in curve if row[k] is not None][-20:]) for k in (2, 5))
+        ends["further"] = (
+            f"velocity error {low:.3f} at 128, {high:.3f} at 256, after {more['low']} samples at 128, {more['high']} "
+            f"at 256 and {more['quarter'] + more['half']} bands of images at 256"
+        )
     for name, end in ends.items():
         part = {"classifier": judged, "further": further}.get(name, record[name])
         rows.append([name, f"{part['seconds']:.0f}", str(part["steps"]), end])
