@@ -29,7 +29,7 @@ from mrflow_sched import demo
 from mrflow_sched.demo import captions
 from mrflow_sched.demo.drawing import layout, render
 from mrflow_sched.demo.paths import weights_path
-from mrflow_sched.demo.scenes import Scene, fine_scene, left_open, random_scene
+from mrflow_sched.demo.scenes import TEXTURES, Scene, fine_scene, left_open, random_scene
 from tools.train_demo import data, flow, text
 
 STREAM = 11
@@ -53,6 +53,7 @@ class FurtherSettings:
     late_shares: tuple[float, float, float, float] = (0.42, 0.20, 0.08, 0.30)  # in the last third
     word_share: float = 0.3
     hard_share: float = 0.4  # of the batches, of scenes of one kind that is learnt last
+    hard: tuple[str, ...] = ("small letters", "small faces", "large faces", "pattern", "birds", "detail", "textures")
     drop_text: float = 0.08
     guided_share: float = 0.5  # of the steps, half of whose batch is trained at other scales than 1
     open_share: tuple[float, float] = (0.35, 0.50)  # of the captions, in either half of the time
@@ -198,13 +199,19 @@ def small_places(scene: Scene, seed: int, grid: int) -> np.ndarray:
 def hard_kind(scene: Scene) -> str:
     """What of a scene is learnt last; empty where nothing of it is.
 
-    Small letters, moods of faces, hairlines, the number of birds.
+    Small letters, moods of faces, hairlines, the number of birds, many small things, and textures side by side.
     """
     if scene.small_word:
         return "small letters"
     if scene.faces:
         return "small faces" if scene.face_size else FACES
-    return "pattern" if scene.pattern else "birds" if scene.birds else ""
+    if scene.pattern:
+        return "pattern"
+    if scene.birds:
+        return "birds"
+    if scene.category == "detail":
+        return "detail"
+    return "textures" if len(scene.things) > 1 and any(each.texture in TEXTURES[1:] for each in scene.things) else ""
 
 
 def rows_of_interest(drawn: Drawn, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -248,8 +255,11 @@ class Batches:
         self.count = len(drawn.scenes)
         self.lettered = np.array([k for k, scene in enumerate(drawn.scenes) if scene.word or scene.small_word])
         kinds = [hard_kind(scene) for scene in drawn.scenes]
-        names = [name for name in dict.fromkeys(kinds) if name]
-        self.hard = {name: np.array([k for k, kind in enumerate(kinds) if kind == name]) for name in names}
+        self.hard = {
+            name: np.array([k for k, kind in enumerate(kinds) if kind == name])
+            for name in settings.hard
+            if name in kinds
+        }
         self.first, self.last = rows_of_interest(drawn, self.rng)
         self.latents = {size: torch.from_numpy(each).to(device) for size, each in drawn.latents.items()}
         self.meanings = {size: torch.from_numpy(each).to(device) for size, each in drawn.meanings.items()}
