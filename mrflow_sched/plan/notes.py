@@ -21,6 +21,8 @@ MOST_GUIDANCE = 3
 """Guidance of stage 1 above this many times the usual scale is noted; at 4 times the embedded model draws grids."""
 # Start sigmas outside this range have only been seen to fail (docs/method.md, section 5.1): a note says so.
 USUAL_SIGMA = (0.02, 0.6)
+# Of several refine steps: six from 0.75 keep the image (docs/kinds.md).
+DEEPEST_SIGMA = 0.9
 # Noted where stage 1 has more than this many times the native area: FLUX.1's makers state up to two megapixels; other
 # families not measured.
 LARGEST_AREA = 2.0
@@ -305,11 +307,15 @@ def _refine_notes(plan: StagedPlan) -> list[str]:
     for number, stage in enumerate(plan.stages[1:], start=2):
         if not stage.sigmas:
             notes.append(f"Stage {number} takes no step: the upscaler's image is kept as it is.")
-        elif not USUAL_SIGMA[0] <= stage.start_sigma <= USUAL_SIGMA[1]:
+        elif not USUAL_SIGMA[0] <= stage.start_sigma <= (highest := _highest_sigma(stage.steps)):
             notes.append(
                 f"Stage {number} starts at sigma {stage.start_sigma:g}, outside the usual {USUAL_SIGMA[0]} to "
-                f"{USUAL_SIGMA[1]}: below, nothing is refined; above, the image is made anew."
+                f"{highest}: below, nothing is refined; above, the image is made anew."
             )
         if stage.steps > 1 and stage.start_sigma < UNAIDED_SIGMA:
             notes.append(f"Stage {number} takes {stage.steps} refine steps; published results gain little beyond one.")
     return notes
+
+
+def _highest_sigma(steps: int) -> float:
+    return USUAL_SIGMA[1] if steps == 1 else DEEPEST_SIGMA

@@ -23,9 +23,11 @@ import mrflow_sched
 from mrflow_sched.plan.cost import UPSCALER_FLOP, part_costs
 from mrflow_sched.plan.families import (
     FAMILIES,
+    PURPOSES,
     TIERS,
     Family,
     HostFacts,
+    Preset,
     families_of,
     family_of_host,
     family_of_pipeline,
@@ -102,7 +104,7 @@ class TestConformance:
         assert family.solver in SOLVERS
         for preset in family.presets:
             assert 0 < preset.sigma < 1
-            assert preset.name in (f"{preset.low_steps}+{preset.refine_steps}", "text")
+            assert preset.name == f"{preset.low_steps}+{preset.refine_steps}"
 
     def test_every_preset_plans_and_its_line_reads_back(self, family: Family) -> None:
         size = family.default_size or family.native_size
@@ -154,13 +156,13 @@ def test_the_table_cannot_be_changed() -> None:
 
 GOLDEN = {  # name: (mu at 1024 and at 4096 tokens in 12 steps, guidance, native steps, presets, text tokens)
     # black-forest-labs/flux sampling.py: 0.5 at 256 tokens, 1.15 at 4096; T5 of 512 tokens, guidance 3.5
-    "flux1-dev": (0.63, 1.15, 3.5, 50, "12+1@0.12 20+1@0.15 text@0.18 8+1@0.12 6+1@0.12", 512),
+    "flux1-dev": (0.63, 1.15, 3.5, 50, "12+1@0.12 20+1@0.15 8+1@0.12 6+1@0.12", 512),
     # the same; schnell is not shifted, reads 256 tokens and takes 4 steps
     "flux1-schnell": (0.0, 0.0, 1.0, 4, "4+1@0.12 2+1@0.12 1+1@0.12", 256),
     "flux1-krea": (0.63, 1.15, 4.5, 28, "12+1@0.12 20+1@0.15 8+1@0.12 6+1@0.12", 512),
     # Qwen-Image scheduler_config.json: 0.5 at 256 tokens, 0.9 at 8192
-    "qwen-image": (0.5387, 0.6935, 4.0, 50, "12+1@0.12 20+1@0.15 text@0.18 8+1@0.12", 64),
-    "qwen-image-2512": (0.5387, 0.6935, 4.0, 50, "12+1@0.12 20+1@0.15 text@0.18 8+1@0.12", 64),
+    "qwen-image": (0.5387, 0.6935, 4.0, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 64),
+    "qwen-image-2512": (0.5387, 0.6935, 4.0, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 64),
     # the same line; Turbo has sigmas of its own (None)
     "qwen-image-2.1": (0.5387, 0.6935, 1.0, 40, "12+1@0.12 20+1@0.15 8+1@0.12 6+1@0.12", 64),
     "qwen-image-2.1-turbo": (None, None, 1.0, 8, "8+1@0.12", 64),
@@ -547,9 +549,38 @@ def test_every_family_has_a_preset_of_each_tier(family: str, fast: str, balanced
         assert known.get_preset("balanced") == known.get_preset()
 
 
+@pytest.mark.parametrize(
+    ("family", "text", "detail"),
+    [
+        ("flux1-dev", (12, 1, 0.18), (12, 4, 0.6)),
+        ("qwen-image", (12, 1, 0.18), (12, 4, 0.6)),
+        ("z-image-turbo", (8, 1, 0.18), (8, 4, 0.6)),
+        ("flux2-klein", (4, 1, 0.25), (4, 2, 0.6)),  # made for four steps: no more than half of a native run
+    ],
+)
+def test_every_family_has_a_preset_for_lettering_and_for_detail(
+    family: str, text: tuple[int, int, float], detail: tuple[int, int, float]
+) -> None:
+    for name, numbers in zip(PURPOSES, (text, detail), strict=True):
+        preset = get_family(family).get_preset(name)
+        assert (preset.name, preset.low_steps, preset.refine_steps, preset.sigma) == (name, *numbers)
+    for known in FAMILIES.values():
+        for name in PURPOSES:
+            size = known.default_size or known.native_size
+            plan = mrflow_sched.make_plan(known, *size, name)
+            assert plan.preset == name
+            assert StagedPlan.from_string(plan.to_string()) == plan
+
+
+def test_a_family_s_own_preset_of_a_purpose_comes_first() -> None:
+    own = Preset("detail", 9, 3, 0.5, "measured")
+    known = get_family("flux1-dev")
+    assert replace(known, presets=(*known.presets, own)).get_preset("Detail") == own
+
+
 def test_an_unknown_preset_gets_one_sentence_with_near_names() -> None:
     with pytest.raises(
-        ValueError, match=r"preset 'quick'.*12\+1, 20\+1, text, 8\+1, fast, balanced, best, or any .*10\+1"
+        ValueError, match=r"preset 'quick'.*12\+1, 20\+1, 8\+1, fast, balanced, best, text, detail, or any .*10\+1"
     ):
         get_family("qwen-image").get_preset("quick")
 
@@ -580,7 +611,7 @@ def test_step_counts_out_of_range_are_told_the_range(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["12", "12+", "+1", "12+1 ", "12 + 1", "-1+1", "1.5+1", "١٢+١"])
 def test_what_is_no_step_count_is_no_preset(name: str) -> None:
-    with pytest.raises(ValueError, match=r"is not one of family 'flux1-dev'; choose from 12\+1, .*best, or any"):
+    with pytest.raises(ValueError, match=r"is not one of family 'flux1-dev'; choose from 12\+1, .*detail, or any"):
         get_family("flux1-dev").get_preset(name)
 
 

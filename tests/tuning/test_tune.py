@@ -27,13 +27,13 @@ from mrflow_sched.tuning.settings import BackwardPath, View
 pytest.importorskip("peft")
 
 # Of one kind, so that two updates on the first move what is read on the others.
-PROMPTS = [
+PROMPTS = (
     "a red star over green hills under a blue sky",
     "a blue circle over green hills under a pink sky",
     "an orange ring over blue waves under a blue sky",
     "a green heart over yellow dunes under a pink sky",
-]
-HELD_OUT = ["a red circle over green hills under a pink sky", "a blue star over yellow dunes under a blue sky"]
+)
+HELD_OUT = ("a red circle over green hills under a pink sky", "a blue star over yellow dunes under a blue sky")
 SMALL = TuneSettings(updates=2, batch=2, rank=2, rate=3e-3, check_every=1)
 
 

@@ -116,7 +116,7 @@ def test_cells_do_not_share_values(options: dict[str, AxisOption]) -> None:
 @pytest.mark.parametrize(
     ("label", "value", "named"),
     [
-        ("Refine sigma", 0.7, "sigma must be a number from 0.02 to 0.6"),
+        ("Refine sigma", 0.95, "sigma must be a number from 0.02 to 0.9"),
         ("Low steps", 151, "low_steps must be a whole number from 0 to 150"),
         (LABELS["factor"], 1.0, "factor must be"),
         ("Preset", "12", "preset must be"),

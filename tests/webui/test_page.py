@@ -78,7 +78,7 @@ def test_off_shows_the_plan_too_but_no_summary(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"sigma": 0.01}, "Sigma must be a number from 0.02 to 0.6, got 0.01"),
+        ({"sigma": 0.01}, "Sigma must be a number from 0.02 to 0.9, got 0.01"),
         ({"preset": "<b>fast</b>"}, "&lt;b&gt;fast&lt;/b&gt;"),
         ({"factor": None}, "1024×1024"),
         ({"low_steps": 3.5}, "Low_steps must be a whole number"),
@@ -562,7 +562,7 @@ def test_the_line_follows_the_page(tab: Tab) -> None:
     sigma = tab.find("sigma").locator("input[type=number]").first
     sigma.fill("0.01")
     sigma.press("Tab")
-    tab.says("Sigma must be a number from 0.02 to 0.6, got 0.01")
+    tab.says("Sigma must be a number from 0.02 to 0.9, got 0.01")
     tab.shoot("refused")
     sigma.fill("0.2")
     sigma.press("Tab")

@@ -109,9 +109,9 @@ def test_without_arguments_the_defaults_are_answered_where_the_job_would_run(bod
 @pytest.mark.parametrize(
     ("body", "sentence"),
     [
-        (job({"sigma": 5}), "Sigma must be a number from 0.02 to 0.6, got 5"),
+        (job({"sigma": 5}), "Sigma must be a number from 0.02 to 0.9, got 5"),
         (job({"sgma": 0.2}), "'sgma' is not a setting of MrFlow; did you mean 'sigma'?"),
-        (job({"sigma": float("nan")}), "Sigma must be a number from 0.02 to 0.6, got nan"),
+        (job({"sigma": float("nan")}), "Sigma must be a number from 0.02 to 0.9, got nan"),
         (job("true"), "Enabled must be true or false, got 'true'."),
         (job(1), "Enabled must be true or false, got 1."),
         (job({"upscaler": 3}), "Upscaler must be"),

@@ -379,9 +379,9 @@ def test_values_stand_where_the_language_wants_them() -> None:
 
 def test_a_sentence_within_a_sentence_is_translated_too() -> None:
     said = words.in_language(
-        "MrFlow is off for this job: sigma must be a number from 0.02 to 0.6, got 5; 0 uses the preset's.", "ko_KR"
+        "MrFlow is off for this job: sigma must be a number from 0.02 to 0.9, got 5; 0 uses the preset's.", "ko_KR"
     )
-    refusal = "sigma: 0.02~0.6 범위의 수여야 합니다(받은 값: 5; 0이면 프리셋 값을 사용합니다)."
+    refusal = "sigma: 0.02~0.9 범위의 수여야 합니다(받은 값: 5; 0이면 프리셋 값을 사용합니다)."
     assert said == f"이 작업에는 MrFlow를 사용하지 않습니다: {refusal}"
 
 
@@ -433,8 +433,8 @@ def test_the_page_speaks_the_users_language() -> None:
     assert "模型会在生成第一张图像时加载" in line
     assert "是蒸馏模型" in line
     refused, short = shown(sigma=0.01)
-    assert "Sigma 必须是 0.02 到 0.6 之间的数，收到的是 0.01；0 表示采用预设值。" in refused
-    assert ">Sigma 必须是 0.02 到 0.6 之间的数，收到的是 0.01</span>" in short
+    assert "Sigma 必须是 0.02 到 0.9 之间的数，收到的是 0.01；0 表示采用预设值。" in refused
+    assert ">Sigma 必须是 0.02 到 0.9 之间的数，收到的是 0.01</span>" in short
 
 
 @pytest.mark.usefixtures("chinese")

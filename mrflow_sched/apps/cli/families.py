@@ -10,9 +10,9 @@ from typing import Any
 from mrflow_sched.apps.cli.console import Outcome
 from mrflow_sched.apps.cli.options import Commands, common_options
 from mrflow_sched.apps.plan_lines import counted
-from mrflow_sched.plan.families import FAMILIES, TIERS, Family, Preset, get_family
+from mrflow_sched.plan.families import FAMILIES, PURPOSES, TIERS, Family, Preset, get_family
 
-_TEXT = "text"
+_PURPOSES = {"text": "images with lettering", "detail": "small things in large images"}
 _GUIDANCE = {"embedded": "an input of the network", "cfg": "CFG, two forwards a step", "none": "distilled away"}
 
 
@@ -76,12 +76,12 @@ def purpose(family: Family, preset: Preset) -> str:
         preset: One of its presets.
 
     Returns:
-        A few words: the names that choose it too, and images with lettering.
+        A few words: the names that choose it too, or the kind of image.
     """
     tiers = [tier for tier in TIERS if family.get_preset(tier) == preset]
     words = ["the default" if tier == "balanced" else tier for tier in tiers]
-    if preset.name == _TEXT:
-        words.append("images with lettering")
+    if preset.name in _PURPOSES:
+        words.append(_PURPOSES[preset.name])
     return ", ".join(words) or "between fast and best"
 
 
@@ -104,9 +104,15 @@ def _values(family: Family) -> dict[str, Any]:
                 "for": purpose(family, preset),
                 "source": preset.source,
             }
-            for preset in family.presets
+            for preset in _presets(family)
         ],
     }
+
+
+def _presets(family: Family) -> list[Preset]:
+    """Its own presets, and those for a kind of image."""
+    own = [preset for preset in family.presets if preset.name not in PURPOSES]
+    return [*own, *(family.get_preset(name) for name in PURPOSES)]
 
 
 def _lines(families: list[Family]) -> Iterator[str]:
@@ -117,12 +123,12 @@ def _lines(families: list[Family]) -> Iterator[str]:
             f"{family.name}: {family.title}, {width}x{height} in multiples of {family.grid}, natively "
             f"{counted(family.native_steps, 'step')} at {guided}"
         )
-        for preset in sorted(family.presets, key=lambda preset: (preset.low_steps, preset.sigma)):
+        for preset in sorted(_presets(family), key=lambda preset: (preset.low_steps, preset.sigma)):
             steps = f"{preset.low_steps}+{preset.refine_steps}"
             words = "" if preset.name == steps else f"{steps}, "
             yield f"  {preset.name:<6} sigma {preset.sigma:<5g} {words}{purpose(family, preset)}"
     yield (
-        "fast, balanced and best are presets of every family, and so is any other N+M: N steps at the low size, M at "
-        "the full size, with the default's sigma. Fewer steps are faster, more follow the prompt more closely; a "
-        "higher sigma redraws more of the fine detail."
+        "fast, balanced, best, text and detail are presets of every family, and so is any other N+M: N steps at the "
+        "low size, M at the full size, with the default's sigma. Fewer steps are faster, more follow the prompt more "
+        "closely; a higher sigma redraws more of the fine detail."
     )

@@ -192,10 +192,6 @@ def planned_for(
         MrFlowError: The model cannot be sampled in stages, the VAE is another model's, or the numbers do not fit.
     """
     found, notes = model_family(model, family, cfg)
-    if preset == "text" and all(each.name != preset for each in found.presets):
-        raise MrFlowError(
-            f"preset 'text' is not one of {found.title}'s; choose another one, with sigma .16 to .2 for lettering."
-        )
     fit = fit_of(model)
     _check_vae(vae, fit)
     step = factor if image is None else 0.0  # no stage comes before an image

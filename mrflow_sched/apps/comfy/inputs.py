@@ -17,7 +17,7 @@ __all__ = ["PLAN", "inputs"]
 io: Any = module("comfy_api.latest").io
 
 PLAN: Any = io.Custom("MRFLOW_PLAN")
-PRESETS = ("balanced", "fast", "best", "text", "12+1", "20+1", "8+1", "6+1")
+PRESETS = ("balanced", "fast", "best", "text", "detail", "12+1", "20+1", "8+1", "6+1")
 _OWN = "0: the preset's"
 
 _SCALE = {"default": 0.0, "min": 0.0, "max": float(MAX_GUIDANCE), "step": 0.1}

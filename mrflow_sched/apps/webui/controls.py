@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from mrflow_sched._runtime.errors import MrFlowError, quoted
-from mrflow_sched.plan.families import FAMILIES, TIERS
+from mrflow_sched.plan.families import FAMILIES, PURPOSES, TIERS
 from mrflow_sched.plan.families.base import steps_in
 
 __all__ = ["AUTOMATIC", "CHOICES", "FIELDS", "LABELS", "LIMITS", "Controls"]
@@ -24,11 +24,11 @@ _LONGEST_NAME = 300
 
 
 def _preset_names() -> tuple[str, ...]:
-    """Return `AUTOMATIC`, the tiers, then each preset that any family has, most steps first, named ones last."""
+    """Return `AUTOMATIC`, the tiers, those for a kind of image, then each family's own, most steps first."""
     known = {preset.name: preset for family in FAMILIES.values() for preset in family.presets}
     stepped = [name for name in known if steps_in(name)]
-    named = [name for name in known if name not in stepped]
-    return (AUTOMATIC, *TIERS, *sorted(stepped, key=lambda name: -known[name].low_steps), *named)
+    named = [name for name in known if name not in (*stepped, *PURPOSES)]
+    return (AUTOMATIC, *TIERS, *PURPOSES, *sorted(stepped, key=lambda name: -known[name].low_steps), *named)
 
 
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -48,7 +48,7 @@ LIMITS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
         "factor": (1.25, 4.0, 0.05),
         "low_steps": (0, 150, 1),
         "refine_steps": (0, 20, 1),
-        "sigma": (0.0, 0.6, 0.01),
+        "sigma": (0.0, 0.9, 0.01),
         "refine_cfg_value": (1.0, 30.0, 0.5),
     }
 )
@@ -88,12 +88,12 @@ class Controls:
 
     Attributes:
         enabled: Use MrFlow for the job.
-        preset: "automatic" (the family's default), "fast", "balanced", "best", "text", or low + refine steps such as
-            "12+1".
+        preset: "automatic" (the family's default), "fast", "balanced", "best", "text", "detail", or low + refine steps
+            such as "12+1".
         factor: Final side over low side, 1.25 to 4.
         low_steps: Steps of stage 1, to 150; 0: from the preset.
         refine_steps: Steps of the refine stage, to 20; 0: from the preset.
-        sigma: Flow sigma at which the refine stage starts, 0.02 to 0.6; 0: from the preset.
+        sigma: Flow sigma at which the refine stage starts, 0.02 to 0.9; 0: from the preset.
         shift: "resolution-aware" (the plan's own stage-1 schedule) or "host" (the host's schedule).
         solver: "host sampler", "multistep" (our second-order solver), or "automatic" (the one that suits the family).
         upscaler: "automatic", or a name of the host's list.
@@ -209,9 +209,9 @@ def _checked_preset(value: Any) -> str:
             low, refine = steps
             if 1 <= low <= LIMITS["low_steps"][1] and 1 <= refine <= LIMITS["refine_steps"][1]:
                 return f"{low}+{refine}"
-    named = ", ".join(map(repr, (AUTOMATIC, *TIERS)))
+    named = ", ".join(map(repr, (AUTOMATIC, *TIERS, *PURPOSES)))
     raise MrFlowError(
-        f"preset must be {named}, 'text', or low + refine steps such as '12+1' (at most "
+        f"preset must be {named}, or low + refine steps such as '12+1' (at most "
         f"{LIMITS['low_steps'][1]:g}+{LIMITS['refine_steps'][1]:g}), got {quoted(value)}."
     )
 

@@ -52,6 +52,7 @@ from mrflow_sched.plan.families import (
     zimage,
 )
 from mrflow_sched.plan.families.base import (
+    PURPOSES,
     TIERS,
     Family,
     GuidanceKind,
@@ -65,6 +66,7 @@ from mrflow_sched.plan.families.unknown import unknown_flow
 
 __all__ = [
     "FAMILIES",
+    "PURPOSES",
     "TIERS",
     "Family",
     "GuidanceKind",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -14,6 +14,7 @@ from mrflow_sched.plan.checks import MAX_STAGES, MAX_STEPS
 from mrflow_sched.plan.schedule import scaled_linear_ve, validate_sigmas
 
 __all__ = [
+    "PURPOSES",
     "TIERS",
     "Family",
     "GuidanceKind",
@@ -35,6 +36,12 @@ ShiftKind = FlowShift | Literal["scaled-linear", "zero-snr", "betas", "edm"]
 
 TIERS = ("fast", "balanced", "best")
 """Names that every family has a preset for; "balanced" is its default."""
+PURPOSES = ("text", "detail")
+"""Names that every family has a preset for, too: images with lettering, and small things in large images."""
+_TEXT_SIGMA = 0.18
+_TEXT_SOURCE = "authors' advice of 0.16 to 0.20 for images with lettering (docs/method.md, section 1.5)"
+_DETAIL_STEPS, _DETAIL_SIGMA = 4, 0.6
+_DETAIL_SOURCE = "python -m bench.quality --kinds on the embedded model (docs/kinds.md); not measured on other families"
 
 
 # ---------------------------------------------------------------------------------------------------------- schedules
@@ -426,8 +433,9 @@ class Family:
 
         Args:
             name: A preset's name, or one of `TIERS`: "fast" is the family's preset of fewest low steps, "best" that of
-                most; None or "balanced": the default. Or "N+M", the steps of stage 1 and of the later ones, with the
-                default preset's sigma unless the family has a preset of that name. Upper case is the same as lower.
+                most; None or "balanced": the default. Or one of `PURPOSES`: the default with a refine stage for it,
+                unless the family has a preset of that name. Or "N+M", the steps of stage 1 and of the later ones, with
+                the default preset's sigma unless the family has a preset of that name. Upper case is the same as lower.
 
         Returns:
             The preset.
@@ -445,6 +453,8 @@ class Family:
         for preset in self.presets:
             if preset.name == wanted:
                 return preset
+        if wanted in PURPOSES:
+            return self._preset_for(wanted)
         steps = steps_in(wanted)
         if len(steps) == 2:
             low, refine = steps
@@ -454,11 +464,24 @@ class Family:
                 f"preset {quoted(name)} must have 1 to {MAX_STEPS} steps in stage 1, and 0 to {MAX_STEPS} in each "
                 f"of up to {MAX_STAGES - 1} later stages."
             )
-        known = ", ".join((*(preset.name for preset in self.presets), *TIERS))
+        known = ", ".join(dict.fromkeys((*(preset.name for preset in self.presets), *TIERS, *PURPOSES)))
         raise MrFlowError(
             f"preset {quoted(name)} is not one of family {self.name!r}; choose from {known}, or any low-size steps + "
             f"full-size steps such as 10+1, up to {MAX_STEPS} each."
         )
+
+    def _preset_for(self, purpose: str) -> Preset:
+        """The default preset with the refine stage of one of `PURPOSES`.
+
+        Detail that stage 1 has no pixels for takes several steps from much noise; a model distilled to few steps is
+        given at most half of them.
+        """
+        usual = self.get_preset()
+        if purpose == "text":
+            sigma = max(usual.sigma, _TEXT_SIGMA)
+            return replace(usual, name=purpose, sigma=sigma, source=_TEXT_SOURCE)
+        steps = max(usual.refine_steps, min(_DETAIL_STEPS, self.native_steps // 2))
+        return replace(usual, name=purpose, refine_steps=steps, sigma=_DETAIL_SIGMA, source=_DETAIL_SOURCE)
 
     def forward_cost(self, tokens: int) -> float:
         """FLOP of one forward on one sample.

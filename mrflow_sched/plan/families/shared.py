@@ -10,7 +10,6 @@ from mrflow_sched.plan.families.base import Preset
 ASSUMED = "not measured; the values of FLUX.1-dev"
 OFFICIAL = "official MrFlow scripts (docs/method.md, section 1.5)"
 COMFY = "official ComfyUI preset (docs/method.md, section 1.5); the official scripts went from 0.15 to 0.12 here"
-TEXT_TIP = "authors' advice of 0.16 to 0.20 for images with lettering (docs/method.md, section 1.5)"
 FEWER = (
     "not measured on this family; on a small FLUX-layout network 6 steps of multistep are as accurate as 10 of Euler"
 )
@@ -40,7 +39,6 @@ POOLED_CFG_TEXT = (
 OFFICIAL_PRESETS = (
     Preset("12+1", 12, 1, 0.12, OFFICIAL),
     Preset("20+1", 20, 1, 0.15, COMFY),
-    Preset("text", 12, 1, 0.18, TEXT_TIP),
 )
 FEWER_PRESETS = (Preset("8+1", 8, 1, 0.12, FEWER), Preset("6+1", 6, 1, 0.12, FEWER))
 FEWER_CFG_PRESETS = (Preset("8+1", 8, 1, 0.12, FEWER_CFG),)

@@ -15,8 +15,9 @@ def test_every_family_and_preset_is_listed(mrflow: Any) -> None:
     for family in FAMILIES.values():
         [head] = [line for line in lines if line.startswith(f"{family.name}: ")]
         assert family.title in head
-        below = lines[lines.index(head) + 1 :][: len(family.presets)]
-        assert sorted(line.split()[0] for line in below) == sorted(preset.name for preset in family.presets)
+        names = [*(preset.name for preset in family.presets), "text", "detail"]
+        below = lines[lines.index(head) + 1 :][: len(names)]
+        assert sorted(line.split()[0] for line in below) == sorted(names)
     assert "  20+1   sigma 0.15  best" in lines
     assert "  text   sigma 0.18  12+1, images with lettering" in lines
     assert "any other N+M" in lines[-1]
@@ -31,6 +32,8 @@ def test_json_holds_the_numbers_of_one_family(mrflow: Any) -> None:
     assert [(each["name"], each["sigma"], each["for"]) for each in found["presets"]] == [
         ("8+1", 0.11, "fast, the default"),
         ("9+1", 0.11, "best"),
+        ("text", 0.18, "images with lettering"),
+        ("detail", 0.6, "small things in large images"),
     ]
 
 

@@ -96,7 +96,6 @@ def test_models_of_another_kind_of_noise_get_their_own_levels() -> None:
         ),
         (Model(), {"family": "sdxl"}, "family sdxl has other latents or another kind of noise"),
         (Model(file="z_image_turbo"), {"cfg": 4.0}, "the guidance scale must be left out or 1 for z-image-turbo"),
-        (Model(), {"preset": "text"}, "preset 'text' is not one of Z-Image's; choose another one, with sigma"),
         (Model(), {"factor": 0.5}, "factor must be"),
         (Model(), {"width": 0}, "width must be"),
     ],
