@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality import by_kind, by_upscaler, ideas, report, sweeps, ways
-from bench.quality.kinds import FIRST_SEED, all_scenes, rendered, scenes_of
+from bench.quality.kinds import FIRST_SEED, all_scenes, next_scenes, rendered, scenes_of
 from bench.quality.run import compared_scenes, measure, setting
+from mrflow_sched.demo.captions import caption
 
 __all__ = ["FIRST_SEED", "main", "measure", "rendered", "scenes_of"]
 
@@ -50,7 +51,8 @@ def sweep_upscalers(size: int, each: int, count: int, names: Sequence[str], out:
             (out / "sweep-upscalers.json").write_text(json.dumps(record, indent=1) + "\n")
             (out / "sweep-upscalers.md").write_text(by_upscaler.to_markdown(record) + "\n")
 
-    more: dict[str, Any] = {"recommended": by_upscaler.Calibrated(here.model)}
+    prompts = [caption(scene) for scene in next_scenes(each)]
+    more: dict[str, Any] = {"recommended": by_upscaler.Calibrated(here.model, prompts)}
     if quick:
         more = {"grid": by_upscaler.GRID[:3], "varied": by_upscaler.VARIED[:1]}
     record = by_upscaler.measure(here.model, compared_scenes(here, count), names=names, tell=_say, keep=keep, **more)

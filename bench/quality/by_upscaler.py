@@ -19,7 +19,7 @@ from bench.markdown import table
 from bench.quality import foreign, metrics
 from bench.quality.scores import Truth
 from bench.quality.ways import FAMILY, UPSCALERS, Model
-from mrflow_sched import demo, make_native_plan, make_plan
+from mrflow_sched import make_native_plan, make_plan
 from mrflow_sched.measure.calibrate import calibrate
 from mrflow_sched.plan.stages import StagedPlan
 from mrflow_sched.sampler import sample_staged
@@ -59,9 +59,9 @@ class Setting:
 
 
 _SIGMAS: dict[int, tuple[float, ...]] = {
-    1: (0.06, 0.12, 0.2, 0.3, 0.45, 0.6),
-    2: (0.3, 0.45, 0.6),
-    4: (0.45, 0.6),
+    1: (0.06, 0.12, 0.2, 0.3, 0.45, 0.6, 0.75, 0.85),
+    2: (0.45, 0.6, 0.75),
+    4: (0.6, 0.75),
 }
 GRID = (
     Setting(),
@@ -172,10 +172,13 @@ def _of(scored: Sequence[Scored], setting: Setting) -> Scored:
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """What `mrflow calibrate` recommends for an upscaler, from its own prompts: its native images are sampled once."""
+    """What `mrflow calibrate` recommends for an upscaler from these prompts: their native images are sampled once.
+
+    It depends on the kinds of image that they name, so they name those of the sweep.
+    """
 
     model: Model
-    prompts: Sequence[str] = demo.example_prompts()
+    prompts: Sequence[str]
     native_steps: int | None = None
 
     def __call__(self, upscaler: Any) -> Setting:

@@ -69,6 +69,12 @@ def all_scenes(each: int) -> list[Scene]:
     return scenes_of(each) + fine_scenes_of(math.ceil(each * len(CATEGORIES) / len(FINE)))
 
 
+def next_scenes(each: int) -> list[Scene]:
+    """One scene of every kind, none of which is among `all_scenes(each)`."""
+    fine = math.ceil(each * len(CATEGORIES) / len(FINE))
+    return scenes_of(each + 1)[each :: each + 1] + fine_scenes_of(fine + 1)[fine :: fine + 1]
+
+
 def rendered(scenes: Sequence[Scene], size: int, draw: int = 0) -> Tensor:
     """The scenes as the generator renders them, (N, 3, size, size) in [0, 1]; every `draw` is another picture of each
     caption."""

@@ -307,10 +307,10 @@ def _refine_notes(plan: StagedPlan) -> list[str]:
     for number, stage in enumerate(plan.stages[1:], start=2):
         if not stage.sigmas:
             notes.append(f"Stage {number} takes no step: the upscaler's image is kept as it is.")
-        elif not USUAL_SIGMA[0] <= stage.start_sigma <= (highest := _highest_sigma(stage.steps)):
+        elif not USUAL_SIGMA[0] <= stage.start_sigma <= _highest_sigma(stage.steps):
             notes.append(
                 f"Stage {number} starts at sigma {stage.start_sigma:g}, outside the usual {USUAL_SIGMA[0]} to "
-                f"{highest}: below, nothing is refined; above, the image is made anew."
+                f"{_highest_sigma(stage.steps)}: below, nothing is refined; above, the image is made anew."
             )
         if stage.steps > 1 and stage.start_sigma < UNAIDED_SIGMA:
             notes.append(f"Stage {number} takes {stage.steps} refine steps; published results gain little beyond one.")

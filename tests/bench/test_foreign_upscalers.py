@@ -236,9 +236,9 @@ def test_what_calibrate_recommends_is_scored_like_the_rest(small: ways.Model) ->
 
 
 def test_the_grid_has_every_setting_once() -> None:
-    assert len({each.name for each in by_upscaler.GRID}) == len(set(by_upscaler.GRID)) == 14
+    assert len({each.name for each in by_upscaler.GRID}) == len(set(by_upscaler.GRID)) == 16
     named = {(each.steps, each.sigma) for each in by_upscaler.GRID}
-    assert named >= {(0, 0.0), (1, 0.06), (1, 0.6), (2, 0.3), (4, 0.6)}
+    assert named >= {(0, 0.0), (1, 0.06), (1, 0.85), (2, 0.45), (4, 0.6)}
     assert Setting(2, 0.45, "shifted", 1.0, "sample").name == "2 from 0.45, shifted, guidance 1, posterior sample"
 
 

@@ -36,6 +36,9 @@ def test_half_of_the_scenes_have_fine_detail_and_every_kind_is_there() -> None:
     assert list(dict.fromkeys(map(kinds.kind_of, scenes))) == list(kinds.KINDS)
     assert scenes[:12] == kinds.scenes_of(3)
     assert scenes == kinds.all_scenes(3)
+    further = kinds.next_scenes(3)
+    assert [kinds.kind_of(scene) for scene in further] == list(kinds.KINDS)
+    assert not set(further) & set(scenes)
 
 
 def test_renderings_of_a_caption_differ_and_repeat(truth: scores.Truth) -> None:
