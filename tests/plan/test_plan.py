@@ -330,6 +330,8 @@ def test_a_stage_above_the_models_range_is_noted_until_it_means_nothing() -> Non
 
 def test_other_notes() -> None:
     assert "outside the usual" in notes(make_plan("flux1-dev", 1024, 1024, sigma=0.8))
+    several = [make_plan("flux1-dev", 1024, 1024, sigma=sigma, refine_steps=6) for sigma in (0.75, 0.95, 0.01)]
+    assert ["outside the usual" in notes(plan) for plan in several] == [False, True, True]
     assert "gain little beyond one" in notes(make_plan("flux1-dev", 1024, 1024, refine_steps=2))
     assert "times as much as 4 native steps" in notes(make_plan("flux1-schnell", 1024, 1024, refine_steps=4))
 

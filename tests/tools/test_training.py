@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools.train_demo import data, flow
+from mrflow_sched.demo.parse import scene_of
+from tools.train_demo import data, flow, further
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +118,22 @@ def test_guidance_is_heard_smoothly_whatever_training_does() -> None:
     assert near_to_far() > 0.01
     keep_smooth()
     assert near_to_far() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("caption", "kind"),
+    [
+        ("a red star over green hills, the tiny word SLOW", "small letters"),
+        ("a small happy face with red hair and blue eyes on a white wall", "small faces"),
+        ("a happy face with red hair and blue eyes on a white wall", "large faces"),
+        ("thin red lines three apart on white", "pattern"),
+        ("a red star over green hills under a blue sky with three birds", "birds"),
+        ("many small yellow windows on purple", "detail"),
+        ("a red striped circle and a blue star over green hills under a blue sky", "textures"),
+        ("a red circle and a blue star over green hills under a blue sky", ""),
+        ("a red striped circle over green hills under a blue sky", ""),
+    ],
+)
+def test_what_is_learnt_last_has_a_name_that_the_settings_know(caption: str, kind: str) -> None:
+    assert further.hard_kind(scene_of(caption)) == kind
+    assert not kind or kind in further.FurtherSettings().hard

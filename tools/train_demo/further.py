@@ -53,6 +53,7 @@ class FurtherSettings:
     late_shares: tuple[float, float, float, float] = (0.42, 0.20, 0.08, 0.30)  # in the last third
     word_share: float = 0.3
     hard_share: float = 0.4  # of the batches, of scenes of one kind that is learnt last
+    # Those kinds, as `hard_kind` names them; equally often.
     hard: tuple[str, ...] = ("small letters", "small faces", "large faces", "pattern", "birds", "detail", "textures")
     drop_text: float = 0.08
     guided_share: float = 0.5  # of the steps, half of whose batch is trained at other scales than 1
