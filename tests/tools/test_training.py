@@ -135,5 +135,7 @@ def test_guidance_is_heard_smoothly_whatever_training_does() -> None:
     ],
 )
 def test_what_is_learnt_last_has_a_name_that_the_settings_know(caption: str, kind: str) -> None:
-    assert further.hard_kind(scene_of(caption)) == kind
+    scene = scene_of(caption)
+    assert scene is not None
+    assert further.hard_kind(scene) == kind
     assert not kind or kind in further.FurtherSettings().hard
