@@ -678,7 +678,7 @@ def test_json_that_is_no_plan_is_refused(text: str) -> None:
         ({"height": 40000}, "height must be a whole number from 1 to 32768, got 40000"),
         ({"width": 512.0}, "width must be a whole number"),
         ({"width": True}, "width must be a whole number"),
-        ({"preset": "13x"}, "preset '13x' is not one of family 'flux1-dev'; choose from 12"),
+        ({"preset": "13x"}, "preset '13x' is not one of family 'flux1-dev'; choose from fast"),
         ({"factor": "2"}, "factor must be a number from 1.25 to 4, got '2'"),
         ({"sigma": "0.1"}, "sigma must lie between 0 and 1, got '0.1'"),
         ({"mu": "1"}, "mu must be a number from -20 to 20, got '1'"),

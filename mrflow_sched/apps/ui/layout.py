@@ -13,7 +13,6 @@ from mrflow_sched.apps.ui.studio import Studio
 from mrflow_sched.demo import example_prompts
 from mrflow_sched.demo.words import unknown_words, world
 from mrflow_sched.measure.scores import NAMES
-from mrflow_sched.plan.families import PURPOSES, TIERS
 
 gr: Any = gradio  # its annotations are partial
 
@@ -57,8 +56,7 @@ class Layout:
         self.prompt = gr.Textbox(first, label="Prompt", lines=2, elem_id="mrflow-prompt")
         self.negative = gr.Textbox(label="Negative prompt", visible=family.guidance_kind == "cfg")
         with gr.Row():
-            names = list(dict.fromkeys((*TIERS, *PURPOSES, *(preset.name for preset in family.presets))))
-            default, sizes = family.get_preset().name, list(sizes_of(family))
+            names, default, sizes = list(family.preset_names), family.get_preset().name, list(sizes_of(family))
             free: dict[str, Any] = {"allow_custom_value": True, "min_width": 130}
             self.preset = gr.Dropdown(names, value=default, label="Preset", elem_id="mrflow-preset", **free)
             self.size = gr.Dropdown(sizes, value=sizes[0], label="Size", elem_id="mrflow-size", **free)

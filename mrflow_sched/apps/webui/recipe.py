@@ -14,7 +14,7 @@ from mrflow_sched.apps.webui.controls import AUTOMATIC, Controls
 from mrflow_sched.apps.webui.host import ModelInfo
 from mrflow_sched.apps.webui.upscaler import MARK, is_interpolation, pick_automatic
 from mrflow_sched.plan.checks import MAX_SIDE, UpscalerKind
-from mrflow_sched.plan.families import PURPOSES, TIERS, Family, Preset
+from mrflow_sched.plan.families import Family, Preset
 from mrflow_sched.plan.families.base import steps_in
 from mrflow_sched.plan.make import make_sized_plan
 from mrflow_sched.plan.notes import size_notes, unaided_stages
@@ -240,7 +240,7 @@ def _preset_of(controls: Controls, family: Family) -> tuple[Preset, str | None]:
     default = family.get_preset()
     if controls.preset == AUTOMATIC:
         return default, None
-    if controls.preset in (*TIERS, *PURPOSES, *(preset.name for preset in family.presets)):
+    if controls.preset in family.preset_names:
         return family.get_preset(controls.preset), None
     steps = steps_in(controls.preset)
     if not steps:

@@ -428,6 +428,11 @@ class Family:
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "sources"}
         return _remade, (values, dict(self.sources))
 
+    @property
+    def preset_names(self) -> tuple[str, ...]:
+        """Every name that `get_preset` knows, step counts apart: `TIERS`, `PURPOSES`, then its own presets."""
+        return tuple(dict.fromkeys((*TIERS, *PURPOSES, *(preset.name for preset in self.presets))))
+
     def get_preset(self, name: str | None = None) -> Preset:
         """The preset of a name or tier.
 
@@ -464,10 +469,9 @@ class Family:
                 f"preset {quoted(name)} must have 1 to {MAX_STEPS} steps in stage 1, and 0 to {MAX_STEPS} in each "
                 f"of up to {MAX_STAGES - 1} later stages."
             )
-        known = ", ".join(dict.fromkeys((*(preset.name for preset in self.presets), *TIERS, *PURPOSES)))
         raise MrFlowError(
-            f"preset {quoted(name)} is not one of family {self.name!r}; choose from {known}, or any low-size steps + "
-            f"full-size steps such as 10+1, up to {MAX_STEPS} each."
+            f"preset {quoted(name)} is not one of family {self.name!r}; choose from {', '.join(self.preset_names)}, or "
+            f"any low-size steps + full-size steps such as 10+1, up to {MAX_STEPS} each."
         )
 
     def _preset_for(self, purpose: str) -> Preset:
