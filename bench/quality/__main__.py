@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.quality import by_kind, by_upscaler, ideas, report, sweeps, ways
+from bench.quality import by_kind, by_upscaler, foreign, ideas, report, sweeps, ways
 from bench.quality.kinds import FIRST_SEED, all_scenes, next_scenes, rendered, scenes_of
 from bench.quality.run import compared_scenes, measure, setting
 from mrflow_sched.demo.captions import caption
@@ -111,8 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base = "native 8 multistep" if options.quick else "native 50"
     jobs: dict[str, list[ways.Way]] = {}
     if options.ideas:
-        tried = ideas.ideas(options.size)[: 2 if options.quick else None]
-        jobs["ideas"] = [ways.staged(options.size), ways.native(options.size, 20, "multistep"), *tried]
+        # What helps an upscaler that was trained on this world may help nobody else.
+        upscaler = "compact x4" if "compact x4" in foreign.installed() else "SR"
+        _say(f"every idea with the upscaler {upscaler}")
+        jobs["ideas"] = ideas.compared(options.size, upscaler)[: 4 if options.quick else None]
         base = "staged 12+1"
     elif options.sweep is None:
         every = ways.equal_cost(options.size)

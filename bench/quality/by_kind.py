@@ -31,8 +31,8 @@ SETTINGS = (
     Setting(),
     Setting(1, 0.12),
     Setting(1, 0.3),
-    Setting(2, 0.45),
-    Setting(4, 0.6, "shifted"),
+    Setting(1, 0.6),
+    Setting(4, 0.75),
     Setting(6, 0.75, "shifted"),
     Setting(8, 0.85, "shifted"),
 )

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.quality.ways import FAMILY, Made, Model, Way, planned, staged
+from bench.quality.ways import FAMILY, Made, Model, Way, native, planned, staged
 from mrflow_sched import make_plan
-from mrflow_sched.measure.calibrate import band_power, bound
+from mrflow_sched.measure.calibrate import band_power, bound, local_power
 from mrflow_sched.sampling.method import Method, Plain, StageRun
 from mrflow_sched.sampling.noise import add_noise, draw_noise
 from mrflow_sched.upscaling.fit import upscale_to
@@ -115,12 +115,12 @@ def native_noise(model: Model, seeds: Sequence[int], shape: Sequence[int]) -> Te
 
 
 def sigma_of_error(model: Model, low: Tensor) -> Tensor:
-    """A start sigma for every image: its noise is as strong as the upscaler's error in the latents, measured where the
-    ground truth is known, on the low-resolution image halved and upscaled again."""
+    """A start sigma for every image: its noise is as strong as the upscaler's error in the latents where that is,
+    measured where the ground truth is known, on the low-resolution image halved and upscaled again."""
     half = functional.interpolate(low, scale_factor=0.5, mode="area")
     again = upscale_to(half, low.shape[-1], low.shape[-2], model.upscalers["SR"])
     wrong = model.engine.encode(again) - model.engine.encode(low)
-    return torch.tensor([min(max(bound(band_power(each[None], 2)[1]), 0.05), 0.4) for each in wrong])
+    return torch.tensor([min(max(bound(local_power(each[None], 2)), 0.05), 0.6) for each in wrong])
 
 
 def whole_colours(low: Tensor, upscaled: Tensor, refined: Tensor) -> Tensor:
@@ -204,6 +204,22 @@ def same_detail(model: Model, latents: Tensor) -> Tensor:
     return torch.fft.irfft2(torch.where(above, (true / made) ** 0.5, 1.0) * spectrum, s=latents.shape[-2:])
 
 
+@cache
+def _upscaled_by(model: Model, upscaler: str) -> Model:
+    return replace(model, upscalers={**model.upscalers, "SR": model.upscalers[upscaler]})
+
+
+def upscaled_by(upscaler: str, way: Way) -> Way:
+    """A way with another upscaler in place of our own, wherever that is used."""
+    return replace(way, make=lambda model, prompts, seeds: way.make(_upscaled_by(model, upscaler), prompts, seeds))
+
+
+def compared(size: int, upscaler: str) -> list[Way]:
+    """12+1, native sampling, and all ideas, with an upscaler."""
+    every = [staged(size), native(size, 20, "multistep"), *ideas(size)]
+    return [upscaled_by(upscaler, way) for way in every]
+
+
 def ideas(size: int) -> list[Way]:
     """All ideas, some of them plain options of `make_plan`."""
     return [
@@ -218,11 +234,12 @@ def ideas(size: int) -> list[Way]:
         opened(size, "latents corrected, same power", Parts(encoded=same_power)),
         opened(size, "latents corrected, same detail", Parts(encoded=same_detail)),
         staged(size, "12+1", "8+2, euler", low_steps=8, refine_steps=2, solver="euler"),
-        staged(size, "12+1", "8+2, careful", low_steps=8, refine_steps=2, solver="careful"),
+        staged(size, "12+1", "6+2 from 0.45", low_steps=6, refine_steps=2, sigma=0.45),
+        staged(size, "12+1", "6+2 from 0.6", low_steps=6, refine_steps=2, sigma=0.6),
         staged(size, "12+1", "8+2, multistep, shifted", low_steps=8, refine_steps=2, refine_curve="shifted"),
-        staged(size, "12+1", "8+2 from 0.3", low_steps=8, refine_steps=2, sigma=0.3),
+        staged(size, "12+1", "8+2 from 0.75", low_steps=8, refine_steps=2, sigma=0.75),
         staged(size, "12+1", "8+2 from 0.45", low_steps=8, refine_steps=2, sigma=0.45),
         staged(size, "12+1", "6+4 from 0.6", low_steps=6, refine_steps=4, sigma=0.6),
-        staged(size, "12+1", "6+4 from 0.6, shifted", low_steps=6, refine_steps=4, sigma=0.6, refine_curve="shifted"),
+        staged(size, "12+1", "6+4 from 0.75", low_steps=6, refine_steps=4, sigma=0.75),
         staged(size, "12+1", "6+6 from 0.75, shifted", low_steps=6, refine_steps=6, sigma=0.75, refine_curve="shifted"),
     ]

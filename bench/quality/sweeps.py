@@ -64,7 +64,8 @@ def _precision(size: int) -> list[Way]:
 
 SWEEPS: dict[str, Sweep] = {
     "sigma": Sweep(
-        "Which start sigma?", _each("sigma", (0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.2, 0.25, 0.3, 0.4, 0.6))
+        "Which start sigma?",
+        _each("sigma", (0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)),
     ),
     "low_steps": Sweep("How many steps at the low size?", _each("low_steps", (4, 5, 6, 7, 8, 10, 12, 16, 20, 30))),
     "refine_steps": Sweep("How many refine steps, and on which curve?", _refine_steps),

@@ -74,6 +74,9 @@ class Damaged:
 
 UPSCALERS = ("SR", "regressed", "SR twice, halved", "SR of a damaged low picture", *foreign.NETWORKS, "Lanczos")
 """Every upscaler by name: our own, those of others (`foreign`), and none."""
+NOT_OURS = (*foreign.NETWORKS, "Lanczos")
+AUTHORS_SIGMA = 0.12
+"""Where the authors' refine step starts; the embedded model's own presets start higher."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,10 +273,23 @@ def equal_cost(size: int) -> list[Way]:
         staged(size, "12+1", "no refine, 12+0", refine_steps=0),
         *refined_and_not(size, "Lanczos", "no SR network,"),
         *(way for name in foreign.NETWORKS for way in refined_and_not(size, name)),
-        staged(size, "12+1", "reference procedure, 12+1", upscaler="reference", solver="euler", posterior="sample"),
+        staged(size, "12+1", f"staged 12+1 from {AUTHORS_SIGMA:g}", sigma=AUTHORS_SIGMA),
+        *(staged(size, "12+1", f"{name} 12+1 from {AUTHORS_SIGMA:g}", name, sigma=AUTHORS_SIGMA) for name in NOT_OURS),
+        *(staged(size, "12+1", f"{name} 12+4 from 0.75", name, refine_steps=4, sigma=0.75) for name in NOT_OURS),
+        staged(
+            size,
+            "12+1",
+            "reference procedure, 12+1",
+            "reference",
+            solver="euler",
+            posterior="sample",
+            sigma=AUTHORS_SIGMA,
+        ),
         hires_fix(size, 12, 1, 0.12, latent=False),
         hires_fix(size, 12, 4, 0.12, latent=False),
+        hires_fix(size, 12, 1, 0.32, latent=False),
         hires_fix(size, 12, 1, 0.12, latent=True),
+        hires_fix(size, 12, 1, 0.32, latent=True),
         hires_fix(size, 12, 4, 0.5, latent=True),
         midway(size, 12, 8, 2),
         midway(size, 12, 6, 4),

@@ -1,12 +1,12 @@
 """Which start sigma and how many steps suit a model and an upscaler, measured on the model's own images.
 
-Two spectra decide. L is the power of clean latents above the frequencies that the low-resolution image can hold; noise
+Two powers decide. L is the power of clean latents above the frequencies that the low-resolution image can hold; noise
 of that power hides whatever the upscaler put there, which gives the bound s* = sqrt(L) / (1 + sqrt(L)) (arXiv
 2607.01642; docs/method.md, section 1.3). E is the power of the upscaler's own error there, which the paper cannot know
-and which is measured here, with a bound of the same form. A small sweep then starts the refine stage at several sigmas
-and measures the result: the recommended sigma is the smallest one, from the smaller bound on, that gives the image the
-fine detail of the model's own images. Interpolation errs little and leaves detail out, which its error does not tell:
-there the bound is that of L, and steps are at least those of `refining.UNAIDED_STEPS`.
+and which is measured here, with a bound of the same form. Most of an image is smooth, and what is lost is lost in small
+places, a line of lettering or a face: so both are counted where they are (`local_power`), or the smooth rest would
+average them away. A small sweep then starts the refine stage at several sigmas and measures the result: the recommended
+sigma is the smallest one, from the smaller bound on, that gives the image the fine detail of the model's own images.
 
 Power is in units of white noise of standard deviation 1, the noise that samplers start from.
 """
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mrflow_sched._runtime.cancel import Cancelled, ignore
 from mrflow_sched._runtime.errors import MrFlowError, first_line
@@ -29,21 +30,21 @@ from mrflow_sched.plan.checks import MAX_STEPS
 from mrflow_sched.plan.families import Family, Preset
 from mrflow_sched.plan.make import make_native_plan, make_plan
 from mrflow_sched.plan.notes import USUAL_SIGMA
-from mrflow_sched.plan.refining import UNAIDED_STEPS
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.fit import upscale_to
 from mrflow_sched.upscaling.lanczos import resize_lanczos
-from mrflow_sched.upscaling.role import kind_of
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import StagedPlan
     from mrflow_sched.sampling.engine import Engine
     from mrflow_sched.upscaling.role import PixelUpscaler
 
-__all__ = ["Calibration", "SweepRow", "band_power", "bound", "calibrate"]
+__all__ = ["Calibration", "SweepRow", "band_power", "bound", "calibrate", "local_power"]
 
-SWEPT = (0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.33, 0.4)
+SWEPT = (0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.33, 0.4, 0.5, 0.6)
 LOW_STEPS = (4, 6, 8, 10, 12, 16, 20)
+WINDOW = 8
+"""Side of the windows of `local_power`, in latent pixels: about a letter, or an eye."""
 NEAR_DB = 1.0
 """High-frequency power within this of the model's own counts as the model's own."""
 CONVERGED = 32
@@ -86,9 +87,9 @@ class Calibration:
         height: Their height.
         factor: Size step between the stages.
         pictures: Number of images measured.
-        clean_power: L, power of the clean latents above.
-        error_power: Power of the upscaler's error in the latents above.
-        error_power_low: The same below.
+        clean_power: L, power of the clean latents above, where it is (`local_power`).
+        error_power: Power of the upscaler's error in the latents above, likewise.
+        error_power_low: Its mean below.
         bound: The start sigma whose noise is as strong as L.
         error_bound: The start sigma whose noise is as strong as the error above.
         sweep: The refine stage at several sigmas.
@@ -263,18 +264,18 @@ def calibrate(
         clean = torch.cat([engine.encode(each[None]) for each in large])
         upscaled = upscale_to(small, high.width, high.height, upscaler)
         wrong = torch.cat([engine.encode(each[None]) for each in upscaled]) - clean
-        power = band_power(unfold_patches(clean, family), step)[1]
-        error_low, error = band_power(unfold_patches(wrong, family), step)
+        detailed = band_power(unfold_patches(clean, family), step)[1]
+        error_low = band_power(unfold_patches(wrong, family), step)[0]
+        power, error = (local_power(unfold_patches(each, family), step) for each in (clean, wrong))
 
         def refined(sigma: float, steps: int) -> SweepRow:
             say(f"refining from sigma {sigma:g} in {steps} step{'s' if steps > 1 else ''}")
             started = make_plan(family, width, height, factor=step, sigma=sigma, refine_steps=steps, seed=seed)
             made, latents = sampled(started, image=small)
             detail = band_power(unfold_patches(latents, family), step)[1]
-            return SweepRow(sigma, steps, _decibel(detail / power), _psnr(made, large))
+            return SweepRow(sigma, steps, _decibel(detail / detailed), _psnr(made, large))
 
-        unaided = kind_of(upscaler) == "interpolation"
-        least = bound(power) if unaided else min(bound(power), bound(error))
+        least = min(bound(power), bound(error))
         starts = sorted({*SWEPT, round(bound(power), 2), round(bound(error), 2)})
         rows = [refined(start, 1) for start in starts if USUAL_SIGMA[0] <= start <= USUAL_SIGMA[1]]
         best = choose(rows, min(round(least, 2), max(row.sigma for row in rows)))
@@ -298,7 +299,7 @@ def calibrate(
         low_steps_distance=distances,
         sigma=best.sigma,
         low_steps=fewest_steps(distances),
-        refine_steps=max(2 if twice else 1, UNAIDED_STEPS if unaided else 1),
+        refine_steps=2 if twice else 1,
     )
 
 
@@ -334,12 +335,40 @@ def band_power(latents: Tensor, factor: float) -> tuple[float, float]:
     """
     fft: Any = torch.fft  # without types
     spectrum: Tensor = fft.fft2(latents.float(), norm="ortho").abs().square().mean((0, 1)).cpu()
-    down: Tensor = fft.fftfreq(latents.shape[-2]).abs()
-    across: Tensor = fft.fftfreq(latents.shape[-1]).abs()
-    highest = torch.maximum(down[:, None], across[None])
+    highest = _frequencies(latents)
     above = highest >= 0.5 / factor
     below = ~above & (highest > 0)
     return float(spectrum[below].mean()) if bool(below.any()) else 0.0, float(spectrum[above].mean())
+
+
+def local_power(latents: Tensor, factor: float) -> float:
+    """The power above the Nyquist frequency of a coarser grid, where it is: that of each window, averaged with itself
+    as the weight.
+
+    Args:
+        latents: (B, C, h, w).
+        factor: How many times coarser that grid is, above 1.
+
+    Returns:
+        The power per frequency; that of `band_power` where every window has the same.
+    """
+    fft: Any = torch.fft  # without types
+    above = _frequencies(latents) >= 0.5 / factor
+    kept = fft.fft2(latents.float(), norm="ortho") * above.to(latents.device)
+    detail: Tensor = fft.ifft2(kept, norm="ortho").real
+    power = detail.square().mean(1, keepdim=True) / float(above.float().mean())
+    sides = [min(WINDOW, side) for side in latents.shape[-2:]]
+    windows = functional.avg_pool2d(power, sides, [max(1, side // 2) for side in sides]).double()
+    total = float(windows.sum())
+    return float(windows.square().sum()) / total if total > 0 else 0.0
+
+
+def _frequencies(latents: Tensor) -> Tensor:
+    """The higher of the two frequencies of every coefficient of latents (B, C, h, w), in cycles per latent pixel."""
+    fft: Any = torch.fft  # without types
+    down: Tensor = fft.fftfreq(latents.shape[-2]).abs()
+    across: Tensor = fft.fftfreq(latents.shape[-1]).abs()
+    return torch.maximum(down[:, None], across[None])
 
 
 def choose(rows: Sequence[SweepRow], least: float) -> SweepRow:

@@ -24,8 +24,8 @@ def for_upscaler(family: Family, preset: Preset, kind: UpscalerKind, *, counted:
     With "network" it stays as it is. With "interpolation", which adds no detail, refining starts at `UNAIDED_SIGMA` and
     takes `UNAIDED_STEPS`: a family's default of 12+1 becomes 12+2 from .45, and so do the tiers "fast", "balanced" and
     "best". Steps that the user counted, by a name such as "12+1", stay what they say: 1 step, from .45. A preset that
-    was measured with its upscaler (`Preset.measured`), one without refine steps, and one that has more steps or starts
-    higher keep their own.
+    was measured with its upscaler (`Preset.measured`), one without refine steps, and one that starts higher keep their
+    own.
 
     Args:
         family: Whose preset it is.
@@ -36,7 +36,7 @@ def for_upscaler(family: Family, preset: Preset, kind: UpscalerKind, *, counted:
     Returns:
         The preset; its name tells its steps where it counted steps before.
     """
-    if kind == "network" or preset.measured or preset.refine_steps == 0:
+    if kind == "network" or preset.measured or preset.refine_steps == 0 or preset.sigma > UNAIDED_SIGMA:
         return preset
     steps = preset.refine_steps
     if not counted and family.native_steps >= _FEW_STEPS:

@@ -221,11 +221,17 @@ def chosen_sizes(family: Family, width: int, height: int, options: Mapping[str, 
     # A model without sizes below its native one begins slightly above it.
     below = family.min_low_side <= (1.0 - _SHAPE_ROOM) * native
     rooms = [(1.0 - _SHAPE_ROOM, 1.0) if below else (1.0, 1.0 + _SLACK), *[(1.0, 1.0 + _SHAPE_ROOM)] * (later - 1)]
-    return [*(_shaped(family, final, each, room) for each, room in zip(overs, rooms, strict=True)), final]
+    # Neither the shape nor the grid may lead out of the model's range.
+    leasts = [(1.0 - 2.0 * _SLACK) * family.min_low_side, *[0.0] * (later - 1)]
+    parts = zip(overs, rooms, leasts, strict=True)
+    return [*(_shaped(family, final, each, room, least) for each, room, least in parts), final]
 
 
-def _shaped(family: Family, final: tuple[int, int], over: float, room: tuple[float, float]) -> tuple[int, int]:
-    """The size near `final` / `over`, within `room` of it, that has the final image's shape best, and is nearest."""
+def _shaped(
+    family: Family, final: tuple[int, int], over: float, room: tuple[float, float], least: float
+) -> tuple[int, int]:
+    """The size near `final` / `over`, within `room` of it, that has the final image's shape best, and is nearest; where
+    there is one, of at least the area of a square of side `least`."""
     grid, wanted = family.grid, final[0] / over
     nearest = snap(wanted, grid)
     widths = {nearest, *range(snap(wanted * room[0], grid), snap(wanted * room[1], grid) + 1, grid)}
@@ -234,7 +240,8 @@ def _shaped(family: Family, final: tuple[int, int], over: float, room: tuple[flo
         shape = abs(math.log(size[0] * final[1] / (size[1] * final[0])))
         return round(shape, 6), abs(size[0] - nearest)
 
-    return min(((each, snap(each * final[1] / final[0], grid)) for each in widths), key=misfit)
+    sizes = [(each, snap(each * final[1] / final[0], grid)) for each in widths]
+    return min([size for size in sizes if math.sqrt(math.prod(size)) >= least] or sizes, key=misfit)
 
 
 def from_an_image(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from mrflow_sched.measure.calibrate import (
     calibrate,
     choose,
     fewest_steps,
+    local_power,
     unfold_patches,
 )
 
@@ -70,6 +71,18 @@ def test_a_wave_counts_in_the_band_that_it_lies_in(waves: int, band: int) -> Non
     powers = band_power(5 + wave, 2.0)  # the mean is nobody's detail
     assert powers[1 - band] == pytest.approx(0, abs=1e-6)
     assert powers[band] > 0.1
+
+
+def test_power_is_counted_where_it_is() -> None:
+    """A sixteenth of an image holds all the detail: its mean power is a sixteenth, where it is it is what it is."""
+    noise = torch.randn((8, 4, 64, 64), generator=torch.Generator().manual_seed(0))
+    assert local_power(noise, 2.0) == pytest.approx(1, rel=0.1)
+    small = torch.zeros_like(noise)
+    small[..., 16:32, 32:48] = 2 * noise[..., 16:32, 32:48]
+    assert band_power(small, 2.0)[1] == pytest.approx(4 / 16, rel=0.1)
+    assert 2.4 < local_power(small, 2.0) < 4.1  # windows at its border see a part
+    assert local_power(torch.ones(1, 4, 8, 8), 2.0) == pytest.approx(0, abs=1e-6)
+    assert local_power(noise[..., :3, :2], 1.5) > 0  # smaller than a window
 
 
 def test_the_bound_is_the_level_at_which_noise_is_as_strong_as_the_detail() -> None:

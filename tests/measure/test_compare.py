@@ -76,7 +76,7 @@ def test_compare_from_python_saves_without_a_record(tiny_engine: Any, tmp_path: 
     with Image.open(found.staged.path) as picture:
         assert picture.size == (32, 32)
         assert picture.info == {}
-    assert found.staged.detail == "16x16 then 32x32, euler, sigma 0.12, 3 forwards"
+    assert found.staged.detail == "16x16 then 32x32, euler, sigma 0.6, 3 forwards"
     assert found.native.title == "native, 2 steps"
 
 

@@ -240,7 +240,7 @@ GOLDEN = {  # name: (mu at 1024 and at 4096 tokens in 12 steps, guidance, native
     "hunyuan-video-1.5": (1.6094, 1.6094, 6.0, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 1000),
     "ltx-video": (0.95, 2.05, 3.0, 50, "12+1@0.12 20+1@0.15 8+1@0.12", 0),
     # FLUX.1's line over the tokens of 64 and 256 px
-    "demo": (1.15, 3.23, 3.5, 50, "12+1@0.12 20+1@0.15 8+1@0.12 6+1@0.12", 32),
+    "demo": (1.15, 3.23, 3.5, 50, "12+1@0.6 20+1@0.6 8+1@0.6 6+1@0.6", 32),
 }
 
 
@@ -552,10 +552,10 @@ def test_every_family_has_a_preset_of_each_tier(family: str, fast: str, balanced
 @pytest.mark.parametrize(
     ("family", "text", "detail"),
     [
-        ("flux1-dev", (12, 1, 0.18), (12, 4, 0.6)),
-        ("qwen-image", (12, 1, 0.18), (12, 4, 0.6)),
-        ("z-image-turbo", (8, 1, 0.18), (8, 4, 0.6)),
-        ("flux2-klein", (4, 1, 0.25), (4, 2, 0.6)),  # made for four steps: no more than half of a native run
+        ("flux1-dev", (12, 1, 0.18), (12, 4, 0.75)),
+        ("qwen-image", (12, 1, 0.18), (12, 4, 0.75)),
+        ("z-image-turbo", (8, 1, 0.18), (8, 4, 0.75)),
+        ("flux2-klein", (4, 1, 0.25), (4, 2, 0.75)),  # made for four steps: no more than half of a native run
     ],
 )
 def test_every_family_has_a_preset_for_lettering_and_for_detail(

@@ -856,7 +856,7 @@ def test_hostile_lines_work_out_few_schedules(monkeypatch: pytest.MonkeyPatch) -
 def test_stages_that_cannot_be_are_refused() -> None:
     plan = make_plan("demo", 256, 256)
     low, high = plan.stages
-    with pytest.raises(ValueError, match=r"stage 1 must start at sigma 1\.0, got 0\.12"):
+    with pytest.raises(ValueError, match=r"stage 1 must start at sigma 1\.0, got 0\.6"):
         replace(plan, stages=(high,))
     with pytest.raises(ValueError, match=r"stage 2 must start below sigma 1\.0"):
         replace(plan, stages=(low, low))

@@ -64,14 +64,17 @@ def test_no_family_pays_more_than_for_native_sampling(family: str) -> None:
     known, size = FAMILIES[family], FAMILIES[family].default_size or FAMILIES[family].native_size
     plan, usual = (make_plan(known, *size, upscaler_kind=kind) for kind in ("interpolation", "network"))
     assert plan.cost_ratio >= 1.0 or usual.cost_ratio < 1.0
-    assert plan.stages[-1].start_sigma == UNAIDED_SIGMA
-    assert plan.stages[-1].steps == (UNAIDED_STEPS if known.native_steps >= 8 else 1)
+    own = usual.stages[-1]
+    assert plan.stages[-1].start_sigma == max(UNAIDED_SIGMA, own.start_sigma)
+    more = known.native_steps >= 8 and own.start_sigma <= UNAIDED_SIGMA
+    assert plan.stages[-1].steps == (UNAIDED_STEPS if more else own.steps)
 
 
 def test_measured_presets_and_higher_ones_keep_their_numbers() -> None:
     measured = Preset("calibrated", 9, 1, 0.2, "measured", measured=True)
     strong = Preset("strong", 9, 3, 0.6, "mine")
-    for preset in (measured, strong):
+    once = Preset("once", 9, 1, 0.6, "mine")
+    for preset in (measured, strong, once):
         assert for_upscaler(FLUX, preset, "interpolation") == preset
         own = replace(FLUX, presets=(preset,), default_preset=preset.name)
         plan = make_plan(own, 1024, 1024, upscaler_kind="interpolation")
@@ -96,7 +99,7 @@ def test_plans_of_before_read_back_as_they_were() -> None:
     data = json.loads(plan.to_json())
     del data["upscaler_kind"]
     assert StagedPlan.from_json(json.dumps(data)) == plan
-    assert refined(plan) == [(1, 0.12)]
+    assert refined(plan) == [(1, 0.6)]
 
 
 def test_interpolation_costs_nothing() -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mrflow_sched import FAMILIES, StagedPlan, get_family, make_plan
@@ -52,6 +52,7 @@ def test_stage_1_of_a_large_image_has_a_size_that_the_model_knows(
 
 @settings(max_examples=200)
 @given(st.sampled_from(sorted(FAMILIES)), st.integers(1, 4096), st.floats(1 / 3, 3))
+@example("ltx-video", 1066, 1.5625)  # a coarse grid, and a least size near the native one
 def test_chosen_stages_are_within_the_models_range_and_what_an_upscaler_does(
     name: str, width: int, ratio: float
 ) -> None:

@@ -236,10 +236,10 @@ def _lines(found: Calibration) -> Iterator[str]:
         f"{found.family} with {found.upscaler}: {counted(found.pictures, 'image')} of {found.width}x{found.height}, "
         f"factor {found.factor:g}"
     )
-    yield f"fine detail of the model's own images: power {found.clean_power:.3g}, bound sigma {found.bound:.3f}"
+    yield f"fine detail of the model's own images: local power {found.clean_power:.3g}, bound sigma {found.bound:.3f}"
     yield (
-        f"error of the upscaler: power {found.error_power:.3g} in fine detail, {found.error_power_low:.3g} below it, "
-        f"bound sigma {found.error_bound:.3f}"
+        f"error of the upscaler: local power {found.error_power:.3g} in fine detail, {found.error_power_low:.3g} below "
+        f"it, bound sigma {found.error_bound:.3f}"
     )
     yield "refining from   steps   fine detail vs the model   PSNR"
     for row in found.sweep:

@@ -40,7 +40,7 @@ PURPOSES = ("text", "detail")
 """Names that every family has a preset for, too: images with lettering, and small things in large images."""
 _TEXT_SIGMA = 0.18
 _TEXT_SOURCE = "authors' advice of 0.16 to 0.20 for images with lettering (docs/method.md, section 1.5)"
-_DETAIL_STEPS, _DETAIL_SIGMA = 4, 0.6
+_DETAIL_STEPS, _DETAIL_SIGMA = 4, 0.75
 _DETAIL_SOURCE = "python -m bench.quality --kinds on the embedded model (docs/kinds.md); not measured on other families"
 
 

@@ -99,9 +99,8 @@ def test_the_line_says_sizes_steps_forwards_and_work(studio: Studio) -> None:
     named = words.plan_html(replace(studio, upscaler=cast("Any", upscaler)), SMALL, None)
     assert "16×16 ×3 → upscaler x2, ×2 → 32×32" in named
     for part in (
-        "16×16 ×3 → Lanczos ×2 → 32×32 ×1 @ σ 0.45",
+        "16×16 ×3 → Lanczos ×2 → 32×32 ×1 @ σ 0.6",
         "4 forwards",
-        "it is refined more: 1 step from sigma 0.45",
         "× less work than 50 steps",
     ):
         assert part in said
