@@ -342,8 +342,9 @@ def band_power(latents: Tensor, factor: float) -> tuple[float, float]:
 
 
 def local_power(latents: Tensor, factor: float) -> float:
-    """The power above the Nyquist frequency of a coarser grid, where it is: that of each window, averaged with itself
-    as the weight.
+    """The power above the Nyquist frequency of a coarser grid, where it is.
+
+    That of each window, averaged with itself as the weight: one place in sixteen that has all of it decides.
 
     Args:
         latents: (B, C, h, w).

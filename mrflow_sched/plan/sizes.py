@@ -230,8 +230,10 @@ def chosen_sizes(family: Family, width: int, height: int, options: Mapping[str, 
 def _shaped(
     family: Family, final: tuple[int, int], over: float, room: tuple[float, float], least: float
 ) -> tuple[int, int]:
-    """The size near `final` / `over`, within `room` of it, that has the final image's shape best, and is nearest; where
-    there is one, of at least the area of a square of side `least`."""
+    """The size near `final` / `over`, within `room` of it, that has the final image's shape best, and is nearest.
+
+    Where there is one, it has at least the area of a square of side `least`.
+    """
     grid, wanted = family.grid, final[0] / over
     nearest = snap(wanted, grid)
     widths = {nearest, *range(snap(wanted * room[0], grid), snap(wanted * room[1], grid) + 1, grid)}
