@@ -88,7 +88,7 @@ def test_presets_and_overrides() -> None:
     changed = make(low_steps=7, refine_steps=2, sigma=0.3)
     assert (changed.preset, changed.low_steps, changed.refine_steps, changed.sigma) == ("12+1", 7, 2, 0.3)
     deep = make(preset="detail")
-    assert (deep.preset, deep.low_steps, deep.refine_steps, deep.sigma) == ("detail", 12, 4, 0.6)
+    assert (deep.preset, deep.low_steps, deep.refine_steps, deep.sigma) == ("detail", 12, 4, 0.75)
     turbo = make("flux2-klein", preset="text")
     assert (turbo.preset, turbo.low_steps, turbo.refine_steps, turbo.sigma) == ("text", 4, 1, 0.25)
 
