@@ -32,6 +32,7 @@ from torch.nn import functional
 from bench.markdown import table
 from bench.quality import judge
 from bench.quality.__main__ import FIRST_SEED, scenes_of
+from bench.quality.ways import AUTHORS_SIGMA
 from mrflow_sched import demo, load_upscaler, make_plan
 from mrflow_sched.demo.captions import caption
 from mrflow_sched.demo.scenes import Scene
@@ -42,8 +43,6 @@ from mrflow_sched.sampler import sample_staged
 
 TILE = 256
 GRID = 8  # pixels of a token of the embedded model
-SIGMA = 0.12
-"""Where the refine step starts on large models: from the embedded model's own 0.6 every tile would draw anew."""
 
 
 class SideBySide(TiledEngine):
@@ -150,7 +149,8 @@ def measure(side: int, tile: int, scenes: Sequence[Scene]) -> list[dict[str, Any
     for name, (options, method) in ways(side, tile).items():
         made: list[Tensor] = []
         begin = time.perf_counter()
-        plan = make_plan("demo", side, side, sigma=SIGMA, **options)
+        # From the embedded model's own 0.6 every tile would draw anew.
+        plan = make_plan("demo", side, side, sigma=AUTHORS_SIGMA, **options)
         for index, scene in enumerate(scenes):
             plan = replace(plan, seed=FIRST_SEED + index)
             made.append(sample_staged(engine, plan, caption(scene), upscaler=upscaler, method=method).images)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.markdown import table
 from bench.quality import judge
+from bench.quality.ways import AUTHORS_SIGMA
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.demo.captions import caption
 from mrflow_sched.demo.scenes import Scene
@@ -24,14 +25,13 @@ from mrflow_sched.sampler import sample_staged
 
 __all__ = ["measure", "report"]
 
-SIGMA = 0.12
-"""Where the refine step starts on large models: from more noise it would mend what few bits do to stage 1."""
 STAGES = {"stage 1": (True, False), "refine": (False, True), "both": (True, True)}
 
 
 def measure(engine: Any, upscaler: Any, scenes: Sequence[Scene], first_seed: int, size: int) -> list[dict[str, Any]]:
     """A row for every precision and stage; what this device cannot do has the reason instead of numbers."""
-    plan = make_plan("demo", size, size, sigma=SIGMA)
+    # From more noise the refine step would mend what few bits do to stage 1.
+    plan = make_plan("demo", size, size, sigma=AUTHORS_SIGMA)
 
     def made(plan: StagedPlan) -> tuple[Tensor, float]:
         pictures: list[Tensor] = []
@@ -58,7 +58,7 @@ def measure(engine: Any, upscaler: Any, scenes: Sequence[Scene], first_seed: int
             continue
         for stage, (first, later) in STAGES.items():
             named: Any = {"precision": name if first else OWN, "refine_precision": name if later else OWN}
-            rows.append(row(name, stage, weights, make_plan("demo", size, size, sigma=SIGMA, **named)))
+            rows.append(row(name, stage, weights, make_plan("demo", size, size, sigma=AUTHORS_SIGMA, **named)))
     return rows
 
 

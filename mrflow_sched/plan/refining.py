@@ -42,4 +42,4 @@ def for_upscaler(family: Family, preset: Preset, kind: UpscalerKind, *, counted:
     if not counted and family.native_steps >= _FEW_STEPS:
         steps = max(steps, UNAIDED_STEPS)
     name = f"{preset.low_steps}+{steps}" if steps_in(preset.name) else preset.name
-    return replace(preset, name=name, refine_steps=steps, sigma=max(preset.sigma, UNAIDED_SIGMA))
+    return replace(preset, name=name, refine_steps=steps, sigma=UNAIDED_SIGMA)

@@ -19,6 +19,7 @@ from bench.quality.by_upscaler import Scored, Setting
 from bench.quality.run import compared_scenes
 from bench.quality.run import setting as run_setting
 from mrflow_sched._runtime.errors import MrFlowError
+from mrflow_sched.measure.calibrate import calibrate
 from mrflow_sched.upscaling.fit import upscale_to
 
 HALF = (0x01306B47).to_bytes(4, "little")
@@ -221,8 +222,9 @@ def test_settings_from_kept_pictures_are_those_of_whole_runs(
 def test_what_calibrate_recommends_is_scored_like_the_rest(small: ways.Model) -> None:
     asked = by_upscaler.Calibrated(small, prompts=PROMPTS[:1], native_steps=1)
     advised = asked(small.upscalers["Lanczos"])
-    assert advised.steps in (1, 2)
-    assert 0.05 <= advised.sigma <= 0.6
+    size: dict[str, Any] = {"width": small.size, "height": small.size}
+    found = calibrate(small.engine, small.upscalers["Lanczos"], prompts=PROMPTS[:1], native_steps=1, **size)
+    assert advised == Setting(found.refine_steps, found.sigma)
     assert asked(small.upscalers["Lanczos"]) == advised
     scenes = compared_scenes(run_setting(64, 1), 2)
     grid = (Setting(), Setting(1, 0.3))

@@ -284,6 +284,15 @@ def test_corrections_bring_upscaled_latents_nearer_to_the_scenes(small: Any, mon
     assert detail[2][1] == pytest.approx(detail[1][1], rel=0.02)
 
 
+def test_ideas_are_compared_with_the_upscaler_that_is_asked_for(small: Any, plain: Any) -> None:
+    asked = ideas.upscaled_by("Lanczos", ways.staged(128)).make(small, PROMPTS, [3, 8])
+    assert torch.equal(asked.images, ways.staged(128, upscaler="Lanczos").make(small, PROMPTS, [3, 8]).images)
+    assert not torch.equal(asked.images, plain.images)
+    every = ideas.compared(256, "Lanczos")
+    assert [way.name for way in every[:2]] == ["staged 12+1", "native 20 multistep"]
+    assert [way.name for way in every[2:]] == [way.name for way in ideas.ideas(256)]
+
+
 def test_all_ideas_have_names_and_costs_near_12_and_1() -> None:
     tried = ideas.ideas(256)
     assert len({way.name for way in tried}) == len(tried) > 12

@@ -38,7 +38,7 @@ def pictures() -> dict[str, Tensor]:
     low = sample_staged(engine, make_plan("demo", 256, 256, low_steps=4, seed=5), prompt, until=1).images
     found: dict[str, Tensor] = {}
     for name, (options, method) in tiles.ways(SIDE, TILE).items():
-        plan = make_plan("demo", SIDE, SIDE, seed=5, sigma=tiles.SIGMA, **options)
+        plan = make_plan("demo", SIDE, SIDE, seed=5, sigma=tiles.AUTHORS_SIGMA, **options)
         found[name] = sample_staged(engine, plan, prompt, upscaler=upscaler, image=low, method=method).images
     return found
 

@@ -481,9 +481,10 @@ class Family:
         given at most half of them.
         """
         usual = self.get_preset()
+        if purpose == "text" and usual.sigma >= _TEXT_SIGMA:
+            return replace(usual, name=purpose)
         if purpose == "text":
-            sigma = max(usual.sigma, _TEXT_SIGMA)
-            return replace(usual, name=purpose, sigma=sigma, source=_TEXT_SOURCE)
+            return replace(usual, name=purpose, sigma=_TEXT_SIGMA, source=_TEXT_SOURCE)
         steps = max(usual.refine_steps, min(_DETAIL_STEPS, self.native_steps // 2))
         return replace(usual, name=purpose, refine_steps=steps, sigma=_DETAIL_SIGMA, source=_DETAIL_SOURCE)
 
