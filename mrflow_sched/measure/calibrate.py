@@ -7,6 +7,7 @@ and which is measured here, with a bound of the same form. Most of an image is s
 places, a line of lettering or a face: so both are counted where they are (`local_power`), or the smooth rest would
 average them away. A small sweep then starts the refine stage at several sigmas and measures the result: the recommended
 sigma is the smallest one, from the smaller bound on, that gives the image the fine detail of the model's own images.
+Interpolation errs little in smooth images and leaves detail out all the same: there the bound is that of L.
 
 Power is in units of white noise of standard deviation 1, the noise that samplers start from.
 """
@@ -33,6 +34,7 @@ from mrflow_sched.plan.notes import USUAL_SIGMA
 from mrflow_sched.sampler import sample_staged
 from mrflow_sched.upscaling.fit import upscale_to
 from mrflow_sched.upscaling.lanczos import resize_lanczos
+from mrflow_sched.upscaling.role import kind_of
 
 if TYPE_CHECKING:
     from mrflow_sched.plan.stages import StagedPlan
@@ -275,7 +277,8 @@ def calibrate(
             detail = band_power(unfold_patches(latents, family), step)[1]
             return SweepRow(sigma, steps, _decibel(detail / detailed), _psnr(made, large))
 
-        least = min(bound(power), bound(error))
+        unaided = kind_of(upscaler) == "interpolation"
+        least = bound(power) if unaided else min(bound(power), bound(error))
         starts = sorted({*SWEPT, round(bound(power), 2), round(bound(error), 2)})
         rows = [refined(start, 1) for start in starts if USUAL_SIGMA[0] <= start <= USUAL_SIGMA[1]]
         best = choose(rows, min(round(least, 2), max(row.sigma for row in rows)))

@@ -148,6 +148,28 @@ def test_on_a_field_of_known_power_the_power_is_found() -> None:
     assert len(said) == len(found.sweep) + 3
 
 
+def test_without_a_network_the_bound_is_that_of_the_detail_left_out() -> None:
+    """An upscaler whose error is small all over, told as a network and as interpolation."""
+
+    class Exact:
+        scale, name = 2, "exact"
+
+        def __init__(self, images: torch.Tensor, kind: str) -> None:
+            self._images, self.kind = images, kind
+
+        def __call__(self, small: torch.Tensor) -> torch.Tensor:
+            return self._images[: len(small)] + 0.002
+
+    images = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(4)) * 0.2 + 0.4
+    found = [
+        calibrate(FIELD, Exact(images, kind), prompts=["a"], width=64, height=64, images=images)
+        for kind in ("network", "interpolation")
+    ]
+    assert found[0].error_bound < 0.05 < found[0].bound
+    assert found[0].sigma < min(found[1].sigma, found[0].bound)
+    assert found[1].sigma >= round(min(found[1].bound, 0.6), 2)
+
+
 def test_given_pictures_are_measured_in_place_of_native_ones() -> None:
     images = torch.rand((2, 3, 48, 64), generator=torch.Generator().manual_seed(4)) * 0.2 + 0.4
     found = calibrate(FIELD, None, prompts=["a", "b"], width=64, height=64, images=images)
