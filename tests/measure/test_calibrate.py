@@ -154,11 +154,11 @@ def test_without_a_network_the_bound_is_that_of_the_detail_left_out() -> None:
     class Exact:
         scale, name = 2, "exact"
 
-        def __init__(self, images: torch.Tensor, kind: str) -> None:
-            self._images, self.kind = images, kind
+        def __init__(self, large: torch.Tensor, kind: str) -> None:
+            self._large, self.kind = large, kind
 
-        def __call__(self, small: torch.Tensor) -> torch.Tensor:
-            return self._images[: len(small)] + 0.002
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return self._large[: len(images)] + 0.002
 
     images = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(4)) * 0.2 + 0.4
     found = [
