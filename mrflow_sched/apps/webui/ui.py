@@ -62,8 +62,8 @@ INFO: Mapping[str, str] = {
     "factor": "final size divided by the size of the first stage",
     "low_steps": "steps at low resolution; 0 uses the preset's",
     "refine_steps": "steps at the final size; 0 uses the preset's",
-    "sigma": "fraction of noise that the refine steps start from, 0.02 to 0.9; 0 uses the preset's; try 0.16 to 0.20 "
-    "for lettering",
+    "sigma": "fraction of noise that the refine steps start from, 0.02 to 0.9; 0 uses the preset's; for small "
+    "lettering choose the preset detail",
     "shift": "schedule of the low-resolution steps",
     "solver": "multistep is second order, at the cost of Euler; automatic takes the solver that suits the model",
     "upscaler": "upscales the image between the stages; x2 models are best",
