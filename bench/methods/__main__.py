@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.methods import jit, precision, sparse, step
-from bench.quality.kinds import FIRST_SEED, scenes_of
-from mrflow_sched import demo, load_upscaler
+from bench.quality.kinds import FIRST_SEED, all_scenes
+from bench.quality.ways import AUTHORS_SIGMA
+from mrflow_sched import demo, load_upscaler, make_plan
 
 PARTS = ("jit", "sparse", "precision", "step")
 SIZE = 256
@@ -28,12 +29,13 @@ SIZE = 256
 def measure(parts: Sequence[str], count: int) -> dict[str, Any]:
     """The rows of each part."""
     engine, upscaler = demo.load_engine(), load_upscaler(demo.upscaler_path())
-    scenes = scenes_of(count)
+    scenes = all_scenes(count)
+    own_sigma = make_plan(engine.family, SIZE, SIZE).stages[-1].sigmas[0]
     rows: dict[str, Any] = {}
     if "jit" in parts:
         rows["jit"] = jit.measure(engine, scenes, FIRST_SEED, SIZE)
     if "sparse" in parts:
-        rows["sparse"] = sparse.measure(engine, upscaler, scenes, FIRST_SEED, SIZE, (0.12, 0.45))
+        rows["sparse"] = sparse.measure(engine, upscaler, scenes, FIRST_SEED, SIZE, (AUTHORS_SIGMA, own_sigma))
     if "precision" in parts:
         rows["precision"] = precision.measure(engine, upscaler, scenes, FIRST_SEED, SIZE)
     if "step" in parts:
@@ -50,7 +52,7 @@ def report(rows: dict[str, Any]) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.methods", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--scenes", type=int, default=4, help="of each category")
+    parser.add_argument("--scenes", type=int, default=4, help="of each category, and as many with fine detail")
     parser.add_argument("--out", type=Path, help="folder for methods.json and methods.md")
     asked = parser.parse_args(words)
     rows = measure(asked.parts, asked.scenes)

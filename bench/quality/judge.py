@@ -24,9 +24,10 @@ def hits(pictures: Tensor, scenes: Sequence[Scene]) -> list[dict[str, list[bool]
 
 
 def share_read(pictures: Tensor, scenes: Sequence[Scene]) -> float:
-    """Share of the scenes' attributes and letters that are read of pictures, saved in eight bits, (N, 3, H, W)."""
+    """Share of what scenes have, fine detail too, that is read of pictures, saved in eight bits, (N, 3, H, W)."""
     saved = (pictures.clamp(0, 1) * 255).round() / 255
-    every = [hit for each in hits(saved, scenes) for values in each.values() for hit in values]
+    read = (*hits(saved, scenes), *fine_hits(saved, scenes))
+    every = [hit for each in read for values in each.values() for hit in values]
     return sum(every) / len(every)
 
 
