@@ -42,7 +42,8 @@ SWEPT = "sweep one option instead of the comparison; upscalers: the refine stage
 
 
 def sweep_upscalers(size: int, each: int, count: int, names: Sequence[str], out: Path | None, *, quick: bool) -> None:
-    """The refine stage swept for the upscalers of `names`; written as far as it is after each of them."""
+    """The refine stage swept for the upscalers of `names`; written as far as it is after each of them, beside what the
+    file holds of others."""
     here = setting(size, each)
 
     def keep(record: dict[str, Any]) -> None:
@@ -52,9 +53,11 @@ def sweep_upscalers(size: int, each: int, count: int, names: Sequence[str], out:
             (out / "sweep-upscalers.md").write_text(by_upscaler.to_markdown(record) + "\n")
 
     prompts = [caption(scene) for scene in next_scenes(each)]
-    more: dict[str, Any] = {"recommended": by_upscaler.Calibrated(here.model, prompts)}
+    file = None if out is None else out / "sweep-upscalers.json"
+    earlier = json.loads(file.read_text()) if file is not None and file.is_file() else None
+    more: dict[str, Any] = {"recommended": by_upscaler.Calibrated(here.model, prompts), "earlier": earlier}
     if quick:
-        more = {"grid": by_upscaler.GRID[:3], "varied": by_upscaler.VARIED[:1]}
+        more |= {"recommended": None, "grid": by_upscaler.GRID[:3], "varied": by_upscaler.VARIED[:1]}
     record = by_upscaler.measure(here.model, compared_scenes(here, count), names=names, tell=_say, keep=keep, **more)
     keep(record)
     print(by_upscaler.to_markdown(record), flush=True)

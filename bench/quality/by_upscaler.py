@@ -30,6 +30,7 @@ LOSS = 0.01
 BATCH = 8
 GROUPS = {"networks of others": tuple(foreign.NETWORKS), "our network": ("SR",), "no network": ("Lanczos",)}
 """The kinds of upscaler that a preset may tell apart."""
+_SAME = ("scenes", "size", "loss", "resamples")
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,11 @@ def measure(
     recommended: Callable[[Any], Setting] | None = None,
     tell: Callable[[str], object] = print,
     keep: Callable[[dict[str, Any]], object] = lambda record: None,
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Every setting with every upscaler of `names`: the record. `recommended` tells a setting for an upscaler, which is
-    scored like the others. `keep` gets the record as far as it is, after each upscaler."""
+    scored like the others. `keep` gets the record as far as it is, after each upscaler. What `earlier`, a record of the
+    same scenes, says of other upscalers in the same settings is kept."""
     missing = [name for name in names if name not in model.upscalers]
     here = [name for name in names if name not in missing]
     low = low_pictures(model, scenes.prompts, scenes.seeds) if here else torch.empty(0)
@@ -234,6 +237,11 @@ def measure(
         "groups": {},
         "not installed": dict.fromkeys(missing, foreign.COMMAND),
     }
+    if earlier is not None and all(earlier[key] == record[key] for key in _SAME):
+        settings = [setting.name for setting in grid]
+        others = {name: row for name, row in earlier["upscalers"].items() if name not in here}
+        record["upscalers"] = {name: row for name, row in others.items() if list(row["settings"]) == settings}
+        record["groups"] = {name: dict(group) for name, group in earlier["groups"].items()}
     grids: dict[str, list[Scored]] = {}
     for name in here:
         upscaled = upscaled_by(model.upscalers[name], low, model.size)
@@ -251,7 +259,7 @@ def measure(
             best = best_of(grids[name])
             told = {"to best": advised.gap(best), "in the flat top": in_flat_top(advised, best)}
             record["upscalers"][name]["calibrated"] = {**_figures(advised), **told}
-        record["groups"] = _groups(grids)
+        record["groups"] |= _groups(grids)
         keep(record)
     return record
 

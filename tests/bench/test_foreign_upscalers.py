@@ -280,4 +280,15 @@ def test_the_sweep_writes_a_line_for_every_upscaler(
     assert "| no network | Lanczos | 1 from 0.3 (0.000) | 0 (" in written
     assert "| Lanczos | 1 from 0.3, guidance 1: " in written
     assert (tmp_path / "sweep-upscalers.json").stat().st_size > 1000
+    # Another upscaler comes beside it; where the settings are others, it stands alone.
+    words[words.index("Lanczos") : words.index("--out")] = ["SR"]
+    command.main(words)
+    added = (tmp_path / "sweep-upscalers.md").read_text()
+    lines = [line for line in written.splitlines() if line.startswith(("| Lanczos | ", "| no network | "))]
+    assert len(lines) == 3
+    assert set(lines) < set(added.splitlines())
+    assert "| refine steps and sigma | cost | Lanczos | SR |" in added
+    monkeypatch.setattr(by_upscaler, "GRID", (Setting(), Setting(1, 0.45)))
+    command.main(words)
+    assert "| refine steps and sigma | cost | SR |" in (tmp_path / "sweep-upscalers.md").read_text()
     run_setting.cache_clear()
