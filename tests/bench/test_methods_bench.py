@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.methods import __main__ as command
-from bench.methods import jit, precision, sparse
+from bench.methods import jit, precision, sparse, step
 from bench.quality.kinds import FIRST_SEED, scenes_of
 from mrflow_sched import demo, load_upscaler
 
@@ -48,6 +48,16 @@ def test_precisions_that_cannot_be_had_are_told(parts: tuple[Any, Any, Any]) -> 
     assert made["int8", "both"]["bytes"] < 0.7 * made["own", "both"]["bytes"]
     text = precision.report(rows)
     assert "- precision int4 needs a CUDA GPU" in text
+
+
+def test_a_whole_plan_is_counted_from_the_seconds_of_its_calls() -> None:
+    seconds = {"low": 2.0, 1.0: 12.0, 0.5: 6.0}
+    rows = [{"megapixels": "2", "share": share, "seconds": each} for share, each in seconds.items()]
+    text = step.report(rows)
+    assert "| 2 | 12.0 | 0.50 |" in text
+    # 12 calls of 2 s and one of 12 s; with half of the tokens one of 6 s. Then the same with four calls.
+    assert "| 2 | 12+1 | 36 | 0.33 | 0.83 |" in text
+    assert "| 2 | 12+4 | 72 | 0.67 | 0.67 |" in text
 
 
 def test_the_command_takes_parts_of_itself() -> None:
