@@ -32,6 +32,7 @@ SETTINGS = (
     Setting(1, 0.12),
     Setting(1, 0.3),
     Setting(1, 0.6),
+    Setting(4, 0.75, tokens=0.5),
     Setting(4, 0.75),
     Setting(6, 0.75, "shifted"),
     Setting(8, 0.85, "shifted"),

@@ -35,19 +35,22 @@ _SAME = ("scenes", "size", "loss", "resamples")
 
 @dataclass(frozen=True)
 class Setting:
-    """A refine stage: its steps, the sigma that it starts from, and how. Guidance None is the family's."""
+    """A refine stage: its steps, the sigma that it starts from, and how. Guidance None is the family's; `tokens` is the
+    share of them that is refined."""
 
     steps: int = 0
     sigma: float = 0.0
     curve: str = "linear"
     guidance: float | None = None
     posterior: str = "mode"
+    tokens: float = 1.0
 
     @property
     def name(self) -> str:
         said = [f"{self.steps} from {self.sigma:g}" if self.steps else "0"]
         said += [self.curve] if self.curve != "linear" else []
         said += [f"guidance {self.guidance:g}"] if self.guidance is not None else []
+        said += [f"{self.tokens:.0%} of the tokens"] if self.tokens < 1.0 else []
         return ", ".join([*said, *(["posterior sample"] if self.posterior == "sample" else [])])
 
     def plan(self, size: int) -> StagedPlan:
@@ -55,7 +58,7 @@ class Setting:
         numbers: dict[str, Any] = {"refine_steps": self.steps}
         if self.steps:
             numbers |= {"sigma": self.sigma, "refine_curve": self.curve, "posterior": self.posterior}
-            numbers |= {"refine_guidance": self.guidance}
+            numbers |= {"refine_guidance": self.guidance, "refine_tokens": self.tokens}
         return make_plan(FAMILY, size, size, "12+1", **numbers)
 
 

@@ -203,6 +203,7 @@ def test_a_damaged_low_picture_is_one_out_of_a_jpeg_file(small: ways.Model, low:
     [
         ("SR", Setting(2, 0.6, "shifted", 2.0, "sample")),
         ("SR of a damaged low picture", Setting(1, 0.3)),
+        ("SR", Setting(2, 0.6, tokens=0.5)),
         ("Lanczos", Setting()),
     ],
 )
@@ -213,6 +214,7 @@ def test_settings_from_kept_pictures_are_those_of_whole_runs(
     numbers: dict[str, Any] = {"refine_steps": setting.steps, "posterior": setting.posterior}
     if setting.steps:
         numbers |= {"sigma": setting.sigma, "refine_curve": setting.curve, "refine_guidance": setting.guidance}
+        numbers |= {"refine_tokens": setting.tokens}
     whole = ways.staged(64, "12+1", upscaler=upscaler, **numbers).make(small, PROMPTS, SEEDS)
     assert whole.low is not None
     assert torch.equal(whole.low, low)
