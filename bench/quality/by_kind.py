@@ -38,6 +38,8 @@ SETTINGS = (
     Setting(8, 0.85, "shifted"),
 )
 """Refine stages, from none to one that draws nearly all anew."""
+SHOWN = (Setting(1, 0.12), Setting(1, 0.6), Setting(4, 0.75), Setting(6, 0.75, "shifted"))
+"""Columns of the sheet."""
 NATIVE = "native 50"
 HALVED = "halved, Lanczos"
 
@@ -171,9 +173,8 @@ def sheet(record: Mapping[str, Any], pictures: Mapping[str, Tensor], truth: Trut
 
 
 def shown_rows(record: Mapping[str, Any], upscaler: str) -> list[str]:
-    """The columns of the sheet: the scenes, native sampling, and the settings of an upscaler that make a difference."""
-    settings = (SETTINGS[1], SETTINGS[3], SETTINGS[4], SETTINGS[5])
-    wanted = [known.TRUE, record["base"], *(row_name(upscaler, setting) for setting in settings)]
+    """The columns of the sheet: the scenes, native sampling, and `SHOWN` with an upscaler."""
+    wanted = [known.TRUE, record["base"], *(row_name(upscaler, setting) for setting in SHOWN)]
     return [name for name in wanted if name == known.TRUE or name in record["rows"]]
 
 
