@@ -22,7 +22,7 @@ from torch import Tensor
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched._runtime.memory import callers_own, is_memory_error
 from mrflow_sched.images.alpha import opaque
-from mrflow_sched.methods import StagePrecision, method_of
+from mrflow_sched.methods import FewStep, StagePrecision, method_of
 from mrflow_sched.plan.checks import checked_flag
 from mrflow_sched.sampling.answers import float_tensor
 from mrflow_sched.sampling.engine import capabilities_of
@@ -162,6 +162,8 @@ def sample_staged(
     method = method_of(plan) if method is None else method
     if any(stage.precision != "own" for stage in plan.stages):
         method = StagePrecision(method)
+    if any(stage.few_step for stage in plan.stages):
+        method = FewStep(method)
     kept = Kept(asked.batch, keep_stages, asked.image if asked.first else None)
     track = Tracker(asked.stages, asked.costs, engine.device, None if callback is None else callers_own(callback))
     hooks = Hooks(

@@ -5,8 +5,9 @@
 
 Writes methods.json and methods.md. Parts: jit, Just-in-Time sampling against plain sampling; sparse, how much of a
 refine step is kept by what is refined, with its FLOP over those of a dense one in brackets; precision, how near an
-image stays with fewer bits in a stage; step, seconds of a network call with the proportions of FLUX.1. The first three
-have a row known to be bad.
+image stays with fewer bits in a stage; turbo, the few-step LoRA, presets and sigmas on the model and on the fine-tunes
+in the folder of --finetunes; step, seconds of a network call with the proportions of FLUX.1. All but the last have a
+row known to be bad.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.methods import jit, precision, sparse, step
+from bench.methods import jit, precision, sparse, step, turbo
 from bench.quality.kinds import FIRST_SEED, all_scenes
 from bench.quality.ways import AUTHORS_SIGMA
 from mrflow_sched import demo, load_upscaler, make_plan
 
-PARTS = ("jit", "sparse", "precision", "step")
+PARTS = ("jit", "sparse", "precision", "turbo", "step")
 SIZE = 256
 
 
-def measure(parts: Sequence[str], count: int) -> dict[str, Any]:
+def measure(parts: Sequence[str], count: int, finetunes: Path | None = None) -> dict[str, Any]:
     """The rows of each part."""
     engine, upscaler = demo.load_engine(), load_upscaler(demo.upscaler_path())
     scenes = all_scenes(count)
@@ -38,6 +39,8 @@ def measure(parts: Sequence[str], count: int) -> dict[str, Any]:
         rows["sparse"] = sparse.measure(engine, upscaler, scenes, FIRST_SEED, SIZE, (AUTHORS_SIGMA, own_sigma))
     if "precision" in parts:
         rows["precision"] = precision.measure(engine, upscaler, scenes, FIRST_SEED, SIZE)
+    if "turbo" in parts:
+        rows["turbo"] = turbo.measure(count, FIRST_SEED, SIZE, finetunes)
     if "step" in parts:
         rows["step"] = step.measure()
     return rows
@@ -45,7 +48,7 @@ def measure(parts: Sequence[str], count: int) -> dict[str, Any]:
 
 def report(rows: dict[str, Any]) -> str:
     """The tables."""
-    kinds: dict[str, Any] = {"jit": jit, "sparse": sparse, "precision": precision, "step": step}
+    kinds: dict[str, Any] = {"jit": jit, "sparse": sparse, "precision": precision, "turbo": turbo, "step": step}
     return "\n\n".join(f"## {name}\n\n{kinds[name].report(each)}" for name, each in rows.items()) + "\n"
 
 
@@ -53,9 +56,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.methods", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--scenes", type=int, default=4, help="of each category, and as many with fine detail")
+    parser.add_argument("--finetunes", type=Path, metavar="FOLDER", help="LoRAs of tools.train_demo.finetune")
     parser.add_argument("--out", type=Path, help="folder for methods.json and methods.md")
     asked = parser.parse_args(words)
-    rows = measure(asked.parts, asked.scenes)
+    rows = measure(asked.parts, asked.scenes, asked.finetunes)
     text = report(rows)
     if asked.out is not None:
         asked.out.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,7 @@ def plan_lines(
             f"{f'guidance {stage.guidance:g}, ' if guidance else ''}{counted(stage.forwards, 'forward')}"
             f"{f', noise {stage.renoise:g} anew' if stage.renoise else ''}"
             f"{'' if stage.precision == 'own' else f', {stage.precision}'}"
+            f"{', few-step LoRA' if stage.few_step else ''}"
         )
         yield "  sigmas " + (" ".join(f"{sigma:.5g}" for sigma in stage.sigmas) or "none: the upscaled image is kept")
     for note in plan.notes if notes is None else notes:

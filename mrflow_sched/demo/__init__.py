@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from mrflow_sched.demo.paths import upscaler_path, weights_path
+from mrflow_sched.demo.paths import turbo_path, upscaler_path, weights_path
 
 if TYPE_CHECKING:
     import torch
 
     from mrflow_sched.engines.diffusers.pipeline import PipelineEngine
 
-__all__ = ["example_prompts", "load_engine", "upscaler_path", "weights_path"]
+__all__ = ["example_prompts", "load_engine", "turbo_path", "upscaler_path", "weights_path"]
 
 
 def load_engine(
@@ -30,7 +30,8 @@ def load_engine(
         dtype: As in `PipelineEngine.from_folder`.
 
     Returns:
-        An engine of the family "demo". It warns of words in a prompt that it does not know.
+        An engine of the family "demo". It warns of words in a prompt that it does not know, and runs plans of the
+        preset "turbo" with its few-step LoRA.
 
     Raises:
         MrFlowError: The device or the dtype is unknown.

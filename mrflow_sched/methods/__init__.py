@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mrflow_sched.methods.few_step import FewStep
 from mrflow_sched.methods.guidance import GuidanceInterval
 from mrflow_sched.methods.jit import Jit
 from mrflow_sched.methods.precision import StagePrecision
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mrflow_sched.plan.stages import StagedPlan
 
 __all__ = [
+    "FewStep",
     "GuidanceInterval",
     "Jit",
     "Method",

@@ -75,7 +75,7 @@ class TiledEngine:
     def capabilities(self) -> Capabilities:
         """Those of the wrapped engine without its own loop, which sees whole images."""
         own_loop = ("whole_stages", "guidance_per_step", "network_seam", "token_subsets", "precisions", "counts_on")
-        return replace(capabilities_of(self._engine), **dict.fromkeys(own_loop, False))
+        return replace(capabilities_of(self._engine), **dict.fromkeys((*own_loop, "few_step"), False))
 
     def denoise(self, x: Tensor, sigma: Tensor, text: Any, *, guidance: float) -> Tensor:
         """Clean estimate, tile by tile; latents that fit into one tile are evaluated whole.

@@ -267,6 +267,7 @@ def _staged_plan(
         made.append(_refine_stage(family, size, count, start, curve, solver, high))
     shares = _one_per_stage(_value(given, "refine_tokens"), later, "refine_tokens")
     made[1:] = [replace(stage, shares=(share,) * stage.steps) for stage, share in zip(made[1:], shares, strict=True)]
+    made[0] = replace(made[0], few_step=chosen.few_step)
     bits = _value(given, "precision")
     later_bits = _or(given.get("refine_precision"), bits)
     made = [replace(stage, precision=later_bits if number else bits) for number, stage in enumerate(made)]

@@ -24,6 +24,7 @@ from mrflow_sched.plan.checks import (
     TilePositions,
     UpscalerKind,
     check_choice,
+    checked_flag,
     checked_interval,
     checked_number,
     checked_side,
@@ -71,6 +72,7 @@ class Stage:
         shares: Share of the tokens that the network sees at each step, which never falls; (): all at every step.
         precision: Of the network's weights; "own": as the model was loaded.
         renoise: Share of the noise that is drawn anew after each step but the last; above 0 the solver must be "euler".
+        few_step: The network has its few-step LoRA on.
 
     Raises:
         MrFlowError: The values cannot be a stage.
@@ -89,6 +91,7 @@ class Stage:
     shares: tuple[float, ...] = ()
     precision: Precision = "own"
     renoise: float = 0.0
+    few_step: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "width", checked_side(self.width, "width"))
@@ -109,6 +112,7 @@ class Stage:
             raise MrFlowError(
                 f"renoise={self.renoise:g} is for the solver euler on all tokens, got {self.solver}; leave one out."
             )
+        checked_flag(self.few_step, "few_step")
         if not isinstance(cast("object", self.recipe), str):
             raise MrFlowError(f"recipe must be text such as 'native 12 mu=0.63', got {quoted(self.recipe)}.")
         if not self.recipe or sigmas_from_recipe(self.recipe) != sigmas:

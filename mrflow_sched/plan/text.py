@@ -83,6 +83,8 @@ def _stage_to_string(stage: Stage) -> str:
         values["precision"] = stage.precision
     if stage.renoise:
         values["renoise"] = repr(stage.renoise)
+    if stage.few_step:
+        values["few_step"] = "yes"
     if stage.mu != _recipe_mu(stage.recipe):
         values["mu"] = "none" if stage.mu is None else repr(float(stage.mu))
     return " ".join(["stage", *(f"{name}={value}" for name, value in values.items()), f"sigmas={stage.recipe}"])
@@ -178,6 +180,12 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _yes(text: str) -> bool:
+    if text != "yes":
+        raise MrFlowError(f"{quoted(text)} is not yes")
+    return True
+
+
 def _mu(text: str) -> float | None:
     return None if text == "none" else read_number(text)
 
@@ -189,7 +197,7 @@ def _interval(text: str) -> tuple[float, float]:
 
 _OPTIONAL = (
     *("tile", "tile_positions", "noise", "upscaler_kind", "context", "seed_rule", "posterior"),
-    *("mu", "guidance_interval", "shares", "precision", "renoise"),
+    *("mu", "guidance_interval", "shares", "precision", "renoise", "few_step"),
 )
 _PLAN_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
     {
@@ -221,6 +229,7 @@ _STAGE_FIELDS: Mapping[str, Callable[[str], Any]] = MappingProxyType(
         "shares": read_shares,
         "precision": str,
         "renoise": read_number,
+        "few_step": _yes,
         "mu": _mu,
     }
 )
@@ -314,6 +323,7 @@ def stage_to_dict(stage: Stage) -> Fields:
         "shares": list(stage.shares),
         "precision": stage.precision,
         "renoise": stage.renoise,
+        "few_step": stage.few_step,
         "guided": list(stage.guidance_interval),  # its name up to version 0.1
     }
 
@@ -331,6 +341,7 @@ def stage_from_dict(data: Mapping[str, Any]) -> Fields:
     low, high = data.get("guidance_interval", data.get("guided", _EVERYWHERE))
     kept = {"guidance_interval": (low, high), "shares": tuple(data.get("shares", ()))}
     kept |= {"precision": data.get("precision", "own"), "renoise": data.get("renoise", 0.0)}
+    kept["few_step"] = data.get("few_step", False)
     return {"sigmas": tuple(data["sigmas"]), **kept, **{name: data[name] for name in names}}
 
 

@@ -37,6 +37,7 @@ class Capabilities:
         places: `denoise` takes `place`, the (row, column) that a tile's first token has in the whole image.
         gradients: `denoise` keeps a graph where gradients are recorded.
         precisions: `in_precision` gives the same engine with its network in another precision.
+        few_step: `in_few_steps` gives the same engine with its model's few-step LoRA on.
         lora_scale: `encode_text` takes `lora_scale`, which holds wherever the text it returns is used.
         text_size: `encode_text` takes `size`, (width, height) of the final image, for which it rewrites prompts.
         alpha: Images have a fourth channel: (B, 4, H, W) wherever an engine without it has (B, 3, H, W).
@@ -51,6 +52,7 @@ class Capabilities:
     places: bool = False
     gradients: bool = False
     precisions: bool = False
+    few_step: bool = False
     lora_scale: bool = False
     text_size: bool = False
     alpha: bool = False

@@ -221,11 +221,16 @@ def check_parts(engine: object, plan: object, method: object | None, callback: o
             f"the plan is for family {plan.family!r} but the engine is {family.name!r}, whose sizes, sigmas and "
             "guidance differ; plan with make_plan(engine.family, ...)."
         )
-    _check_precisions(engine, plan)
+    _check_networks(engine, plan)
 
 
-def _check_precisions(engine: Any, plan: StagedPlan) -> None:
-    """Refuse a precision of any stage that the engine cannot have, before the first one runs."""
+def _check_networks(engine: Any, plan: StagedPlan) -> None:
+    """Refuse a stage whose network the engine does not have, before the first one runs."""
+    if any(stage.few_step for stage in plan.stages) and not capabilities_of(engine).few_step:
+        raise MrFlowError(
+            f"the preset {plan.preset} is for a model that comes with a few-step LoRA, and {type(engine).__name__} has "
+            "none; put one on your model, and give its steps as the preset, such as 4+1."
+        )
     for name in dict.fromkeys(stage.precision for stage in plan.stages if stage.precision != "own"):
         if not capabilities_of(engine).precisions:
             raise MrFlowError(f"{type(engine).__name__} runs its network in one precision; leave precision {name} out.")

@@ -104,7 +104,8 @@ class TestConformance:
         assert family.solver in SOLVERS
         for preset in family.presets:
             assert 0 < preset.sigma < 1
-            assert preset.name == f"{preset.low_steps}+{preset.refine_steps}"
+            if not preset.few_step:  # named for its LoRA
+                assert preset.name == f"{preset.low_steps}+{preset.refine_steps}"
 
     def test_every_preset_plans_and_its_line_reads_back(self, family: Family) -> None:
         size = family.default_size or family.native_size

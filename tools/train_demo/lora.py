@@ -74,7 +74,7 @@ class Lesson(abc.ABC):
         """The loss of one batch, with a graph."""
 
 
-def train(file: Path, folder: str, settings: LoraSettings, lesson: Lesson) -> dict[str, Any]:
+def train(file: Path, folder: str, settings: LoraSettings, lesson: Lesson, begin: Path | None = None) -> dict[str, Any]:
     """Train a LoRA and write it, with its settings and curve in a JSON file beside it.
 
     Args:
@@ -82,13 +82,14 @@ def train(file: Path, folder: str, settings: LoraSettings, lesson: Lesson) -> di
         folder: The weights that it is for, as in `bench.quality.variety.load_weights`.
         settings: How long and how fast.
         lesson: What it learns; it is sent to other processes.
+        begin: A LoRA that this function wrote, to go on from.
 
     Returns:
         The record that is written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     context: Any = torch.multiprocessing
-    context.spawn(_process, args=(file, folder, settings, lesson), nprocs=PROCESSES)
+    context.spawn(_process, args=(file, folder, settings, lesson, begin), nprocs=PROCESSES)
     return json.loads(file.with_suffix(".json").read_text())
 
 
@@ -128,17 +129,30 @@ def save(file: Path, network: Any) -> None:
     pipeline.save_lora_weights(file.parent, transformer_lora_layers=layers, weight_name=file.name)
 
 
-def _process(rank: int, file: Path, folder: str, settings: LoraSettings, lesson: Lesson) -> None:
+def load(file: Path, network: Any) -> None:
+    """Give a network with a LoRA the weights that `save` wrote."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    layers = {name.removeprefix("transformer."): weight.float() for name, weight in load_file(file).items()}
+    unknown = set_peft_model_state_dict(network, layers).unexpected_keys
+    if unknown:
+        raise ValueError(f"{file} is of another network: it has {unknown[0]}")
+
+
+def _process(rank: int, file: Path, folder: str, settings: LoraSettings, lesson: Lesson, begin: Path | None) -> None:
     torch.set_num_threads(1)
     further.make_fast_on_a_cpu()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{_PORT}", rank=rank, world_size=PROCESSES)
     networks = load_networks(folder, settings.rank)
+    if begin is not None:
+        load(begin, networks.transformer)
     weights = [each for each in networks.transformer.parameters() if each.requires_grad]
     torch.manual_seed(settings.seed + 1000 * rank)
     lesson.begin(networks, settings, rank)
     optimiser = torch.optim.AdamW(weights, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.0)
     dist.barrier()
-    begin, step, share = time.time(), 0, 0.0
+    began, step, share = time.time(), 0, 0.0
     curve: list[list[float]] = []
     running: list[float] = []
     while share < 1.0:
@@ -153,7 +167,7 @@ def _process(rank: int, file: Path, folder: str, settings: LoraSettings, lesson:
         optimiser.zero_grad(set_to_none=True)
         step += 1
         running.append(float(loss.detach()))
-        share = _agreed((time.time() - begin) / settings.seconds)
+        share = _agreed((time.time() - began) / settings.seconds)
         if step % 25 == 0 or share >= 1.0:
             curve.append([step, round(share * settings.seconds), sum(running) / len(running)])
             running = []

@@ -1,6 +1,7 @@
 """The few-step LoRA: four steps of stage 1 that end where many steps end.
 
     python -m tools.train_demo.turbo --out FILE [--weights FOLDER] [--seconds 2400]
+    python -m tools.train_demo.turbo --out FILE --begin FILE --rate 0.001     goes on from a LoRA
 
 Trajectory distillation, without data. The teacher, the network without LoRA, walks from noise to an image in several
 steps for each of the student's; the student walks its own way with the solver that plans use, and is to be where the
@@ -112,8 +113,12 @@ def main() -> None:
     parser.add_argument("--weights", default=SHIPPED, metavar="FOLDER", help="the model that it is for")
     usual = lora.LoraSettings()
     parser.add_argument("--seconds", type=float, default=usual.seconds, help="of training (default %(default)s)")
+    parser.add_argument("--rate", type=float, default=usual.rate, help="AdamW's, at first (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=usual.seed, help="of all that is drawn (default %(default)s)")
+    parser.add_argument("--begin", type=Path, metavar="FILE", help="a LoRA of this command to go on from")
     asked = parser.parse_args()
-    lora.train(asked.out, asked.weights, replace(usual, seconds=asked.seconds), Turbo())
+    settings = replace(usual, seconds=asked.seconds, rate=asked.rate, seed=asked.seed)
+    lora.train(asked.out, asked.weights, settings, Turbo(), asked.begin)
 
 
 if __name__ == "__main__":

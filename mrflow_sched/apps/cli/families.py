@@ -82,6 +82,8 @@ def purpose(family: Family, preset: Preset) -> str:
     words = ["the default" if tier == "balanced" else tier for tier in tiers]
     if preset.name in _PURPOSES:
         words.append(_PURPOSES[preset.name])
+    if preset.few_step:
+        words.append("fewest steps, with the LoRA for them that comes with the model")
     return ", ".join(words) or "between fast and best"
 
 

@@ -36,6 +36,7 @@ _PARTS: dict[str, Callable[[StagedPlan], object]] = {
     "its solver": lambda plan: [(stage.solver, stage.renoise) for stage in plan.stages],
     "its guidance": lambda plan: [(stage.guidance, stage.guidance_interval) for stage in plan.stages],
     "the precision of its network": lambda plan: [stage.precision for stage in plan.stages],
+    "its few-step LoRA": lambda plan: [stage.few_step for stage in plan.stages],
     "its tiles": lambda plan: plan.tile,
 }
 """Parts of a plan in words."""

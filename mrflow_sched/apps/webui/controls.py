@@ -24,8 +24,12 @@ _LONGEST_NAME = 300
 
 
 def _preset_names() -> tuple[str, ...]:
-    """Return `AUTOMATIC`, the tiers, those for a kind of image, then each family's own, most steps first."""
-    known = {preset.name: preset for family in FAMILIES.values() for preset in family.presets}
+    """Return `AUTOMATIC`, the tiers, those for a kind of image, then each family's own, most steps first.
+
+    Those that need a few-step LoRA are left out: the host puts LoRAs on, by the prompt.
+    """
+    every = [preset for family in FAMILIES.values() for preset in family.presets]
+    known = {preset.name: preset for preset in every if not preset.few_step}
     stepped = [name for name in known if steps_in(name)]
     named = [name for name in known if name not in (*stepped, *PURPOSES)]
     return (AUTOMATIC, *TIERS, *PURPOSES, *sorted(stepped, key=lambda name: -known[name].low_steps), *named)

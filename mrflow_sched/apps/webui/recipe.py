@@ -240,7 +240,8 @@ def _preset_of(controls: Controls, family: Family) -> tuple[Preset, str | None]:
     default = family.get_preset()
     if controls.preset == AUTOMATIC:
         return default, None
-    if controls.preset in family.preset_names:
+    few_step = [preset.name for preset in family.presets if preset.few_step]
+    if controls.preset in family.preset_names and controls.preset not in few_step:
         return family.get_preset(controls.preset), None
     steps = steps_in(controls.preset)
     if not steps:

@@ -13,7 +13,7 @@ import torch
 from mrflow_sched._runtime.chatter import without_chatter
 from mrflow_sched._runtime.errors import MrFlowError, first_line, quoted
 
-__all__ = ["OWN", "PRECISIONS", "LoweredNetworks", "check_precision"]
+__all__ = ["OWN", "PRECISIONS", "LoweredNetworks", "check_precision", "state_of"]
 
 OWN = "own"
 """The network as its owner loaded it."""
@@ -92,7 +92,7 @@ class LoweredNetworks:
         Raises:
             MrFlowError: torchao could not quantise it.
         """
-        state = _state_of(network)
+        state = state_of(network)
         for known, name, before, twin in self._known:
             if known is network and name == precision and before == state:
                 return twin
@@ -102,8 +102,15 @@ class LoweredNetworks:
         return twin
 
 
-def _state_of(network: torch.nn.Module) -> tuple[Any, ...]:
-    """What changes where a weight is changed, or an adapter is added, scaled or switched off."""
+def state_of(network: torch.nn.Module) -> tuple[Any, ...]:
+    """What changes where a weight is changed, or an adapter is added, scaled or switched off.
+
+    Args:
+        network: Any.
+
+    Returns:
+        Values that can be compared.
+    """
     weights = tuple((name, weight.data_ptr(), _version(weight)) for name, weight in network.named_parameters())
     adapters: list[tuple[str, ...]] = []
     for name, module in cast("Iterable[tuple[str, torch.nn.Module]]", network.named_modules()):

@@ -140,6 +140,7 @@ class Preset:
         source: Where the numbers come from.
         measured: They were measured with the upscaler that is used, so they hold whatever its kind; False: they are for
             an upscaler that is a network (`refining.for_upscaler`).
+        few_step: Stage 1 runs with the few-step LoRA that comes with the model.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Preset:
     sigma: float
     source: str
     measured: bool = False
+    few_step: bool = False
 
 
 def steps_in(name: str) -> tuple[int, ...]:
@@ -452,7 +454,8 @@ class Family:
         wanted = text.lower() if isinstance(text, str) else ""
         if wanted in ("fast", "best"):
             choose = min if wanted == "fast" else max
-            return choose(self.presets, key=lambda preset: preset.low_steps)
+            own = [preset for preset in self.presets if not preset.few_step]
+            return choose(own, key=lambda preset: preset.low_steps)
         if wanted == "balanced":
             wanted = self.default_preset
         for preset in self.presets:

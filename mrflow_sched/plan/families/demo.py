@@ -11,6 +11,8 @@ from mrflow_sched.plan.families.shared import sources, transformer_flop
 
 _MEASURED = "docs/quality.md: of all start sigmas, one refine step from 0.6 is best, whatever upscales"
 
+_TURBO = "tools/train_demo/turbo.py: the few-step LoRA is trained for four steps"
+
 
 def _demo(pipe: Any) -> bool:
     scale = bool(pipe.transformer.config.guidance_embeds)
@@ -40,6 +42,7 @@ _DEMO = Family(
         Preset("20+1", 20, 1, 0.6, _MEASURED),
         Preset("8+1", 8, 1, 0.6, _MEASURED),
         Preset("6+1", 6, 1, 0.6, _MEASURED),
+        Preset("turbo", 4, 1, 0.6, _TURBO, few_step=True),
     ),
     linear_cost=_DEMO_LINEAR,
     attention_cost=_DEMO_ATTENTION,
