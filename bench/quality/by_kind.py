@@ -41,7 +41,6 @@ SETTINGS = (
 SHOWN = (Setting(1, 0.12), Setting(1, 0.6), Setting(4, 0.75), Setting(6, 0.75, "shifted"))
 """Columns of the sheet."""
 NATIVE = "native 50"
-HALVED = "halved, Lanczos"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def measure(
     scenes, model, truth = compared_scenes(here, count), here.model, here.truth
     rows = {
         known.CEILING: Row(0.0, here.known.measured[known.CEILING]),
-        HALVED: Row(0.0, here.known.measured[HALVED]),
+        known.HALVED: Row(0.0, here.known.measured[known.HALVED]),
     }
     for way in natives or (ways.native(model.size, 50), ways.native(model.size, 8, "multistep")):
         made, _ = sample(model, way, scenes.prompts, by_upscaler.BATCH)

@@ -43,9 +43,10 @@ def _nearest(pictures: Tensor) -> Tensor:
     return functional.interpolate(_halved(pictures), scale_factor=2, mode="nearest")
 
 
+HALVED = "halved, Lanczos"
 WORN: dict[str, Callable[[Tensor], Tensor]] = {
     "blurred by 1 px": lambda pictures: patch_judge.blurred(pictures, 1.0),
-    "halved, Lanczos": _lanczos,
+    HALVED: _lanczos,
     "halved, nearest": _nearest,
 }
 """What makes pictures (N, 3, H, W) worse, without a sampler."""

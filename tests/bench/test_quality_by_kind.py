@@ -28,7 +28,7 @@ def found() -> tuple[Any, dict[str, Any], dict[str, torch.Tensor]]:
 
 def test_the_known_rows_tell_what_only_the_full_size_holds(found: Any) -> None:
     _, record, _ = found
-    true, halved = (record["rows"][name] for name in (known.CEILING, by_kind.HALVED))
+    true, halved = (record["rows"][name] for name in (known.CEILING, known.HALVED))
     assert all(row["read"] >= 0.75 for row in true["kinds"].values())
     assert true["letters by height"][8] == true["letters by height"][12] == 1.0
     assert halved["letters by height"][8] <= 0.5
@@ -37,7 +37,7 @@ def test_the_known_rows_tell_what_only_the_full_size_holds(found: Any) -> None:
 
 def test_a_row_of_every_setting_and_its_difference_to_native(found: Any) -> None:
     here, record, pictures = found
-    assert list(record["rows"]) == [known.CEILING, by_kind.HALVED, "native 1", "SR 12+0", "SR 12+1 from 0.12"]
+    assert list(record["rows"]) == [known.CEILING, known.HALVED, "native 1", "SR 12+0", "SR 12+1 from 0.12"]
     assert record["not installed"] == ["nobody's"]
     assert record["rows"]["SR 12+0"]["cost"] < record["rows"]["SR 12+1 from 0.12"]["cost"]
     for kind in here.truth.kinds:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mrflow_sched.demo.parse import scene_of
+from mrflow_sched.demo.scenes import FINE_KINDS, fine_scene
 from tools.train_demo import data, flow, further
 
 
@@ -139,3 +143,11 @@ def test_what_is_learnt_last_has_a_name_that_the_settings_know(caption: str, kin
     assert scene is not None
     assert further.hard_kind(scene) == kind
     assert not kind or kind in further.FurtherSettings().hard
+
+
+def test_scenes_that_were_written_are_read_back_whole(tmp_path: Path) -> None:
+    scenes = [fine_scene(np.random.default_rng(5), kind) for kind in FINE_KINDS]
+    assert any(scene.faces for scene in scenes)
+    assert any(scene.things for scene in scenes)
+    (tmp_path / "scenes.json").write_text(json.dumps([asdict(scene) for scene in scenes]))
+    assert data.load_scenes(tmp_path) == scenes

@@ -19,7 +19,7 @@ from mrflow_sched.demo import drawing
 from mrflow_sched.demo import scenes as S
 from mrflow_sched.demo.canvas import Mark
 from mrflow_sched.demo.drawing import render
-from mrflow_sched.demo.scenes import Scene, Thing, random_scene
+from mrflow_sched.demo.scenes import Face, Scene, Thing, random_scene
 
 HIGH, LOW, TINY = 256, 128, 64
 SIZES = (HIGH, LOW, TINY)
@@ -182,4 +182,13 @@ def build(work: Path, count: int, workers: int = 2) -> None:
 
 def load_scenes(work: Path) -> list[Scene]:
     rows = json.loads((work / "scenes.json").read_text())
-    return [Scene(**{**row, "things": tuple(Thing(**thing) for thing in row["things"])}) for row in rows]
+    return [
+        Scene(
+            **{
+                **row,
+                "things": tuple(Thing(**thing) for thing in row["things"]),
+                "faces": tuple(Face(**face) for face in row["faces"]),
+            }
+        )
+        for row in rows
+    ]
