@@ -30,8 +30,8 @@ def load_engine(
         dtype: As in `PipelineEngine.from_folder`.
 
     Returns:
-        An engine of the family "demo". It warns of words in a prompt that it does not know, and runs plans of the
-        preset "turbo" with its few-step LoRA.
+        An engine of the family "demo". It warns of words and sentences in a prompt that it does not know, and runs
+        plans of the preset "turbo" with its few-step LoRA.
 
     Raises:
         MrFlowError: The device or the dtype is unknown.

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from mrflow_sched.demo.paths import turbo_path
-from mrflow_sched.demo.words import unknown_words_sentence
+from mrflow_sched.demo.words import prompt_notes
 from mrflow_sched.engines.diffusers.pipeline import PipelineEngine, PipelineText
 from mrflow_sched.engines.diffusers.precision import state_of
 from mrflow_sched.sampling.engine import Capabilities
@@ -20,7 +20,7 @@ __all__ = ["EmbeddedEngine", "with_lora"]
 
 
 class EmbeddedEngine(PipelineEngine):
-    """The embedded model. It notes words that it does not know, and samples all the same."""
+    """The embedded model. It notes words and sentences that it does not know, and samples all the same."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """Take what `PipelineEngine` takes."""
@@ -69,11 +69,11 @@ class EmbeddedEngine(PipelineEngine):
             size: Of the final image; not read.
 
         Returns:
-            The conditioning; its first note names unknown words.
+            The conditioning; its first notes say what of the prompts the model does not know.
         """
-        sentence = unknown_words_sentence(prompts)
+        notes = prompt_notes(prompts)
         text = super().encode_text(prompts, negative_prompts, lora_scale=lora_scale, size=size)
-        return text if sentence is None else replace(text, notes=(sentence, *text.notes))
+        return replace(text, notes=(*notes, *text.notes))
 
 
 def with_lora(network: torch.nn.Module, file: Path) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""The words that the embedded model knows, and what to say of those in a prompt that it does not."""
+"""What to say of a prompt that the embedded model does not know: of its words, and of a sentence of known words."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from mrflow_sched.demo.captions import vocabulary
 from mrflow_sched.demo.glyphs import LETTERS
+from mrflow_sched.demo.parse import scene_of
 from mrflow_sched.demo.paths import weights_path
 from mrflow_sched.demo.scenes import (
     COLOURS,
@@ -30,12 +32,13 @@ from mrflow_sched.demo.scenes import (
     TEXTURES,
 )
 
-__all__ = ["known_words", "unknown_words", "unknown_words_sentence", "world"]
+__all__ = ["known_words", "prompt_notes", "unknown_words", "unknown_words_sentence", "unread", "world"]
 
 _WORD = re.compile(r"[^\s,.;:!?\"'()\[\]{}“”‘’«»]+")
 _LETTERED = re.compile(f"[{''.join(LETTERS)}]{{2,{MAX_LETTERS}}}")
 _NAMED = 5
 _LONGEST = 24
+_LONGEST_PROMPT = 120
 _WORD_START = "\u2581"
 """What a piece of the tokenizer's vocabulary begins with where it begins a word."""
 _WORLD: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -56,6 +59,16 @@ _WORLD: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("the {} word", tuple(PRINTS)),
 )
 """Phrases of captions, by kind, and what can stand in them."""
+_OWN_MODEL = "use a model of your own (--model DIR; in Python, MrFlow)"
+_FORMS = (
+    ("one or two things", "a red star and a blue ring over green hills under a night sky, the word FLOW"),
+    ("a word", "the word FLOW in white letters on a blue wall"),
+    ("many small things", "many small yellow windows on purple"),
+    ("a landscape", "a smooth pink sky over blue waves with a sun on the left"),
+    ("one or two faces", "a happy face with red hair and blue eyes"),
+    ("hairlines", "thin red lines three apart on white"),
+)
+"""A caption of every form, and what it is of."""
 
 
 def known_words() -> frozenset[str]:
@@ -112,9 +125,7 @@ def unknown_words(prompt: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def unknown_words_sentence(
-    prompts: Iterable[str], *, instead: str = "use a model of your own (--model DIR; in Python, MrFlow)"
-) -> str | None:
+def unknown_words_sentence(prompts: Iterable[str], *, instead: str = _OWN_MODEL) -> str | None:
     """What the user should know of the words that the embedded model does not know.
 
     Args:
@@ -138,9 +149,67 @@ def unknown_words_sentence(
     )
 
 
+def prompt_notes(prompts: Iterable[str], *, instead: str = _OWN_MODEL) -> tuple[str, ...]:
+    """What the user should know of prompts that the embedded model does not know.
+
+    Args:
+        prompts: The prompts of a run.
+        instead: What to do for anything that the embedded model does not know.
+
+    Returns:
+        `unknown_words_sentence`, if there is one, and a sentence on the first prompt whose words are all known and
+        which is no caption all the same.
+    """
+    prompts = tuple(dict.fromkeys(prompts))
+    words = unknown_words_sentence(prompts, instead=instead)
+    unclear = [(prompt, why) for prompt in prompts if (why := unread(prompt)) is not None]
+    notes = [] if words is None else [words]
+    if unclear:
+        prompt, why = unclear[0]
+        more = f", nor {len(unclear) - 1} more of the prompts" if len(unclear) > 1 else ""
+        forms = "; ".join(f'{what}, "{text}"' for what, text in _FORMS if not unknown_words(text))
+        notes.append(
+            f"The embedded model does not understand {_quoted(prompt, _LONGEST_PROMPT)}{more}, though it knows the "
+            f"words, so the image may show anything: {why}. It draws {forms}; docs/demo-model.md has all forms. For "
+            f"anything else {instead}."
+        )
+    return tuple(notes)
+
+
+def unread(prompt: str) -> str | None:
+    """Why a prompt is no caption for the embedded model although all its words are known.
+
+    Args:
+        prompt: What an image shows.
+
+    Returns:
+        A part of a sentence; None where the prompt is a caption, is empty, or has words that are not known.
+    """
+    words = _WORD.findall(prompt)
+    if not words or unknown_words(prompt):
+        return None
+    # The network ignores the case of "A" at the beginning, and of no other word.
+    first = 1 if words[0] == "A" else 0
+    raised = list[str]()
+    for before, word in list(pairwise(["", *words]))[first:]:
+        lettered = before.lower() == "word"
+        if lettered and _LETTERED.fullmatch(word) is None:
+            return f"a word to be written has 2 to {MAX_LETTERS} capitals, unlike {_quoted(word)}"
+        if not lettered and word != word.lower():
+            raised.append(word)
+    if raised:
+        named = ", ".join(_quoted(word) for word in [*dict.fromkeys(raised)][:_NAMED])
+        return f"capitals are letters to be written, so write {named} in lower case"
+    starts = [" ".join(words[:count]) for count in range(len(words), 0, -1)]
+    start = next((text for text in starts if scene_of(text) is not None), None)
+    if start == starts[0]:
+        return None
+    return "no caption has that form" if start is None else f"{_quoted(start, _LONGEST_PROMPT)} alone is a caption"
+
+
 def _either(values: Sequence[str]) -> str:
     return " or ".join([*filter(None, [", ".join(values[:-1])]), values[-1]])
 
 
-def _quoted(word: str) -> str:
-    return repr(word if len(word) <= _LONGEST else word[:_LONGEST] + "...")
+def _quoted(text: str, most: int = _LONGEST) -> str:
+    return repr(text if len(text) <= most else text[:most] + "...")

@@ -20,7 +20,7 @@ from mrflow_sched.apps.comfy.nodes import schema
 from mrflow_sched.demo.autoencoder import load_autoencoder
 from mrflow_sched.demo.paths import upscaler_path, weights_path
 from mrflow_sched.demo.text import TextEncoders, Tokenizers
-from mrflow_sched.demo.words import unknown_words_sentence
+from mrflow_sched.demo.words import prompt_notes
 from mrflow_sched.plan.families import get_family
 from mrflow_sched.plan.families.base import PixelCost, VaeCost
 
@@ -86,10 +86,10 @@ class DemoTokenizer:
         Returns:
             One row for each encoder; every weight is 1.
         """
-        sentence = unknown_words_sentence([text], instead=_OWN_MODEL)
-        if sentence is not None and sentence not in self._said:
-            self._said.add(sentence)
-            logger.warning("MrFlow: %s", sentence)
+        for sentence in prompt_notes([text], instead=_OWN_MODEL):
+            if sentence not in self._said:
+                self._said.add(sentence)
+                logger.warning("MrFlow: %s", sentence)
         found = {"l": self._tokenizers.clip(text), "t5xxl": self._tokenizers.t5(text)}
         return {name: [[(number, 1.0) for number in row]] for name, row in found.items()}
 

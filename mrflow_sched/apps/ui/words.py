@@ -13,7 +13,7 @@ from mrflow_sched.apps.ui.choices import Choices
 from mrflow_sched.apps.ui.jobs import Job
 from mrflow_sched.apps.ui.studio import Start, Studio
 from mrflow_sched.apps.ui.work import Made
-from mrflow_sched.demo.words import unknown_words
+from mrflow_sched.demo.words import unknown_words, unread
 from mrflow_sched.measure.compare import native_plan_of
 from mrflow_sched.plan.cost import Speeds, work_ratio
 from mrflow_sched.plan.stages import StagedPlan
@@ -133,6 +133,9 @@ def _prompt_notes(studio: Studio, choices: Choices) -> Iterable[str]:
         more = f" and {len(unknown) - _NAMED} more" if len(unknown) > _NAMED else ""
         named = ", ".join(repr(word[:24]) for word in unknown[:_NAMED])
         yield f"The embedded model does not know {named}{more}; the words that it knows are listed below."
+    why = unread(choices.prompt) if studio.embedded else None
+    if why is not None:
+        yield f"The embedded model does not understand this prompt: {why}. Examples that it does are listed below."
 
 
 def learned(studio: Studio, made: Made) -> Speeds | None:

@@ -127,16 +127,17 @@ def test_both_encoders_can_be_given_their_own_text(sockets: tuple[Any, ...]) -> 
     assert not torch.equal(words, all_words)
 
 
-def test_unknown_words_are_logged_once(room: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_known_of_a_prompt_is_logged_once(room: Any, caplog: pytest.LogCaptureFixture) -> None:
     clip = room.demo_clip()
     with caplog.at_level(logging.INFO, "mrflow"):
-        for text in (PROMPT, "", "a cat", "a cat", "a dog", "a cat"):
+        for text in (PROMPT, "", "a cat", "a cat", "a dog", "a cat", "hills", "hills"):
             clip.tokenize(text)
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2
+    assert len(said) == 3
     assert said[0].startswith("MrFlow: The embedded model does not know 'cat', so")
     assert said[0].endswith("For anything else load a model of your own in this node's place.")
     assert "'dog'" in said[1]
+    assert said[2].startswith("MrFlow: The embedded model does not understand 'hills', though it knows the words")
 
 
 def test_the_upscaler_is_as_core_loads_one(sockets: tuple[Any, ...]) -> None:

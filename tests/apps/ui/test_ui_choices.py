@@ -160,6 +160,11 @@ def test_words_that_the_embedded_model_does_not_know_are_told(studio: Studio) ->
     said = words.plan_html(replace(studio, embedded=True), strange, None)
     assert "does not know &#x27;&lt;i&gt;cat&lt;/i&gt;&#x27;" in said
     assert "does not know" not in words.plan_html(replace(studio, embedded=True), SMALL, None)
+    unclear = replace(SMALL, prompt="a star, a ring and a heart")
+    said = words.plan_html(replace(studio, embedded=True), unclear, None)
+    assert "does not understand this prompt: &#x27;a star&#x27; alone is a caption." in said
+    assert "does not understand" not in words.plan_html(studio, unclear, None)
+    assert "does not understand" not in words.plan_html(replace(studio, embedded=True), SMALL, None)
 
 
 def test_a_fault_is_told_as_one_and_shown_in_the_terminal(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
