@@ -56,7 +56,7 @@ class CalibrateRequest:
     """What to measure: native images of prompts, or image files.
 
     Attributes:
-        prompts: A prompt for each image; empty takes four that come with the command.
+        prompts: A prompt for each image; empty takes those that come with the command.
         images: Image files to measure in place of native images, with as many prompts or none.
         size: (width, height) in pixels of the images that are measured; None takes the family's default.
         factor: Upscale factor between the stages, 1.25 to 4; None takes the family's.
@@ -116,7 +116,7 @@ def add_parser(commands: Commands) -> None:
         nargs="*",
         type=prompt_option,
         metavar="PROMPT",
-        help="an image each, each in quotation marks (default: four of different kinds)",
+        help="an image each, each in quotation marks (default: four; six for the embedded model)",
     )
     parser.add_argument("--size", type=size_option, metavar="WxH", help="size of the images to measure")
     parser.add_argument("--factor", type=number_option, metavar="F", help="upscale factor between stages, 1.25 to 4")
