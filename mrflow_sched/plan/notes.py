@@ -58,7 +58,11 @@ def plan_notes(
         Sentences for the user, often none.
     """
     known = FAMILIES.get(plan.family) if family is None else family
-    notes = [*size_notes(plan, known, stretches=stretches, grid=grid), *_refine_notes(plan), *tile_notes(plan, known)]
+    notes = [
+        *size_notes(plan, known, stretches=stretches, grid=grid),
+        *_refine_notes(plan, known),
+        *tile_notes(plan, known),
+    ]
     if known is not None:
         notes.extend(_guidance_notes(plan, known))
     if known is not None and len(plan.stages) > 1 and known.prediction != "flow" and not known.rescaled_flow:
@@ -296,8 +300,9 @@ def unaided_stages(plan: StagedPlan) -> tuple[Stage, ...]:
     return tuple(stage for stage in plan.stages[1:] if stage.start_sigma == UNAIDED_SIGMA)
 
 
-def _refine_notes(plan: StagedPlan) -> list[str]:
+def _refine_notes(plan: StagedPlan, family: Family | None) -> list[str]:
     notes: list[str] = []
+    own = _own_sigma(plan, family)
     unaided = unaided_stages(plan)
     if unaided:
         steps = f"{unaided[-1].steps} step{'s' if unaided[-1].steps > 1 else ''}"
@@ -307,7 +312,7 @@ def _refine_notes(plan: StagedPlan) -> list[str]:
     for number, stage in enumerate(plan.stages[1:], start=2):
         if not stage.sigmas:
             notes.append(f"Stage {number} takes no step: the upscaler's image is kept as it is.")
-        elif not USUAL_SIGMA[0] <= stage.start_sigma <= _highest_sigma(stage.steps):
+        elif stage.start_sigma != own and not USUAL_SIGMA[0] <= stage.start_sigma <= _highest_sigma(stage.steps):
             notes.append(
                 f"Stage {number} starts at sigma {stage.start_sigma:g}, outside the usual {USUAL_SIGMA[0]} to "
                 f"{_highest_sigma(stage.steps)}: below, nothing is refined; above, the image is made anew."
@@ -315,6 +320,13 @@ def _refine_notes(plan: StagedPlan) -> list[str]:
         if stage.steps > 1 and stage.start_sigma < UNAIDED_SIGMA:
             notes.append(f"Stage {number} takes {stage.steps} refine steps; published results gain little beyond one.")
     return notes
+
+
+def _own_sigma(plan: StagedPlan, family: Family | None) -> float | None:
+    """The start sigma of the plan's preset, which nobody need be told of; None where its name is no preset's."""
+    if family is None or plan.preset not in family.preset_names:
+        return None
+    return family.get_preset(plan.preset).sigma
 
 
 def _highest_sigma(steps: int) -> float:

@@ -328,6 +328,22 @@ def test_a_stage_above_the_models_range_is_noted_until_it_means_nothing() -> Non
     assert make_plan("flux1-dev", 16384, 16384, factor=2, mu=1.15).stages[0].mu == 1.15
 
 
+def test_a_presets_own_sigma_gets_no_note_and_the_users_gets_one() -> None:
+    own = make_plan("sana-sprint", 1024, 1024, "detail")
+    assert [stage.steps for stage in own.stages] == [2, 1]
+    assert own.stages[1].start_sigma == 0.75
+    assert "outside the usual" not in notes(own)
+    assert "outside the usual" not in notes(StagedPlan.from_string(own.to_string()))
+    chosen = make_plan("sana-sprint", 1024, 1024, "detail", sigma=0.8)
+    assert "outside the usual" in notes(chosen)
+    assert "outside the usual" in notes(StagedPlan.from_string(chosen.to_string()))
+    assert "outside the usual" in notes(make_plan("sana-sprint", 1024, 1024, sigma=0.75))
+    assert "outside the usual" in notes(make_plan("flux1-dev", 1024, 1024, "detail", refine_steps=1))
+    for name in FAMILIES:
+        for preset in ("text", "detail", "balanced"):
+            assert "outside the usual" not in notes(make_plan(name, 1024, 1024, preset)), (name, preset)
+
+
 def test_other_notes() -> None:
     assert "outside the usual" in notes(make_plan("flux1-dev", 1024, 1024, sigma=0.8))
     several = [make_plan("flux1-dev", 1024, 1024, sigma=sigma, refine_steps=6) for sigma in (0.75, 0.95, 0.01)]
