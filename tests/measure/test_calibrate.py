@@ -16,6 +16,7 @@ from PIL import Image
 from mrflow_sched import demo, get_family, make_plan
 from mrflow_sched._runtime.cancel import Cancelled
 from mrflow_sched.apps.cli import main as cli
+from mrflow_sched.apps.cli.calibrate import lower_note
 from mrflow_sched.engines.analytic import GaussianFieldEngine
 from mrflow_sched.measure.calibrate import (
     NEAR_DB,
@@ -249,6 +250,7 @@ def test_the_command_writes_an_entry_that_plans_use(capsys: pytest.CaptureFixtur
     assert code == 0
     assert "recommended: low steps" in out
     assert "measuring: 1 native" in err
+    assert "The preset 12+1 starts from 0.6, measured on images of every kind" in err
     path = tmp_path / "calibration-demo.json"
     assert out.splitlines()[-1] == str(path)
     entry = Calibration.from_json(path.read_text())
@@ -265,6 +267,20 @@ def test_the_command_writes_an_entry_that_plans_use(capsys: pytest.CaptureFixtur
     assert json.loads(out)["file"] == str(tmp_path / "calibration-demo-2.json")
     assert Calibration.from_json(path.read_text()) == entry
     assert not list(tmp_path.glob(".mrflow-*"))
+
+
+def test_a_sigma_below_that_of_a_measured_preset_is_noted() -> None:
+    family = get_family("demo")
+    assert family.get_preset().measured
+    low = lower_note(replace(SAMPLE, sigma=0.28), family)
+    assert low is not None
+    assert low.startswith(
+        "The preset 12+1 starts from 0.6, measured on images of every kind, small lettering and small"
+    )
+    assert "; 0.28 is what these images need on the whole" in low
+    assert lower_note(replace(SAMPLE, sigma=0.6), family) is None
+    # What was taken from elsewhere says nothing of this model.
+    assert lower_note(replace(SAMPLE, sigma=0.05), get_family("flux1-dev")) is None
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from mrflow_sched.apps.cli.parsing import (
     whole_number,
 )
 from mrflow_sched.apps.plan_lines import counted
-from mrflow_sched.plan.families import get_family
+from mrflow_sched.plan.families import Family, get_family
 from mrflow_sched.plan.make import make_native_plan
 from mrflow_sched.plan.notes import LEAST_TOKENS
 
@@ -180,9 +180,32 @@ def run(request: CalibrateRequest) -> Outcome:
             seed=request.seed,
             tell=None if output.progress is False else lambda what: say(f"measuring: {what}"),
         )
+        note = lower_note(found, family)
+        if note is not None:
+            say(note)
         path = _write_new(output.folder, f"calibration-{found.family}", found.to_json())
     value = {"file": str(path), "calibration": json.loads(found.to_json())}
     return Outcome(value, (*_lines(found), str(path)))
+
+
+def lower_note(found: Calibration, family: Family) -> str | None:
+    """What the user should know where less noise is recommended than the family's own preset has by measurement.
+
+    Args:
+        found: The calibration.
+        family: The family that was measured.
+
+    Returns:
+        A sentence, or None.
+    """
+    preset = family.get_preset()
+    if not preset.measured or found.sigma >= preset.sigma:
+        return None
+    return (
+        f"The preset {preset.name} starts from {preset.sigma:g}, measured on images of every kind, small lettering and "
+        f"small faces too ({preset.source}); {found.sigma:g} is what these images need on the whole, and may lose "
+        "small things in them. For such images keep the preset."
+    )
 
 
 def _check_size(plan: StagedPlan) -> None:

@@ -138,8 +138,8 @@ class Preset:
         refine_steps: Steps of every later stage.
         sigma: Fraction of noise at which refining starts.
         source: Where the numbers come from.
-        measured: They were measured with the upscaler that is used, so they hold whatever its kind; False: they are for
-            an upscaler that is a network (`refining.for_upscaler`).
+        measured: They were measured on this family with the upscaler that is used or with every kind, so they hold
+            whatever its kind; False: they are for an upscaler that is a network (`refining.for_upscaler`).
         few_step: Stage 1 runs with the few-step LoRA that comes with the model.
     """
 
