@@ -289,6 +289,8 @@ def test_a_sigma_below_that_of_a_measured_preset_is_noted() -> None:
         (("--images", "none.png"), "there is no image file 'none.png'"),
         (("--images", "none.png", "--steps", "3"), "--steps has no meaning"),
         (("a", "b", "--images", "none.png"), "there are 2 prompts for 1 --images"),
+        (("a", "--prompts", "none.txt"), "so a prompt beside it has no meaning"),
+        (("--prompts", "none.txt"), "--prompts is 'none.txt', which does not exist"),
         (("--factor", "9"), "factor"),
         (("--size", "0x8"), "is not a size"),
         (("--upscaler", "none.pth"), "which is not a file"),
@@ -302,6 +304,29 @@ def test_what_cannot_be_calibrated_is_one_sentence(
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert sentence in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_come_from_a_file_or_from_words(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrflow_sched.measure import calibrate as module
+
+    taken: list[tuple[str, ...]] = []
+
+    def measured(*given: Any, **named: Any) -> Calibration:
+        taken.append(named["prompts"])
+        return SAMPLE
+
+    monkeypatch.setattr(module, "calibrate", measured)
+    file = tmp_path / "prompts.txt"
+    file.write_text("# stars\na blue star\n\na red star\n")
+    output = ("--device", "cpu", "--out", str(tmp_path))
+    assert mrflow(capsys, "calibrate", "--prompts", str(file), *output)[0] == 0
+    assert mrflow(capsys, "calibrate", "a ring", "a heart", *output)[0] == 0
+    assert taken == [("a blue star", "a red star"), ("a ring", "a heart")]
+    code, _, err = mrflow(capsys, "calibrate", "--prompts", str(file), "--images", str(file), *output)
+    assert code == 2
+    assert "there are 2 prompts for 1 --images" in err
 
 
 def test_a_calibration_that_does_not_fit_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mrflow_sched._runtime.errors import FileError, MrFlowError
 from mrflow_sched.apps.cli.console import Outcome, os_reason, say, saying_warnings, writable
 from mrflow_sched.apps.cli.forecast import check_memory
-from mrflow_sched.apps.cli.inputs import syntax_notes
+from mrflow_sched.apps.cli.inputs import read_prompts, syntax_notes
 from mrflow_sched.apps.cli.load import check_packages, find_upscaler, load_engine, open_upscaler, plan_family
 from mrflow_sched.apps.cli.options import (
     Commands,
@@ -27,6 +27,7 @@ from mrflow_sched.apps.cli.parsing import (
     check_seeds,
     number_option,
     prompt_option,
+    prompts_option,
     seed_option,
     size_option,
     whole_number,
@@ -86,9 +87,12 @@ class CalibrateRequest:
             The request.
 
         Raises:
-            MrFlowError: --images was given with --steps, or with another number of prompts.
+            MrFlowError: Prompts were given beside --prompts, or --images with --steps or another number of prompts.
         """
-        prompts, images = tuple(args.prompts), tuple(args.images or ())
+        if args.prompt and args.prompts is not None:
+            raise MrFlowError("--prompts gives all prompts, so a prompt beside it has no meaning; leave one out.")
+        prompts = tuple(args.prompt) if args.prompts is None else read_prompts(args.prompts)
+        images = tuple(args.images or ())
         if images and args.steps is not None:
             raise MrFlowError(
                 "--images are measured in place of native images, so --steps has no meaning; leave one out."
@@ -112,12 +116,13 @@ def add_parser(commands: Commands) -> None:
         help="measure which start sigma and how many steps suit a model and an upscaler",
     )
     parser.add_argument(
-        "prompts",
+        "prompt",
         nargs="*",
         type=prompt_option,
         metavar="PROMPT",
-        help="an image each, each in quotation marks (default: four; six for the embedded model)",
+        help="an image each, each in quotation marks (default: four; six for the embedded model); measured is the mean",
     )
+    parser.add_argument("--prompts", type=prompts_option, metavar="FILE", help="a prompt on each line; - is stdin")
     parser.add_argument("--size", type=size_option, metavar="WxH", help="size of the images to measure")
     parser.add_argument("--factor", type=number_option, metavar="F", help="upscale factor between stages, 1.25 to 4")
     parser.add_argument("--steps", type=whole_number(1, 1000), metavar="N", help="steps of the native images")
