@@ -33,6 +33,7 @@ from typing import Any
 
 import psutil
 
+from bench.command import results_folder
 from bench.markdown import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -356,7 +357,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=12, help="of stage 1 (default 12)")
     parser.add_argument("--seed", type=int, default=24, help="of the random moments (default 24)")
     parser.add_argument("--python", default=sys.executable, help="interpreter that runs the commands")
-    parser.add_argument("--out", type=Path, help="folder for batch.json and batch.md, to which the parts are added")
+    parser.add_argument(
+        "--out", type=results_folder, help="folder for batch.json and batch.md, to which the parts are added"
+    )
     options = parser.parse_args(arguments)
     file = None if options.out is None else options.out / "batch.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
@@ -380,7 +383,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found[part]["size"] = options.size
         print(f"{part}: {found[part]}", file=sys.stderr, flush=True)
         if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(found, indent=2) + "\n")
             file.with_suffix(".md").write_text(page(found))
     print(page(found))

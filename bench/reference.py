@@ -24,7 +24,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -33,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from bench.command import results_folder
 from bench.markdown import table
 from mrflow_sched import MrFlow, demo, load_upscaler
 from mrflow_sched._runtime.peak import PeakMemory
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, help="side of the image in pixels (default 256)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds per prompt (default 2)")
     parser.add_argument("--quick", action="store_true", help="one prompt and seed")
-    parser.add_argument("--out", type=Path, help="folder for reference.json and reference.md")
+    parser.add_argument("--out", type=results_folder, help="folder for reference.json and reference.md")
     options = parser.parse_args(arguments)
     prompts = demo.example_prompts()[: 1 if options.quick else None]
     seeds = range(3, 3 + (1 if options.quick else options.seeds))
@@ -255,7 +255,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = to_markdown(rows)
     print(text)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         said = {"size": options.size, "prompts": list(prompts), "seeds": list(seeds), "torch": torch.__version__}
         record = {**said, "threads": torch.get_num_threads(), "rows": [asdict(row) for row in rows]}
         (options.out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.command import results_folder
 from bench.markdown import table
 from mrflow_sched import demo, load_upscaler, make_plan, sample_staged
 from mrflow_sched.demo.captions import random_captions
@@ -244,7 +245,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--prompts", type=int, nargs=2, default=(96, 32), help="trained on, and held out")
-    parser.add_argument("--out", type=Path, help="folder for rewards.json and rewards.md")
+    parser.add_argument("--out", type=results_folder, help="folder for rewards.json and rewards.md")
     asked = parser.parse_args(words)
     rows: dict[str, Any] = {}
     if "gradients" in asked.parts:
@@ -253,7 +254,6 @@ def main(words: Sequence[str] | None = None) -> None:
         rows["tuning"] = tuning(asked.updates, asked.seeds, *asked.prompts)
     text = report(rows)
     if asked.out is not None:
-        asked.out.mkdir(parents=True, exist_ok=True)
         (asked.out / "rewards.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
         (asked.out / "rewards.md").write_text(text)
     print(text)

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from bench.command import results_folder
 from bench.markdown import table
 from mrflow_sched import demo, load_upscaler, make_plan
 from mrflow_sched.images.convert import to_pil
@@ -195,13 +196,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=4, help="low steps; one refine step follows")
     parser.add_argument("--check", type=int, default=10, help="images that are made again alone and compared")
     parser.add_argument("--patience", type=float, default=3600.0, help="seconds after which a client gives up")
-    parser.add_argument("--out", type=Path, help="folder for serve.json and serve.md")
-    found = measure(parser.parse_args(words))
+    parser.add_argument("--out", type=results_folder, help="folder for serve.json and serve.md")
+    asked = parser.parse_args(words)
+    found = measure(asked)
     print(report(found))
-    out = parser.parse_args(words).out
-    if out is not None:
-        (out / "serve.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        (out / "serve.md").write_text(report(found) + "\n", "utf-8")
+    if asked.out is not None:
+        (asked.out / "serve.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        (asked.out / "serve.md").write_text(report(found) + "\n", "utf-8")
     bad = ("failed", "lost", "given_up", "wrong", "without_retry_after")
     return 1 if any(found[name] for name in bad) else 0
 

@@ -21,12 +21,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import markdown
+from bench.command import results_folder
 from mrflow_sched.engines.analytic import MixtureEngine
 from mrflow_sched.plan.schedule import native_sigmas
 from mrflow_sched.sampling.engine import Engine
@@ -164,7 +164,7 @@ def report(rows: Sequence[Row], guidance: Sequence[float], steps: Sequence[int])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy of solvers on Gaussian-mixture flows with exact velocity.")
-    parser.add_argument("--out", type=Path, help="folder for solvers.json and solvers.md")
+    parser.add_argument("--out", type=results_folder, help="folder for solvers.json and solvers.md")
     parser.add_argument("--seed", type=int, default=1000, help="seed of the first problem")
     parser.add_argument("--problems", type=int, default=12, help="how many random problems")
     parser.add_argument("--batch", type=int, default=8, help="samples per problem")
@@ -183,7 +183,6 @@ def main() -> None:
     text = report(rows, args.guidance, STEPS)
     print(text)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
         name = "solvers-demo" if args.demo else "solvers"
         (args.out / f"{name}.md").write_text(text, encoding="utf-8")
         (args.out / f"{name}.json").write_text(json.dumps([vars(row) for row in rows], indent=0), encoding="utf-8")

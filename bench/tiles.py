@@ -22,13 +22,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.command import results_folder
 from bench.markdown import table
 from bench.quality import judge
 from bench.quality.__main__ import FIRST_SEED, scenes_of
@@ -191,7 +191,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--tile", type=int, default=TILE)
     parser.add_argument("--scenes", type=int, default=4, help="how many")
-    parser.add_argument("--out", type=Path, help="folder for tiles.json and tiles.md")
+    parser.add_argument("--out", type=results_folder, help="folder for tiles.json and tiles.md")
     asked = parser.parse_args(words)
     # One scene of each kind first, then the next of each.
     drawn = scenes_of(math.ceil(asked.scenes / 4))

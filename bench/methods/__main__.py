@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.command import results_folder
 from bench.methods import jit, precision, sparse, step, turbo
 from bench.quality.kinds import FIRST_SEED, all_scenes
 from bench.quality.ways import AUTHORS_SIGMA
@@ -57,12 +58,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--scenes", type=int, default=4, help="of each category, and as many with fine detail")
     parser.add_argument("--finetunes", type=Path, metavar="FOLDER", help="LoRAs of tools.train_demo.finetune")
-    parser.add_argument("--out", type=Path, help="folder for methods.json and methods.md")
+    parser.add_argument("--out", type=results_folder, help="folder for methods.json and methods.md")
     asked = parser.parse_args(words)
     rows = measure(asked.parts, asked.scenes, asked.finetunes)
     text = report(rows)
     if asked.out is not None:
-        asked.out.mkdir(parents=True, exist_ok=True)
         (asked.out / "methods.json").write_text(json.dumps({"scenes": asked.scenes, "rows": rows}, indent=1) + "\n")
         (asked.out / "methods.md").write_text(text)
     print(text)

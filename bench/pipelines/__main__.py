@@ -15,8 +15,8 @@ import sys
 import time
 import warnings
 from collections.abc import Generator, Sequence
-from pathlib import Path
 
+from bench.command import results_file
 from bench.pipelines import page
 from bench.pipelines.sweep import Swept, share, sweep
 from bench.tiny.parts import diffusers
@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.pipelines", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="classes, or names of bench.tiny; left out, all")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/pipelines.md")
-    parser.add_argument("--out", type=Path, help="write the tables into this file")
-    parser.add_argument("--changes", type=Path, help="write what differs from docs/pipelines.md into this file")
+    parser.add_argument("--out", type=results_file, help="write the tables into this file")
+    parser.add_argument("--changes", type=results_file, help="write what differs from docs/pipelines.md into this file")
     options = parser.parse_args(arguments)
     if options.names and (options.write or options.out or options.changes):
         parser.error("--write, --out and --changes take all classes; leave the names out")

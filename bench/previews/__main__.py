@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.command import results_folder
+
 
 class Section(NamedTuple):
     """A section's title, and how many prompts and seeds it takes."""
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, help="how many prompts (default: the section's own number)")
     parser.add_argument("--seeds", type=int, help="seeds of each prompt (default: the section's own number)")
     parser.add_argument("--folder", type=Path, default=Path("runs/previews"), help="keeps what was made")
-    parser.add_argument("--out", type=Path, help="folder for the pages")
+    parser.add_argument("--out", type=results_folder, help="folder for the pages")
     options = parser.parse_args(arguments)
     unknown = next((name for name in options.sections if name not in known()), None)
     if unknown is not None:
@@ -61,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         page = f"# {usual.title}\n\n{text.strip()}\n"
         print(page, flush=True)
         if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
             (options.out / f"{name}.md").write_text(page, encoding="utf-8")
 
 

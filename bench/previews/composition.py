@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.command import results_folder
 from bench.markdown import table
 from bench.previews.open_captions import open_caption
 from bench.quality import metrics, scores
@@ -332,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=24, help="prompts, a multiple of four (default 24)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds for each prompt (default 2)")
     parser.add_argument("--work", type=Path, help="folder where made pictures are kept")
-    parser.add_argument("--out", type=Path, help="folder for composition.md")
+    parser.add_argument("--out", type=results_folder, help="folder for composition.md")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         text = section(prompts=options.prompts, seeds=options.seeds, folder=options.work or Path(scratch))

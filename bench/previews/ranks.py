@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.command import results_folder
 from bench.markdown import table
 from bench.previews.pictures import DRAFT_STEPS, FINISHED, FULL_DRAFT, pictures, scenes
 from bench.quality.metrics import interval
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=LEAST_SEEDS)
     parser.add_argument("--score", action="append", default=[], help="a score beside our own: clip:FOLDER")
     parser.add_argument("--folder", type=Path, default=Path("out/previews"), help="keeps the pictures")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--out", type=results_folder, default="bench/results")
     asked = parser.parse_args()
     text = ranked(asked.prompts, asked.seeds, asked.folder, more_scores=asked.score)
     (asked.out / "ranks.md").write_text(f"# Scores of drafts\n\n{text}\n", encoding="utf-8")

@@ -30,6 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bench.command import results_folder
 from bench.quality import by_kind, by_upscaler, foreign, ideas, report, sweeps, ways
 from bench.quality.kinds import FIRST_SEED, all_scenes, next_scenes, rendered, scenes_of
 from bench.quality.run import compared_scenes, measure, setting
@@ -48,7 +49,6 @@ def sweep_upscalers(size: int, each: int, count: int, names: Sequence[str], out:
 
     def keep(record: dict[str, Any]) -> None:
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
             (out / "sweep-upscalers.json").write_text(json.dumps(record, indent=1) + "\n")
             (out / "sweep-upscalers.md").write_text(by_upscaler.to_markdown(record) + "\n")
 
@@ -70,7 +70,6 @@ def kinds_of_picture(size: int, each: int, count: int, names: Sequence[str], out
     record, pictures = by_kind.measure(here, count, names=names, tell=_say, **shorter)
     print(by_kind.to_markdown(record), flush=True)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "kinds.json").write_text(json.dumps(record, indent=1) + "\n")
         by_kind.write(record, pictures, here.truth, out)
 
@@ -91,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ideas", action="store_true", help="compare ideas with staged 12+1")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these ways (or upscalers); * matches any text")
     parser.add_argument("--quick", action="store_true", help="a scene per category and two ways")
-    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--out", type=results_folder, help="folder for the results")
     options = parser.parse_args(arguments)
     for name in ("scenes", "resamples"):
         if getattr(options, name) < 1:
@@ -151,7 +150,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             short = name.removeprefix("sweep-")
             swept_records[short] = (sweeps.SWEEPS[short].question, record)
         if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
             (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
             (options.out / f"{name}.md").write_text(report.to_markdown(record) + "\n")
             report.plot(record, options.out / f"{name}.png", sweep=options.sweep is not None)

@@ -23,13 +23,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.command import results_folder
 from bench.markdown import table
 from bench.quality import judge
 from bench.quality.variety import FIRST_SEED, SHIPPED, Weights, load_weights, open_scenes
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="two images at 128 pixels, one guidance scale, 4 and 8 steps"
     )
-    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--out", type=results_folder, help="folder for the results")
     asked = parser.parse_args(arguments)
     for name, least in (("images", 1), ("large_images", 0)):
         if getattr(asked, name) < least:
@@ -251,7 +251,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = to_markdown(record)
     print(text)
     if asked.out is not None:
-        asked.out.mkdir(parents=True, exist_ok=True)
         (asked.out / "few_steps.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         (asked.out / "few_steps.md").write_text(text + "\n", "utf-8")
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bench.command import results_file
 from bench.quality.metrics import interval
 
 WEIGHTS = Path(__file__).parent / "patch_judge.safetensors"
@@ -214,7 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--train", action="store_true", required=True, help="train it and write its weights")
     parser.add_argument("--seconds", type=float, default=100.0, help="processor time (default 100)")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="where to write the weights (default: in place)")
+    parser.add_argument(
+        "--out", type=results_file, default=WEIGHTS, help="where to write the weights (default: in place)"
+    )
     options = parser.parse_args(arguments)
     from safetensors import torch as safetensors
 

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.command import results_folder
 from bench.markdown import table
 from bench.quality import judge
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
@@ -539,14 +540,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="three captions, four seeds, 128 pixels, one guidance scale"
     )
-    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--out", type=results_folder, help="folder for the results")
     asked = parser.parse_args(arguments)
     for name, least in (("seeds", 2), ("named", 0), ("size", 64)):
         if getattr(asked, name) < least:
             parser.error(f"--{name} must be {least} or more, got {getattr(asked, name)}.")
     setting = QUICK if asked.quick else Setting(OPEN, asked.seeds, asked.named, asked.size)
-    if asked.out is not None:
-        asked.out.mkdir(parents=True, exist_ok=True)
     try:
         record = measure(
             asked.weights,

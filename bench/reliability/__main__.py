@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.command import results_file, results_folder
 from bench.reliability import faults, folders, fuzz, images, parallel, report, signals, upscalers
 from bench.reliability.runner import ROOT, Bench
 
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", default=sys.executable, help="interpreter under which the package is tried")
     parser.add_argument("--checkout", type=Path, default=ROOT, help="folder whose mrflow_sched is tried")
     parser.add_argument("--label", default="now", help="name of the column (default now)")
-    parser.add_argument("--out", type=Path, help="folder for reliability.json, to which the column is added")
-    parser.add_argument("--page", type=Path, help="page between whose marks the table of --out is written")
+    parser.add_argument("--out", type=results_folder, help="folder for reliability.json, to which the column is added")
+    parser.add_argument("--page", type=results_file, help="page between whose marks the table of --out is written")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.groups) - set(GROUPS)):
         parser.error(f"unknown group {unknown[0]!r}; there are {', '.join(GROUPS)}")

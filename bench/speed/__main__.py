@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from bench.command import results_folder
 from bench.reference import Tiles
 from bench.speed import networks, outside, report
 from bench.speed.clock import Clock
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--compile", choices=COMPILE_MODES, metavar="MODE", help="torch.compile stages of several steps, native too"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--out", type=results_folder, help="folder for the results")
     options = parser.parse_args(arguments)
     if options.limits:
         print(report.limits(options.presets), report.large(), sep="\n\n")
@@ -330,7 +331,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         stem = ("scale" if options.scale else "outside" if options.outside else "speed") + (
             "-small" if options.small else "-demo" if options.demo else ""
         )

@@ -1,0 +1,40 @@
+"""What the commands of the bench share: where their results go."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+__all__ = ["results_file", "results_folder"]
+
+
+def results_folder(value: str) -> Path:
+    """The folder of `--out`, made where there is none: an argparse type, so that it is known before any work whether
+    the results can be written.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no folder in which a file can be written.
+    """
+    if not value:
+        raise argparse.ArgumentTypeError("'' is no folder; give one for the results, '.' for the current one.")
+    try:
+        Path(value).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=value):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"no file can be written in {value!r} ({error.strerror}); give a folder that can be made and written in."
+        ) from None
+    return Path(value)
+
+
+def results_file(value: str) -> Path:
+    """The file of `--out`, in a folder as `results_folder` wants it.
+
+    Raises:
+        argparse.ArgumentTypeError: It can be no file there.
+    """
+    if not value or Path(value).is_dir():
+        raise argparse.ArgumentTypeError(f"{value!r} is no file; give the name of one for the results.")
+    return results_folder(str(Path(value).parent)) / Path(value).name

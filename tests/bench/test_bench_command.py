@@ -1,0 +1,57 @@
+"""The commands of the bench learn before any work where their results can go."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.command import results_file, results_folder
+
+FOLDER = [
+    "batch",
+    "methods.__main__",
+    "previews.__main__",
+    "previews.composition",
+    "previews.ranks",
+    "quality.__main__",
+    "quality.few_steps",
+    "quality.variety",
+    "reference",
+    "reliability.__main__",
+    "rewards",
+    "serve",
+    "solvers",
+    "speed.__main__",
+    "tiles",
+]
+FILE = ("pipelines.__main__", "quality.patch_judge")
+
+
+@pytest.mark.parametrize("name", [*FOLDER, *FILE])
+def test_a_place_without_room_for_results_is_told_before_any_work(
+    name: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("kept")
+    out = str(blocked / "inside") if name in FILE else str(blocked)
+    module = importlib.import_module(f"bench.{name}")
+    for value, said in ((out, "can be made and written in."), ("", "argument --out: '' is no ")):
+        words = ["--out", value, *(["--train"] if "judge" in name else [])]
+        monkeypatch.setattr("sys.argv", ["bench", *words])
+        with pytest.raises(SystemExit) as stopped:
+            module.main(*([] if name in ("solvers", "previews.ranks") else [words]))
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+    assert blocked.read_text() == "kept"
+
+
+def test_a_folder_is_made_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    made = results_folder(str(tmp_path / "a" / "b"))
+    assert made == tmp_path / "a" / "b"
+    assert os.listdir(made) == []
+    assert results_file(str(tmp_path / "c" / "page.md")) == tmp_path / "c" / "page.md"
+    assert os.listdir(tmp_path / "c") == []
