@@ -33,7 +33,7 @@ from typing import Any
 
 import psutil
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.markdown import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -390,4 +390,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,12 +1,28 @@
-"""What the commands of the bench share: where their results go."""
+"""What the commands of the bench share: where their results go, and how Ctrl-C ends them."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-__all__ = ["results_file", "results_folder"]
+__all__ = ["INTERRUPTED", "results_file", "results_folder", "run_command"]
+
+INTERRUPTED = 130
+"""What a command that Ctrl-C ends exits with, as in a shell."""
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run the command of a module and exit with what it returns; Ctrl-C ends it with a sentence."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C; what was not written before is lost.", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
 
 
 def results_folder(value: str) -> Path:

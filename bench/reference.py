@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.markdown import table
 from mrflow_sched import MrFlow, demo, load_upscaler
 from mrflow_sched._runtime.peak import PeakMemory
@@ -262,4 +262,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.markdown import table
 from mrflow_sched import demo, load_upscaler, make_plan, sample_staged
 from mrflow_sched.demo.captions import random_captions
@@ -260,4 +260,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.markdown import table
 from mrflow_sched import demo, load_upscaler, make_plan
 from mrflow_sched.images.convert import to_pil
@@ -208,4 +208,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

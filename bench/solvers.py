@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bench import markdown
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from mrflow_sched.engines.analytic import MixtureEngine
 from mrflow_sched.plan.schedule import native_sigmas
 from mrflow_sched.sampling.engine import Engine
@@ -189,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

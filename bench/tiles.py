@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.markdown import table
 from bench.quality import judge
 from bench.quality.__main__ import FIRST_SEED, scenes_of
@@ -206,4 +206,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

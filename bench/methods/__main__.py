@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.methods import jit, precision, sparse, step, turbo
 from bench.quality.kinds import FIRST_SEED, all_scenes
 from bench.quality.ways import AUTHORS_SIGMA
@@ -69,4 +69,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

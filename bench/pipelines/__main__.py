@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import sys
 import time
 import warnings
 from collections.abc import Generator, Sequence
 
-from bench.command import results_file
+from bench.command import results_file, run_command
 from bench.pipelines import page
 from bench.pipelines.sweep import Swept, share, sweep
 from bench.tiny.parts import diffusers
@@ -79,4 +78,4 @@ def line_of(each: Swept, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.markdown import table
 from bench.previews.open_captions import open_caption
 from bench.quality import metrics, scores
@@ -343,4 +343,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

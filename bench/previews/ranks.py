@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.markdown import table
 from bench.previews.pictures import DRAFT_STEPS, FINISHED, FULL_DRAFT, pictures, scenes
 from bench.quality.metrics import interval
@@ -203,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

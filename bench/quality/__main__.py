@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.command import results_folder
+from bench.command import INTERRUPTED, results_folder, run_command
 from bench.quality import by_kind, by_upscaler, foreign, ideas, report, sweeps, ways
 from bench.quality.kinds import FIRST_SEED, all_scenes, next_scenes, rendered, scenes_of
 from bench.quality.run import compared_scenes, measure, setting
@@ -78,7 +78,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=256, help="final side in pixels (default 256)")
     parser.add_argument(
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--only {wanted[0]!r} is no upscaler; choose from {'; '.join(known)}")
         run = kinds_of_picture if options.kinds else sweep_upscalers
         run(options.size, each, count, names, options.out, quick=options.quick)
-        return
+        return 0
     base = "native 8 multistep" if options.quick else "native 50"
     jobs: dict[str, list[ways.Way]] = {}
     if options.ideas:
@@ -135,6 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in names:
             swept = sweeps.SWEEPS[name].ways(options.size)
             jobs[f"sweep-{name}"] = [ways.staged(options.size), *(swept[:2] if options.quick else swept)]
+    stopped = False
     swept_records: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, chosen in jobs.items():
         record, pictures = measure(
@@ -154,11 +155,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             (options.out / f"{name}.md").write_text(report.to_markdown(record) + "\n")
             report.plot(record, options.out / f"{name}.png", sweep=options.sweep is not None)
             report.sheet(record, pictures, all_scenes(each), options.out / f"{name}-pictures.png")
-            if name == "quality":
+            if "worst" in record and name == "quality":
                 report.worst_sheet(record, pictures, options.out / f"{name}-worst.png")
+        stopped = bool(record["not measured"])
+        if stopped:
+            break
     if swept_records and options.out is not None:
         report.sweeps_plot(swept_records, options.out / "sweeps.png")
+    return INTERRUPTED if stopped else 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

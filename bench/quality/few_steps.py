@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.markdown import table
 from bench.quality import judge
 from bench.quality.variety import FIRST_SEED, SHIPPED, Weights, load_weights, open_scenes
@@ -256,4 +256,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

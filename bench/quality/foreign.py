@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench.command import run_command
 from mrflow_sched import load_upscaler
 from mrflow_sched._runtime.errors import MrFlowError, first_line, shown
 from mrflow_sched.upscaling.load import read_scale
@@ -250,4 +251,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.command import results_file
+from bench.command import results_file, run_command
 from bench.quality.metrics import interval
 
 WEIGHTS = Path(__file__).parent / "patch_judge.safetensors"
@@ -228,4 +228,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -28,7 +28,10 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     """What the bench knows of itself, then the ways in the order asked: composite and cost, its parts, full size, same
     noise, kinds of picture and, if it could tell its known pairs apart, differences to the base and the goals."""
     told = record["known"]["could tell"]
-    tables = [known.to_markdown(record["known"]), _costs(record, told), _parts(record), _at_full_size(record, told)]
+    tables = [known.to_markdown(record["known"])]
+    if record.get("not measured"):
+        tables.append(f"Stopped by Ctrl-C, not measured: {'; '.join(record['not measured'])}.")
+    tables += [_costs(record, told), _parts(record), _at_full_size(record, told)]
     natives = {name: row["same noise"] for name, row in record["ways"].items() if "same noise" in row}
     if len(natives) > 1:
         tables.append(_same_noise(natives))

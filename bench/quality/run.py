@@ -18,6 +18,8 @@ from mrflow_sched.demo.captions import caption
 from mrflow_sched.demo.scenes import Scene
 from mrflow_sched.measure.metrics import psnr
 
+STOPPED = "Stopped by Ctrl-C: the record is made of what was measured before; Ctrl-C once more ends it without one."
+
 
 @dataclass(frozen=True, eq=False)
 class Setting:
@@ -75,7 +77,7 @@ def measure(
     tell: Callable[[str], object] = print,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """All ways on all scenes, `count` bootstrap samples: the record, and the images by way (with `report.TRUTH`) in 8
-    bits, (N, 3, H, W)."""
+    bits, (N, 3, H, W). Ctrl-C leaves out the ways that are not measured by then, once the base is."""
     here = setting(size, each)
     scenes, truth, model = here.scenes, here.truth, here.model
     prompts = [caption(scene) for scene in scenes]
@@ -83,11 +85,20 @@ def measure(
     chosen = [way for way in chosen if way.name not in missing]
     measured: dict[str, scores.Measured] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for way in chosen:
-        made, seconds = sample(model, way, prompts, batch)
-        measured[way.name] = truth.measure(made.images)
-        rows[way.name] = {"kind": way.kind, "cost": way.cost, "seconds": seconds, **_stages(model, truth, made)}
-        tell(f"{way.name}: {seconds:.2f} s per image, composite {truth.parts(measured[way.name])['composite']:.3f}")
+    try:
+        for way in chosen:
+            made, seconds = sample(model, way, prompts, batch)
+            mine = truth.measure(made.images)
+            rows[way.name] = {"kind": way.kind, "cost": way.cost, "seconds": seconds, **_stages(model, truth, made)}
+            measured[way.name] = mine
+            tell(f"{way.name}: {seconds:.2f} s per image, composite {truth.parts(mine)['composite']:.3f}")
+    except KeyboardInterrupt:
+        if base not in measured:
+            raise
+        tell(STOPPED)
+    left = [way.name for way in chosen if way.name not in measured]
+    chosen = [way for way in chosen if way.name in measured]
+    rows = {name: rows[name] for name in measured}
     samples = metrics.resamples(count, len(scenes), _groups(truth))
     tested = known.test(truth, here.known, measured)
     compared = scores.compared(truth, measured, base, samples)
@@ -113,6 +124,7 @@ def measure(
         "letters of the ground truth": truth.letters_by_height(truth.true),
         "ways": rows,
         "not installed": missing,
+        "not measured": left,
     }
     if report.OURS in measured:
         record["worst"] = scores.worst(measured[report.OURS], measured[base])[:8]

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.markdown import table
 from bench.quality import judge
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
@@ -564,4 +564,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

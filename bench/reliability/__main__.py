@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.command import results_file, results_folder
+from bench.command import results_file, results_folder, run_command
 from bench.reliability import faults, folders, fuzz, images, parallel, report, signals, upscalers
 from bench.reliability.runner import ROOT, Bench
 
@@ -75,4 +75,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

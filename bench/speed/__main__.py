@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench.command import results_folder
+from bench.command import results_folder, run_command
 from bench.reference import Tiles
 from bench.speed import networks, outside, report
 from bench.speed.clock import Clock
@@ -342,4 +342,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

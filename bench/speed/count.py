@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from bench.command import run_command
 from bench.markdown import table
 from bench.speed import networks
 
@@ -223,4 +224,4 @@ def rows() -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

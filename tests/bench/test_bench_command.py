@@ -1,4 +1,4 @@
-"""The commands of the bench learn before any work where their results can go."""
+"""The commands of the bench learn before any work where their results can go, and Ctrl-C ends them with a sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.command import results_file, results_folder
+from bench.command import results_file, results_folder, run_command
 
 FOLDER = [
     "batch",
@@ -55,3 +55,15 @@ def test_a_folder_is_made_and_nothing_is_left_in_it(tmp_path: Path) -> None:
     assert os.listdir(made) == []
     assert results_file(str(tmp_path / "c" / "page.md")) == tmp_path / "c" / "page.md"
     assert os.listdir(tmp_path / "c") == []
+
+
+def test_ctrl_c_ends_a_command_with_a_sentence(capsys: Any) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    sentence = "Stopped by Ctrl-C; what was not written before is lost.\n"
+    for main, code, said in ((interrupted, 130, sentence), (int, 0, "")):
+        with pytest.raises(SystemExit) as stopped:
+            run_command(main)
+        assert stopped.value.code == code
+        assert capsys.readouterr().err == said

@@ -354,6 +354,24 @@ def test_what_a_run_needs_is_looked_for_before_the_first_picture(
     assert "mrflow-sched[dev]" in said
 
 
+def test_ctrl_c_leaves_the_record_of_what_was_measured() -> None:
+    asked = [ways.native(64, 1), ways.native(64, 2), ways.staged(64, low_steps=1)]
+    said: list[str] = []
+
+    def tell(line: str) -> None:
+        said.append(line)
+        if line.startswith("native 2"):
+            raise KeyboardInterrupt
+
+    record, pictures = command.measure(asked, "native 1", size=64, each=1, count=3, tell=tell)
+    assert list(record["ways"]) == list(pictures)[1:] == ["native 1", "native 2"]
+    assert record["not measured"] == ["staged 1+1"]
+    assert "Stopped by Ctrl-C, not measured: staged 1+1." in report.to_markdown(record)
+    assert said[-1].startswith("Stopped by Ctrl-C: the record is made of what was measured before")
+    with pytest.raises(KeyboardInterrupt):
+        command.measure(asked, "staged 1+1", size=64, each=1, count=3, tell=tell)
+
+
 def test_the_command_writes_tables_a_plot_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     pair = [ways.native(64, 1), ways.native(64, 2), ways.staged(64, low_steps=1)]
