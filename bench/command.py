@@ -1,4 +1,4 @@
-"""What the commands of the bench share: where their results go, and how Ctrl-C ends them."""
+"""What the commands of the bench share: where results go, the sizes of the embedded model, and how Ctrl-C ends them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["INTERRUPTED", "results_file", "results_folder", "run_command"]
+__all__ = ["INTERRUPTED", "results_file", "results_folder", "run_command", "side"]
 
+SIDES = range(64, 513, 8)
+"""Sides that staged sampling of the embedded model makes in two stages, on its grid; smaller ones hold no patches."""
 INTERRUPTED = 130
 """What a command that Ctrl-C ends exits with, as in a shell."""
 
@@ -54,3 +56,17 @@ def results_file(value: str) -> Path:
     if not value or Path(value).is_dir():
         raise argparse.ArgumentTypeError(f"{value!r} is no file; give the name of one for the results.")
     return results_folder(str(Path(value).parent)) / Path(value).name
+
+
+def side(value: str) -> int:
+    """The side in pixels of `--size`, with the embedded model.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none of `SIDES`.
+    """
+    if not value.isdecimal() or int(value) not in SIDES:
+        raise argparse.ArgumentTypeError(
+            f"must be a multiple of {SIDES.step} from {SIDES.start} to {SIDES[-1]}, a size of the embedded model, "
+            f"got {value!r}."
+        )
+    return int(value)

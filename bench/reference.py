@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder, run_command
+from bench.command import results_folder, run_command, side
 from bench.markdown import table
 from mrflow_sched import MrFlow, demo, load_upscaler
 from mrflow_sched._runtime.peak import PeakMemory
@@ -244,7 +244,7 @@ def _db(value: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", type=int, default=256, help="side of the image in pixels (default 256)")
+    parser.add_argument("--size", type=side, default=256, help="side of the image in pixels (default 256)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds per prompt (default 2)")
     parser.add_argument("--quick", action="store_true", help="one prompt and seed")
     parser.add_argument("--out", type=results_folder, help="folder for reference.json and reference.md")

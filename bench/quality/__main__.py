@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.command import INTERRUPTED, results_folder, run_command
+from bench.command import INTERRUPTED, results_folder, run_command, side
 from bench.quality import by_kind, by_upscaler, foreign, ideas, report, sweeps, ways
 from bench.quality.kinds import FIRST_SEED, all_scenes, next_scenes, rendered, scenes_of
 from bench.quality.run import compared_scenes, measure, setting
@@ -80,14 +80,15 @@ def _say(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", type=int, default=256, help="final side in pixels (default 256)")
+    parser.add_argument("--size", type=side, default=256, help="final side in pixels (default 256)")
     parser.add_argument(
         "--scenes", type=int, default=24, help="scenes per category, and as many with fine detail (default 24)"
     )
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap samples (default 200)")
-    parser.add_argument("--sweep", choices=[*sweeps.SWEEPS, "upscalers", "all"], help=SWEPT)
-    parser.add_argument("--kinds", action="store_true", help="by kind of picture: what is lost, and what helps")
-    parser.add_argument("--ideas", action="store_true", help="compare ideas with staged 12+1")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--sweep", choices=[*sweeps.SWEEPS, "upscalers", "all"], help=SWEPT)
+    what.add_argument("--kinds", action="store_true", help="by kind of picture: what is lost, and what helps")
+    what.add_argument("--ideas", action="store_true", help="compare ideas with staged 12+1")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these ways (or upscalers); * matches any text")
     parser.add_argument("--quick", action="store_true", help="a scene per category and two ways")
     parser.add_argument("--out", type=results_folder, help="folder for the results")
@@ -95,13 +96,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("scenes", "resamples"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be 1 or more, got {getattr(options, name)}.")
+    of_upscalers = options.sweep == "upscalers" or options.kinds
+    if options.only and not of_upscalers and (options.sweep or options.ideas or options.quick):
+        parser.error(
+            "--only chooses ways of the comparison, or upscalers of --kinds and --sweep upscalers; leave it out here."
+        )
     if options.out is not None and find_spec("matplotlib") is None:
         parser.error(
             "--out draws plots with matplotlib, which is not installed; leave out --out, or install it with "
             "`pip install 'mrflow-sched[dev]'`."
         )
     each, count = (1, 20) if options.quick else (options.scenes, options.resamples)
-    if options.sweep == "upscalers" or options.kinds:
+    if of_upscalers:
         known = by_kind.UPSCALERS if options.kinds else ways.UPSCALERS
         wanted = options.only or ["*"]
         names = [name for name in known if any(fnmatch(name, pattern) for pattern in wanted)]
@@ -123,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only:
             unknown = [name for name in options.only if not any(fnmatch(way.name, name) for way in every)]
             if unknown:
-                parser.error(f"--only {unknown[0]!r} is no way; choose from {', '.join(way.name for way in every)}")
+                parser.error(f"--only {unknown[0]!r} is no way; choose from {'; '.join(way.name for way in every)}")
             every = [way for way in every if any(fnmatch(way.name, name) for name in (OURS, *options.only))]
             base = base if base in [way.name for way in every] else OURS
         jobs["quality"] = (

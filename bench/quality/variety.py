@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder, run_command
+from bench.command import results_folder, run_command, side
 from bench.markdown import table
 from bench.quality import judge
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
@@ -536,13 +536,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", nargs="+", metavar="FOLDER", default=[SHIPPED], help="default: the package's")
     parser.add_argument("--seeds", type=int, default=16, help="images of each caption (default 16)")
     parser.add_argument("--named", type=int, default=48, help="captions to read what is named (default 48)")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
+    parser.add_argument("--size", type=side, default=256, help="pixels a side (default 256)")
     parser.add_argument(
         "--quick", action="store_true", help="three captions, four seeds, 128 pixels, one guidance scale"
     )
     parser.add_argument("--out", type=results_folder, help="folder for the results")
     asked = parser.parse_args(arguments)
-    for name, least in (("seeds", 2), ("named", 0), ("size", 64)):
+    for name, least in (("seeds", 2), ("named", 0)):
         if getattr(asked, name) < least:
             parser.error(f"--{name} must be {least} or more, got {getattr(asked, name)}.")
     setting = QUICK if asked.quick else Setting(OPEN, asked.seeds, asked.named, asked.size)

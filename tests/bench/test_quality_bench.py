@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 import bench.quality.__main__ as command
+from bench.command import SIDES
 from bench.quality import cached, guided, ideas, judge, kinds, metrics, report, scores, sweeps, ways
+from mrflow_sched import make_plan
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.demo.scenes import CATEGORIES
+from mrflow_sched.plan.families import get_family
 
 UNUSED: Any = None
 
@@ -352,6 +355,34 @@ def test_what_a_run_needs_is_looked_for_before_the_first_picture(
     said = capsys.readouterr().err
     assert "matplotlib, which is not installed" in said
     assert "mrflow-sched[dev]" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--size 0", "--size: must be a multiple of 8 from 64 to 512, a size of the embedded model, got '0'."),
+        ("--size 100", "multiple of 8 from 64 to 512"),
+        ("--size ten", "multiple of 8 from 64 to 512"),
+        ("--kinds --ideas", "--ideas: not allowed with argument --kinds"),
+        ("--kinds --sweep sigma", "--sweep: not allowed with argument --kinds"),
+        ("--ideas --only staged*", "leave it out here."),
+        ("--quick --only staged*", "leave it out here."),
+        ("--only nothing", "is no way; choose from native 50; native 20; "),
+        ("--scenes 0", "--scenes must be 1 or more, got 0."),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_a_sentence(words: str, said: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(words.split())
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_every_size_of_the_bench_has_two_stages_on_the_grid() -> None:
+    assert SIDES.step == get_family("demo").grid
+    for size in SIDES:
+        stages = make_plan("demo", size, size, "12+1").stages
+        assert [stage.width for stage in stages][1:] == [size]
 
 
 def test_ctrl_c_leaves_the_record_of_what_was_measured() -> None:
