@@ -1,15 +1,17 @@
-"""What the commands of the bench share: where results go, the sizes of the embedded model, and how Ctrl-C ends them."""
+"""What the commands of the bench share: where results go and how they are written, sizes, and Ctrl-C."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-__all__ = ["INTERRUPTED", "results_file", "results_folder", "run_command", "side"]
+__all__ = ["INTERRUPTED", "results_file", "results_folder", "run_command", "side", "to_json"]
 
 SIDES = range(64, 513, 8)
 """Sides that staged sampling of the embedded model makes in two stages, on its grid; smaller ones hold no patches."""
@@ -70,3 +72,16 @@ def side(value: str) -> int:
             f"got {value!r}."
         )
     return int(value)
+
+
+def to_json(record: Any) -> str:
+    """The JSON text of a record. NaN and infinity, for which JSON has no word, are written as null."""
+    return json.dumps(_finite(record), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,7 +18,6 @@ All ways share networks, dtype (float32), prompts, seeds, sizes, numbers of step
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -32,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder, run_command, side
+from bench.command import results_folder, run_command, side, to_json
 from bench.markdown import table
 from mrflow_sched import MrFlow, demo, load_upscaler
 from mrflow_sched._runtime.peak import PeakMemory
@@ -257,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out is not None:
         said = {"size": options.size, "prompts": list(prompts), "seeds": list(seeds), "torch": torch.__version__}
         record = {**said, "threads": torch.get_num_threads(), "rows": [asdict(row) for row in rows]}
-        (options.out / "reference.json").write_text(json.dumps(record, indent=1) + "\n")
+        (options.out / "reference.json").write_text(to_json(record))
         (options.out / "reference.md").write_text(text + "\n")
 
 

@@ -12,7 +12,6 @@ the same with a reward that is known to be deceived (saturation, without a guard
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.command import results_folder, run_command
+from bench.command import results_folder, run_command, to_json
 from bench.markdown import table
 from mrflow_sched import demo, load_upscaler, make_plan, sample_staged
 from mrflow_sched.demo.captions import random_captions
@@ -254,7 +253,7 @@ def main(words: Sequence[str] | None = None) -> None:
         rows["tuning"] = tuning(asked.updates, asked.seeds, *asked.prompts)
     text = report(rows)
     if asked.out is not None:
-        (asked.out / "rewards.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        (asked.out / "rewards.json").write_text(to_json({"rows": rows}))
         (asked.out / "rewards.md").write_text(text)
     print(text)
 

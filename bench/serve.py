@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bench.command import results_folder, run_command
+from bench.command import results_folder, run_command, to_json
 from bench.markdown import table
 from mrflow_sched import demo, load_upscaler, make_plan
 from mrflow_sched.images.convert import to_pil
@@ -201,7 +201,7 @@ def main(words: Sequence[str] | None = None) -> int:
     found = measure(asked)
     print(report(found))
     if asked.out is not None:
-        (asked.out / "serve.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        (asked.out / "serve.json").write_text(to_json(found), "utf-8")
         (asked.out / "serve.md").write_text(report(found) + "\n", "utf-8")
     bad = ("failed", "lost", "given_up", "wrong", "without_retry_after")
     return 1 if any(found[name] for name in bad) else 0

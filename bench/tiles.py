@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder, run_command
+from bench.command import results_folder, run_command, to_json
 from bench.markdown import table
 from bench.quality import judge
 from bench.quality.__main__ import FIRST_SEED, scenes_of
@@ -201,7 +201,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(report(rows))
     if asked.out is not None:
         record = {"tile": asked.tile, "scenes": len(scenes), "torch": torch.__version__, "rows": rows}
-        (asked.out / "tiles.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        (asked.out / "tiles.json").write_text(to_json(record), "utf-8")
         (asked.out / "tiles.md").write_text(report(rows) + "\n", "utf-8")
 
 

@@ -13,12 +13,11 @@ row known to be bad.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.command import results_folder, run_command
+from bench.command import results_folder, run_command, to_json
 from bench.methods import jit, precision, sparse, step, turbo
 from bench.quality.kinds import FIRST_SEED, all_scenes
 from bench.quality.ways import AUTHORS_SIGMA
@@ -63,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> None:
     rows = measure(asked.parts, asked.scenes, asked.finetunes)
     text = report(rows)
     if asked.out is not None:
-        (asked.out / "methods.json").write_text(json.dumps({"scenes": asked.scenes, "rows": rows}, indent=1) + "\n")
+        (asked.out / "methods.json").write_text(to_json({"scenes": asked.scenes, "rows": rows}))
         (asked.out / "methods.md").write_text(text)
     print(text)
 

@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.command import INTERRUPTED, results_folder, run_command, side
+from bench.command import INTERRUPTED, results_folder, run_command, side, to_json
 from bench.quality import by_kind, by_upscaler, foreign, ideas, report, sweeps, ways
 from bench.quality.kinds import FIRST_SEED, all_scenes, next_scenes, rendered, scenes_of
 from bench.quality.run import compared_scenes, measure, setting
@@ -49,7 +49,7 @@ def sweep_upscalers(size: int, each: int, count: int, names: Sequence[str], out:
 
     def keep(record: dict[str, Any]) -> None:
         if out is not None:
-            (out / "sweep-upscalers.json").write_text(json.dumps(record, indent=1) + "\n")
+            (out / "sweep-upscalers.json").write_text(to_json(record))
             (out / "sweep-upscalers.md").write_text(by_upscaler.to_markdown(record) + "\n")
 
     prompts = [caption(scene) for scene in next_scenes(each)]
@@ -70,7 +70,7 @@ def kinds_of_picture(size: int, each: int, count: int, names: Sequence[str], out
     record, pictures = by_kind.measure(here, count, names=names, tell=_say, **shorter)
     print(by_kind.to_markdown(record), flush=True)
     if out is not None:
-        (out / "kinds.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / "kinds.json").write_text(to_json(record))
         by_kind.write(record, pictures, here.truth, out)
 
 
@@ -93,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a scene per category and two ways")
     parser.add_argument("--out", type=results_folder, help="folder for the results")
     options = parser.parse_args(arguments)
-    for name in ("scenes", "resamples"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be 1 or more, got {getattr(options, name)}.")
+    for name, least in (("scenes", 1), ("resamples", 2)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be {least} or more, got {getattr(options, name)}.")
     of_upscalers = options.sweep == "upscalers" or options.kinds
     if options.only and not of_upscalers and (options.sweep or options.ideas or options.quick):
         parser.error(
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             short = name.removeprefix("sweep-")
             swept_records[short] = (sweeps.SWEEPS[short].question, record)
         if options.out is not None:
-            (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+            (options.out / f"{name}.json").write_text(to_json(record))
             (options.out / f"{name}.md").write_text(report.to_markdown(record) + "\n")
             report.plot(record, options.out / f"{name}.png", sweep=options.sweep is not None)
             report.sheet(record, pictures, all_scenes(each), options.out / f"{name}-pictures.png")

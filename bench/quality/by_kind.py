@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from bench.quality import by_upscaler, known, metrics, ways
 from bench.quality.by_upscaler import Setting
 from bench.quality.run import Setting as Here
 from bench.quality.run import compared_scenes, sample
-from bench.quality.scores import Measured, Truth, shares
+from bench.quality.scores import Measured, Truth, resampled, shares
 from mrflow_sched.images.convert import to_pil
 
 UPSCALERS = ("SR", "compact x4", "anime x4", "Lanczos")
@@ -104,13 +103,13 @@ def _figures(truth: Truth, row: Row, base: Row, samples: Sequence[Tensor]) -> di
     found: dict[str, Any] = {"cost": row.cost, "letters by height": truth.letters_by_height(row.measured), "kinds": {}}
     for kind in truth.kinds:
         own = truth.rows_of(kind)
-        within = [rows for sample in samples if len(rows := sample[torch.isin(sample, own)])]
+        within = resampled(own, samples)
         gaps = [read_share(row.measured, rows) - read_share(base.measured, rows) for rows in within]
         composite = truth.parts(row.measured, own)["composite"]
         found["kinds"][kind] = {
             "read": read_share(row.measured, own),
             "to base": read_share(row.measured, own) - read_share(base.measured, own),
-            "to base, interval": metrics.interval(gaps),
+            "to base, interval": metrics.interval(gaps) if gaps else None,
             "composite": composite,
             "composite to base": composite - truth.parts(base.measured, own)["composite"],
             **shares(row.measured.hits[number] for number in own.tolist()),
@@ -152,8 +151,8 @@ def to_markdown(record: Mapping[str, Any]) -> str:
 
 
 def _gap(row: Mapping[str, Any]) -> str:
-    low, high = row["to base, interval"]
-    return f"{row['to base'] * 100:+.0f} ({low * 100:+.0f} to {high * 100:+.0f})"
+    gap, edges = f"{row['to base'] * 100:+.0f}", row["to base, interval"]
+    return gap if edges is None else f"{gap} ({edges[0] * 100:+.0f} to {edges[1] * 100:+.0f})"
 
 
 def sheet(record: Mapping[str, Any], pictures: Mapping[str, Tensor], truth: Truth, names: Sequence[str]) -> Image.Image:

@@ -18,7 +18,6 @@ flip      either of the two
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder, run_command
+from bench.command import results_folder, run_command, to_json
 from bench.markdown import table
 from bench.quality import judge
 from bench.quality.variety import FIRST_SEED, SHIPPED, Weights, load_weights, open_scenes
@@ -251,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = to_markdown(record)
     print(text)
     if asked.out is not None:
-        (asked.out / "few_steps.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        (asked.out / "few_steps.json").write_text(to_json(record), "utf-8")
         (asked.out / "few_steps.md").write_text(text + "\n", "utf-8")
 
 

@@ -57,9 +57,8 @@ def _costs(record: Mapping[str, Any], told: bool) -> str:
     return table([*head, f"to {record['base']} (95 %)"] if told else head, lines, "lrrl")
 
 
-def _within(edges: Sequence[float], form: str = "+.3f") -> str:
-    low, high = edges
-    return f"({low:{form}} to {high:{form}})"
+def _within(edges: Sequence[float] | None, form: str = "+.3f") -> str:
+    return "" if edges is None else f"({edges[0]:{form}} to {edges[1]:{form}})"
 
 
 def _parts(record: Mapping[str, Any]) -> str:
@@ -108,7 +107,7 @@ def _by_kind(record: Mapping[str, Any]) -> str:
     for kind, row in record["by kind"].items():
         both = [row["base"], row["ours"]]
         cells = [f"{row['ceiling']['composite']:.3f}", " / ".join(f"{each['composite']:.3f}" for each in both)]
-        cells.append(f"{row['to base']:+.3f} {_within(row['to base, interval'])}")
+        cells.append(f"{row['to base']:+.3f} {_within(row['to base, interval'])}".strip())
         cells += [
             " / ".join(f"{each[part]:.2f}" if part in each else "-" for each in both)
             for part in ("attributes", "letters", "distance at full size")

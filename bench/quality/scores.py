@@ -201,11 +201,19 @@ def same_noise(measured: Measured, converged: Measured, scenes: Sequence[Scene])
     }
 
 
+def resampled(rows: Tensor, samples: Sequence[Tensor]) -> list[Tensor]:
+    """The images `rows` as often as they are in each resample that holds any. Of fewer than two there are none: one
+    scene says nothing of others, so it gets no interval."""
+    if len(rows) < 2:
+        return []
+    return [chosen for sample in samples if len(chosen := sample[torch.isin(sample, rows)])]
+
+
 def by_kind(
     truth: Truth, ours: Measured, base: Measured, ceiling: Measured, samples: Sequence[Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """By kind of picture: the three composites, the difference of the first two with its interval, what the judge
-    reads, and the distance to the ground truth at full size."""
+    """By kind of picture: the three composites, the difference of the first two with its interval, None where there is
+    none, what the judge reads, and the distance to the ground truth at full size."""
 
     def gap(chosen: Tensor) -> float:
         return truth.parts(ours, chosen)["composite"] - truth.parts(base, chosen)["composite"]
@@ -213,11 +221,11 @@ def by_kind(
     found: dict[str, dict[str, Any]] = {}
     for kind in truth.kinds:
         rows = truth.rows_of(kind)
-        within = [sample[torch.isin(sample, rows)] for sample in samples[:100]]
+        gaps = [gap(chosen) for chosen in resampled(rows, samples[:100])]
         found[kind] = {
             "scenes": len(rows),
             "to base": gap(rows),
-            "to base, interval": metrics.interval([gap(chosen) for chosen in within]),
+            "to base, interval": metrics.interval(gaps) if gaps else None,
         }
         for name, each in (("ours", ours), ("base", base), ("ceiling", ceiling)):
             found[kind][name] = {

@@ -21,7 +21,6 @@ must come out as known: other true draws pass; one image for all seeds, and the 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.command import results_folder, run_command, side
+from bench.command import results_folder, run_command, side, to_json
 from bench.markdown import table
 from bench.quality import judge
 from mrflow_sched import demo, load_upscaler, make_native_plan, make_plan
@@ -478,7 +477,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     }
     numbers = [[name, *_judged(row, truth), _all(row, truth)] for name, row in rows.items()]
     by_caption = [
-        [words, field, *(f"{row['captions'][words]['entropy'].get(field, float('nan')):.2f}" for row in rows.values())]
+        [words, field, *(_bits(row["captions"][words]["entropy"], field) for row in rows.values())]
         for words, found in truth["captions"].items()
         for field in found["entropy"]
     ]
@@ -498,6 +497,10 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         table(["caption", "attribute", *numbered], [*by_caption, *spread], "llr"),
     ]
     return "\n\n".join([*parts, *([table(["named", *named], groups)] if groups else [])])
+
+
+def _bits(found: Mapping[str, float], field: str) -> str:
+    return f"{found[field]:.2f}" if field in found else ""
 
 
 def _judged(row: Mapping[str, Any], truth: Mapping[str, Any]) -> list[str]:
@@ -559,7 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = to_markdown(record)
     print(text)
     if asked.out is not None:
-        (asked.out / "variety.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        (asked.out / "variety.json").write_text(to_json(record), "utf-8")
         (asked.out / "variety.md").write_text(text + "\n", "utf-8")
 
 

@@ -15,7 +15,6 @@ prediction from one staged run. `--outside` measures the parts outside the netwo
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bench.command import results_folder, run_command
+from bench.command import results_folder, run_command, to_json
 from bench.reference import Tiles
 from bench.speed import networks, outside, report
 from bench.speed.clock import Clock
@@ -337,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "-small" if options.small else "-demo" if options.demo else ""
         )
         stem += "" if options.compile is None else f"-{options.compile}"
-        (options.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (options.out / f"{stem}.json").write_text(to_json(record))
         (options.out / f"{stem}.md").write_text(report.to_markdown(record) + "\n")
         if not options.outside:
             report.plot(record, options.out / f"{stem}.png")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.command import results_file, results_folder, run_command
+from bench.command import results_file, results_folder, run_command, to_json
 
 FOLDER = [
     "batch",
@@ -67,3 +68,11 @@ def test_ctrl_c_ends_a_command_with_a_sentence(capsys: Any) -> None:
             run_command(main)
         assert stopped.value.code == code
         assert capsys.readouterr().err == said
+
+
+def test_what_is_no_number_is_null_in_a_record() -> None:
+    record = {"row": {8: (1.5, float("nan")), "none": [float("inf"), "nan", True, None]}}
+    written = to_json(record)
+    assert json.loads(written) == {"row": {"8": [1.5, None], "none": [None, "nan", True, None]}}
+    assert written.startswith('{\n "row"')
+    assert written.endswith("}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,7 @@ def test_what_a_run_needs_is_looked_for_before_the_first_picture(
         ("--ideas --only staged*", "leave it out here."),
         ("--quick --only staged*", "leave it out here."),
         ("--only nothing", "is no way; choose from native 50; native 20; "),
+        ("--resamples 1", "--resamples must be 2 or more, got 1."),
         ("--scenes 0", "--scenes must be 1 or more, got 0."),
     ],
 )
@@ -397,6 +399,7 @@ def test_ctrl_c_leaves_the_record_of_what_was_measured() -> None:
     record, pictures = command.measure(asked, "native 1", size=64, each=1, count=3, tell=tell)
     assert list(record["ways"]) == list(pictures)[1:] == ["native 1", "native 2"]
     assert record["not measured"] == ["staged 1+1"]
+    json.dumps(record, allow_nan=False)
     assert "Stopped by Ctrl-C, not measured: staged 1+1." in report.to_markdown(record)
     assert said[-1].startswith("Stopped by Ctrl-C: the record is made of what was measured before")
     with pytest.raises(KeyboardInterrupt):
@@ -415,6 +418,10 @@ def test_the_command_writes_tables_a_plot_and_pictures(tmp_path: Path, monkeypat
     assert "to native 1 (95 %)" in report.to_markdown(trusted)
     assert "| all together |" in report.to_markdown(trusted)
     assert list(record["by kind"]) == list(kinds.KINDS)
+    # A kind of one scene has a difference and no interval.
+    assert {row["to base, interval"] for row in record["by kind"].values()} == {None}
+    assert "nan" not in text
+    json.dumps(record, allow_nan=False)
     assert "same noise" not in record["ways"]["staged 1+1"]
     same, far = (record["ways"][name]["same noise"] for name in ("native 2", "native 1"))
     assert (same["flips"], same["median psnr"]) == (0.0, 100.0)

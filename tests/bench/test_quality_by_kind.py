@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from bench.quality import __main__ as command
-from bench.quality import by_kind, known, ways
+from bench.quality import by_kind, known, scores, ways
 from bench.quality.by_upscaler import Setting
 from bench.quality.run import setting
 
@@ -44,6 +45,10 @@ def test_a_row_of_every_setting_and_its_difference_to_native(found: Any) -> None
         one, base = (record["rows"][name]["kinds"][kind] for name in ("SR 12+0", "native 1"))
         assert one["to base"] == pytest.approx(one["read"] - base["read"])
         assert base["to base"] == 0.0
+        assert one["to base, interval"] is None
+    json.dumps(record, allow_nan=False)
+    assert by_kind._gap({"to base": 0.11, "to base, interval": None}) == "+11"
+    assert by_kind._gap({"to base": 0.11, "to base, interval": (0.02, 0.2)}) == "+11 (+2 to +20)"
     assert pictures["SR 12+0"].dtype == torch.uint8
     assert len(pictures["SR 12+0"]) == record["scenes"]
 
@@ -61,3 +66,9 @@ def test_an_unknown_upscaler_is_told(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         command.main(["--kinds", "--only", "mine"])
     assert "is no upscaler; choose from SR; compact x4; anime x4; Lanczos" in capsys.readouterr().err
+
+
+def test_only_kinds_of_two_scenes_or_more_have_resamples() -> None:
+    samples = [torch.tensor([0, 0, 2]), torch.tensor([1, 2, 1]), torch.tensor([2, 2, 2])]
+    assert scores.resampled(torch.tensor([2]), samples) == []
+    assert [rows.tolist() for rows in scores.resampled(torch.tensor([0, 1]), samples)] == [[0, 0], [1, 1]]
