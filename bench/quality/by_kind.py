@@ -73,6 +73,7 @@ def measure(
         rows[way.name] = Row(way.cost, truth.measure(made.images))
         tell(f"{way.name}: {truth.accuracy(rows[way.name].measured):.3f} read")
     base = next(name for name in rows if name.startswith("native"))
+    sampled = {name: row.measured for name, row in rows.items() if name.startswith("native")}
     low = by_upscaler.low_pictures(model, scenes.prompts, scenes.seeds)
     for upscaler in [name for name in names if name in model.upscalers]:
         upscaled = by_upscaler.upscaled_by(model.upscalers[upscaler], low, model.size)
@@ -80,12 +81,15 @@ def measure(
             images = by_upscaler.refined(model, setting, scenes.prompts, scenes.seeds, upscaled)
             name = row_name(upscaler, setting)
             rows[name] = Row(sum(setting.plan(model.size).stage_costs()), truth.measure(images.cpu()))
+            if pair := by_upscaler.name_in_pair(upscaler, setting):
+                sampled[pair] = rows[name].measured
             tell(f"{name}: {truth.accuracy(rows[name].measured):.3f} read")
     record = {
         "scenes": len(scenes.prompts),
         "size": model.size,
         "base": base,
         "resamples": len(scenes.samples),
+        "known": known.test(truth, here.known, sampled),
         "kinds": {kind: len(truth.rows_of(kind)) for kind in truth.kinds},
         "rows": {name: _figures(truth, row, rows[base], scenes.samples) for name, row in rows.items()},
         "not installed": [name for name in names if name not in model.upscalers],
@@ -127,7 +131,8 @@ def read_share(measured: Measured, rows: Tensor) -> float:
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """What is read of every kind; what that is to native sampling; letters by height; composites."""
+    """What the bench knows of itself; what is read of every kind; if it could tell its known pairs apart, what that is
+    to native sampling; letters by height; composites."""
     rows, kinds, base = record["rows"], list(record["kinds"]), record["base"]
     counted = [f"{kind} ({count})" for kind, count in record["kinds"].items()]
     read = [
@@ -140,8 +145,9 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     letters = [[name, *(f"{row['letters by height'][height]:.0%}" for height in heights)] for name, row in rows.items()]
     composites = [[name, *(f"{row['kinds'][kind]['composite']:.3f}" for kind in kinds)] for name, row in rows.items()]
     parts = [
+        known.to_markdown(record["known"]),
         table(["read", "cost", *counted], read),
-        table([f"read, to {base} (95 %)", *kinds], gaps),
+        *([table([f"read, to {base} (95 %)", *kinds], gaps)] if record["known"]["could tell"] else []),
         table(["letters by height", *(f"{height} px" for height in heights)], letters),
         table(["composite", *kinds], composites),
     ]

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bench.markdown import table
-from bench.quality import foreign, metrics
-from bench.quality.scores import Truth
-from bench.quality.ways import FAMILY, UPSCALERS, Model
+from bench.quality import foreign, known, metrics
+from bench.quality.scores import Measured, Truth
+from bench.quality.ways import FAMILY, NOT_OURS, UPSCALERS, Model
 from mrflow_sched import make_native_plan, make_plan
 from mrflow_sched.measure.calibrate import calibrate
 from mrflow_sched.plan.stages import StagedPlan
@@ -62,6 +62,8 @@ class Setting:
         return make_plan(FAMILY, size, size, "12+1", **numbers)
 
 
+REFINED = Setting(1, 0.6)
+"""12+1 as its preset is."""
 _SIGMAS: dict[int, tuple[float, ...]] = {
     1: (0.06, 0.12, 0.2, 0.3, 0.45, 0.6, 0.75, 0.85),
     2: (0.45, 0.6, 0.75),
@@ -74,6 +76,16 @@ GRID = (
 )
 VARIED: tuple[dict[str, Any], ...] = (*({"guidance": scale} for scale in (1.0, 2.0, 5.0)), {"posterior": "sample"})
 """What is changed, one at a time, in the two best settings of every upscaler."""
+
+
+def name_in_pair(upscaler: str, setting: Setting) -> str | None:
+    """What known.py calls the 12+1 and the 12+0 of an upscaler, which it knows to differ; None for all else. Our own
+    upscalers know this world, so the bench needs no pair of theirs, and only shows that of SR."""
+    if setting not in (Setting(), REFINED):
+        return None
+    if upscaler == "SR":
+        return "staged 12+1" if setting.steps else "no refine, 12+0"
+    return f"{upscaler} 12+{setting.steps}" if upscaler in NOT_OURS else None
 
 
 # ----------------------------------------------------------------------------------------------------------- the images
@@ -205,12 +217,14 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Scenes:
-    """What is drawn and compared: a prompt and a seed for every scene of `truth`, and the resamples of the scenes."""
+    """What is drawn and compared: a prompt and a seed for every scene of `truth`, the resamples of the scenes, and the
+    rows without a sampler that the bench tests itself with."""
 
     truth: Truth
     prompts: Sequence[str]
     seeds: Sequence[int]
     samples: Sequence[Tensor]
+    known: known.Rows
 
 
 def measure(
@@ -236,6 +250,7 @@ def measure(
         "size": model.size,
         "loss": LOSS,
         "resamples": len(scenes.samples),
+        "known": {},
         "upscalers": {},
         "groups": {},
         "not installed": dict.fromkeys(missing, foreign.COMMAND),
@@ -245,12 +260,19 @@ def measure(
         others = {name: row for name, row in earlier["upscalers"].items() if name not in here}
         record["upscalers"] = {name: row for name, row in others.items() if list(row["settings"]) == settings}
         record["groups"] = {name: dict(group) for name, group in earlier["groups"].items()}
+    kept = {name_in_pair(name, REFINED) for name in record["upscalers"]}
+    old = {} if earlier is None else earlier.get("known", {})  # records of before the self-test have none
+    more = [pair for pair in old.get("pairs", ()) if pair["better"] in kept]
+    sampled: dict[str, Measured] = {}
+    record["known"] = known.with_pairs(known.test(scenes.truth, scenes.known, sampled), more)
     grids: dict[str, list[Scored]] = {}
     for name in here:
         upscaled = upscaled_by(model.upscalers[name], low, model.size)
 
         def score(setting: Setting, upscaled: Tensor = upscaled, name: str = name) -> Scored:
-            scored = _score(model, scenes, setting, upscaled)
+            scored, measured = _score(model, scenes, setting, upscaled)
+            if pair := name_in_pair(name, setting):
+                sampled[pair] = measured
             tell(f"{name}, {setting.name}: composite {scored.composite:.3f}")
             return scored
 
@@ -263,11 +285,12 @@ def measure(
             told = {"to best": advised.gap(best), "in the flat top": in_flat_top(advised, best)}
             record["upscalers"][name]["calibrated"] = {**_figures(advised), **told}
         record["groups"] |= _groups(grids)
+        record["known"] = known.with_pairs(known.test(scenes.truth, scenes.known, sampled), more)
         keep(record)
     return record
 
 
-def _score(model: Model, scenes: Scenes, setting: Setting, upscaled: Tensor) -> Scored:
+def _score(model: Model, scenes: Scenes, setting: Setting, upscaled: Tensor) -> tuple[Scored, Measured]:
     begin = time.perf_counter()
     images = refined(model, setting, scenes.prompts, scenes.seeds, upscaled)
     seconds = (time.perf_counter() - begin) / len(images)
@@ -275,7 +298,7 @@ def _score(model: Model, scenes: Scenes, setting: Setting, upscaled: Tensor) -> 
     parts = scenes.truth.parts(measured)
     drawn = [scenes.truth.parts(measured, rows)["composite"] for rows in scenes.samples]
     cost = sum(setting.plan(model.size).stage_costs())
-    return Scored(setting, cost, parts["composite"], drawn, {"refine seconds": seconds, **parts})
+    return Scored(setting, cost, parts["composite"], drawn, {"refine seconds": seconds, **parts}), measured
 
 
 def _row(scored: Sequence[Scored], varied: Sequence[tuple[Scored, Scored]]) -> dict[str, Any]:
@@ -329,9 +352,16 @@ def _groups(grids: Mapping[str, Sequence[Scored]]) -> dict[str, Any]:
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """Four tables: what presets should have, a line per upscaler, every setting, and what was varied."""
+    """What the bench knows of itself, and the composite of every setting. If it could tell its known pairs apart: what
+    presets should have, a line per upscaler, and what was varied."""
     found: Mapping[str, Any] = record["upscalers"]
-    parts = [_presets(record["groups"]), _each(found, record["not installed"]), _settings(found), _varied(found)]
+    told = record["known"]["could tell"]
+    parts = [known.to_markdown(record["known"])]
+    if told:
+        parts += [_presets(record["groups"]), _each(found, record["not installed"])]
+    elif record["not installed"]:
+        parts.append(f"Not installed: {', '.join(record['not installed'])}.")
+    parts += [_settings(found, told=told), _varied(found) if told else ""]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -372,14 +402,14 @@ def _gap(name: str, gap: Mapping[str, Any]) -> str:
     return f"{name}: {gap['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def _settings(found: Mapping[str, Any]) -> str:
-    """Composites; those of the flat top in bold."""
+def _settings(found: Mapping[str, Any], *, told: bool) -> str:
+    """Composites; those of the flat top in bold, if the bench could tell."""
     if not found:
         return ""
 
     def shown(row: Mapping[str, Any], name: str) -> str:
         value = f"{row['settings'][name]['composite']:.3f}"
-        return f"**{value}**" if name in row["flat top"] else value
+        return f"**{value}**" if told and name in row["flat top"] else value
 
     settings = next(iter(found.values()))["settings"]
     rows = [

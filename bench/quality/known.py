@@ -128,6 +128,13 @@ def test(truth: Truth, rows: Rows, ways: Mapping[str, Measured]) -> dict[str, An
     return {"could tell": not why, "why": why, **result}
 
 
+def with_pairs(result: Mapping[str, Any], more: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `test` found, with the pairs of another test on the same scenes."""
+    found = {**result, "pairs": [*result["pairs"], *more]}
+    why = _why(found)
+    return {**found, "could tell": not why, "why": why}
+
+
 def _tested(truth: Truth, pair: Pair, rows: Mapping[str, Measured], untrained: Mapping[str, Tensor]) -> dict[str, Any]:
     """How often the two are told apart, by three kinds of features, and how far each is from the ground truth."""
     better, worse = rows[pair.better], rows[pair.worse]

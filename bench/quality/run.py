@@ -44,7 +44,7 @@ def compared_scenes(here: Setting, count: int) -> by_upscaler.Scenes:
     """The scenes of a setting as the sweep of upscalers takes them, with `count` bootstrap samples."""
     samples = metrics.resamples(count, len(here.scenes), _groups(here.truth))
     seeds = range(FIRST_SEED, FIRST_SEED + len(here.scenes))
-    return by_upscaler.Scenes(here.truth, [caption(scene) for scene in here.scenes], seeds, samples)
+    return by_upscaler.Scenes(here.truth, [caption(scene) for scene in here.scenes], seeds, samples, here.known)
 
 
 def sample(model: ways.Model, way: ways.Way, prompts: Sequence[str], batch: int) -> tuple[ways.Made, float]:

@@ -3,6 +3,7 @@ what does not change."""
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 import bench.quality.__main__ as command
-from bench.quality import by_upscaler, foreign, report, sweeps, ways
+from bench.quality import by_upscaler, foreign, known, report, sweeps, ways
 from bench.quality.by_upscaler import Scored, Setting
 from bench.quality.run import compared_scenes
 from bench.quality.run import setting as run_setting
+from mrflow_sched import make_plan
 from mrflow_sched._runtime.errors import MrFlowError
 from mrflow_sched.measure.calibrate import calibrate
 from mrflow_sched.upscaling.fit import upscale_to
@@ -236,7 +238,9 @@ def test_what_calibrate_recommends_is_scored_like_the_rest(small: ways.Model) ->
     row = record["upscalers"]["Lanczos"]
     assert row["calibrated"]["composite"] == row["settings"]["1 from 0.3"]["composite"]
     assert row["calibrated"]["in the flat top"] == ("1 from 0.3" in row["flat top"])
-    assert "| `mrflow calibrate` says | in the flat top |" in by_upscaler.to_markdown(record)
+    assert "calibrate" not in by_upscaler.to_markdown(record)  # ten scenes are too few to rank
+    trusted = {**record, "known": {**record["known"], "could tell": True}}
+    assert "| `mrflow calibrate` says | in the flat top |" in by_upscaler.to_markdown(trusted)
 
 
 def test_the_grid_has_every_setting_once() -> None:
@@ -244,6 +248,20 @@ def test_the_grid_has_every_setting_once() -> None:
     named = {(each.steps, each.sigma) for each in by_upscaler.GRID}
     assert named >= {(0, 0.0), (1, 0.06), (1, 0.85), (2, 0.45), (4, 0.6)}
     assert Setting(2, 0.45, "shifted", 1.0, "sample").name == "2 from 0.45, shifted, guidance 1, posterior sample"
+
+
+def test_the_bench_knows_the_pair_of_an_upscaler_by_its_ways() -> None:
+    every = {way.name: way.upscaler for way in ways.equal_cost(256)}
+    for upscaler in ("SR", *foreign.NETWORKS):
+        for setting in (Setting(), by_upscaler.REFINED):
+            name = by_upscaler.name_in_pair(upscaler, setting)
+            assert name is not None
+            assert every[name] == upscaler
+    assert by_upscaler.name_in_pair("Lanczos", Setting()) == "Lanczos 12+0"
+    assert by_upscaler.name_in_pair("SR", Setting(1, 0.3)) is None
+    assert by_upscaler.name_in_pair("regressed", Setting()) is None
+    preset = make_plan("demo", 256, 256, "12+1").stages[1]
+    assert by_upscaler.REFINED.plan(256).stages[1].sigmas == preset.sigmas
 
 
 def scored(steps: int, composite: float, *, noise: Sequence[float] = (0.0, 0.0, 0.0), sigma: float = 0.3) -> Scored:
@@ -274,6 +292,8 @@ def test_the_sweep_writes_a_line_for_every_upscaler(
     run_setting.cache_clear()  # other tests may have found the networks of this machine's user
     monkeypatch.setattr(ways.Model, "load", lambda size: small)
     monkeypatch.setattr(by_upscaler, "GRID", (Setting(), Setting(1, 0.3)))
+    why, said = known._why, ""
+    monkeypatch.setattr(known, "_why", lambda result: said)  # these scenes are too few to rank
     words = ["--sweep", "upscalers", "--quick", "--size", "64", "--only", "Lanczos", "x4*", "--out", str(tmp_path)]
     command.main(words)
     written = (tmp_path / "sweep-upscalers.md").read_text()
@@ -282,7 +302,11 @@ def test_the_sweep_writes_a_line_for_every_upscaler(
     assert "| no network | Lanczos | 1 from 0.3 (0.000) | 0 (" in written
     assert "| Lanczos | 1 from 0.3, guidance 1: " in written
     assert (tmp_path / "sweep-upscalers.json").stat().st_size > 1000
-    # Another upscaler comes beside it; where the settings are others, it stands alone.
+    # Another upscaler comes beside it, as beside what was written before the bench tested itself; where the settings
+    # are others, it stands alone.
+    record = json.loads((tmp_path / "sweep-upscalers.json").read_text())
+    assert [pair["worse"] for pair in record.pop("known")["pairs"]] == list(known.WORN)
+    (tmp_path / "sweep-upscalers.json").write_text(json.dumps(record))
     words[words.index("Lanczos") : words.index("--out")] = ["SR"]
     command.main(words)
     added = (tmp_path / "sweep-upscalers.md").read_text()
@@ -290,7 +314,18 @@ def test_the_sweep_writes_a_line_for_every_upscaler(
     assert len(lines) == 3
     assert set(lines) < set(added.splitlines())
     assert "| refine steps and sigma | cost | Lanczos | SR |" in added
-    monkeypatch.setattr(by_upscaler, "GRID", (Setting(), Setting(1, 0.45)))
+    monkeypatch.setattr(by_upscaler, "GRID", (Setting(), Setting(1, 0.6)))
     command.main(words)
     assert "| refine steps and sigma | cost | SR |" in (tmp_path / "sweep-upscalers.md").read_text()
+    # A bench that could not tell says so and ranks nothing; pairs of what was there before count.
+    monkeypatch.setattr(known, "_why", why)
+    words[words.index("SR")] = "Lanczos"
+    command.main(words)
+    unranked = (tmp_path / "sweep-upscalers.md").read_text()
+    assert unranked.startswith("**Could tell its known pairs apart: no: 10 scenes are too few")
+    assert "| Lanczos 12+1 | Lanczos 12+0 |" in unranked
+    assert "| staged 12+1 | no refine, 12+0 |" in unranked
+    assert "| refine steps and sigma | cost | SR | Lanczos |" in unranked
+    for ranked in ("preset", "flat top", "varied", "| **"):
+        assert ranked not in unranked
     run_setting.cache_clear()

@@ -57,6 +57,10 @@ def test_tables_and_a_sheet_are_written(found: Any, tmp_path: Path) -> None:
     here, record, pictures = found
     by_kind.write(record, pictures, here.truth, tmp_path)
     text = (tmp_path / "kinds.md").read_text()
+    assert text.startswith("**Could tell its known pairs apart: no: 10 scenes are too few")
+    assert "| read, to native 1 (95 %) |" not in text
+    trusted = {**record, "known": {**record["known"], "could tell": True}}
+    assert "| read, to native 1 (95 %) |" in by_kind.to_markdown(trusted)
     assert "| SR 12+1 from 0.12 | 3.30 |" in text
     assert text.endswith("Not installed: nobody's.\n")
     assert (tmp_path / "kinds.jpg").stat().st_size > 10_000

@@ -211,6 +211,16 @@ def test_the_bench_says_why_it_could_not_tell(truth: scores.Truth, rows: known.R
     assert known._why(found) == "native 4 came out nearer to the ground truth than native 50."
 
 
+def test_a_pair_of_an_earlier_test_counts(truth: scores.Truth, rows: known.Rows) -> None:
+    same = rows.measured[known.CEILING]
+    earlier = known.test(truth, rows, {"X 12+1": same, "X 12+0": same})["pairs"][-1:]
+    found = known.with_pairs({**known.test(truth, rows, {}), "control": 0.5}, earlier)
+    assert [pair["worse"] for pair in found["pairs"]] == [*known.WORN, "X 12+0"]
+    assert not found["could tell"]
+    assert found["why"].startswith("it does not tell X 12+0 from X 12+1 (0.50 of pairs")
+    assert known.with_pairs(found, [])["why"] == found["why"]
+
+
 def test_small_letters_count_as_letters() -> None:
     read = [{"colour": [True, False], "letters": [True], "small letters": [False]}, {"shape": [True]}]
     assert scores.shares(read) == {"attributes": pytest.approx(2 / 3), "letters": 0.5}
