@@ -23,7 +23,12 @@ class EmbeddedEngine(PipelineEngine):
     """The embedded model. It notes words and sentences that it does not know, and samples all the same."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        """Take what `PipelineEngine` takes."""
+        """Take what `PipelineEngine` takes.
+
+        Args:
+            *arguments: In its order.
+            **options: By name.
+        """
         super().__init__(*arguments, **options)
         self._few_step = False
         self._twins: dict[str, Any] = {}  # shared with its copies
