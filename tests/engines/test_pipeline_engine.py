@@ -216,7 +216,7 @@ def test_half_precision_rounds_the_network_and_not_the_state() -> None:
 def test_it_says_what_it_can_do() -> None:
     engine = engine_of("flux1-dev")
     assert isinstance(engine, Engine)
-    every = Capabilities(*(True,) * 9, counts_on=True)
+    every = replace(Capabilities(*(True,) * 10, counts_on=True), few_step=False)
     assert engine.capabilities == capabilities_of(engine) == every
     # SD3's network makes positions from the size of its input.
     assert engine_of("sd3").capabilities == replace(every, token_subsets=False, places=False)

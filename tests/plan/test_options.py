@@ -106,7 +106,7 @@ def numbers_in(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, tuple)):
         for each in cast("list[Any]", value):
             yield from numbers_in(each)
-    elif not isinstance(value, str) and value is not None:
+    elif not isinstance(value, (str, bool)) and value is not None:
         yield value
 
 
