@@ -67,7 +67,7 @@ def measure(each: int, first_seed: int, size: int, folder: Path | None) -> dict[
             continue
         engine: Any = demo.load_engine()
         if file is not None:
-            engine.pipe.load_lora_weights(str(file))
+            engine.pipe.load_lora_weights(file.parent, weight_name=file.name)
         scenes, prompts, pictures = _scenes(name, each)
         truth = scores.Truth(scenes, kinds.rendered(scenes, size) if pictures is None else pictures)
         rows: dict[str, Any] = {"true": {**truth.parts(truth.true), "forwards": None}}

@@ -58,7 +58,7 @@ def test_it_adds_what_diffusers_would_add() -> None:
     pytest.importorskip("peft")
     own, theirs = (demo.load_engine(device="cpu", dtype="float32") for _ in range(2))
     pipe: Any = theirs.pipe
-    pipe.load_lora_weights(demo.turbo_path())
+    pipe.load_lora_weights(demo.turbo_path().parent, weight_name=demo.turbo_path().name)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     fused = dict(pipe.transformer.named_parameters())
