@@ -39,7 +39,6 @@ SETTINGS = (
 """Refine stages, from none to one that draws nearly all anew."""
 SHOWN = (Setting(1, 0.12), Setting(1, 0.6), Setting(4, 0.75), Setting(6, 0.75, "shifted"))
 """Columns of the sheet."""
-NATIVE = "native 50"
 
 
 @dataclass(frozen=True)

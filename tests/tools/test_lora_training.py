@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def test_the_file_is_a_lora_of_a_flux_pipeline(networks: lora.Networks, tmp_path
     plain = velocity(networks.plain, x, networks)
     assert float((wanted - plain).abs().mean()) > 0.01
     torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)  # the file holds float16
+
+
+def test_training_goes_on_from_the_weights_of_a_file(networks: lora.Networks, tmp_path: Path) -> None:
+    own: Any = copy.deepcopy(networks.transformer)
+    written = {name: weight for name, weight in own.named_parameters() if "lora_B" in name}
+    with torch.no_grad():
+        for weight in written.values():
+            weight.fill_(0.5)  # as exact in the file's float16
+    lora.save(tmp_path / "some.safetensors", own)
+    fresh: Any = copy.deepcopy(networks.transformer)
+    assert not any(torch.equal(fresh.get_parameter(name), weight) for name, weight in written.items())
+    lora.load(tmp_path / "some.safetensors", fresh)
+    assert written
+    assert all(torch.equal(fresh.get_parameter(name), weight) for name, weight in written.items())
 
 
 def test_turbo_walks_as_plans_do_and_the_teacher_passes_its_levels() -> None:
